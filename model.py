@@ -1,0 +1,528 @@
+"""The frozen model: Llama and Mistral in plain PyTorch, and the cache they are usually run with.
+
+Nothing in here knows of compression. A checkpoint in the Hugging Face layout loads strictly,
+because every module has its Hugging Face name. The one unusual thing is where attention lives:
+the `Attention` module only projects; a `LayerCache` remembers and attends. Caches that compress
+are further subclasses of `LayerCache`, in other files.
+
+Shapes, everywhere in this project:
+    B batch   T tokens   H query heads   H_kv key/value heads   G = H / H_kv   D head dim
+    d_kv = H_kv * D, the key (or value) channels of a layer
+
+Sources:
+    [1] Touvron et al., "Llama 2", 2023; Jiang et al., "Mistral 7B", 2023 (sliding window)
+    [2] Su et al., "RoFormer", 2021: rotary position embedding (RoPE)
+    [3] Ainslie et al., "GQA", 2023: grouped-query attention
+    [4] Chen et al., "Position Interpolation", 2023: linear RoPE scaling; Llama 3.1's is [5]
+    [5] Grattafiori et al., "The Llama 3 Herd of Models", 2024
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. Command lines print it as one line and exit with 2."""
+
+
+# ------------------------------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class Config:
+    """The part of a Hugging Face `config.json` that changes the computation."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # H_kv; fewer than H means grouped-query attention [3]
+    head_dim: int  # D; usually hidden_size / H, but a config may say otherwise
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None  # {"rope_type": "linear" | "llama3", "factor": ..., ...}
+    max_position_embeddings: int
+    tie_word_embeddings: bool  # the output matrix is the embedding matrix
+    attention_bias: bool  # q_proj, k_proj, v_proj and o_proj have a bias
+    mlp_bias: bool
+    sliding_window: int | None  # Mistral-7B-v0.1: a token sees the last 4096 only, itself included
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def d_kv(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence the model was made for. A linear factor stretches the trained length;
+        Llama 3.1's `max_position_embeddings` has the factor in it already."""
+        linear = self.rope_scaling is not None and self.rope_scaling["rope_type"] == "linear"
+        return int(self.max_position_embeddings * (self.rope_scaling["factor"] if linear else 1))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises `UserError` if it is damaged."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a {type(data).__name__}, not a JSON object; fetch it again")
+    return data
+
+
+def read_config(folder: Path) -> Config:
+    """`folder/config.json`. Raises `UserError` for what this code would compute wrongly."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json; give a folder in the Hugging Face layout")
+    c = read_json(path)
+
+    def refuse(what: str) -> None:
+        raise UserError(f"{path}: {what} is not supported; use a plain Llama or Mistral checkpoint")
+
+    if c.get("model_type") not in ("llama", "mistral"):
+        refuse(f"model_type {c.get('model_type')!r}")
+    if c.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act {c['hidden_act']!r}")
+    if c.get("quantization_config"):
+        refuse("a quantized checkpoint (quantization_config)")
+
+    # Since version 5, transformers writes theta and scaling into one dict, `rope_parameters`.
+    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", c.get("rope_theta", 10000.0))
+    rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        refuse(f"RoPE scaling {rope['rope_type']!r}")
+    wanted = {"default": [], "linear": ["factor"]}.get(
+        rope["rope_type"],
+        ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
+    )
+    missing = [key for key in wanted if not isinstance(rope.get(key), int | float)]
+    if missing:
+        raise UserError(f"{path}: RoPE scaling {rope['rope_type']!r} needs {missing[0]!r}")
+
+    eos = c.get("eos_token_id")
+    generation = folder / "generation_config.json"  # chat models list further ends of a turn here
+    if generation.is_file():
+        eos = read_json(generation).get("eos_token_id", eos)
+    try:
+        heads = int(c["num_attention_heads"])
+        config = Config(
+            vocab_size=int(c["vocab_size"]),
+            hidden_size=int(c["hidden_size"]),
+            intermediate_size=int(c["intermediate_size"]),
+            num_hidden_layers=int(c["num_hidden_layers"]),
+            num_attention_heads=heads,
+            num_key_value_heads=int(c.get("num_key_value_heads") or heads),
+            head_dim=int(c.get("head_dim") or c["hidden_size"] // heads),
+            rms_norm_eps=float(c["rms_norm_eps"]),
+            rope_theta=float(theta),
+            rope_scaling=None if rope["rope_type"] == "default" else rope,
+            max_position_embeddings=int(c["max_position_embeddings"]),
+            tie_word_embeddings=bool(c.get("tie_word_embeddings", False)),
+            attention_bias=bool(c.get("attention_bias", False)),
+            mlp_bias=bool(c.get("mlp_bias", False)),
+            sliding_window=c.get("sliding_window"),
+            eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+        )
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}; fetch it again") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} has a bad value ({error}); fetch it again") from None
+    if min(config.num_attention_heads, config.num_key_value_heads, config.head_dim) < 1:
+        raise UserError(f"{path}: heads and head_dim must be positive; fetch it again")
+    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+        refuse(
+            f"{heads} query heads on {config.num_key_value_heads} key/value heads of dimension "
+            f"{config.head_dim}"
+        )
+    return config
+
+
+# --------------------------------------------------------------------------------------- RoPE
+
+
+class Rope:
+    """Rotary position embedding [2]: at position t, the channel pair f is turned by t * w_f.
+
+    A head's D channels form D/2 pairs; Hugging Face checkpoints pair them half-split, (f, f + D/2).
+    `cis[t, f]` = exp(i t w_f), so turning a pair is one complex multiplication.
+    """
+
+    def __init__(self, config: Config):
+        D = config.head_dim
+        w = config.rope_theta ** (-torch.arange(0, D, 2, device="cpu", dtype=torch.float32) / D)
+        scaling = config.rope_scaling or {"rope_type": "default"}
+        if scaling["rope_type"] == "linear":  # [4]: positions shrink by the factor
+            w = w / scaling["factor"]
+        elif scaling["rope_type"] == "llama3":  # [5]: only slow rotations shrink, with a ramp
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            turns = scaling["original_max_position_embeddings"] * w / (2 * math.pi)
+            ramp = ((turns - low) / (high - low)).clamp(0, 1)
+            w = ramp * w + (1 - ramp) * w / scaling["factor"]
+        self.frequencies = w  # [D/2]
+        self.cos = self.sin = torch.empty(0, D // 2)  # [positions, D/2]
+        self.cis = torch.empty(0, D // 2, dtype=torch.complex64)
+
+    def reach(self, length: int, device: torch.device) -> None:
+        """Extends the tables to `length` positions on `device`."""
+        if length > len(self.cos) or self.cos.device != device:
+            t = torch.arange(-(-length // 1024) * 1024, dtype=torch.float32)
+            angle = torch.outer(t, self.frequencies)  # [positions, D/2]
+            self.cos, self.sin = angle.cos().to(device), angle.sin().to(device)
+            self.cis = torch.complex(self.cos, self.sin)
+
+    def rotate(self, x: Tensor, start: int) -> Tensor:
+        """Turns x [..., T, D], half-split, standing at positions start .. start + T - 1."""
+        stop = start + x.shape[-2]
+        cos, sin = self.cos[start:stop].to(x.dtype), self.sin[start:stop].to(x.dtype)  # [T, D/2]
+        x1, x2 = x.chunk(2, dim=-1)  # [..., T, D/2] each
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+# -------------------------------------------------------------------------------------- caches
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None = None) -> Tensor:
+    """Token i attends to the tokens j <= i, with i - j < sliding_window if that is set.
+
+    q [B, H, T, D] and k, v [B, H_kv, T, D], q and k rotated -> [B, H, T, D].
+    """
+    T = q.shape[-2]
+    mask = None
+    if sliding_window is not None and sliding_window < T:
+        age = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)  # [T, T]
+        mask = (age >= 0) & (age < sliding_window)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+
+
+class LayerCache:
+    """One layer's memory of one batch of sequences of equal length, and the attention over it.
+
+    Subclasses say what is remembered. Keys arrive before RoPE, since that is where caches differ:
+    some store rotated keys, some rebuild keys and rotate those, some renumber the positions.
+
+        x    [B, T, hidden]     the layer's normed input, which keys and values are projected from
+        q    [B, H, T, D]       queries, before RoPE
+        k, v [B, H_kv, T, D]    keys and values, k before RoPE
+        out  [B, H, T, D]
+    """
+
+    length = 0  # tokens seen
+
+    def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        """The whole prompt at once, on an empty cache."""
+        raise NotImplementedError
+
+    def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        """One new token (T = 1), after a prefill."""
+        raise NotImplementedError
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that this layer keeps for the sequence."""
+        raise NotImplementedError
+
+    def nbytes(self) -> int:
+        """Bytes of the memory behind `tensors()`, room for tokens to come included."""
+        return sum(t.untyped_storage().nbytes() for t in self.tensors())
+
+    def check_prefill(self) -> None:
+        if self.length:
+            raise ValueError(f"prefill on a cache that holds {self.length} tokens; make a new one")
+
+    def check_decode(self, q: Tensor) -> None:
+        if not self.length:
+            raise ValueError("decode on an empty cache; prefill the prompt first")
+        if q.shape[-2] != 1:
+            raise ValueError(f"decode takes one token a step, got {q.shape[-2]}")
+
+
+GROW = 256  # tokens that a full buffer grows by: a copy every 256 steps, never one a step
+
+
+def reserve(buffer: Tensor, length: int, most: int | None = None) -> Tensor:
+    """`buffer` [..., capacity, C], or a larger copy with room for `length` tokens, `most` at most."""
+    capacity = buffer.shape[-2]
+    if length <= capacity or capacity == most:
+        return buffer
+    room = length + GROW if most is None else min(length + GROW, most)
+    larger = buffer.new_empty(*buffer.shape[:-2], room, buffer.shape[-1])
+    larger[..., :capacity, :] = buffer
+    return larger
+
+
+class FullCache(LayerCache):
+    """The usual cache: every token's rotated key and its value, in the model's precision.
+
+    `expected` is the final length, if the caller knows it: memory is then taken once. Under a
+    sliding window old tokens are kept, but not attended.
+    """
+
+    def __init__(self, config: Config, expected: int = 0):
+        self.expected, self.sliding_window = expected, config.sliding_window
+
+    def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        self.check_prefill()
+        B, H_kv, T, D = k.shape
+        q, k = rope.rotate(q, 0), rope.rotate(k, 0)
+        self.k = k.new_empty(B, H_kv, max(T, self.expected), D)
+        self.v = torch.empty_like(self.k)
+        self.k[:, :, :T], self.v[:, :, :T] = k, v
+        self.length = T
+        return causal_attention(q, k, v, self.sliding_window)
+
+    def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        self.check_decode(q)
+        t = self.length
+        self.k, self.v = reserve(self.k, t + 1), reserve(self.v, t + 1)
+        self.k[:, :, t], self.v[:, :, t] = rope.rotate(k, t)[:, :, 0], v[:, :, 0]
+        self.length = t + 1
+        start = max(0, self.length - (self.sliding_window or self.length))
+        k, v = self.k[:, :, start : t + 1], self.v[:, :, start : t + 1]
+        return F.scaled_dot_product_attention(rope.rotate(q, t), k, v, enable_gqa=True)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.k, self.v] if self.length else []
+
+
+# --------------------------------------------------------------------------------------- model
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In float32, as Llama does: x^2 of a 16-bit activation overflows or loses its tail.
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projects; `cache` remembers and attends. Without one, plain causal attention."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        q_out, bias = config.num_attention_heads * config.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, q_out, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.d_kv, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.d_kv, bias=bias)
+        self.o_proj = nn.Linear(q_out, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None) -> Tensor:
+        B, T, _ = x.shape
+        # [B, T, heads * D] -> [B, heads, T, D]
+        q, k, v = (
+            proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if cache is None:
+            q, k = rope.rotate(q, 0), rope.rotate(k, 0)
+            out = causal_attention(q, k, v, self.config.sliding_window)
+        elif T > 1 or cache.length == 0:
+            out = cache.prefill(x, q, k, v, rope)
+        else:
+            out = cache.decode(x, q, k, v, rope)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # [B, T, hidden]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        h, m, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(h, m, bias=bias)
+        self.up_proj = nn.Linear(h, m, bias=bias)
+        self.down_proj = nn.Linear(m, h, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything below the output matrix; `model.` in a checkpoint's names."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+
+
+class Transformer(nn.Module):
+    """A Llama or Mistral. All state of a sequence is in `cache`, a list of one `LayerCache` a layer."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.rope = Rope(config)
+
+    def forward(
+        self, tokens: Tensor, cache: list[LayerCache] | None = None, logits_to_keep: int = 0
+    ) -> Tensor:
+        """tokens [B, T] -> logits [B, T, vocab], or of the last `logits_to_keep` tokens only.
+
+        An empty cache takes the whole prompt, later calls one token each. Sequences of a batch
+        have equal length: there is no padding. Raises `ValueError` past the context length.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must be [B, T] with T > 0, got {tuple(tokens.shape)}")
+        if cache is not None and len(cache) != len(self.model.layers):
+            raise ValueError(f"{len(cache)} caches for {len(self.model.layers)} layers")
+        length = tokens.shape[1] + (cache[0].length if cache else 0)
+        if length > self.config.context_length:
+            raise ValueError(f"{length} tokens, but the context is {self.config.context_length}")
+        self.rope.reach(length, tokens.device)
+        x = self.model.embed_tokens(tokens)  # [B, T, hidden]
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, self.rope, cache[i] if cache else None)
+        return self.lm_head(self.model.norm(x[:, -logits_to_keep:]))
+
+
+def full_cache(model: Transformer, expected: int = 0) -> list[LayerCache]:
+    """A full cache for one batch of sequences of `model`, `expected` tokens long in the end."""
+    return [FullCache(model.config, expected) for _ in model.model.layers]
+
+
+# ------------------------------------------------------------------------------------- loading
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The folder of a checkpoint: `path` itself, or the hub repository of that name, fetched."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    parts = str(path).split("/")
+    # `weights/x` looks like a hub name: a first part that is a folder here means a missing path.
+    if len(parts) != 2 or not all(parts) or Path(parts[0]).exists():
+        raise UserError(
+            f"no folder {path}; give a checkpoint folder or a hub name such as org/name"
+        )
+    from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
+
+    small = ["*.json", "*.jinja", "tokenizer.model"]
+    try:
+        folder = Path(snapshot_download(str(path), allow_patterns=[*small, "model*.safetensors"]))
+        if not list(folder.glob("model*.safetensors")):
+            folder = Path(
+                snapshot_download(str(path), allow_patterns=[*small, "pytorch_model*.bin"])
+            )
+    except Exception as error:  # the hub client raises many kinds, all of which mean the same here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"no folder {path}, and the hub did not give that repository: {reason}"
+        ) from None
+    return folder
+
+
+def read_weights(folder: Path):
+    """Yields (name, tensor) of every weight, one at a time, from whichever files `folder` has."""
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{kind}.index.json"
+        if (folder / kind).is_file():
+            files = [folder / kind]
+        elif index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index} has no weight_map; fetch it again")
+            files = [folder / name for name in sorted(set(weight_map.values()))]
+        else:
+            continue
+        for file in files:
+            try:
+                if kind.endswith(".bin"):
+                    shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                    yield from shard.items()
+                    continue
+                with safe_open(file, framework="pt") as shard:
+                    for name in shard.keys():  # noqa: SIM118 (not a dict)
+                        yield name, shard.get_tensor(name)
+            except FileNotFoundError:
+                raise UserError(f"{file} is missing; fetch the checkpoint again") from None
+            except UserError:
+                raise
+            except (
+                SafetensorError,
+                OSError,
+                RuntimeError,
+                EOFError,
+                ValueError,
+                KeyError,
+            ) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{file} is damaged ({reason}); fetch it again") from None
+        return
+    raise UserError(
+        f"{folder} has neither model.safetensors nor pytorch_model.bin, nor their index"
+    )
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Transformer:
+    """Loads a checkpoint folder (Hugging Face layout) or fetches a hub repository.
+
+    Strict: every weight must be there, none may be left over, every shape must fit. The model is
+    laid out without memory (meta device), then filled one tensor at a time, so the weights are
+    never held twice. Raises `UserError` for whatever is wrong with the files.
+    """
+    folder = find_checkpoint(path)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    wanted = model.state_dict()
+    tied = config.tie_word_embeddings
+    weights = {}
+    for name, tensor in read_weights(folder):
+        if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+            continue  # derived from the config, or a second copy of the embedding
+        if name not in wanted:
+            raise UserError(
+                f"{folder}: unexpected weight {name}; config.json belongs to another model"
+            )
+        if tensor.shape != wanted[name].shape:
+            raise UserError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)}, but config.json asks for "
+                f"{tuple(wanted[name].shape)}; fetch both again"
+            )
+        weights[name] = tensor.to(device, dtype)
+    if tied and "model.embed_tokens.weight" in weights:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    missing = sorted(set(wanted) - set(weights))
+    if missing:
+        raise UserError(
+            f"{folder}: weight {missing[0]} is missing ({len(missing)} in all); fetch it again"
+        )
+    model.load_state_dict(weights, strict=True, assign=True)
+    if tied:  # assign made two parameters of one tensor
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.requires_grad_(False).eval()
