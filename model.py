@@ -17,8 +17,15 @@ Sources:
     [5] Grattafiori et al., "The Llama 3 Herd of Models", 2024
 """
 
+import argparse
 import json
 import math
+import os
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +34,74 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+# ------------------------------------------------------------------------------ command lines
+
 
 class UserError(ValueError):
     """A mistake that the user can mend. Command lines print it as one line and exit with 2."""
+
+
+class Arguments(argparse.ArgumentParser):
+    """argparse, with a wrong argument as one line instead of the whole usage text."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see --help)")
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """For argparse's `type`: an int or a float in [low, high]."""
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            word = "a whole number" if kind is int else "a number"
+            limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word} {limits}")
+        return value
+
+    return read
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_device(name: str) -> None:
+    """Raises `UserError` unless tensors can live on the device called `name`."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no device {name!r} here; use --device cpu") from None
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary name to write a file under; it takes the name `path` only when it is complete."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({error}); choose another place") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Runs a command line and exits: 0, or 2 with one line on standard error for a `UserError`."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory; try --dtype bfloat16 or a shorter text", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 # ------------------------------------------------------------------------------------- config
@@ -252,7 +324,7 @@ GROW = 256  # tokens that a full buffer grows by: a copy every 256 steps, never 
 
 
 def reserve(buffer: Tensor, length: int, most: int | None = None) -> Tensor:
-    """`buffer` [..., capacity, C], or a larger copy with room for `length` tokens, `most` at most."""
+    """`buffer` [..., capacity, C], or a larger copy for `length` tokens (`most` is the limit)."""
     capacity = buffer.shape[-2]
     if length <= capacity or capacity == most:
         return buffer
@@ -375,7 +447,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Llama or Mistral. All state of a sequence is in `cache`, a list of one `LayerCache` a layer."""
+    """A Llama or Mistral. `cache`, a list of one `LayerCache` a layer, holds a sequence's state."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -444,7 +516,7 @@ def find_checkpoint(path: str | Path) -> Path:
     return folder
 
 
-def read_weights(folder: Path):
+def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yields (name, tensor) of every weight, one at a time, from whichever files `folder` has."""
     for kind in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{kind}.index.json"
@@ -526,3 +598,174 @@ def load_model(
     if tied:  # assign made two parameters of one tensor
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(False).eval()
+
+
+# ----------------------------------------------------------------------------------- tokenizer
+
+
+class Tokenizer:
+    """Text to token ids and back, and an instruct model's chat template."""
+
+    def __init__(self, backend, settings: dict, template: str | None):
+        self.backend = backend  # a tokenizers.Tokenizer
+        self.settings = settings  # tokenizer_config.json
+        self.template = template  # jinja source, None for a model that does not chat
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids; `special` adds what the model wants around a text, such as <s>."""
+        return self.backend.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def chat(self, messages: list[dict[str, str]]) -> str:
+        """Messages {"role", "content"} as one prompt that ends where the answer begins.
+
+        It holds its special tokens already: encode it with special=False. Raises `UserError` for a
+        model without a template and for messages that the template refuses.
+        """
+        if self.template is None:
+            raise UserError("this model has no chat template; give the prompt as it is (--no-chat)")
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # templates come with downloads
+
+        def fail(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.filters["tojson"] = json.dumps  # jinja's own escapes HTML
+        environment.globals |= {"raise_exception": fail, "strftime_now": time.strftime}
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        special = {name: token_text(self.settings.get(name)) for name in names}
+        try:
+            template = environment.from_string(self.template)
+            return template.render(messages=messages, add_generation_prompt=True, **special)
+        except TemplateError as error:
+            raise UserError(f"the chat template fails: {error}; try --no-chat") from None
+
+
+def token_text(token: str | dict | None) -> str:
+    """A special token's text; configs write it plain or as {"content": ...}."""
+    return token["content"] if isinstance(token, dict) else token or ""
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """A checkpoint's tokenizer: `tokenizer.json`, or else the SentencePiece `tokenizer.model`."""
+    import tokenizers
+
+    folder = find_checkpoint(path)
+    settings = {}
+    if (folder / "tokenizer_config.json").is_file():
+        settings = read_json(folder / "tokenizer_config.json")
+    if (file := folder / "tokenizer.json").is_file():
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{file} is damaged ({error}); fetch it again") from None
+    elif (file := folder / "tokenizer.model").is_file():
+        backend = read_sentencepiece(file, settings)
+    else:
+        raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model; fetch it again")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    if (file := folder / "chat_template.jinja").is_file():
+        template = file.read_text(encoding="utf-8")
+    return Tokenizer(backend, settings, template)
+
+
+def protobuf_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yields (field number, value) of one protobuf message; nested messages stay bytes."""
+    i = 0
+
+    def varint() -> int:  # 7 bits a byte, least significant first; the top bit says "more"
+        nonlocal i
+        value = shift = 0
+        while True:
+            byte = data[i]
+            i += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while i < len(data):
+        key = varint()
+        wire = key & 7
+        if wire == 0:
+            yield key >> 3, varint()
+            continue
+        size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
+        if i + size > len(data):
+            raise ValueError("it ends in the middle of a field")
+        yield key >> 3, data[i : i + size]
+        i += size
+
+
+def read_sentencepiece(file: Path, settings: dict):
+    """A SentencePiece BPE model as a `tokenizers.Tokenizer`.
+
+    SentencePiece merges the neighbours whose union is the piece of the best score, which for BPE is
+    the piece learned first; the tokenizers library wants those merges spelled out, in that order.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, processors
+
+    NORMAL, UNKNOWN, USER_DEFINED, BYTE = 1, 2, 4, 6  # sentencepiece_model.proto, Type
+    pieces, trainer, normalizer = [], {}, {}
+    try:
+        for number, value in protobuf_fields(file.read_bytes()):
+            if number == 1:  # text, score, type
+                piece = {3: NORMAL, **dict(protobuf_fields(value))}
+                pieces.append((piece[1].decode(), struct.unpack("<f", piece[2])[0], piece[3]))
+            elif number == 2:
+                trainer = dict(protobuf_fields(value))
+            elif number == 3:
+                normalizer = dict(protobuf_fields(value))
+    except (OSError, ValueError, KeyError, IndexError, TypeError, struct.error) as error:
+        raise UserError(f"{file} is damaged ({error!r}); fetch it again") from None
+    if not pieces or trainer.get(3) != 2:  # 2: BPE
+        raise UserError(f"{file} is not a SentencePiece BPE model; convert it to tokenizer.json")
+    if normalizer.get(2) or normalizer.get(4, 1):  # a character map; spaces squeezed (the default)
+        raise UserError(
+            f"{file} normalizes text, which is not supported; convert it to tokenizer.json"
+        )
+
+    vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
+    mergeable = {text for text, _, kind in pieces if kind == NORMAL}
+    merges = []
+    for text, score, kind in pieces:
+        if kind == NORMAL:
+            for cut in range(1, len(text)):
+                left, right = text[:cut], text[cut:]
+                if left in mergeable and right in mergeable:
+                    merges.append((-score, vocab[left], vocab[right], left, right))
+    unknown = next((text for text, _, kind in pieces if kind == UNKNOWN), None)
+    byte_fallback = any(kind == BYTE for _, _, kind in pieces)
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab,
+            [(left, right) for *_, left, right in sorted(merges)],
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=byte_fallback,
+        )
+    )
+    for text, _, kind in pieces:
+        if kind not in (NORMAL, BYTE):
+            token = tokenizers.AddedToken(text, normalized=False, special=kind != USER_DEFINED)
+            backend.add_tokens([token])
+    # A space is the letter "▁", and one stands before the text (add_dummy_prefix, on by default),
+    # before the text behind a special token too: chat models were trained that way.
+    prefix = [normalizers.Prepend("▁")] if normalizer.get(3, 1) else []
+    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    if settings.get("add_bos_token", True):
+        bos = token_text(settings.get("bos_token")) or "<s>"
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, vocab[bos])]
+        )
+    return backend

@@ -1,0 +1,174 @@
+"""How long prefill and decode take with each cache, side by side in one process.
+
+    python -m experiments.speed --model weights/SmolLM2-135M-Instruct --lengths 2048,8000
+
+Every round times all caches one after the other, so that a slow moment of the machine hits all of
+them; what is printed are ratios of medians over the rounds. The rank decides the time, the values
+of the factors do not, so they come from `svd`, which needs no text. If the transformers package is
+there, the same checkpoint runs in it with its DynamicCache.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cskv
+from experiments.evaluate import table
+from model import (
+    DTYPES,
+    Arguments,
+    Transformer,
+    UserError,
+    check_device,
+    full_cache,
+    load_model,
+    number,
+    replacing,
+    run_command,
+)
+
+# A runner makes an empty cache; `run(tokens, cache)` feeds it and returns the last logits.
+Runner = tuple[Callable[[], object], Callable[[Tensor, object], Tensor]]
+
+
+def transformers_runner(path: str, device: str, dtype: torch.dtype) -> Runner | None:
+    """The same checkpoint in the transformers package, or None without it."""
+    try:
+        from transformers import AutoModelForCausalLM, DynamicCache
+    except ImportError:
+        return None
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+
+    def run(tokens: Tensor, cache: object) -> Tensor:
+        return theirs(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    return DynamicCache, run
+
+
+def timed(function: Callable[[], object], device: str) -> float:
+    """Seconds that `function` takes, its work on a GPU included."""
+    start = time.perf_counter()
+    function()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def measure(
+    runners: dict[str, Runner], vocab: int, length: int, args: argparse.Namespace
+) -> list[dict]:
+    """Rows (cache, length, prefill and decode seconds as medians, and their ratio to `full`)."""
+    g = torch.Generator().manual_seed(0)
+    prompt = torch.randint(vocab, (1, length), generator=g).to(args.device)
+    one = prompt[:, :1]
+    prefill, decode = {name: [] for name in runners}, {name: [] for name in runners}
+    caches = {}
+
+    def steps(name: str) -> None:
+        for _ in range(args.steps):
+            runners[name][1](one, caches[name])
+
+    bar = tqdm(total=2 * (args.rounds + 1) * len(runners), desc=f"{length} tokens", leave=False)
+    for i in range(args.rounds + 1):  # the first round warms up
+        for name, (make, run) in runners.items():
+            caches[name] = make()
+            seconds = timed(lambda run=run, name=name: run(prompt, caches[name]), args.device)
+            prefill[name] += [seconds] if i else []
+            bar.update()
+    for i in range(args.rounds + 1):
+        for name in runners:
+            seconds = timed(lambda name=name: steps(name), args.device)
+            decode[name] += [seconds / args.steps] if i else []
+            bar.update()
+    bar.close()
+    median = statistics.median
+    return [
+        {
+            "cache": name,
+            "tokens": length,
+            "prefill_s": median(prefill[name]),
+            "prefill_ratio": median(prefill[name]) / median(prefill["full"]),
+            "decode_ms": 1e3 * median(decode[name]),
+            "decode_ratio": median(decode[name]) / median(decode["full"]),
+        }
+        for name in runners
+    ]
+
+
+def our_runners(model: Transformer, length: int, args: argparse.Namespace) -> dict[str, Runner]:
+    def run(tokens: Tensor, cache: object) -> Tensor:
+        return model(tokens, cache, logits_to_keep=1)
+
+    expected = length + (args.rounds + 1) * args.steps
+    runners = {"full": (lambda: full_cache(model, expected), run)}
+    for ratio in args.ratios:
+        ranks = [cskv.rank_for(ratio, model.config.d_kv)] * len(model.model.layers)
+        factors = cskv.init_factors("svd", model, ranks, ranks).to(model.lm_head.weight)
+
+        def make(factors: cskv.Factors = factors) -> object:
+            return cskv.bi_branch_cache(model, factors, args.window, expected)
+
+        runners[f"cskv {ratio:.0%}"] = (make, run)
+    return runners
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command line, with arguments already parsed."""
+    check_device(args.device)
+    torch.set_num_threads(args.threads)
+    dtype = DTYPES[args.dtype]
+    model = load_model(args.model, args.device, dtype)
+    longest = max(args.lengths) + (args.rounds + 1) * args.steps
+    if longest > model.config.context_length:
+        raise UserError(f"{longest} tokens exceed the context of {model.config.context_length}")
+    theirs = transformers_runner(args.model, args.device, dtype)
+    if theirs is None:
+        print("transformers is not installed: ours only", file=sys.stderr)
+    rows = []
+    for length in args.lengths:
+        runners = our_runners(model, length, args)
+        if theirs:
+            runners["transformers, DynamicCache"] = theirs
+        rows += measure(runners, model.config.vocab_size, length, args)
+    if args.json:
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    columns = {"cache": str, "tokens": str, "prefill_s": "{:.2f}".format}
+    columns |= {"prefill_ratio": "{:.2f}".format, "decode_ms": "{:.1f}".format}
+    print(table(rows, columns | {"decode_ratio": "{:.2f}".format}))
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    def lengths(text: str) -> list[int]:
+        return [number(int, 1)(word) for word in text.split(",")]
+
+    def ratios(text: str) -> list[float]:
+        return [number(float, 0, 0.9999)(word) for word in text.split(",")]
+
+    parser = Arguments(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
+    parser.add_argument("--lengths", type=lengths, default=[2048], help="of the prompt: 2048,8000")
+    parser.add_argument("--ratios", type=ratios, default=[0.5, 0.8], help="default: 0.5,0.8")
+    parser.add_argument(
+        "--rounds", type=number(int, 1), default=5, help="timed rounds (default: 5)"
+    )
+    parser.add_argument("--steps", type=number(int, 1), default=8, help="decode steps of a round")
+    parser.add_argument("--window", type=number(int, 1), default=32, help="full-precision tokens")
+    parser.add_argument("--threads", type=number(int, 1), default=2, help="default: 2")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(lambda: run(parse_arguments()))

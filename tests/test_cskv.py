@@ -1,0 +1,444 @@
+"""The method: factors, their initializations, and the bi-branch cache."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cskv
+from cskv import (
+    BiBranchCache,
+    LayerFactors,
+    LowRank,
+    bi_branch_cache,
+    collect_statistics,
+    init_factors,
+)
+from model import Attention, FullCache, Rope, UserError, full_cache
+from tests.tiny import naive_forward, tiny_config, tiny_model, tiny_tokens
+
+torch.set_grad_enabled(False)
+quick = settings(max_examples=25, deadline=None, derandomize=True)
+
+shapes = st.fixed_dictionaries(
+    {
+        "num_attention_heads": st.sampled_from([4]),
+        "num_key_value_heads": st.sampled_from([1, 2, 4]),
+        "attention_bias": st.booleans(),
+        "sliding_window": st.sampled_from([None, None, 3, 9]),
+    }
+)
+lengths = st.integers(1, 24)
+windows = st.integers(1, 30)
+
+
+def make_factors(model, k_rank, v_rank, init="optimal", seed=0):
+    """Factors from statistics of random tokens, with the ranks varied from layer to layer."""
+    statistics = collect_statistics(model, [tiny_tokens(model, 2, 40, seed)])
+    n, most = len(model.model.layers), model.config.d_kv
+    k_ranks = [max(1, min(most, k_rank + i)) for i in range(n)]
+    v_ranks = [max(1, min(most, v_rank - i)) for i in range(n)]
+    return init_factors(init, model, k_ranks, v_ranks, statistics)
+
+
+def decode_all(model, tokens, prompt, cache):
+    """Logits [B, T, vocab]: the first `prompt` tokens as a prompt, the others one by one."""
+    steps = [tokens[:, :prompt]] + [tokens[:, i : i + 1] for i in range(prompt, tokens.shape[1])]
+    return torch.cat([model(step, cache) for step in steps], dim=1)
+
+
+# ------------------------------------------------------------------------------ the cache's output
+
+
+@quick
+@given(shapes, lengths, windows, st.integers(1, 24), st.integers(1, 3), st.integers(0, 300))
+def test_prefill_is_bit_equal_to_the_model(shape, T, window, rank, batch, expected):
+    model = tiny_model(**shape)
+    tokens = tiny_tokens(model, batch, T)
+    factors = make_factors(model, min(rank, model.config.d_kv), 3)
+    original = model(tokens)
+    assert torch.equal(model(tokens, bi_branch_cache(model, factors, window, expected)), original)
+    assert torch.equal(model(tokens, full_cache(model, expected)), original)
+
+
+@quick
+@given(shapes, st.integers(1, 12), st.integers(1, 14), windows, st.integers(1, 5))
+def test_decode_equals_one_parallel_computation(shape, prompt, steps, window, rank):
+    model = tiny_model(**shape)
+    factors = make_factors(model, rank, rank + 1)
+    tokens = tiny_tokens(model, 2, prompt + steps)
+    cache = bi_branch_cache(model, factors, window, k_bits=32, v_bits=32)
+    for layer in cache:
+        layer.chunk = 3  # so that a few tokens make several chunks
+    logits = decode_all(model, tokens, prompt, cache)
+    for sequence, ours in zip(tokens, logits, strict=True):
+        expected = naive_forward(model, sequence, factors, window, prompt)
+        torch.testing.assert_close(ours.double(), expected, atol=2e-4, rtol=2e-4)
+
+
+@quick
+@given(shapes, st.integers(1, 12), st.integers(1, 14), windows, st.sampled_from(["svd", "optimal"]))
+def test_full_rank_equals_the_full_cache(shape, prompt, steps, window, init):
+    model = tiny_model(**shape)
+    d_kv = model.config.d_kv
+    statistics = collect_statistics(model, [tiny_tokens(model, 2, 40)])
+    factors = init_factors(init, model, [d_kv] * 2, [d_kv] * 2, statistics)
+    tokens = tiny_tokens(model, 2, prompt + steps)
+    ours = decode_all(model, tokens, prompt, bi_branch_cache(model, factors, window, 0, 32, 32))
+    full = decode_all(model, tokens, prompt, full_cache(model))
+    torch.testing.assert_close(ours, full, atol=2e-4, rtol=2e-4)
+
+
+@quick
+@given(shapes, st.integers(1, 12), st.integers(1, 14), st.integers(0, 5))
+def test_window_of_the_whole_length_equals_the_full_cache(shape, prompt, steps, more):
+    model = tiny_model(**shape)
+    tokens = tiny_tokens(model, 2, prompt + steps)
+    factors = make_factors(model, 1, 1, "random")  # as wrong as can be, but never looked at
+    cache = bi_branch_cache(model, factors, prompt + steps + more)
+    ours = decode_all(model, tokens, prompt, cache)
+    full = decode_all(model, tokens, prompt, full_cache(model))
+    torch.testing.assert_close(ours, full, atol=2e-5, rtol=2e-5)
+
+
+def test_sixteen_bit_latents_are_close():
+    model = tiny_model()
+    tokens, factors = tiny_tokens(model, 1, 30), make_factors(model, 8, 8)
+    outs = [
+        decode_all(model, tokens, 10, bi_branch_cache(model, factors, 4, 0, bits, bits))
+        for bits in (16, 32)
+    ]
+    assert 0 < (outs[0] - outs[1]).abs().max() < 0.02 * outs[1].abs().max()
+
+
+# -------------------------------------------------------------------- which token, which branch
+
+
+@quick
+@given(st.integers(1, 10), st.integers(1, 30), windows)
+def test_each_token_is_attended_through_exactly_one_branch(prompt, steps, window):
+    """Token j's exact value is the unit vector e_j, its rebuilt one e_(N + j). All scores are 0, so
+    the output shows the weight 1/n of each token in the channel of the branch it came through."""
+    N = prompt + steps
+    config = tiny_config(
+        hidden_size=N, num_attention_heads=1, num_key_value_heads=1, head_dim=2 * N
+    )
+    attention, rope = Attention(config), Rope(config)
+    rope.reach(N, torch.device("cpu"))
+    into_old = torch.cat([torch.zeros(N, N), torch.eye(N)], dim=1)  # [N, 2 N]
+    some = LowRank(torch.ones(N, 1), torch.zeros(1, 2 * N))
+    factors = LayerFactors(some, LowRank(torch.eye(N), into_old))
+    cache = BiBranchCache(attention, factors, window, k_bits=32, v_bits=32)
+    x = torch.eye(N)[None]  # [1, N, N]: token j is e_j
+    zeros, v = torch.zeros(1, 1, N, 2 * N), torch.zeros(1, 1, N, 2 * N)
+    v[0, 0, :, :N] = torch.eye(N)
+    cache.prefill(x[:, :prompt], *(y[:, :, :prompt] for y in (zeros, zeros, v)), rope)
+    for t in range(prompt, N):
+        now = slice(t, t + 1)
+        out = cache.decode(x[:, now], *(y[:, :, now] for y in (zeros, zeros, v)), rope)[0, 0, 0]
+        full = torch.arange(N) <= t
+        old = torch.arange(N) <= t - window
+        expected = torch.cat([full & ~old, old]).float() / (t + 1)
+        torch.testing.assert_close(out, expected)
+        assert cache.length == t + 1
+        assert cache.c_k.shape[1] >= cache.length and cache.c_v.shape[1] >= cache.length
+        assert min(cache.length, window) <= cache.k.shape[2] <= window
+
+
+@quick
+@given(shapes, st.integers(1, 300), st.integers(0, 20), windows, st.integers(0, 400), st.data())
+def test_bytes_are_those_of_the_tensors(shape, T, steps, window, expected, data):
+    model = tiny_model(**shape)
+    d_kv, layers = model.config.d_kv, len(model.model.layers)
+    k_rank, v_rank = data.draw(st.integers(1, d_kv)), data.draw(st.integers(1, d_kv))
+    factors = init_factors("random", model, [k_rank] * layers, [v_rank] * layers)
+    cache = bi_branch_cache(model, factors, window, expected, k_bits=16, v_bits=32)
+    assert sum(layer.nbytes() for layer in cache) == 0
+    tokens = tiny_tokens(model, 2, T + steps)
+    model(tokens[:, :T], cache, logits_to_keep=1)
+
+    def check(length: int, room: int) -> None:
+        ring = min(window, shape["sliding_window"] or window)
+        for layer in cache:
+            assert layer.nbytes() == sum(t.numel() * t.element_size() for t in layer.tensors())
+            ring_room = layer.k.shape[2]
+            assert min(length, ring) <= ring_room <= min(room, ring)
+            floats = 2 * 4 * d_kv * ring_room  # the ring: keys and values in float32
+            assert layer.nbytes() == 2 * (room * (2 * k_rank + 4 * v_rank) + floats)  # batch of 2
+
+    check(T, max(T, expected))
+    for i in range(T, T + steps):
+        model(tokens[:, i : i + 1], cache)
+    room = max(T, expected)  # past it, in steps of 256 tokens
+    check(T + steps, room if T + steps <= room else room + 1 + 256)
+
+
+def test_growing_copies_rarely():
+    """Buffers grow by 256 tokens: 600 steps past the prompt move them three times, not 600."""
+    model = tiny_model(num_hidden_layers=1)
+    factors = init_factors("svd", model, [3], [2])
+    for cache in (bi_branch_cache(model, factors, 1000), full_cache(model)):
+        model(tiny_tokens(model, 1, 5), cache)
+        places = set()
+        for _ in range(590):
+            model(torch.tensor([[1]]), cache)
+            places.add(tuple(t.data_ptr() for t in cache[0].tensors()))
+            assert all(t.shape[-2] <= cache[0].length + 257 for t in cache[0].tensors())
+        assert len(places) <= 3
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest memory that any operation takes, `known` tensors aside."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.largest = {t.untyped_storage().data_ptr() for t in known}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            storage = out.untyped_storage()
+            if storage.data_ptr() not in self.known:
+                self.largest = max(self.largest, storage.nbytes())
+        return out
+
+
+def test_working_memory_is_the_scores_and_one_chunk():
+    """With 1 query head, scores are 1 number a token; anything else that grew would show."""
+    shape = {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 5000}
+    model = tiny_model(num_hidden_layers=1, **shape)
+    factors = init_factors("svd", model, [4], [4])
+    for T in (1000, 4000):
+        cache = bi_branch_cache(model, factors, 8, expected=T + 1)
+        cache[0].chunk = 64
+        model(tiny_tokens(model, 1, T), cache, logits_to_keep=1)
+        inputs = [torch.zeros(1, 1, 24), *(torch.zeros(1, 1, 1, 6) for _ in range(3))]
+        known = [*cache[0].tensors(), model.rope.cos, model.rope.sin, model.rope.cis]
+        with LargestTensor(known) as seen:
+            cache[0].decode(*inputs, model.rope)
+        assert 4 * 64 * 6 <= seen.largest <= 4 * max(T + 1, 64 * 6)  # float32
+
+
+# ------------------------------------------------------------------------------- wrong handling
+
+
+def test_prefill_twice_and_decode_first_are_errors():
+    model = tiny_model()
+    factors, tokens = make_factors(model, 3, 3), tiny_tokens(model, 1, 5)
+    for cache in (bi_branch_cache(model, factors), full_cache(model)):
+        model(tokens, cache)
+        with pytest.raises(ValueError, match="prefill on a cache that holds 5 tokens"):
+            model(tokens, cache)
+    for layer in (bi_branch_cache(model, factors)[0], FullCache(model.config)):
+        one = torch.zeros(1, 2, 1, 6)
+        with pytest.raises(ValueError, match="decode on an empty cache"):
+            layer.decode(torch.zeros(1, 1, 24), torch.zeros(1, 4, 1, 6), one, one, model.rope)
+        two = torch.zeros(1, 2, 2, 6)
+        layer.length = 1
+        with pytest.raises(ValueError, match="one token a step, got 2"):
+            layer.decode(torch.zeros(1, 2, 24), torch.zeros(1, 4, 2, 6), two, two, model.rope)
+
+
+@pytest.mark.parametrize("arguments", [{"window": 0}, {"window": -3}, {"k_bits": 5}, {"v_bits": 1}])
+def test_bad_cache_arguments(arguments):
+    model = tiny_model()
+    with pytest.raises(UserError):
+        bi_branch_cache(model, make_factors(model, 3, 3), **arguments)
+
+
+def test_bad_initializations():
+    model = tiny_model()
+    for bad in ("best", "SVD", ""):
+        with pytest.raises(UserError, match="no initialization"):
+            init_factors(bad, model, [1, 1], [1, 1])
+    with pytest.raises(UserError, match="needs calibration"):
+        init_factors("optimal", model, [1, 1], [1, 1])
+    for ranks in ([0, 1], [1, 13], [-1, 1]):
+        with pytest.raises(UserError, match="not in 1"):
+            init_factors("svd", model, ranks, [1, 1])
+    with pytest.raises(UserError, match="ranks for 2 layers"):
+        init_factors("svd", model, [1], [1])
+    for ratio in (-0.1, 1.0, math.nan):
+        with pytest.raises(UserError, match="compression ratio"):
+            cskv.rank_for(ratio, 12)
+    with pytest.raises(UserError, match="no calibration text"):
+        collect_statistics(model, [])
+
+
+# -------------------------------------------------------------------------------------- factors
+
+
+def test_rank_is_of_the_whole_layer():
+    """The published code rounds down a head: int(0.2 * 64) * 3 = 36 for SmolLM2. Ours is 38."""
+    assert cskv.rank_for(0.8, 192) == 38
+    assert cskv.rank_for(0.5, 192) == 96
+    assert cskv.rank_for(0, 192) == 192
+    assert cskv.rank_for(0.999, 192) == 1
+
+
+def loss(x, W, pair):
+    """The paper's equation 1, as a mean over tokens of the squared distance."""
+    return (x @ W - x @ pair.A @ pair.B).square().sum(1).mean()
+
+
+data = st.tuples(st.integers(3, 12), st.integers(2, 10), st.integers(20, 40), st.integers(0, 10**6))
+
+
+def random_problem(hidden, d_kv, tokens, seed):
+    """Inputs x with channels of very different sizes, and a weight W."""
+    g = torch.Generator().manual_seed(seed)
+    spread = torch.exp(2 * torch.randn(hidden, generator=g, dtype=torch.float64))
+    x = torch.randn(tokens, hidden, generator=g, dtype=torch.float64) * spread
+    return x, torch.randn(hidden, d_kv, generator=g, dtype=torch.float64), g
+
+
+@quick
+@given(data, st.data())
+def test_optimal_loses_the_dropped_eigenvalues_and_nothing_goes_below(problem, draw):
+    x, W, g = random_problem(*problem)
+    rank = draw.draw(st.integers(1, min(W.shape)))
+    moment = (x @ W).T @ (x @ W) / len(x)
+    dropped = torch.linalg.eigvalsh(moment)[: W.shape[1] - rank].clamp(min=0).sum()
+    scale = moment.trace()
+
+    def double(pair):
+        return LowRank(pair.A.double(), pair.B.double())
+
+    best = loss(x, W, double(cskv.optimal_factors(W, rank, moment)))
+    assert abs(best - dropped) < 1e-5 * scale
+    others = [
+        cskv.svd_factors(W, rank),
+        cskv.asvd_factors(W, rank, x.abs().mean(0)),
+        double(cskv.random_factors(W, rank, torch.Generator().manual_seed(0))),
+    ]
+    optimum = cskv.optimal_factors(W, rank, moment)
+    for size in (1e-3, 1e-1):  # and no step away from it, which is what training takes
+        noise = [
+            size * torch.randn(m.shape, generator=g, dtype=torch.float64) * m.std()
+            for m in (optimum.A, optimum.B)
+        ]
+        others.append(LowRank(optimum.A + noise[0], optimum.B + noise[1]))
+    for other in others:
+        assert loss(x, W, double(other)) >= best - 1e-5 * scale
+
+
+@quick
+@given(data, st.data())
+def test_svd_is_the_best_for_the_weight_alone(problem, draw):
+    _, W, _ = random_problem(*problem)
+    rank = draw.draw(st.integers(1, min(W.shape)))
+    pair = cskv.svd_factors(W, rank)
+    dropped = torch.linalg.svdvals(W)[rank:].square().sum()
+    torch.testing.assert_close((W - pair.A @ pair.B).square().sum(), dropped, atol=1e-9, rtol=1e-6)
+
+
+def test_asvd_by_hand():
+    """Two input channels, one kept direction. W = identity, mean |x| = (1, 16), so S = (1, 4):
+    S W = diag(1, 4), whose best rank-1 part is its second channel."""
+    pair = cskv.asvd_factors(torch.eye(2), 1, torch.tensor([1.0, 16.0]))
+    expected = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    torch.testing.assert_close(pair.A @ pair.B, expected, atol=1e-5, rtol=1e-5)
+    dead = cskv.asvd_factors(torch.eye(2), 1, torch.tensor([0.0, 1.0]))  # a channel always 0
+    assert (dead.A @ dead.B).isfinite().all()
+
+
+@quick
+@given(st.integers(1, 12), windows, st.integers(0, 1000))
+def test_only_the_product_counts(rank, window, seed):
+    """A M and M^-1 B give the same cache as A and B."""
+    model = tiny_model()
+    factors = make_factors(model, rank, rank)
+    g = torch.Generator().manual_seed(seed)
+
+    def mix(pair):
+        r = pair.rank
+        M = torch.eye(r) + 0.3 * torch.randn(r, r, generator=g) / math.sqrt(r)
+        return LowRank(pair.A @ M, torch.linalg.solve(M, pair.B))
+
+    mixed = cskv.Factors([LayerFactors(mix(f.k), mix(f.v)) for f in factors.layers])
+    tokens = tiny_tokens(model, 1, 20)
+    outs = [
+        decode_all(model, tokens, 8, bi_branch_cache(model, f, window, 0, 32, 32))
+        for f in (factors, mixed)
+    ]
+    torch.testing.assert_close(*outs, atol=2e-3, rtol=2e-3)
+
+
+@quick
+@given(st.integers(1, 30), st.integers(0, 200), st.integers(1, 11))
+def test_reconstruction_loss_is_the_same_after_rope(T, start, rank):
+    model = tiny_model()
+    model.rope.reach(300, torch.device("cpu"))
+    k, k_hat = torch.randn(2, 2, T, 6, generator=torch.Generator().manual_seed(rank)).unbind(0)
+    before = (k - k_hat).square().sum()
+    after = (model.rope.rotate(k, start) - model.rope.rotate(k_hat, start)).square().sum()
+    torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-5)
+
+
+def test_statistics_equal_a_naive_computation():
+    """Both moments and the absolute mean, over batches of different shapes, biases left out."""
+    model = tiny_model(attention_bias=True)
+    batches = [tiny_tokens(model, 2, 7, 1), tiny_tokens(model, 1, 5, 2)]
+    inputs = {}
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, i=i: inputs.setdefault(i, []).append(args[0].flatten(0, 1))
+        )
+    statistics = collect_statistics(model, batches)
+    for i, layer in enumerate(model.model.layers):
+        x = torch.cat(inputs[i])
+        assert len(x) == 19
+        k = x @ layer.self_attn.k_proj.weight.T
+        torch.testing.assert_close(statistics[i].x_abs, x.abs().mean(0))
+        torch.testing.assert_close(statistics[i].k_moment, torch.einsum("ti,tj->ij", k, k) / 19)
+
+
+# --------------------------------------------------------------------------------- factors files
+
+
+def test_factors_survive_a_file(tmp_path):
+    model = tiny_model()
+    factors = make_factors(model, 3, 5)
+    factors.info["data"] = "some text"
+    path = tmp_path / "f.safetensors"
+    cskv.save_factors(path, factors, model, torch.float32)
+    again = cskv.load_factors(path, model)
+    assert again.info["init"] == "optimal" and again.info["data"] == "some text"
+    for a, b in zip(factors.layers, again.layers, strict=True):
+        for x, y in ((a.k, b.k), (a.v, b.v)):
+            assert torch.equal(x.A, y.A) and torch.equal(x.B, y.B)
+    assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
+
+
+def test_factors_fit_the_same_model_in_other_bits_and_no_other(tmp_path):
+    model = tiny_model()
+    path = tmp_path / "f.safetensors"
+    cskv.save_factors(path, make_factors(model, 3, 5), model)
+    for dtype in (torch.float16, torch.bfloat16):
+        loaded = cskv.load_factors(path, tiny_model().to(dtype))
+        assert loaded.layers[0].k.A.dtype == dtype
+    others = [tiny_model(seed=1), tiny_model(num_hidden_layers=3), tiny_model(hidden_size=30)]
+    altered = tiny_model()
+    altered.model.layers[1].self_attn.v_proj.weight.data.mul_(-1)
+    for other in [*others, altered]:
+        with pytest.raises(UserError, match="another model"):
+            cskv.load_factors(path, other)
+
+
+def test_infinite_factors_are_not_saved(tmp_path):
+    model = tiny_model()
+    factors = make_factors(model, 3, 5)
+    factors.layers[0].k.A[0, 0] = 1e6  # more than float16 holds
+    with pytest.raises(UserError, match="cannot hold"):
+        cskv.save_factors(tmp_path / "f.safetensors", factors, model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nominal_ratio_counts_bits_and_ranks_of_every_layer():
+    model = tiny_model()  # d_kv 12, 2 layers
+    factors = init_factors("svd", model, [2, 4], [6, 12])
+    assert cskv.nominal_ratio(model, factors) == pytest.approx(1 - (2 + 4 + 6 + 12) / 48)
+    assert cskv.nominal_ratio(model, factors, 32, 16) == pytest.approx(1 - (2 * 6 + 18) / 48)

@@ -1,0 +1,290 @@
+"""The command lines of infer.py and train.py, from their arguments to their output."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cskv
+import infer
+import train
+from model import load_model, load_tokenizer, run_command
+from tests.tiny import save_checkpoint, tiny_model
+
+ROOT = Path(__file__).parent.parent
+PROMPT = "t5 t17 t30 t2 t44 t9 t21 t3 t50 t11"
+
+
+def call(module, capsys, *arguments):
+    """Runs a command line in this process: (exit code, standard output, standard error)."""
+    code = 0
+    try:
+        run_command(lambda: module.run(module.parse_arguments([str(a) for a in arguments])))
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    """A tiny checkpoint with factors of rank 4 of 12, and calibration text."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = tiny_model()
+    save_checkpoint(model, folder / "model")
+    factors = cskv.init_factors("svd", model, [4, 4], [4, 4])
+    cskv.save_factors(folder / "factors.safetensors", factors, model)
+    (folder / "text.txt").write_text(" ".join(f"t{i * i % 61}" for i in range(400)))
+    return folder
+
+
+def arguments(setup, *more):
+    files = ["--model", setup / "model", "--factors", setup / "factors.safetensors"]
+    return [*files, "--prompt", PROMPT, "--max-new-tokens", 12, *more]
+
+
+def test_json_is_one_object_and_counts_live_bytes(setup, capsys):
+    code, out, _ = call(infer, capsys, *arguments(setup, "--window", 5, "--json"))
+    result = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert result["prompt_tokens"] == 10 and len(result["tokens"]) == 12
+    assert result["text"] == " ".join(f"t{i}" for i in result["tokens"])
+    tokens = 10 + 12 - 1  # the last new token is not fed back
+    assert result["full_cache_bytes"] == 2 * 2 * 12 * 2 * tokens  # K and V, layers, d_kv, 16 bits
+    ring = 2 * 5 * 12 * 4  # keys and values, window, d_kv, float32
+    assert result["cache_bytes"] == 2 * (tokens * (4 + 4) * 2 + ring)
+    assert result["honest_ratio"] == pytest.approx(
+        1 - result["cache_bytes"] / result["full_cache_bytes"]
+    )
+    assert result["nominal_ratio"] == pytest.approx(1 - 4 / 12)
+    assert result["prefill_seconds"] > 0 and result["decode_seconds_per_token"] > 0
+
+
+def test_greedy_tokens_equal_recomputing_everything(setup, capsys):
+    """With the full cache, each token is the argmax of a forward pass over all before it."""
+    _, out, _ = call(infer, capsys, *arguments(setup, "--cache", "full", "--json"))
+    model, tokenizer = load_model(setup / "model"), load_tokenizer(setup / "model")
+    ids = tokenizer.encode(PROMPT)
+    for _ in range(12):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    assert json.loads(out)["tokens"] == ids[10:]
+
+
+def test_a_window_over_everything_gives_the_full_cache_tokens(setup, capsys):
+    outs = [
+        json.loads(call(infer, capsys, *arguments(setup, *more, "--json"))[1])["tokens"]
+        for more in (["--cache", "full"], ["--window", 100])
+    ]
+    assert outs[0] == outs[1]
+
+
+def test_text_goes_to_stdout_and_notes_to_stderr(setup, capsys):
+    code, out, err = call(infer, capsys, *arguments(setup))
+    expected = json.loads(call(infer, capsys, *arguments(setup, "--json"))[1])
+    assert code == 0 and out == expected["text"] + "\n"
+    assert "honest ratio" in err
+
+
+def test_compare_answers_twice(setup, capsys):
+    _, out, err = call(infer, capsys, *arguments(setup, "--compare"))
+    assert len(out.splitlines()) == 2
+    assert "full: " in err and "cskv: " in err
+    result = json.loads(call(infer, capsys, *arguments(setup, "--compare", "--json"))[1])
+    full = json.loads(call(infer, capsys, *arguments(setup, "--cache", "full", "--json"))[1])
+    assert result["full"]["tokens"] == full["tokens"]
+    assert result["full"]["cache_bytes"] == 2 * full["full_cache_bytes"]  # it runs in float32 here
+
+
+def test_sampling_follows_its_seed(setup, capsys):
+    def sample(*more):
+        return json.loads(call(infer, capsys, *arguments(setup, *more, "--json"))[1])["tokens"]
+
+    hot = ["--temperature", 3, "--seed"]
+    assert sample(*hot, 1) == sample(*hot, 1) != sample(*hot, 2)
+    assert sample(*hot, 1, "--top-p", 1e-6) == sample()  # a nucleus of one token is greedy
+
+
+def test_top_p_is_the_smallest_set_that_reaches_p():
+    p = torch.tensor([0.1, 0.5, 0.1, 0.3])
+    draw = infer.make_sampler(1.0, 0.7, 0)
+    drawn = [draw(p.log()) for _ in range(300)]
+    assert set(drawn) == {1, 3}
+    assert 0.5 < drawn.count(1) / 300 < 0.75  # 0.5 / 0.8
+
+
+def test_generation_stops_at_the_end_of_text(setup, tmp_path, capsys):
+    ids = json.loads(call(infer, capsys, *arguments(setup, "--json"))[1])["tokens"]
+    save_checkpoint(tiny_model(), tmp_path, eos_token_id=[ids[4], 60])
+    args = ["--model", tmp_path, *arguments(setup, "--json")[2:]]
+    result = json.loads(call(infer, capsys, *args)[1])
+    assert result["tokens"] == ids[: ids.index(ids[4])]
+
+
+def test_new_tokens_end_with_the_context(setup, capsys):
+    prompt = " ".join(["t1"] * 597)
+    args = [*arguments(setup, "--json"), "--prompt", prompt]
+    code, out, err = call(infer, capsys, *args)
+    assert code == 0 and len(json.loads(out)["tokens"]) == 3
+    assert "only 3 new tokens" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_gpu(setup, capsys):
+    code, out, err = call(infer, capsys, *arguments(setup, "--device", "cuda"))
+    assert (code, out) == (2, "") and "no device 'cuda'" in err
+
+
+MISTAKES = {
+    "no such model": (["--model", "no/such/folder"], "no folder no/such/folder"),
+    "no prompt": (["--prompt", ""], "prompt is empty"),
+    "only spaces": (["--prompt", "  \n"], "prompt is empty"),
+    "a long prompt": (["--prompt", " ".join(["t1"] * 600)], "600 tokens"),
+    "no factors file": (["--factors", "none.safetensors"], "no factors file none.safetensors"),
+    "factors is a folder": (["--factors", "."], ". is damaged"),
+    "factors is text": (["--factors", "README.md"], "README.md is damaged"),
+    "window 0": (["--window", 0], "'0' is not a whole number of at least 1"),
+    "window of words": (["--window", "wide"], "'wide' is not a whole number"),
+    "window 1.5": (["--window", 1.5], "'1.5' is not a whole number"),
+    "no new tokens": (["--max-new-tokens", 0], "--max-new-tokens"),
+    "cold": (["--temperature", -1], "--temperature"),
+    "nan": (["--temperature", "nan"], "--temperature"),
+    "top-p 2": (["--top-p", 2], "--top-p"),
+    "5 bits": (["--bits", 5], "--bits"),
+    "unknown cache": (["--cache", "half"], "--cache"),
+    "unknown flag": (["--windw", 3], "--windw"),
+    "unknown device": (["--device", "abacus"], "no device 'abacus'"),
+    "chat": (["--chat"], "no chat template"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(setup, capsys, monkeypatch, mistake):
+    monkeypatch.chdir(ROOT)
+    more, message = MISTAKES[mistake]
+    before = sorted(setup.rglob("*"))
+    code, out, err = call(infer, capsys, *arguments(setup, *more))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and message in err and "Traceback" not in err
+    assert sorted(setup.rglob("*")) == before
+
+
+def test_missing_arguments(setup, capsys):
+    _, _, err = call(infer, capsys, "--model", setup / "model", "--prompt", "t1")
+    assert "needs --factors" in err
+    _, _, err = call(infer, capsys, "--model", setup / "model", "--cache", "full")
+    assert "no prompt" in err
+
+
+def damaged_factors(setup, folder, name):
+    path, good = folder / "f.safetensors", (setup / "factors.safetensors").read_bytes()
+    if name == "truncated":
+        path.write_bytes(good[:-50])
+    elif name == "empty":
+        path.write_bytes(b"")
+    elif name == "another model's":
+        other = tiny_model(seed=5)
+        cskv.save_factors(path, cskv.init_factors("svd", other, [4, 4], [4, 4]), other)
+    elif name == "a newer version":
+        path.write_bytes(good.replace(b'"version":"1"', b'"version":"9"'))
+    elif name == "no factors":
+        path.write_bytes((setup / "model" / "model.safetensors").read_bytes())
+    return path
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("truncated", "is damaged"),
+        ("empty", "is damaged"),
+        ("another model's", "another model"),
+        ("a newer version", "format version 9"),
+        ("no factors", "not a CSKV factors file"),
+    ],
+)
+def test_wrong_factors_are_one_line(setup, tmp_path, capsys, name, message):
+    path = damaged_factors(setup, tmp_path, name)
+    code, out, err = call(infer, capsys, *arguments(setup, "--factors", path))
+    assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+
+
+def test_as_a_program(setup):
+    """From the shell, in a process of its own: the exit codes and streams that scripts see."""
+    command = [sys.executable, "infer.py", *map(str, arguments(setup, "--json"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and len(json.loads(done.stdout)["tokens"]) == 12
+    done = subprocess.run([*command, "--window", "0"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+# ----------------------------------------------------------------------------------- train.py
+
+
+@pytest.mark.parametrize("init", cskv.INITIALIZATIONS)
+def test_train_writes_factors_that_infer_reads(setup, tmp_path, capsys, init):
+    out = tmp_path / "f.safetensors"
+    base = ["--model", setup / "model", "--data", setup / "text.txt", "--init", init]
+    code, _, err = call(train, capsys, *base, "--k-ratio", 0.5, "--v-rank", 2, "--out", out)
+    assert code == 0, err
+    factors = cskv.load_factors(out, load_model(setup / "model"))
+    assert [(f.k.rank, f.v.rank) for f in factors.layers] == [(6, 2), (6, 2)]
+    assert factors.info["init"] == init and factors.info["data"] == "text.txt"
+    assert call(infer, capsys, *arguments(setup, "--factors", out))[0] == 0
+
+
+def test_train_reads_documents_from_every_kind_of_file(tmp_path):
+    (tmp_path / "b.txt").write_text("one\ntwo")
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "id": 1}\n\n{"text": "y"}\n')
+    (tmp_path / "notes.md").write_text("not read")
+    assert list(train.read_documents(tmp_path)) == ["x", "y", "one\ntwo"]
+
+
+def test_samples_are_whole_documents_or_their_pieces(setup, tmp_path):
+    tokenizer = load_tokenizer(setup / "model")
+    lines = [" ".join(["t1"] * 3), " ".join(f"t{i}" for i in range(10)), "t4"]
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    samples = train.sample_tokens(tmp_path, tokenizer, 10, 4, seed=0)
+    found = sorted(sample[0].tolist() for sample in samples)
+    assert found == [[0, 1, 2, 3], [1, 1, 1], [4, 5, 6, 7], [8, 9]]  # one token teaches nothing
+    assert len(train.sample_tokens(tmp_path, tokenizer, 2, 4, seed=0)) == 2
+
+
+TRAIN_MISTAKES = {
+    "no data": (["--data", "none.txt"], "no file none.txt"),
+    "another kind": (["--data", "model.py"], "not a .txt or .jsonl"),
+    "ratio 1": (["--k-ratio", 1], "compression ratio 1.0"),
+    "ratio -1": (["--v-ratio", -1], "compression ratio -1.0"),
+    "rank too large": (["--k-rank", 13], "rank 13 is not in 1 .. 12"),
+    "no folder": (["--out", "no/such/f.safetensors"], "no folder no/such"),
+    "unknown init": (["--init", "best"], "--init"),
+    "no samples": (["--samples", 0], "--samples"),
+}
+
+
+@pytest.mark.parametrize("mistake", TRAIN_MISTAKES)
+def test_a_mistake_in_training_is_one_line(setup, tmp_path, capsys, monkeypatch, mistake):
+    monkeypatch.chdir(ROOT)
+    more, message = TRAIN_MISTAKES[mistake]
+    out = tmp_path / "f.safetensors"
+    base = ["--model", setup / "model", "--data", setup / "text.txt", "--out", out]
+    code, _, err = call(train, capsys, *base, *more)
+    error = err.splitlines()[-1]
+    assert code == 2 and error.startswith("error: ") and message in error
+    assert "Traceback" not in err and list(tmp_path.iterdir()) == []
+
+
+def test_damaged_text_names_its_line(setup, tmp_path, capsys):
+    base = ["--model", setup / "model", "--out", tmp_path / "f.safetensors", "--data"]
+    for line in ('{"text": ', "[1]", '{"other": "x"}', '{"text": 3}'):
+        (tmp_path / "d.jsonl").write_text('{"text": "t1 t2"}\n' + line + "\n")
+        code, _, err = call(train, capsys, *base, tmp_path / "d.jsonl")
+        assert code == 2 and "d.jsonl, line 2" in err
+    (tmp_path / "e.txt").write_bytes(b"\xff\xfe")
+    assert "UTF-8" in call(train, capsys, *base, tmp_path / "e.txt")[2]
+    (tmp_path / "empty.txt").write_text("")
+    assert "holds no text" in call(train, capsys, *base, tmp_path / "empty.txt")[2]
+    (tmp_path / "folder").mkdir()
+    assert "no .txt or .jsonl" in call(train, capsys, *base, tmp_path / "folder")[2]
+    assert call(train, capsys, *base[:4])[2].startswith("error: --init optimal calibrates on text")

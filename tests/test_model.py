@@ -1,0 +1,318 @@
+"""The model: against the naive computation, against transformers, and from damaged files."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import UserError, full_cache, load_model, read_config
+from tests.tiny import naive_forward, save_checkpoint, tiny_config, tiny_model, tiny_tokens
+
+torch.set_grad_enabled(False)
+
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 40,
+}
+VARIANTS = {
+    "multi-head": {"num_key_value_heads": 4},
+    "grouped-query": {"num_key_value_heads": 2},
+    "multi-query": {"num_key_value_heads": 1},
+    "attention bias": {"attention_bias": True},
+    "mlp bias": {"mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "linear RoPE": {"rope_scaling": LINEAR},
+    "llama3 RoPE": {"rope_scaling": LLAMA3, "head_dim": 12},
+    "sliding window": {"sliding_window": 5},
+    "head_dim of its own": {"head_dim": 10},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_a_naive_computation(variant):
+    model = tiny_model(**VARIANTS[variant])
+    tokens = tiny_tokens(model, 2, 23)
+    for sequence, logits in zip(tokens, model(tokens), strict=True):
+        expected = naive_forward(model, sequence)
+        torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.sampled_from(list(VARIANTS)), st.integers(1, 20), st.integers(1, 12), st.integers(0, 40))
+def test_full_cache_step_by_step_equals_all_at_once(variant, prompt, steps, expected):
+    model = tiny_model(**VARIANTS[variant])
+    tokens = tiny_tokens(model, 2, prompt + steps)
+    cache = full_cache(model, expected)
+    parts = [model(tokens[:, :prompt], cache)]
+    parts += [model(tokens[:, i : i + 1], cache) for i in range(prompt, prompt + steps)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=5e-5, rtol=5e-5)
+
+
+def test_logits_to_keep_are_the_last_ones():
+    model = tiny_model()
+    tokens = tiny_tokens(model, 2, 9)
+    torch.testing.assert_close(model(tokens, logits_to_keep=3), model(tokens)[:, -3:])
+
+
+def test_context_length_and_shapes_are_checked():
+    model = tiny_model(max_position_embeddings=10)
+    model(tiny_tokens(model, 1, 10))
+    with pytest.raises(ValueError, match="11 tokens, but the context is 10"):
+        model(tiny_tokens(model, 1, 11))
+    cache = full_cache(model)
+    model(tiny_tokens(model, 1, 10), cache)
+    with pytest.raises(ValueError, match="11 tokens, but the context is 10"):
+        model(tiny_tokens(model, 1, 1), cache)
+    for wrong in (torch.zeros(3, dtype=torch.long), torch.zeros(1, 0, dtype=torch.long)):
+        with pytest.raises(ValueError, match="tokens must be"):
+            model(wrong)
+    with pytest.raises(ValueError, match="1 caches for 2 layers"):
+        model(tiny_tokens(model, 1, 2), full_cache(model)[:1])
+    assert tiny_config(rope_scaling=LINEAR).context_length == 600 * 8
+    assert tiny_config(rope_scaling=LLAMA3).context_length == 600
+
+
+# ----------------------------------------------------------------------------- our own checkpoints
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_is_read_back(tmp_path, tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    loaded = load_model(save_checkpoint(model, tmp_path))
+    tokens = tiny_tokens(model, 1, 8)
+    assert torch.equal(loaded(tokens), model(tokens))
+    shared = loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert shared == tied
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_close(tmp_path, dtype):
+    """The whole path in 16 bits, cache included; small weights do not amplify rounding."""
+    model = tiny_model(scale=0.1)
+    loaded = load_model(save_checkpoint(model, tmp_path), dtype=dtype)
+    tokens = tiny_tokens(model, 1, 12)
+    cache = full_cache(loaded)
+    steps = [loaded(tokens[:, :6], cache)] + [
+        loaded(tokens[:, i : i + 1], cache) for i in range(6, 12)
+    ]
+    exact = model(tokens)
+    assert cache[0].k.dtype == dtype
+    assert (torch.cat(steps, 1).float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def damage(folder, name):
+    """Makes one kind of damage to a good checkpoint; returns what the message must name."""
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    settings = json.loads(config.read_text())
+    if name == "no config":
+        config.unlink()
+        return "config.json"
+    if name == "broken config":
+        config.write_text('{"model_type": "llama",')
+        return "config.json"
+    if name == "config is a list":
+        config.write_text("[1]")
+        return "not a JSON object"
+    if name == "no weights":
+        weights.unlink()
+        return "model.safetensors"
+    if name == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+        return "damaged"
+    if name == "weights are text":
+        weights.write_text("version https://git-lfs.github.com/spec/v1")
+        return "damaged"
+    if name == "missing shard":
+        weights.unlink()
+        index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        return "model-00001-of-00002.safetensors is missing"
+    if name == "truncated bin":
+        weights.unlink()
+        torch.save({"x": torch.zeros(1000)}, folder / "pytorch_model.bin")
+        data = (folder / "pytorch_model.bin").read_bytes()
+        (folder / "pytorch_model.bin").write_bytes(data[: len(data) // 2])
+        return "damaged"
+    changes, message = {
+        "another model type": ({"model_type": "gpt2"}, "gpt2"),
+        "no model type": ({"model_type": None}, "model_type"),
+        "another activation": ({"hidden_act": "gelu"}, "gelu"),
+        "quantized": ({"quantization_config": {"bits": 4}}, "quantized"),
+        "unknown RoPE": ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "yarn"),
+        "RoPE without factor": ({"rope_scaling": {"type": "linear"}}, "factor"),
+        "missing key": ({"hidden_size": ...}, "hidden_size"),
+        "bad value": ({"num_hidden_layers": "two"}, "bad value"),
+        "odd heads": ({"num_attention_heads": 3}, "3 query heads"),
+        "no heads": ({"num_attention_heads": 0}, "positive"),
+        "wrong shape": ({"vocab_size": 62}, "(61, 24)"),
+        "missing weight": ({"num_hidden_layers": 3}, "model.layers.2"),
+        "unexpected weight": ({"num_hidden_layers": 1}, "model.layers.1"),
+        "untied": ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
+    }[name]
+    settings = {k: v for k, v in {**settings, **changes}.items() if v is not ...}
+    config.write_text(json.dumps(settings))
+    return message
+
+
+DAMAGES = [
+    "no config",
+    "broken config",
+    "config is a list",
+    "no weights",
+    "truncated weights",
+    "weights are text",
+    "missing shard",
+    "truncated bin",
+    "another model type",
+    "no model type",
+    "another activation",
+    "quantized",
+    "unknown RoPE",
+    "RoPE without factor",
+    "missing key",
+    "bad value",
+    "odd heads",
+    "no heads",
+    "wrong shape",
+    "missing weight",
+    "unexpected weight",
+    "untied",
+]
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_checkpoints_are_named(tmp_path, name):
+    folder = save_checkpoint(tiny_model(tie_word_embeddings=name == "untied"), tmp_path)
+    message = damage(folder, name)
+    with pytest.raises(UserError) as caught:
+        load_model(folder)
+    assert message in str(caught.value)
+
+
+def test_a_missing_folder_is_named():
+    for path in ("weights/no-such-model", "no/such/folder", "nothing"):
+        with pytest.raises(UserError, match="no folder"):
+            load_model(path)
+
+
+def test_an_unreachable_hub_is_one_message(monkeypatch):
+    import huggingface_hub
+
+    def refuse(*args, **kwargs):
+        raise OSError("cannot reach it\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"the hub did not give that repository: cannot reach it$"):
+        load_model("org/name")
+
+
+def test_a_hub_name_is_fetched(monkeypatch, tmp_path):
+    """Safetensors first; the .bin files only where there are no others."""
+    import huggingface_hub
+
+    model, asked = tiny_model(), []
+    torch.save(model.state_dict(), save_checkpoint(model, tmp_path) / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+
+    def fetch(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    tokens = tiny_tokens(model, 1, 5)
+    assert torch.equal(load_model("org/name")(tokens), model(tokens))
+    assert [name for name, _ in asked] == ["org/name"] * 2
+    assert "model*.safetensors" in asked[0][1] and "pytorch_model*.bin" in asked[1][1]
+
+
+# ------------------------------------------------------------------------- against transformers
+
+
+HF = {
+    "multi-head": {"num_key_value_heads": 4},
+    "grouped-query": {},
+    "linear RoPE": {"rope_parameters": {**LINEAR, "rope_theta": 10000.0}},
+    "llama3 RoPE": {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}},
+    "attention bias": {"attention_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "head_dim of its own": {"head_dim": 12},
+    "mistral": {"kind": "Mistral", "sliding_window": None},
+    "mistral, sliding window": {"kind": "Mistral", "sliding_window": 7},
+}
+
+
+def hf_model(kind="Llama", **changes):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    config = getattr(transformers, f"{kind}Config")(**{**config, **changes})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+    return model
+
+
+def assert_same_logits(theirs, folder):
+    ours = load_model(folder)
+    tokens = tiny_tokens(ours, 2, 40)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("variant", HF)
+def test_logits_equal_transformers(tmp_path, variant):
+    theirs = hf_model(**HF[variant])
+    theirs.save_pretrained(tmp_path)
+    assert_same_logits(theirs, tmp_path)
+
+
+def test_sharded_checkpoint(tmp_path):
+    theirs = hf_model()
+    theirs.save_pretrained(tmp_path, max_shard_size="20kB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert_same_logits(theirs, tmp_path)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_bin_checkpoint(tmp_path, shards):
+    """As LongChat's: .bin shards that also hold RoPE's frequencies, which follow from the config."""
+    theirs = hf_model()
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    weights = {**theirs.state_dict(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    if shards == 1:
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    else:
+        names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+        parts = {name: dict(list(weights.items())[i::2]) for i, name in enumerate(names)}
+        for name, part in parts.items():
+            torch.save(part, tmp_path / name)
+        weight_map = {key: name for name, part in parts.items() for key in part}
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+    assert_same_logits(theirs, tmp_path)
+
+
+def test_old_config_spelling(tmp_path):
+    """Until transformers 5, theta and scaling were two entries, the scaling's kind was `type`."""
+    theirs = hf_model(rope_parameters={**LINEAR, "rope_theta": 5000.0})
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("rope_parameters")
+    config |= {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 8.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path).rope_scaling == LINEAR
+    assert_same_logits(theirs, tmp_path)

@@ -1,0 +1,160 @@
+"""Tiny random models for the tests, on disk and in memory, and a naive forward pass."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cskv import Factors
+from model import Config, Transformer
+
+
+def tiny_config(**changes) -> Config:
+    values = {
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "intermediate_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100.0,
+        "rope_scaling": None,
+        "max_position_embeddings": 600,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "sliding_window": None,
+        "eos_token_ids": (),
+    }
+    return Config(**{**values, **changes})
+
+
+def tiny_model(seed: int = 0, scale: float = 0.4, **changes) -> Transformer:
+    """Weights from N(0, scale^2): large enough that attention is far from uniform."""
+    model = Transformer(tiny_config(**changes))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * scale
+        parameter.data = 1 + noise if "norm" in name else noise
+    return model.requires_grad_(False).eval()
+
+
+def tiny_tokens(model: Transformer, batch: int, length: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+
+
+def save_checkpoint(model: Transformer, folder: Path, **config_changes) -> Path:
+    """Writes `model` as a Hugging Face folder with a tokenizer of the words `t0 t1 ...`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    c = model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    fields += ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
+    fields += ("rope_theta", "max_position_embeddings", "tie_word_embeddings", "attention_bias")
+    config = {"model_type": "llama", **{name: getattr(c, name) for name in fields}}
+    (folder / "config.json").write_text(json.dumps({**config, **config_changes}))
+    weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    if not c.tie_word_embeddings:
+        weights["lm_head.weight"] = model.lm_head.weight
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors")
+    vocab = {f"t{i}": i for i in range(c.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+# ------------------------------------------------------------- the same computations, naively
+
+
+def naive_rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    """x [T, D], half-split pairs, multiplied by rotation matrices written out entry by entry."""
+    half = x.shape[1] // 2
+    turns = torch.zeros(len(x), *2 * x.shape[1:], dtype=x.dtype)  # a D x D matrix for each token
+    for f in range(half):
+        angle = positions * frequencies[f]
+        turns[:, f, f] = turns[:, f + half, f + half] = angle.cos()
+        turns[:, f, f + half], turns[:, f + half, f] = -angle.sin(), angle.sin()
+    return torch.einsum("tij,tj->ti", turns, x)
+
+
+def naive_frequencies(config: Config) -> Tensor:
+    """RoPE frequencies written out channel by channel, scaling included."""
+    result = []
+    for f in range(config.head_dim // 2):
+        w = config.rope_theta ** (-2 * f / config.head_dim)
+        s = config.rope_scaling
+        if s and s["rope_type"] == "linear":
+            w /= s["factor"]
+        elif s:
+            wavelength = 2 * math.pi / w
+            original = s["original_max_position_embeddings"]
+            if wavelength > original / s["low_freq_factor"]:
+                w /= s["factor"]
+            elif wavelength > original / s["high_freq_factor"]:
+                smooth = (original / wavelength - s["low_freq_factor"]) / (
+                    s["high_freq_factor"] - s["low_freq_factor"]
+                )
+                w = (1 - smooth) * w / s["factor"] + smooth * w
+        result.append(w)
+    return torch.tensor(result, dtype=torch.float64)
+
+
+def naive_forward(
+    model: Transformer,
+    tokens: Tensor,
+    factors: Factors | None = None,
+    window: int = 1,
+    prompt: int = 0,
+) -> Tensor:
+    """Logits [T, vocab] of one sequence [T], all positions in one go, in float64.
+
+    With factors: a token i >= `prompt` (a decode step) sees the keys and values of tokens
+    j <= i - window through A B, everything else exactly: CSKV with the window mask written out.
+    """
+    c, T = model.config, len(tokens)
+    w = {name: p.double() for name, p in model.state_dict().items()}
+    frequencies, positions = naive_frequencies(c), torch.arange(T)
+    i, j = positions[:, None], positions[None]
+    visible = (j <= i) & (i - j < (c.sliding_window or T))
+    compressed = (i >= prompt) & (i - j >= window) if factors else torch.zeros(T, T, dtype=bool)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * weight
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+
+    x = w["model.embed_tokens.weight"][tokens]
+    for n in range(c.num_hidden_layers):
+        at = f"model.layers.{n}.self_attn"
+        h = norm(x, w[f"model.layers.{n}.input_layernorm.weight"])
+        q, k, v = (linear(h, f"{at}.{name}_proj") for name in "qkv")
+        k_hat, v_hat = k, v
+        if factors:
+            pair = factors.layers[n]
+            k_hat = h @ pair.k.A.double() @ pair.k.B.double() + w.get(f"{at}.k_proj.bias", 0)
+            v_hat = h @ pair.v.A.double() @ pair.v.B.double() + w.get(f"{at}.v_proj.bias", 0)
+        out = []
+        for head in range(c.num_attention_heads):
+            group = head // (c.num_attention_heads // c.num_key_value_heads)
+            own = slice(head * c.head_dim, (head + 1) * c.head_dim)
+            shared = slice(group * c.head_dim, (group + 1) * c.head_dim)
+            turned = (q[:, own], k[:, shared], k_hat[:, shared])
+            q_h, k_h, k_hat_h = (naive_rotate(y, positions, frequencies) for y in turned)
+            scores = torch.where(compressed, q_h @ k_hat_h.T, q_h @ k_h.T) / math.sqrt(c.head_dim)
+            p = scores.masked_fill(~visible, -math.inf).softmax(-1)
+            out.append((p * ~compressed) @ v[:, shared] + (p * compressed) @ v_hat[:, shared])
+        x = x + linear(torch.cat(out, 1), f"{at}.o_proj")
+        h = norm(x, w[f"model.layers.{n}.post_attention_layernorm.weight"])
+        mlp = f"model.layers.{n}.mlp"
+        gate = linear(h, f"{mlp}.gate_proj")
+        x = x + linear(gate * gate.sigmoid() * linear(h, f"{mlp}.up_proj"), f"{mlp}.down_proj")
+    return linear(norm(x, w["model.norm.weight"]), "lm_head")

