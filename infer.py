@@ -1,5 +1,6 @@
 """Generates text from a KV cache of fewer channels, and counts the bytes.
 
+    python infer.py                     a demonstration on the embedded teaching model
     python infer.py --prompt "..." --model FOLDER_OR_HUB_NAME --factors FILE
 
 The prompt is read once with the exact model (`prefill`), then every new token attends to the
@@ -112,14 +113,20 @@ def answer(
     }
 
 
-def summary(name: str, result: dict) -> str:
-    """One line about a result: what was held, against what, and how long it took."""
-    return (
-        f"{name}: {result['cache_bytes'] / 1e6:.2f} MB of cache, a full one in 16 bits has "
-        f"{result['full_cache_bytes'] / 1e6:.2f} MB | honest ratio {result['honest_ratio']:.1%}, "
-        f"nominal {result['nominal_ratio']:.1%} | prefill {result['prefill_seconds']:.2f} s, "
-        f"decode {1e3 * result['decode_seconds_per_token']:.1f} ms a token"
-    )
+def report(results: dict[str, dict]) -> str:
+    """A small table of bytes and seconds, a column for each cache."""
+    rows = {
+        "cache, MB": lambda r: f"{r['cache_bytes'] / 1e6:.2f}",
+        "a full 16-bit cache, MB": lambda r: f"{r['full_cache_bytes'] / 1e6:.2f}",
+        "honest ratio": lambda r: f"{r['honest_ratio']:.1%}",
+        "nominal ratio": lambda r: f"{r['nominal_ratio']:.1%}",
+        "prefill, s": lambda r: f"{r['prefill_seconds']:.2f}",
+        "decode, ms a token": lambda r: f"{1e3 * r['decode_seconds_per_token']:.1f}",
+    }
+    lines = [f"{'':25}" + "".join(f"{name:>10}" for name in results)]
+    for label, value in rows.items():
+        lines.append(f"{label:25}" + "".join(f"{value(r):>10}" for r in results.values()))
+    return "\n".join(lines)
 
 
 def encode_prompt(
@@ -147,60 +154,75 @@ def encode_prompt(
     return prompt
 
 
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
-
-    def note(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     check_device(args.device)
-    if args.prompt is None:
-        raise UserError('no prompt; give one: --prompt "..."')
-    factors_file = args.factors or (
-        TEACHER / "cskv-80.safetensors" if args.model == TEACHER else None
+    teacher, compare, text, factors_file = (
+        args.model is None,
+        args.compare,
+        args.prompt,
+        args.factors,
     )
-    caches = ["full", "cskv"] if args.compare else [args.cache]
+    path = args.model or TEACHER
+    if teacher:
+        factors_file = factors_file or TEACHER / "cskv-80.safetensors"
+        if text is None:
+            compare, text = True, (TEACHER / "prompt.txt").read_text(encoding="utf-8")
+            first, *_, last = text.strip().splitlines()
+            note(f"{first[:76]} [...]\n[... {len(text)} characters, a LongEval case ...]\n{last}\n")
+        else:
+            note(
+                "The embedded model only finds numbers in its prompt, as `python infer.py` shows. "
+                "For English: python weights/get_smollm2.py, then "
+                "--model weights/SmolLM2-135M-Instruct"
+            )
+    if text is None:
+        raise UserError('no prompt; give one: --prompt "..."')
+    caches = ["full", "cskv"] if compare else [args.cache]
     if "cskv" in caches and factors_file is None:
         raise UserError(
             "the cskv cache needs --factors FILE, made by train.py; or use --cache full"
         )
-    model = load_model(args.model, args.device, DTYPES[args.dtype])
-    tokenizer = load_tokenizer(args.model)
-    prompt = encode_prompt(tokenizer, args.prompt, args.chat, model)
+    model, tokenizer = load_model(path, args.device, DTYPES[args.dtype]), load_tokenizer(path)
+    prompt = encode_prompt(tokenizer, text, args.chat, model)
     new_tokens = min(args.max_new_tokens, model.config.context_length - len(prompt))
     if new_tokens < args.max_new_tokens:
         note(f"only {new_tokens} new tokens fit into the context")
     bits = args.k_bits or args.bits, args.v_bits or args.bits
+    expected = len(prompt) + new_tokens - 1  # the last new token is never fed back
 
     results = {}
     for name in caches:
-        expected = len(prompt) + new_tokens - 1  # the last new token is never fed back
         if name == "full":
-            cache = full_cache(model, expected)
-            nominal = 0.0
+            cache, nominal = full_cache(model, expected), 0.0
         else:
             factors = cskv.load_factors(factors_file, model)
             cache = cskv.bi_branch_cache(model, factors, args.window, expected, *bits)
             nominal = cskv.nominal_ratio(model, factors, *bits)
         sample = make_sampler(args.temperature, args.top_p, args.seed)
-        if not args.json:
-            note(f"{name} cache, {len(prompt)} tokens of prompt:")
-        stream = None if args.json else lambda text: print(text, end="", flush=True)
-        result = answer(
-            model, tokenizer, prompt, cache, new_tokens, sample, stream or (lambda text: None)
-        )
+        stream = [] if args.json else [lambda text: print(text, end="", flush=True)]
+        if compare and not args.json:
+            print(f"--- {name} cache, {len(prompt)} tokens of prompt")
+        result = answer(model, tokenizer, prompt, cache, new_tokens, sample, *stream)
         results[name] = {**result, "nominal_ratio": nominal}
         if not args.json:
-            print()
-            note(summary(name, results[name]))
+            print("\n" if compare else "")
     if args.json:
         last = results[caches[-1]]
-        print(json.dumps({**last, "full": results["full"]} if args.compare else last))
+        print(json.dumps({**last, "full": results["full"]} if compare else last))
+    else:
+        print(report(results), file=sys.stdout if compare else sys.stderr)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompt", help="what to answer or to continue")
+    parser.add_argument(
+        "--prompt", help="what to answer or to continue (default, without --model: a LongEval case)"
+    )
     parser.add_argument(
         "--model",
         default=TEACHER,

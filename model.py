@@ -34,74 +34,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-# ------------------------------------------------------------------------------ command lines
-
 
 class UserError(ValueError):
     """A mistake that the user can mend. Command lines print it as one line and exit with 2."""
-
-
-class Arguments(argparse.ArgumentParser):
-    """argparse, with a wrong argument as one line instead of the whole usage text."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (see --help)")
-
-
-def number(kind: type, low: float, high: float = math.inf):
-    """For argparse's `type`: an int or a float in [low, high]."""
-
-    def read(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            word = "a whole number" if kind is int else "a number"
-            limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {word} {limits}")
-        return value
-
-    return read
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def check_device(name: str) -> None:
-    """Raises `UserError` unless tensors can live on the device called `name`."""
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"no device {name!r} here; use --device cpu") from None
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name to write a file under; it takes the name `path` only when it is complete."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written ({error}); choose another place") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def run_command(command: Callable[[], None]) -> None:
-    """Runs a command line and exits: 0, or 2 with one line on standard error for a `UserError`."""
-    try:
-        command()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("error: out of GPU memory; try --dtype bfloat16 or a shorter text", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 # ------------------------------------------------------------------------------------- config
@@ -378,8 +313,7 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # In float32, as Llama does: x^2 of a 16-bit activation overflows or loses its tail.
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # 16-bit x: in float32 inside
 
 
 class Attention(nn.Module):
@@ -769,3 +703,69 @@ def read_sentencepiece(file: Path, settings: dict):
             single=f"{bos} $A", special_tokens=[(bos, vocab[bos])]
         )
     return backend
+
+
+# ------------------------------------------------------------------------------ command lines
+
+
+class Arguments(argparse.ArgumentParser):
+    """argparse, with a wrong argument as one line instead of the whole usage text."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see --help)")
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """For argparse's `type`: an int or a float in [low, high]."""
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            word = "a whole number" if kind is int else "a number"
+            limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word} {limits}")
+        return value
+
+    return read
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_device(name: str) -> None:
+    """Raises `UserError` unless tensors can live on the device called `name`."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no device {name!r} here; use --device cpu") from None
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary name to write a file under; it takes the name `path` only when it is complete."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({error}); choose another place") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Runs a command line and exits: 0, or 2 with one line on standard error for a `UserError`."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory; try --dtype bfloat16 or a shorter text", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

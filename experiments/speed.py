@@ -78,14 +78,17 @@ def measure(
             runners[name][1](one, caches[name])
 
     bar = tqdm(total=2 * (args.rounds + 1) * len(runners), desc=f"{length} tokens", leave=False)
+    names = list(runners)
     for i in range(args.rounds + 1):  # the first round warms up
-        for name, (make, run) in runners.items():
+        for name in names[i % len(names) :] + names[: i % len(names)]:  # everyone is first in turn
+            make, run = runners[name]
+            caches.pop(name, None)  # its memory is free before the next one takes some
             caches[name] = make()
             seconds = timed(lambda run=run, name=name: run(prompt, caches[name]), args.device)
             prefill[name] += [seconds] if i else []
             bar.update()
     for i in range(args.rounds + 1):
-        for name in runners:
+        for name in names[i % len(names) :] + names[: i % len(names)]:
             seconds = timed(lambda name=name: steps(name), args.device)
             decode[name] += [seconds / args.steps] if i else []
             bar.update()

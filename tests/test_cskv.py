@@ -336,11 +336,16 @@ def test_svd_is_the_best_for_the_weight_alone(problem, draw):
 
 
 def test_asvd_by_hand():
-    """Two input channels, one kept direction. W = identity, mean |x| = (1, 16), so S = (1, 4):
-    S W = diag(1, 4), whose best rank-1 part is its second channel."""
-    pair = cskv.asvd_factors(torch.eye(2), 1, torch.tensor([1.0, 16.0]))
-    expected = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
-    torch.testing.assert_close(pair.A @ pair.B, expected, atol=1e-5, rtol=1e-5)
+    """W = diag(3, 1), one direction kept, which plain SVD takes from the first channel.
+
+    S = diag(mean |x|^0.5): for (1, 4), S W = diag(3, 2), the first still; for (1, 16), diag(3, 4).
+    """
+    W, first, second = torch.diag(torch.tensor([3.0, 1.0])), [[3.0, 0.0]], [[0.0, 1.0]]
+    for x_abs, kept in (((1.0, 4.0), first), ((1.0, 16.0), second)):
+        pair = cskv.asvd_factors(W, 1, torch.tensor(x_abs))
+        expected = torch.zeros(2, 2)
+        expected[int(kept is second)] = torch.tensor(kept[0])
+        torch.testing.assert_close(pair.A @ pair.B, expected, atol=1e-4, rtol=1e-4)
     dead = cskv.asvd_factors(torch.eye(2), 1, torch.tensor([0.0, 1.0]))  # a channel always 0
     assert (dead.A @ dead.B).isfinite().all()
 

@@ -89,9 +89,11 @@ def test_text_goes_to_stdout_and_notes_to_stderr(setup, capsys):
 
 
 def test_compare_answers_twice(setup, capsys):
-    _, out, err = call(infer, capsys, *arguments(setup, "--compare"))
-    assert len(out.splitlines()) == 2
-    assert "full: " in err and "cskv: " in err
+    _, out, _ = call(infer, capsys, *arguments(setup, "--compare"))
+    alone = call(infer, capsys, *arguments(setup))[1]
+    assert out.startswith("--- full cache, 10 tokens of prompt")
+    assert f"--- cskv cache, 10 tokens of prompt\n{alone}\n" in out
+    assert out.split("honest ratio")[1].split()[0] == "-100.0%"  # the full cache, in float32 here
     result = json.loads(call(infer, capsys, *arguments(setup, "--compare", "--json"))[1])
     full = json.loads(call(infer, capsys, *arguments(setup, "--cache", "full", "--json"))[1])
     assert result["full"]["tokens"] == full["tokens"]

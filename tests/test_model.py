@@ -288,7 +288,7 @@ def test_sharded_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_bin_checkpoint(tmp_path, shards):
-    """As LongChat's: .bin shards that also hold RoPE's frequencies, which follow from the config."""
+    """As LongChat's: .bin shards that also hold RoPE's frequencies, which the config gives."""
     theirs = hf_model()
     theirs.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()

