@@ -138,6 +138,8 @@ def encode_prompt(
     """
     if not text.strip():
         raise UserError('the prompt is empty; give some text: --prompt "..."')
+    if any("\ud800" <= c <= "\udfff" for c in text):  # how Python spells bytes that are not UTF-8
+        raise UserError("the prompt is not valid UTF-8; check where it was cut")
     if chat or (chat is None and tokenizer.template):
         prompt = tokenizer.encode(
             tokenizer.chat([{"role": "user", "content": text}]), special=False

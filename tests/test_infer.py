@@ -143,6 +143,7 @@ MISTAKES = {
     "no such model": (["--model", "no/such/folder"], "no folder no/such/folder"),
     "no prompt": (["--prompt", ""], "prompt is empty"),
     "only spaces": (["--prompt", "  \n"], "prompt is empty"),
+    "half a character": (["--prompt", "t1 \udcc3"], "not valid UTF-8"),
     "a long prompt": (["--prompt", " ".join(["t1"] * 600)], "600 tokens"),
     "no factors file": (["--factors", "none.safetensors"], "no factors file none.safetensors"),
     "factors is a folder": (["--factors", "."], ". is damaged"),
