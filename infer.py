@@ -34,7 +34,9 @@ from model import (
     run_command,
 )
 
-TEACHER = Path(__file__).parent / "weights" / "teacher"  # the embedded model, for retrieval only
+TEACHER = (
+    Path(__file__).resolve().parent / "weights" / "teacher"
+)  # the embedded model, for retrieval only
 
 
 def make_sampler(temperature: float, top_p: float, seed: int) -> Callable[[Tensor], int]:
@@ -48,7 +50,8 @@ def make_sampler(temperature: float, top_p: float, seed: int) -> Callable[[Tenso
     def sample(logits: Tensor) -> int:
         if temperature == 0:
             return int(logits.argmax())
-        p, ids = (logits.float().cpu() / temperature).softmax(-1).sort(descending=True)
+        logits = logits.double().cpu()
+        p, ids = ((logits - logits.max()) / temperature).softmax(-1).sort(descending=True)
         p[p.cumsum(0) - p >= top_p] = 0  # what lies before a token has reached top_p: drop it
         return int(ids[torch.multinomial(p, 1, generator=generator)])
 
@@ -88,15 +91,16 @@ def answer(
     `honest_ratio` compares the bytes of the tensors that the cache holds at the end with those of a
     full cache of the same length in 16 bits, 2 * layers * d_kv * 2 bytes a token.
     """
-    from tokenizers.decoders import DecodeStream
-
-    stream = DecodeStream(skip_special_tokens=True)  # holds back bytes of an unfinished character
-    tokens, times = [], [time.perf_counter()]
+    tokens, times, written = [], [time.perf_counter()], ""
     for token in generate(model, prompt, cache, max_new_tokens, sample):
         times.append(time.perf_counter())
         tokens.append(token)
-        write(stream.step(tokenizer.backend, token) or "")
+        text = tokenizer.decode(tokens)
+        if not text.endswith("\ufffd"):  # else a character whose last bytes are to come
+            write(text[len(written) :])
+            written = text
     times.append(time.perf_counter())
+    write(tokenizer.decode(tokens)[len(written) :])
     config = model.config
     steps = cache[0].length - len(prompt)  # every new token but the last went through decode
     cache_bytes = sum(layer.nbytes() for layer in cache)
@@ -138,8 +142,6 @@ def encode_prompt(
     """
     if not text.strip():
         raise UserError('the prompt is empty; give some text: --prompt "..."')
-    if any("\ud800" <= c <= "\udfff" for c in text):  # how Python spells bytes that are not UTF-8
-        raise UserError("the prompt is not valid UTF-8; check where it was cut")
     if chat or (chat is None and tokenizer.template):
         prompt = tokenizer.encode(
             tokenizer.chat([{"role": "user", "content": text}]), special=False
@@ -160,28 +162,28 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def shorten(text: str) -> str:
+    """What matters of a LongEval case: how it begins, the line that is asked for, the question."""
+    first, *lines, last = text.strip().splitlines()
+    key = last.split(" in line ")[1].split("?")[0]
+    asked = next(line for line in lines if line.startswith(f"line {key}:"))
+    return f"{first[:76]} [...]\n[...]\n{asked}\n[...]\n{last}\n"
+
+
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     check_device(args.device)
-    teacher, compare, text, factors_file = (
-        args.model is None,
-        args.compare,
-        args.prompt,
-        args.factors,
-    )
-    path = args.model or TEACHER
-    if teacher:
+    path, text, factors_file, compare = args.model, args.prompt, args.factors, args.compare
+    most, hint = args.max_new_tokens, None
+    if Path(path).resolve() == TEACHER:
         factors_file = factors_file or TEACHER / "cskv-80.safetensors"
+        hint = (
+            "The embedded model only finds numbers in its prompt, as `python infer.py` shows. For "
+            "English:\npython weights/get_smollm2.py, then --model weights/SmolLM2-135M-Instruct"
+        )
         if text is None:
-            compare, text = True, (TEACHER / "prompt.txt").read_text(encoding="utf-8")
-            first, *_, last = text.strip().splitlines()
-            note(f"{first[:76]} [...]\n[... {len(text)} characters, a LongEval case ...]\n{last}\n")
-        else:
-            note(
-                "The embedded model only finds numbers in its prompt, as `python infer.py` shows. "
-                "For English: python weights/get_smollm2.py, then "
-                "--model weights/SmolLM2-135M-Instruct"
-            )
+            text = (TEACHER / "prompt.txt").read_text(encoding="utf-8")
+            hint, compare, most = shorten(text), True, min(most, 8)  # a number and its end
     if text is None:
         raise UserError('no prompt; give one: --prompt "..."')
     caches = ["full", "cskv"] if compare else [args.cache]
@@ -191,8 +193,11 @@ def run(args: argparse.Namespace) -> None:
         )
     model, tokenizer = load_model(path, args.device, DTYPES[args.dtype]), load_tokenizer(path)
     prompt = encode_prompt(tokenizer, text, args.chat, model)
-    new_tokens = min(args.max_new_tokens, model.config.context_length - len(prompt))
-    if new_tokens < args.max_new_tokens:
+    factors = cskv.load_factors(factors_file, model) if "cskv" in caches else None
+    if hint:
+        note(hint)
+    new_tokens = min(most, model.config.context_length - len(prompt))
+    if new_tokens < most:
         note(f"only {new_tokens} new tokens fit into the context")
     bits = args.k_bits or args.bits, args.v_bits or args.bits
     expected = len(prompt) + new_tokens - 1  # the last new token is never fed back
@@ -202,7 +207,6 @@ def run(args: argparse.Namespace) -> None:
         if name == "full":
             cache, nominal = full_cache(model, expected), 0.0
         else:
-            factors = cskv.load_factors(factors_file, model)
             cache = cskv.bi_branch_cache(model, factors, args.window, expected, *bits)
             nominal = cskv.nominal_ratio(model, factors, *bits)
         sample = make_sampler(args.temperature, args.top_p, args.seed)

@@ -21,11 +21,12 @@ import argparse
 import json
 import math
 import os
+import pickle
 import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +105,10 @@ def read_config(folder: Path) -> Config:
         refuse("a quantized checkpoint (quantization_config)")
 
     # Since version 5, transformers writes theta and scaling into one dict, `rope_parameters`.
-    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        refuse(f"RoPE scaling {rope!r}")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", c.get("rope_theta", 10000.0))
     rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
     if rope["rope_type"] not in ("default", "linear", "llama3"):
@@ -138,15 +142,16 @@ def read_config(folder: Path) -> Config:
             tie_word_embeddings=bool(c.get("tie_word_embeddings", False)),
             attention_bias=bool(c.get("attention_bias", False)),
             mlp_bias=bool(c.get("mlp_bias", False)),
-            sliding_window=c.get("sliding_window"),
+            sliding_window=None if c.get("sliding_window") is None else int(c["sliding_window"]),
             eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
         )
     except KeyError as error:
         raise UserError(f"{path} lacks {error}; fetch it again") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{path} has a bad value ({error}); fetch it again") from None
-    if min(config.num_attention_heads, config.num_key_value_heads, config.head_dim) < 1:
-        raise UserError(f"{path}: heads and head_dim must be positive; fetch it again")
+    for name, value in vars(config).items():
+        if type(value) is int and value < 1:
+            raise UserError(f"{path}: {name} is {value}, not positive; fetch it again")
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         refuse(
             f"{heads} query heads on {config.num_key_value_heads} key/value heads of dimension "
@@ -207,8 +212,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None
     T = q.shape[-2]
     mask = None
     if sliding_window is not None and sliding_window < T:
-        age = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)  # [T, T]
-        mask = (age >= 0) & (age < sliding_window)
+        j = torch.arange(T, device=q.device)
+        i = j[:, None]
+        mask = (j <= i) & (j > i - sliding_window)  # [T, T]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
@@ -263,7 +269,7 @@ def reserve(buffer: Tensor, length: int, most: int | None = None) -> Tensor:
     capacity = buffer.shape[-2]
     if length <= capacity or capacity == most:
         return buffer
-    room = length + GROW if most is None else min(length + GROW, most)
+    room = length - 1 + GROW if most is None else min(length - 1 + GROW, most)
     larger = buffer.new_empty(*buffer.shape[:-2], room, buffer.shape[-1])
     larger[..., :capacity, :] = buffer
     return larger
@@ -425,11 +431,11 @@ def full_cache(model: Transformer, expected: int = 0) -> list[LayerCache]:
 def find_checkpoint(path: str | Path) -> Path:
     """The folder of a checkpoint: `path` itself, or the hub repository of that name, fetched."""
     folder = Path(path)
-    if folder.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long to be one
         return folder
     parts = str(path).split("/")
     # `weights/x` looks like a hub name: a first part that is a folder here means a missing path.
-    if len(parts) != 2 or not all(parts) or Path(parts[0]).exists():
+    if len(parts) != 2 or not all(parts) or os.path.exists(parts[0]):
         raise UserError(
             f"no folder {path}; give a checkpoint folder or a hub name such as org/name"
         )
@@ -450,6 +456,11 @@ def find_checkpoint(path: str | Path) -> Path:
     return folder
 
 
+# What the two file formats raise for a damaged file, or for a pickle that is more than tensors.
+UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError)
+UNREADABLE += (pickle.UnpicklingError,)
+
+
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yields (name, tensor) of every weight, one at a time, from whichever files `folder` has."""
     for kind in ("model.safetensors", "pytorch_model.bin"):
@@ -467,6 +478,8 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
             try:
                 if kind.endswith(".bin"):
                     shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                    if not isinstance(shard, dict):
+                        raise ValueError(f"a {type(shard).__name__}, not a dict of weights")
                     yield from shard.items()
                     continue
                 with safe_open(file, framework="pt") as shard:
@@ -476,15 +489,8 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 raise UserError(f"{file} is missing; fetch the checkpoint again") from None
             except UserError:
                 raise
-            except (
-                SafetensorError,
-                OSError,
-                RuntimeError,
-                EOFError,
-                ValueError,
-                KeyError,
-            ) as error:
-                reason = str(error).splitlines()[0]
+            except UNREADABLE as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise UserError(f"{file} is damaged ({reason}); fetch it again") from None
         return
     raise UserError(
@@ -509,9 +515,9 @@ def load_model(
     tied = config.tie_word_embeddings
     weights = {}
     for name, tensor in read_weights(folder):
-        if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+        if str(name).endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
             continue  # derived from the config, or a second copy of the embedding
-        if name not in wanted:
+        if name not in wanted or not isinstance(tensor, Tensor):
             raise UserError(
                 f"{folder}: unexpected weight {name}; config.json belongs to another model"
             )
@@ -541,12 +547,19 @@ class Tokenizer:
     """Text to token ids and back, and an instruct model's chat template."""
 
     def __init__(self, backend, settings: dict, template: str | None):
+        backend.no_truncation()  # settings that some files carry over from training
+        backend.no_padding()
         self.backend = backend  # a tokenizers.Tokenizer
         self.settings = settings  # tokenizer_config.json
         self.template = template  # jinja source, None for a model that does not chat
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids; `special` adds what the model wants around a text, such as <s>."""
+        """Token ids; `special` adds what the model wants around a text, such as <s>.
+
+        Raises `UserError` for text that is not valid Unicode.
+        """
+        if any("\ud800" <= c <= "\udfff" for c in text):  # how Python spells what is no UTF-8
+            raise UserError("the text is not valid UTF-8; check where it was cut")
         return self.backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -715,7 +728,10 @@ class Arguments(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def number(kind: type, low: float, high: float = math.inf):
+LARGEST = 2**31  # no count of tokens, no seed needs more
+
+
+def number(kind: type, low: float, high: float = LARGEST):
     """For argparse's `type`: an int or a float in [low, high]."""
 
     def read(text: str) -> int | float:
@@ -725,7 +741,7 @@ def number(kind: type, low: float, high: float = math.inf):
             value = math.nan
         if not low <= value <= high:
             word = "a whole number" if kind is int else "a number"
-            limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            limits = f"of at least {low}" if high == LARGEST else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text!r} is not {word} {limits}")
         return value
 
@@ -738,7 +754,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def check_device(name: str) -> None:
     """Raises `UserError` unless tensors can live on the device called `name`."""
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).item()
     except (RuntimeError, AssertionError):
         raise UserError(f"no device {name!r} here; use --device cpu") from None
 
@@ -753,7 +769,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({error}); choose another place") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -766,6 +783,9 @@ def run_command(command: Callable[[], None]) -> None:
     except torch.OutOfMemoryError:
         print("error: out of GPU memory; try --dtype bfloat16 or a shorter text", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"calibrating on {len(samples)} samples, {tokens} tokens", file=sys.stderr)
         statistics = cskv.collect_statistics(model, tqdm(samples, unit="sample"))
     factors = cskv.init_factors(args.init, model, ranks["k"], ranks["v"], statistics, args.seed)
-    if args.data is not None:
+    if statistics:
         factors.info["data"] = args.data.name
     cskv.save_factors(args.out, factors, model, DTYPES[args.save_dtype])
     print(

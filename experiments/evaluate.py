@@ -77,26 +77,36 @@ def wilson(right: int, cases: int, z: float = 1.96) -> tuple[float, float]:
     p, n = right / cases, cases
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def retrieve(
     model: Transformer, tokenizer: Tokenizer, case: Case, cache: list[LayerCache], question: str
 ) -> str:
-    """The answer that greedy decoding gives to a case, in one of the two protocols."""
+    """The answer that greedy decoding gives to a case, in one of the two protocols.
+
+    Raises `UserError` for a case that leaves no room for a number in the model's context.
+    """
     if question == "prefill":
-        prompt = tokenizer.encode(case.prompt)
+        context, prompt = [], tokenizer.encode(case.prompt)
     else:
         context = tokenizer.encode(case.context)
+        prompt = tokenizer.encode(case.question, special=False)
+    length, limit = len(context) + len(prompt), model.config.context_length
+    if length + ANSWER_ROOM > limit:
+        raise UserError(
+            f"a case of {length} tokens leaves no room in a context of {limit}; shorten it"
+        )
+    if context:
         device = model.lm_head.weight.device
         with torch.no_grad():
             model(torch.tensor([context], device=device), cache, logits_to_keep=1)
-            *steps, last = tokenizer.encode(case.question, special=False)
-            for token in steps:
+            for token in prompt[:-1]:
                 model(torch.tensor([[token]], device=device), cache)
-        prompt = [last]
+        prompt = prompt[-1:]
+    new_tokens = min(ANSWER_TOKENS, limit - length)
     greedy = make_sampler(0.0, 1.0, 0)
-    return tokenizer.decode(list(generate(model, prompt, cache, ANSWER_TOKENS, greedy)))
+    return tokenizer.decode(list(generate(model, prompt, cache, new_tokens, greedy)))
 
 
 def retrieval(args: argparse.Namespace) -> list[dict]:
@@ -153,7 +163,8 @@ def cache_choices(args: argparse.Namespace, model: Transformer) -> Iterator[tupl
         yield cskv_choice(name, cskv.nominal_ratio(model, factors), factors)
     if args.calibrate:
         tokenizer = load_tokenizer(args.model)
-        samples = sample_tokens(args.calibrate, tokenizer, args.samples, args.seq_len, args.seed)
+        length = min(args.seq_len, model.config.context_length)
+        samples = sample_tokens(args.calibrate, tokenizer, args.samples, length, args.seed)
         statistics = cskv.collect_statistics(model, tqdm(samples, "calibrating", leave=False))
         for ratio in args.ratios:
             ranks = [cskv.rank_for(ratio, model.config.d_kv)] * len(model.model.layers)
@@ -195,22 +206,32 @@ def perplexity(args: argparse.Namespace) -> list[dict]:
 
 def table(rows: list[dict], columns: dict[str, Callable]) -> str:
     """Rows as a Markdown table; `columns` maps a row's key to what writes its value."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines = ["| " + " | ".join(columns).replace("_", " ") + " |", "|" + " --- |" * len(columns)]
     for row in rows:
         lines.append("| " + " | ".join(write(row[key]) for key, write in columns.items()) + " |")
-    return "\n".join(lines).replace("_", " ")
+    return "\n".join(lines)
+
+
+def check_folder(path: Path | None) -> None:
+    """Raises `UserError` if `path` cannot be written, before hours of measuring go by."""
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"no folder {path.parent} to write {path.name} in; make it first")
+
+
+def write_json(path: Path | None, rows: list[dict]) -> None:
+    if path is not None:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     check_device(args.device)
+    check_folder(args.json)
     unknown = set(args.inits) - set(cskv.INITIALIZATIONS)
     if unknown:
         raise UserError(f"no initialization {unknown.pop()!r}; {', '.join(cskv.INITIALIZATIONS)}")
     rows = perplexity(args) if args.what == "perplexity" else retrieval(args)
-    if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(rows, indent=1) + "\n")
     columns = {
         "cache": str,
         "ratio": "{:.0%}".format,
@@ -224,6 +245,7 @@ def run(args: argparse.Namespace) -> None:
         "seconds": "{:.0f}".format,
     }
     print(table(rows, {key: write for key, write in columns.items() if key in rows[0]}))
+    write_json(args.json, rows)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

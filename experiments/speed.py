@@ -9,7 +9,7 @@ there, the same checkpoint runs in it with its DynamicCache.
 """
 
 import argparse
-import json
+import random
 import statistics
 import sys
 import time
@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cskv
-from experiments.evaluate import table
+from experiments.evaluate import check_folder, table, write_json
 from model import (
     DTYPES,
     Arguments,
@@ -31,7 +31,6 @@ from model import (
     full_cache,
     load_model,
     number,
-    replacing,
     run_command,
 )
 
@@ -78,9 +77,9 @@ def measure(
             runners[name][1](one, caches[name])
 
     bar = tqdm(total=2 * (args.rounds + 1) * len(runners), desc=f"{length} tokens", leave=False)
-    names = list(runners)
+    names, order = list(runners), random.Random(0)
     for i in range(args.rounds + 1):  # the first round warms up
-        for name in names[i % len(names) :] + names[: i % len(names)]:  # everyone is first in turn
+        for name in order.sample(names, len(names)):  # no one always runs behind the same one
             make, run = runners[name]
             caches.pop(name, None)  # its memory is free before the next one takes some
             caches[name] = make()
@@ -88,7 +87,7 @@ def measure(
             prefill[name] += [seconds] if i else []
             bar.update()
     for i in range(args.rounds + 1):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in order.sample(names, len(names)):
             seconds = timed(lambda name=name: steps(name), args.device)
             decode[name] += [seconds / args.steps] if i else []
             bar.update()
@@ -127,6 +126,7 @@ def our_runners(model: Transformer, length: int, args: argparse.Namespace) -> di
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     check_device(args.device)
+    check_folder(args.json)
     torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype]
     model = load_model(args.model, args.device, dtype)
@@ -142,12 +142,10 @@ def run(args: argparse.Namespace) -> None:
         if theirs:
             runners["transformers, DynamicCache"] = theirs
         rows += measure(runners, model.config.vocab_size, length, args)
-    if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(rows, indent=1) + "\n")
     columns = {"cache": str, "tokens": str, "prefill_s": "{:.2f}".format}
     columns |= {"prefill_ratio": "{:.2f}".format, "decode_ms": "{:.1f}".format}
     print(table(rows, columns | {"decode_ratio": "{:.2f}".format}))
+    write_json(args.json, rows)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -114,6 +114,20 @@ def test_sixteen_bit_latents_are_close():
     assert 0 < (outs[0] - outs[1]).abs().max() < 0.02 * outs[1].abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_sixteen_bit_model_decodes_closely(dtype, bias):
+    """As on a GPU: latents, ring and factors in the model's own 16-bit type."""
+    model = tiny_model(scale=0.1, attention_bias=bias)
+    factors, tokens = init_factors("svd", model, [12, 12], [12, 12]), tiny_tokens(model, 2, 24)
+    exact = decode_all(model, tokens, 8, full_cache(model))
+    small = model.to(dtype)
+    cache = bi_branch_cache(small, factors.to(small.lm_head.weight), 4)
+    ours = decode_all(small, tokens, 8, cache)
+    assert {t.dtype for t in cache[0].tensors()} == {dtype}
+    assert (ours.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 # -------------------------------------------------------------------- which token, which branch
 
 
@@ -164,6 +178,9 @@ def test_bytes_are_those_of_the_tensors(shape, T, steps, window, expected, data)
         ring = min(window, shape["sliding_window"] or window)
         for layer in cache:
             assert layer.nbytes() == sum(t.numel() * t.element_size() for t in layer.tensors())
+            weights = {"A_k", "A_v", "B_k", "B_v", "k_bias", "v_bias"}  # and nothing else is kept
+            kept = [t for n, t in vars(layer).items() if n not in weights and torch.is_tensor(t)]
+            assert {id(t) for t in kept} == {id(t) for t in layer.tensors()}
             ring_room = layer.k.shape[2]
             assert min(length, ring) <= ring_room <= min(room, ring)
             floats = 2 * 4 * d_kv * ring_room  # the ring: keys and values in float32
@@ -173,7 +190,7 @@ def test_bytes_are_those_of_the_tensors(shape, T, steps, window, expected, data)
     for i in range(T, T + steps):
         model(tokens[:, i : i + 1], cache)
     room = max(T, expected)  # past it, in steps of 256 tokens
-    check(T + steps, room if T + steps <= room else room + 1 + 256)
+    check(T + steps, room if T + steps <= room else room + 256)
 
 
 def test_growing_copies_rarely():
@@ -186,7 +203,7 @@ def test_growing_copies_rarely():
         for _ in range(590):
             model(torch.tensor([[1]]), cache)
             places.add(tuple(t.data_ptr() for t in cache[0].tensors()))
-            assert all(t.shape[-2] <= cache[0].length + 257 for t in cache[0].tensors())
+            assert all(t.shape[-2] <= cache[0].length + 255 for t in cache[0].tensors())
         assert len(places) <= 3
 
 
@@ -308,7 +325,7 @@ def test_optimal_loses_the_dropped_eigenvalues_and_nothing_goes_below(problem, d
         return LowRank(pair.A.double(), pair.B.double())
 
     best = loss(x, W, double(cskv.optimal_factors(W, rank, moment)))
-    assert abs(best - dropped) < 1e-5 * scale
+    assert abs(best - dropped) < 1e-10 * scale
     others = [
         cskv.svd_factors(W, rank),
         cskv.asvd_factors(W, rank, x.abs().mean(0)),
@@ -321,8 +338,9 @@ def test_optimal_loses_the_dropped_eigenvalues_and_nothing_goes_below(problem, d
             for m in (optimum.A, optimum.B)
         ]
         others.append(LowRank(optimum.A + noise[0], optimum.B + noise[1]))
+    others.append(LowRank(optimum.A * 1.001, optimum.B))
     for other in others:
-        assert loss(x, W, double(other)) >= best - 1e-5 * scale
+        assert loss(x, W, double(other)) >= best - 1e-10 * scale
 
 
 @quick

@@ -8,7 +8,8 @@ import torch
 import cskv
 from experiments import english, evaluate, speed
 from experiments.longeval import Case
-from model import UserError, full_cache, load_tokenizer
+from infer import TEACHER
+from model import UserError, full_cache, load_model, load_tokenizer
 from tests.test_infer import call
 from tests.tiny import naive_forward, save_checkpoint, tiny_model, tiny_tokens
 
@@ -37,7 +38,18 @@ def test_decode_nll_equals_one_parallel_computation():
 def test_perplexity_command(setup, capsys):
     args = ["perplexity", "--model", setup / "model", "--text", setup / "text.txt"]
     args += ["--calibrate", setup / "text.txt", "--inits", "svd,optimal", "--ratios", "0,0.5"]
-    args += ["--context", 20, "--steps", 10, "--passages", 3, "--json", setup / "rows.json"]
+    args += [
+        "--context",
+        20,
+        "--steps",
+        10,
+        "--passages",
+        3,
+        "--window",
+        4,
+        "--json",
+        setup / "rows.json",
+    ]
     code, out, _ = call(evaluate, capsys, *args)
     rows = json.loads((setup / "rows.json").read_text())
     assert code == 0 and len(out.splitlines()) == 2 + len(rows) == 2 + 5
@@ -46,16 +58,13 @@ def test_perplexity_command(setup, capsys):
         assert row["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-2)
     assert rows[3]["perplexity"] != pytest.approx(rows[0]["perplexity"], rel=1e-2)
     assert rows[3]["nominal_ratio"] == 0.5
-    latents, ring, full = 29 * 2 * 6 * 2, 2 * 29 * 12 * 4, 29 * 2 * 12 * 2
+    latents, ring, full = 29 * 2 * 6 * 2, 2 * 4 * 12 * 4, 29 * 2 * 12 * 2
     assert rows[3]["honest_ratio"] == pytest.approx(1 - (latents + ring) / full)
 
 
 def test_passages_are_spread_evenly():
-    assert evaluate.passages(list(range(10)), 3, 4).tolist() == [
-        [0, 1, 2, 3],
-        [3, 4, 5, 6],
-        [6, 7, 8, 9],
-    ]
+    found = evaluate.passages(list(range(14)), 3, 4).tolist()
+    assert found == [[0, 1, 2, 3], [5, 6, 7, 8], [10, 11, 12, 13]]
     with pytest.raises(UserError, match="has 10 tokens, 3 passages of 4 need more"):
         evaluate.passages(list(range(10)), 3, 4)
 
@@ -78,6 +87,24 @@ def test_both_protocols_agree_on_an_exact_cache(setup, question):
     assert out == tokenizer.decode(ids[23:])
 
 
+def test_retrieval_command_on_the_teaching_model(tmp_path, capsys):
+    """8 cases: right with the full cache, wrong with random factors; bytes by hand."""
+    model = load_model(TEACHER)
+    cskv.save_factors(tmp_path / "f", cskv.init_factors("random", model, [8] * 4, [4] * 4), model)
+    args = ["longeval", "--model", TEACHER, "--lines", 20, "--cases", 8]
+    for question in ("prefill", "decode"):
+        more = ["--question", question, "--factors", tmp_path / "f", "--json", tmp_path / "r.json"]
+        code, out, _ = call(evaluate, capsys, *args, *more)
+        full, random = json.loads((tmp_path / "r.json").read_text())
+        assert code == 0 and len(out.splitlines()) == 4
+        assert full["accuracy"] > 0.8 and random["accuracy"] < 0.3
+        # float32: twice the 16-bit cache, and at most the room of one answer besides
+        assert -1.1 < full["honest_ratio"] <= -1
+        assert random["nominal_ratio"] == pytest.approx(1 - 12 / 128)
+    code, out, err = call(evaluate, capsys, *args[:3], "--lines", 300, "--cases", 1)
+    assert (code, out) == (2, "") and "leaves no room in a context of 2048" in err
+
+
 def test_speed_command(setup, capsys):
     args = ["--model", setup / "model", "--lengths", "30,40", "--ratios", "0.5", "--rounds", 2]
     code, out, _ = call(speed, capsys, *args, "--json", setup / "speed.json")
@@ -85,6 +112,9 @@ def test_speed_command(setup, capsys):
     full = [row for row in rows if row["cache"] == "full"]
     assert code == 0 and [row["tokens"] for row in full] == [30, 40]
     assert all(row["prefill_ratio"] == row["decode_ratio"] == 1 for row in full)
+    for row, own in ((r, f) for r in rows for f in full if f["tokens"] == r["tokens"]):
+        assert row["prefill_ratio"] == pytest.approx(row["prefill_s"] / own["prefill_s"])
+        assert row["decode_ratio"] == pytest.approx(row["decode_ms"] / own["decode_ms"])
     assert {"full", "cskv 50%"} <= {row["cache"] for row in rows}
     assert len(out.splitlines()) == 2 + len(rows)
 
@@ -94,6 +124,7 @@ MISTAKES = {
     "past the context": (["--context", 590, "--steps", 20], "610 tokens do not fit"),
     "unknown init": (["--inits", "svd,best"], "no initialization 'best'"),
     "ratio 1": (["--ratios", "0.5,1"], "'1' is not a number from 0"),
+    "nowhere to write": (["--json", "no/such/rows.json"], "no folder no/such"),
 }
 
 

@@ -11,7 +11,8 @@ import torch
 import cskv
 import infer
 import train
-from model import load_model, load_tokenizer, run_command
+from model import Tokenizer as Tokenizer_
+from model import full_cache, load_model, load_tokenizer, run_command
 from tests.tiny import save_checkpoint, tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +101,17 @@ def test_compare_answers_twice(setup, capsys):
     assert result["full"]["cache_bytes"] == 2 * full["full_cache_bytes"]  # it runs in float32 here
 
 
+def test_the_demonstration(capsys):
+    """Without arguments: the embedded model's own case, from both caches, and the right number."""
+    code, out, err = call(infer, capsys, "--json")
+    result = json.loads(out)
+    number = err.split("REGISTER_CONTENT is <")[1].split(">")[0]
+    assert code == 0 and result["text"].strip() == result["full"]["text"].strip() == number
+    assert result["cache_bytes"] < 0.25 * result["full"]["cache_bytes"]
+    code, _, err = call(infer, capsys, "--prompt", "Hello", "--max-new-tokens", 2)
+    assert code == 0 and "only finds numbers" in err and "get_smollm2.py" in err
+
+
 def test_sampling_follows_its_seed(setup, capsys):
     def sample(*more):
         return json.loads(call(infer, capsys, *arguments(setup, *more, "--json"))[1])["tokens"]
@@ -174,11 +186,76 @@ def test_a_mistake_is_one_line(setup, capsys, monkeypatch, mistake):
     assert sorted(setup.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--prompt", ""], "prompt is empty"),
+        (["--factors", "none.safetensors"], "no factors file"),
+        (["--window", 10**20], "--window"),
+        (["--seed", 10**30], "--seed"),
+        (["--device", "meta"], "no device 'meta'"),
+        (["--prompt", "t1", "--model", "x" * 300], "no folder"),
+    ],
+)
+def test_mistakes_with_the_embedded_model(capsys, more, message):
+    """Nothing is said or answered before everything has been checked."""
+    code, out, err = call(infer, capsys, *more)
+    assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+
+
+def test_streamed_text_is_the_whole_text(setup, monkeypatch, capsys):
+    """Bytes of one character arrive token by token: it is written when it is complete, or at the
+    end as it stands. SentencePiece tokenizers drop the space before the first word."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"▁the": 256, "▁end": 257}
+    backend = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    model, tokenizer = tiny_model(), Tokenizer_(backend, {}, None)
+    for text, tail in (("é🙂ß", []), ("naïve", [0xE2, 0x82])):
+        ids = [256, *text.encode(), 257, *tail]
+        monkeypatch.setattr(infer, "generate", lambda *a, ids=ids: iter(ids))
+        cache, pieces = full_cache(model), []
+        model(torch.tensor([[1]]), cache)
+        result = infer.answer(model, tokenizer, [1], cache, 9, None, pieces.append)
+        assert "".join(pieces) == result["text"] and result["text"].startswith(f"the{text} end")
+        assert len(pieces) > 2
+
+
+def test_a_closed_pipe_is_no_traceback(setup):
+    command = " ".join(map(str, [sys.executable, "infer.py", "--help"]))
+    done = subprocess.run(f"{command} | true", cwd=ROOT, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+
+
 def test_missing_arguments(setup, capsys):
     _, _, err = call(infer, capsys, "--model", setup / "model", "--prompt", "t1")
     assert "needs --factors" in err
     _, _, err = call(infer, capsys, "--model", setup / "model", "--cache", "full")
     assert "no prompt" in err
+
+
+@pytest.mark.parametrize(
+    "file, keep, message",
+    [
+        ("model.safetensors", 500, "model.safetensors is damaged"),
+        ("model.safetensors", 0, "model.safetensors is damaged"),
+        ("config.json", 20, "config.json cannot be read as JSON"),
+        ("tokenizer.json", 30, "tokenizer.json is damaged"),
+    ],
+)
+def test_a_truncated_checkpoint_is_one_line(setup, tmp_path, capsys, file, keep, message):
+    save_checkpoint(tiny_model(), tmp_path)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:keep])
+    code, out, err = call(infer, capsys, *arguments(setup, "--model", tmp_path))
+    assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+
+
+def test_an_unsupported_checkpoint_is_one_line(setup, tmp_path, capsys):
+    save_checkpoint(tiny_model(), tmp_path, model_type="mamba")
+    code, out, err = call(infer, capsys, *arguments(setup, "--model", tmp_path))
+    assert (code, out, err.count("\n")) == (2, "", 1) and "'mamba' is not supported" in err
 
 
 def damaged_factors(setup, folder, name):
@@ -233,7 +310,8 @@ def test_train_writes_factors_that_infer_reads(setup, tmp_path, capsys, init):
     assert code == 0, err
     factors = cskv.load_factors(out, load_model(setup / "model"))
     assert [(f.k.rank, f.v.rank) for f in factors.layers] == [(6, 2), (6, 2)]
-    assert factors.info["init"] == init and factors.info["data"] == "text.txt"
+    assert factors.info["init"] == init and factors.info["trained"] == "none"
+    assert factors.info.get("data") == ("text.txt" if init in ("asvd", "optimal") else None)
     assert call(infer, capsys, *arguments(setup, "--factors", out))[0] == 0
 
 

@@ -140,12 +140,15 @@ def test_command_line(tmp_path):
 
 def test_command_line_errors(tmp_path):
     """One line, exit code 2, no traceback, and nothing half-written."""
+    result = command("--lines", "9999", "--out", str(tmp_path / "a"))
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1, result.stderr
     for arguments in (
         ["--lines", "0", "--out", str(tmp_path / "a")],
-        ["--lines", "9999", "--out", str(tmp_path / "a")],
+        ["--cases", "some", "--out", str(tmp_path / "a")],
         ["--out", str(tmp_path / "missing" / "a")],
+        ["--lines", "5"],
     ):
-        result = command(*arguments)
-        assert result.returncode == 2
-        assert len(result.stderr.splitlines()) == 1, result.stderr
-        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(UserError):
+            longeval.run(longeval.parse_arguments(arguments))
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """The model: against the naive computation, against transformers, and from damaged files."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +134,18 @@ def damage(folder, name):
         index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         return "model-00001-of-00002.safetensors is missing"
+    if name == "bin with code":
+        weights.unlink()
+        torch.save({"x": Path("a file system object, not a tensor")}, folder / "pytorch_model.bin")
+        return "damaged"
+    if name == "bin is a list":
+        weights.unlink()
+        torch.save([1, 2], folder / "pytorch_model.bin")
+        return "damaged"
+    if name == "bin is text":
+        weights.unlink()
+        (folder / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1")
+        return "damaged"
     if name == "truncated bin":
         weights.unlink()
         torch.save({"x": torch.zeros(1000)}, folder / "pytorch_model.bin")
@@ -150,6 +163,10 @@ def damage(folder, name):
         "bad value": ({"num_hidden_layers": "two"}, "bad value"),
         "odd heads": ({"num_attention_heads": 3}, "3 query heads"),
         "no heads": ({"num_attention_heads": 0}, "positive"),
+        "no heads, no head_dim": ({"num_attention_heads": 0, "head_dim": None}, "bad value"),
+        "negative": ({"hidden_size": -4}, "hidden_size is -4"),
+        "window 0": ({"sliding_window": 0}, "sliding_window is 0"),
+        "RoPE as a word": ({"rope_scaling": "linear"}, "'linear' is not supported"),
         "wrong shape": ({"vocab_size": 62}, "(61, 24)"),
         "missing weight": ({"num_hidden_layers": 3}, "model.layers.2"),
         "unexpected weight": ({"num_hidden_layers": 1}, "model.layers.1"),
@@ -169,6 +186,8 @@ DAMAGES = [
     "weights are text",
     "missing shard",
     "truncated bin",
+    "bin with code",
+    "bin is text",
     "another model type",
     "no model type",
     "another activation",
@@ -179,6 +198,11 @@ DAMAGES = [
     "bad value",
     "odd heads",
     "no heads",
+    "no heads, no head_dim",
+    "negative",
+    "window 0",
+    "RoPE as a word",
+    "bin is a list",
     "wrong shape",
     "missing weight",
     "unexpected weight",

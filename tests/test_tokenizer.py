@@ -125,6 +125,18 @@ def test_chat_template(tmp_path):
     assert load_tokenizer(folder).chat(messages) == "a < b"
 
 
+def test_truncation_in_the_file_does_not_cut_prompts(tmp_path):
+    """Some tokenizer.json files carry the truncation and padding of their training."""
+    file = save_checkpoint(tiny_model(), tmp_path) / "tokenizer.json"
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(file))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9)
+    backend.save(str(file))
+    assert load_tokenizer(tmp_path).encode("t1 t2 t3 t4 t5") == [1, 2, 3, 4, 5]
+
+
 def test_missing_and_damaged_tokenizers_are_named(tmp_path):
     folder = save_checkpoint(tiny_model(), tmp_path)
     (folder / "tokenizer.json").write_text("{")

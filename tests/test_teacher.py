@@ -1,0 +1,155 @@
+"""The teaching model: its tokenizer, its batches, its export, and resuming after a kill."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from experiments import longeval
+from model import UserError, load_model, load_tokenizer
+from weights import check_teacher, train_teacher
+from weights.train_teacher import EOS, LEVELS, Plan, Trainer, build_tokenizer, draw_batch
+
+ROOT = Path(__file__).parent.parent
+TEACHER = ROOT / "weights" / "teacher"
+TOKENIZER = build_tokenizer()
+TINY = {"layers": 1, "hidden": 16, "mlp": 8, "tokens": 64, "warmup": 2, "levels": 3, "advance": 0.0}
+
+
+# ----------------------------------------------------------------------------------- tokenizer
+
+
+@given(st.text())
+@example("line amber-acorn: REGISTER_CONTENT is <12345>\n")
+@example("  two  spaces\n\n\n, a\ttab, \x00, <0x41>, ▁, Ġ, e\u0301 and é, \U0001f600")
+@example("")
+def test_any_text_survives(text):
+    assert TOKENIZER.decode(TOKENIZER.encode(text).ids) == text
+
+
+def test_a_line_is_few_tokens():
+    """About ten a line, so that 100 lines fit. Every digit by itself: the model copies digits."""
+    record = longeval.draw_record(random.Random(0), 50)
+    tokens = TOKENIZER.encode(longeval.format_record(record)).tokens
+    digits = "".join(map(str, record.values()))
+    assert len(tokens) == 50 * 5 + len(digits)
+    assert [t for t in tokens if any(c.isdigit() for c in t)] == list(digits)
+
+
+# ------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_loss_is_on_the_answers(level):
+    """What has weight is number after number, each ended by the end of text: nothing else."""
+    for step in range(3):
+        _, batch = draw_batch(0, step, level, TOKENIZER, 512)
+        for tokens, weight, answer in zip(batch.tokens, batch.weight, batch.answer, strict=True):
+            text = TOKENIZER.decode(tokens.tolist(), skip_special_tokens=False)
+            for number in answer[weight > 0].unique():
+                own = TOKENIZER.decode(
+                    tokens[(weight > 0) & (answer == number)].tolist(), skip_special_tokens=False
+                )
+                assert own.endswith(EOS) and own.removesuffix(EOS).strip().isdecimal()
+                assert own.removesuffix(EOS).strip() in text.replace(own, "", 1), (
+                    "not in the record"
+                )
+
+
+def test_batches_depend_on_seed_and_step_only():
+    first = draw_batch(0, 7, LEVELS[2], TOKENIZER, 512)[1]
+    draw_batch(0, 8, LEVELS[2], TOKENIZER, 512)
+    assert torch.equal(first.tokens, draw_batch(0, 7, LEVELS[2], TOKENIZER, 512)[1].tokens)
+    assert not torch.equal(first.tokens, draw_batch(1, 7, LEVELS[2], TOKENIZER, 512)[1].tokens)
+
+
+def test_numbers_count_only_when_whole():
+    """One wrong digit makes a number wrong, however many digits are right."""
+    row = train_teacher.weigh(TOKENIZER, ["a", " 123", "b", " 45"])
+    batch = train_teacher.pack([row, row])
+    targets = batch.tokens[:, 1:][batch.weight[:, 1:] > 0]  # [N]: space, digits, end; four times
+    logits = torch.nn.functional.one_hot(targets, TOKENIZER.get_vocab_size()).float()
+    assert train_teacher.count_right(logits, targets, batch) == (4, 4)
+    logits[2] = logits[1]  # the 2 of the first 123
+    assert train_teacher.count_right(logits, targets, batch) == (3, 4)
+
+
+# -------------------------------------------------------------------------------------- export
+
+
+def test_exported_folder_loads(tmp_path):
+    """The exported model is the trained one, rounded to 16 bits, in the Hugging Face layout."""
+    trainer = Trainer(Plan(**TINY))
+    train_teacher.export(trainer, tmp_path)
+    model, tokenizer = load_model(tmp_path), load_tokenizer(tmp_path)
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight.half().float()), name
+    assert model.config == trainer.model.config
+    assert tokenizer.encode("line 12") == TOKENIZER.encode("line 12").ids
+    assert model.config.eos_token_ids == (TOKENIZER.token_to_id(EOS),)
+
+
+def test_checkpoint_of_another_plan_is_refused(tmp_path):
+    Trainer(Plan(**TINY)).save(tmp_path / "c.pt")
+    with pytest.raises(UserError, match="another plan"):
+        Trainer(Plan(**{**TINY, "seed": 1})).load(tmp_path / "c.pt")
+
+
+# -------------------------------------------------------------------------------------- resume
+
+
+def start(folder: Path) -> subprocess.Popen:
+    plan = {**TINY, "final": 60, "minutes": 0, "threads": 1}  # 0: a checkpoint after every step
+    options = [text for name, value in plan.items() for text in (f"--{name}", str(value))]
+    options += ["--work", str(folder), "--out", str(folder / "out")]
+    return subprocess.Popen(
+        [sys.executable, "-m", "weights.train_teacher", *options],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+    )
+
+
+def test_resume_after_kill_is_exact(tmp_path):
+    """Killed at a random moment and started again, the script ends with the same bits."""
+    whole, killed = start(tmp_path / "whole"), start(tmp_path / "killed")
+    curve = tmp_path / "killed" / "curve.jsonl"
+    steps = random.randint(1, 40)
+    deadline = time.monotonic() + 60
+    while not curve.exists() or curve.read_text().count("\n") < steps:
+        assert killed.poll() is None and time.monotonic() < deadline, "it never came that far"
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "out").exists()
+    assert start(tmp_path / "killed").wait() == 0
+    assert whole.wait() == 0
+    for name in ("out/model.safetensors", "out/config.json", "out/tokenizer.json", "curve.jsonl"):
+        whole_bytes, killed_bytes = (
+            (tmp_path / n / name).read_bytes() for n in ("whole", "killed")
+        )
+        assert whole_bytes == killed_bytes, f"{name} differs after a kill at step {steps}"
+
+
+# --------------------------------------------------------------------------- the model in weights/
+
+
+def test_teacher_answers():
+    """A few cases of both tasks with the repository's model; check_teacher.py measures many."""
+    model, tokenizer = load_model(TEACHER), load_tokenizer(TEACHER)
+    assert tokenizer.backend.to_str() == TOKENIZER.to_str()
+    for task, lines in (("longeval", 40), ("passkey", 20)):
+        cases = list(longeval.make_cases(task, lines, 12, seed=5))
+        assert check_teacher.accuracy(model, tokenizer, cases)[0] >= 0.9
+    config = json.loads((TEACHER / "config.json").read_text())
+    assert config["num_key_value_heads"] == config["num_attention_heads"]
