@@ -194,7 +194,7 @@ def test_a_mistake_is_one_line(setup, capsys, monkeypatch, mistake):
         (["--window", 10**20], "--window"),
         (["--seed", 10**30], "--seed"),
         (["--device", "meta"], "no device 'meta'"),
-        (["--prompt", "t1", "--model", "x" * 300], "no folder"),
+        (["--prompt", "t1", "--cache", "full", "--model", "x" * 300], "no folder"),
     ],
 )
 def test_mistakes_with_the_embedded_model(capsys, more, message):
