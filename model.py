@@ -360,7 +360,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(m, h, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = F.silu(self.gate_proj(x)), self.up_proj(x)  # [B, T, intermediate] each
+        # In place where no gradient needs `gate`: fresh memory of this size is slow on a CPU.
+        return self.down_proj(gate * up if gate.requires_grad else gate.mul_(up))
 
 
 class Layer(nn.Module):
