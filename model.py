@@ -761,6 +761,17 @@ def check_device(name: str) -> None:
         raise UserError(f"no device {name!r} here; use --device cpu") from None
 
 
+def numbers(kind: type, low: float, high: float = LARGEST):
+    """For argparse's `type`: numbers with commas between them, each as `number` reads it."""
+    return lambda text: [number(kind, low, high)(word) for word in text.split(",")]
+
+
+def check_folder(path: Path | None) -> None:
+    """Raises `UserError` if there is no folder to write `path` in: before the work, not after."""
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"no folder {path.parent} to write {path.name} in; make it first")
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary name to write a file under; it takes the name `path` only when it is complete."""

@@ -23,6 +23,7 @@ from model import (
     Tokenizer,
     UserError,
     check_device,
+    check_folder,
     load_model,
     load_tokenizer,
     number,
@@ -83,8 +84,7 @@ def sample_tokens(
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     check_device(args.device)
-    if not args.out.parent.is_dir():
-        raise UserError(f"no folder {args.out.parent} to write {args.out.name} in; make it first")
+    check_folder(args.out)
     model = load_model(args.model, args.device, DTYPES[args.dtype])
     config = model.config
     layers = config.num_hidden_layers

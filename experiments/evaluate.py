@@ -40,10 +40,12 @@ from model import (
     Transformer,
     UserError,
     check_device,
+    check_folder,
     full_cache,
     load_model,
     load_tokenizer,
     number,
+    numbers,
     replacing,
     run_command,
 )
@@ -212,12 +214,6 @@ def table(rows: list[dict], columns: dict[str, Callable]) -> str:
     return "\n".join(lines)
 
 
-def check_folder(path: Path | None) -> None:
-    """Raises `UserError` if `path` cannot be written, before hours of measuring go by."""
-    if path is not None and not path.parent.is_dir():
-        raise UserError(f"no folder {path.parent} to write {path.name} in; make it first")
-
-
 def write_json(path: Path | None, rows: list[dict]) -> None:
     if path is not None:
         with replacing(path) as temporary:
@@ -252,12 +248,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     def names(text: str) -> list[str]:
         return text.split(",")
 
-    def ratios(text: str) -> list[float]:
-        return [number(float, 0, 0.9999)(word) for word in text.split(",")]
-
-    def whole_numbers(text: str) -> list[int]:
-        return [number(int, 1)(word) for word in text.split(",")]
-
     shared = Arguments(add_help=False)
     p = shared
     p.add_argument("--model", required=True, help="checkpoint folder or hub name")
@@ -266,7 +256,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--inits", type=names, default=["svd", "asvd", "optimal"], help="svd,asvd,optimal"
     )
-    p.add_argument("--ratios", type=ratios, default=[0.5, 0.8], help="default: 0.5,0.8")
+    p.add_argument(
+        "--ratios", type=numbers(float, 0, 0.9999), default=[0.5, 0.8], help="default: 0.5,0.8"
+    )
     p.add_argument("--samples", type=number(int, 1), default=256, help="calibration samples")
     p.add_argument("--seq-len", type=number(int, 2), default=1024, help="tokens of a sample")
     p.add_argument("--window", type=number(int, 1), default=32, help="full-precision tokens")
@@ -287,7 +279,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--batch", type=number(int, 1), default=8, help="passages at a time")
     for task, unit in (("longeval", "lines of a record"), ("passkey", "repetitions of the filler")):
         p = what.add_parser(task, parents=[shared], help=f"retrieval, {task} cases from a seed")
-        p.add_argument("--lines", type=whole_numbers, default=[50], help=f"{unit}: 10,30,100")
+        p.add_argument("--lines", type=numbers(int, 1), default=[50], help=f"{unit}: 10,30,100")
         p.add_argument("--cases", type=number(int, 1), default=50, help="of each length")
         p.add_argument(
             "--question", choices=("prefill", "decode"), default="prefill", help="the protocol"

@@ -21,16 +21,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cskv
-from experiments.evaluate import check_folder, table, write_json
+from experiments.evaluate import table, write_json
 from model import (
     DTYPES,
     Arguments,
     Transformer,
     UserError,
     check_device,
+    check_folder,
     full_cache,
     load_model,
     number,
+    numbers,
     run_command,
 )
 
@@ -149,16 +151,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    def lengths(text: str) -> list[int]:
-        return [number(int, 1)(word) for word in text.split(",")]
-
-    def ratios(text: str) -> list[float]:
-        return [number(float, 0, 0.9999)(word) for word in text.split(",")]
-
     parser = Arguments(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    parser.add_argument("--lengths", type=lengths, default=[2048], help="of the prompt: 2048,8000")
-    parser.add_argument("--ratios", type=ratios, default=[0.5, 0.8], help="default: 0.5,0.8")
+    parser.add_argument(
+        "--lengths", type=numbers(int, 1), default=[2048], help="of the prompt: 2048,8000"
+    )
+    parser.add_argument(
+        "--ratios", type=numbers(float, 0, 0.9999), default=[0.5, 0.8], help="default: 0.5,0.8"
+    )
     parser.add_argument(
         "--rounds", type=number(int, 1), default=5, help="timed rounds (default: 5)"
     )
