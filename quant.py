@@ -1,0 +1,153 @@
+"""Numbers in fewer bits: rounded but still floats for training, packed for storage.
+
+A group of 32 numbers shares one scale and one minimum, each a 16-bit float (Liu et al., "KIVI",
+2024, section 3). A number x becomes a whole number, its code,
+
+    scale = (maximum - minimum) / (2^bits - 1)
+    code  = round((x - minimum) / scale)          0, 1, ..., 2^bits - 1
+    x     ~ minimum + scale * code                off by at most half a step, scale / 2
+
+Keys are grouped per channel, 32 tokens each: key channels differ much in size, and one of outliers
+must not spoil the others. Values are grouped per token, 32 channels each. So `dim` is TOKENS (-2)
+for keys and CHANNELS (-1) for values; tensors are [..., T, C] with T tokens and C channels.
+
+The number of levels is no secret of the method, where they lie is. The published code of CSKV keeps
+no minimum but a whole-number zero-point, forced into 0 .. 2^bits - 1: x ~ scale * (code - zero).
+That places the levels from some multiple of the scale, never beyond zero. If a group lies off zero,
+as most groups of keys and latents do, one end of it has no levels at all and is cut off:
+
+    x = 10.0, 11.0, 12.0, 13.0 in 2 bits        scale = (13 - 10) / 3 = 1
+    with a minimum:   minimum 10   codes 0 1 2 3   ->  10 11 12 13
+    with zero-point:  zero = clamp(-10, 0, 3) = 0   codes 3 3 3 3   ->  3 3 3 3
+
+`clamped_zero_point` does this, to be measured against: very likely it is why the paper's Table 5
+finds that quantization without training leaves nothing (PTQ = 0.00).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GROUP = 32  # elements that share a scale and a minimum
+BITS = (2, 3, 4, 8)
+TOKENS, CHANNELS = -2, -1  # the dimension along which neighbours form a group
+
+
+def bits_per_element(bits: int, size: int = GROUP) -> float:
+    """Bits of storage an element, scale and minimum included: `bits` + 1 for groups of 32.
+
+    `size` is the number of elements along the grouped dimension. If it is no multiple of 32, its
+    last group is short and just as dear: 38 channels in 4 bits cost 4 + 2 * 32 / 38 = 5.7.
+    """
+    return bits + 2 * 16 * -(-size // GROUP) / size
+
+
+# ---------------------------------------------------------------------------------- to codes
+
+
+@dataclass
+class Quantized:
+    """Codes and what they mean."""
+
+    codes: Tensor  # [..., T, C] uint8, each below 2^bits
+    scale: Tensor  # float16; the grouped dimension is that of `codes` divided by 32, rounded up
+    minimum: Tensor  # likewise
+
+
+def round_down(x: Tensor) -> Tensor:
+    """x in float16, never above x: so that 16-bit limits of a group still hold all of it."""
+    half = x.clamp(-65504, 65504).half()
+    # A float16 above x is at most this far above it; taking that off twice goes safely below.
+    return torch.where(half > x, half.float() - half.float().abs() / 1024 - 2**-24, half).half()
+
+
+def group_limits(
+    x: Tensor, bits: int, dim: int, clamped_zero_point: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Scale and minimum of every group of x [..., T, C] along `dim`, in float16."""
+    n = x.shape[dim]
+    # A short last group is filled up with its last element, which changes neither of its limits.
+    index = torch.arange(-(-n // GROUP) * GROUP, device=x.device).clamp(max=n - 1)
+    groups = x.float().index_select(dim, index).unflatten(dim, (-1, GROUP))
+    low, high = (limit(dim=dim) for limit in (groups.amin, groups.amax))
+    levels = 2**bits - 1
+    if clamped_zero_point:
+        scale = ((high - low) / levels).clamp(2**-24, 65504).half()
+        zero = (-low / scale.float()).round().clamp(0, levels)
+        return scale, (-zero * scale.float()).half()
+    minimum = round_down(low)
+    return -round_down((minimum.float() - high) / levels), minimum
+
+
+def spread(per_group: Tensor, dim: int, n: int) -> Tensor:
+    """Gives each of `n` elements along `dim` the number of its group, in float32."""
+    return per_group.float().index_select(dim, torch.arange(n, device=per_group.device) // GROUP)
+
+
+def quantize(x: Tensor, bits: int, dim: int, clamped_zero_point: bool = False) -> Quantized:
+    """x [..., T, C] in `bits` bits, in groups along `dim`."""
+    scale, minimum = group_limits(x, bits, dim, clamped_zero_point)
+    n = x.shape[dim]
+    step = spread(scale, dim, n).clamp(min=2**-24)  # a group of equal numbers has scale 0
+    codes = ((x.float() - spread(minimum, dim, n)) / step).round().clamp(0, 2**bits - 1)
+    return Quantized(codes.to(torch.uint8), scale, minimum)
+
+
+def dequantize(q: Quantized, dim: int) -> Tensor:
+    """minimum + scale * code, [..., T, C] in float32."""
+    n = q.codes.shape[dim]
+    return torch.addcmul(spread(q.minimum, dim, n), spread(q.scale, dim, n), q.codes.float())
+
+
+def fake_quantize(x: Tensor, bits: int, dim: int, clamped_zero_point: bool = False) -> Tensor:
+    """What storage makes of x, in x's type and with a gradient: for training with the loss in it.
+
+    Rounding has no useful gradient, so it is passed straight through (Bengio et al., 2013): as if
+    this were the identity for an x within the levels of its group, and a constant for one beyond.
+    The limits count as constants, too.
+    """
+    with torch.no_grad():
+        q = quantize(x, bits, dim, clamped_zero_point)
+        n, levels = x.shape[dim], 2**bits - 1
+        low, step = spread(q.minimum, dim, n), spread(q.scale, dim, n)
+        inside = (x >= low) & (x <= low + step * levels)
+        stored = dequantize(q, dim).to(x.dtype)
+    return torch.where(inside, stored + (x - x.detach()), stored)
+
+
+# --------------------------------------------------------------------------------- to storage
+
+
+def fields(bits: int) -> list[tuple[int, int]]:
+    """How a code is cut to fit bytes: (width, lowest bit). 3 bits are stored as 2 and 1."""
+    return [(2, 0), (1, 2)] if bits == 3 else [(bits, 0)]
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., T, C], T a multiple of 32, as bytes [..., T * bits / 8, C]: no bit is wasted.
+
+    A byte holds codes of one channel, in 4 bits those of the tokens i and i + 16 of a block of 32:
+
+        row 0 of the block's 16:   token 16, token 0       bits 7654 and 3210
+        row 1                  :   token 17, token 1       ...
+    """
+    blocks = codes.unflatten(TOKENS, (-1, GROUP))  # [..., T / 32, 32, C]
+    rows = []
+    for width, lowest in fields(bits):
+        per_byte = 8 // width
+        field = (blocks >> lowest) & (2**width - 1)
+        parts = field.chunk(per_byte, TOKENS)  # of 32 / per_byte tokens each
+        rows.append(sum(part << (i * width) for i, part in enumerate(parts)))
+    return torch.cat(rows, TOKENS).flatten(-3, -2)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The codes [..., T, C] that `pack` got."""
+    blocks = packed.unflatten(TOKENS, (-1, GROUP * bits // 8))  # [..., T / 32, 4 * bits, C]
+    codes = []
+    for width, lowest in fields(bits):
+        rows = blocks.narrow(TOKENS, GROUP * lowest // 8, GROUP * width // 8)
+        parts = [(rows >> (i * width)) & (2**width - 1) for i in range(8 // width)]
+        codes.append(torch.cat(parts, TOKENS) << lowest)
+    return sum(codes[1:], codes[0]).flatten(-3, -2)
