@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+import quant
 from model import (
     Attention,
     LayerCache,
@@ -237,6 +238,23 @@ def init_factors(
     return Factors(result, {"init": name, "trained": "none", "k_bits": "16", "v_bits": "16"})
 
 
+@torch.no_grad()
+def rotate_values(factors: Factors, seed: int = 0) -> Factors:
+    """The same products A B with the values' latents turned by a random orthogonal R: A R, R^T B.
+
+    Free, and made for quantization per token: there, a channel of large latents, such as the first
+    ones of `svd` and `optimal`, sets the step for the 31 others of its group. R mixes all channels
+    evenly. Keys, quantized per channel, need none. After Ashkboos et al., "QuaRot", 2024.
+    """
+    generator, layers = torch.Generator().manual_seed(seed), []
+    for layer in factors.layers:
+        R, _ = torch.linalg.qr(torch.randn(layer.v.rank, layer.v.rank, generator=generator))
+        R = R.to(layer.v.A.device)
+        A, B = (layer.v.A.float() @ R).to(layer.v.A), (R.T @ layer.v.B.float()).to(layer.v.B)
+        layers.append(LayerFactors(layer.k, LowRank(A, B)))
+    return Factors(layers, factors.info)
+
+
 # -------------------------------------------------------------------------------- factors files
 
 FORMAT, VERSION = "cskv-factors", "1"
@@ -350,6 +368,69 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
     return Factors(layers, info).to(model.lm_head.weight)
 
 
+# ------------------------------------------------------------------------------------- latents
+
+
+class Latents:
+    """Latents [B, T, r] of every token, in a 16- or 32-bit buffer for `expected` tokens or more."""
+
+    length = 0  # tokens held
+
+    def __init__(self, dtype: torch.dtype, expected: int = 0):
+        self.dtype, self.expected = dtype, expected
+
+    def append(self, c: Tensor) -> None:
+        """c [B, n, r], the latents of the next n tokens."""
+        B, n, r = c.shape
+        if not self.length:
+            self.buffer = c.new_empty(B, max(n, self.expected), r, dtype=self.dtype)
+        start, self.length = self.length, self.length + n
+        self.buffer = reserve(self.buffer, self.length)
+        self.buffer[:, start : self.length] = c
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """The latents [B, stop - start, r] of the tokens from `start` to `stop` - 1."""
+        return self.buffer[:, start:stop]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.buffer] if self.length else []
+
+
+class PackedLatents(Latents):
+    """Latents in 2, 3, 4 or 8 bits: packed 32 tokens at a time, once all 32 have left the window.
+
+    Until then they wait in 16 bits, at most 31 tokens and the window:
+
+        window 4, 70 tokens seen     tokens 0 .. 31 | 32 .. 63 | 64 65   66 67 68 69
+                                            packed  |  packed  | wait    the window
+    """
+
+    def __init__(self, dtype: torch.dtype, window: int, packed: quant.Packed):
+        self.dtype, self.window, self.packed = dtype, window, packed
+
+    def append(self, c: Tensor) -> None:
+        c = c.to(self.dtype)
+        # A copy a step, but of fewer than window + 32 tokens, however long the text is.
+        waiting = torch.cat([self.waiting, c], 1) if self.length else c
+        self.length += c.shape[1]
+        n = max(0, waiting.shape[1] - self.window) // quant.GROUP * quant.GROUP
+        if n:
+            self.packed.append(waiting[:, :n])
+            waiting = waiting[:, n:].clone()  # a view would keep the memory of the packed ones
+        self.waiting = waiting  # [B, at most window + 31, r]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        packed, parts = self.packed.length, []
+        if start < packed:
+            parts.append(self.packed.read(start, min(stop, packed)))
+        if stop > packed:
+            parts.append(self.waiting[:, max(0, start - packed) : stop - packed])
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.packed.tensors(), self.waiting] if self.length else []
+
+
 # ----------------------------------------------------------------------------- bi-branch cache
 
 
@@ -370,13 +451,15 @@ class BiBranchCache(LayerCache):
         ring slots 0 1 2 3 then hold    positions 8 9 10 7 (10 took the place of 6)
 
     Latents are stored in `k_bits` and `v_bits`: 16 is the model's 16-bit type, or float16 if it
-    computes in float32; 32 is float32. The ring has the model's own precision.
+    computes in float32; 32 is float32; 2, 3, 4 and 8 are packed, keys per channel and values per
+    token (appendix C.4). The ring has the model's own precision.
 
     Args:
         attention: the layer's projections, for their biases and sizes.
         factors: A and B, of the model's type and device. They are weights, not counted as cache.
         window: tokens kept in full precision, at least 1. A sliding window caps it.
         expected: final length in tokens if known; memory is then taken once.
+        clamped_zero_point: quantize as the paper's published code does; see quant.py.
     """
 
     def __init__(
@@ -387,21 +470,26 @@ class BiBranchCache(LayerCache):
         expected: int = 0,
         k_bits: int = 16,
         v_bits: int = 16,
+        clamped_zero_point: bool = False,
     ):
         config, weight = attention.config, attention.k_proj.weight
         if window < 1:
             raise UserError(f"window {window} is below 1; the newest token needs a place in it")
-        if not {k_bits, v_bits} <= {16, 32}:
-            raise UserError(
-                f"{k_bits}-bit keys and {v_bits}-bit values; latents have 16 or 32 bits"
-            )
         self.sliding_window, self.expected = config.sliding_window, expected
         self.window = min(window, self.sliding_window or window)
         self.H_kv, self.D = config.num_key_value_heads, config.head_dim
         sixteen = weight.dtype if weight.dtype.itemsize == 2 else torch.float16
-        self.k_dtype, self.v_dtype = (
-            sixteen if b == 16 else torch.float32 for b in (k_bits, v_bits)
-        )
+
+        def latents(bits: int, dim: int) -> Latents:
+            if bits in quant.BITS:
+                room = max(0, expected - self.window)
+                packed = quant.Packed(bits, dim, room, clamped_zero_point)
+                return PackedLatents(sixteen, self.window, packed)
+            if bits not in (16, 32):
+                raise UserError(f"{bits}-bit latents; choose 2, 3, 4, 8, 16 or 32")
+            return Latents(sixteen if bits == 16 else torch.float32, expected)
+
+        self.c_k, self.c_v = latents(k_bits, quant.TOKENS), latents(v_bits, quant.CHANNELS)
         # On a CPU a chunk of rebuilt keys should stay in its cache; a GPU wants few, large steps.
         self.chunk = 1024 if weight.device.type == "cpu" else 8192
 
@@ -422,9 +510,8 @@ class BiBranchCache(LayerCache):
         B, H_kv, T, D = k.shape
         room, m = max(T, self.expected), min(T, self.window)
         # 1. Compressed branch: the latents of all T tokens.
-        self.c_k = x.new_empty(B, room, self.A_k.shape[1], dtype=self.k_dtype)
-        self.c_v = x.new_empty(B, room, self.A_v.shape[1], dtype=self.v_dtype)
-        self.c_k[:, :T], self.c_v[:, :T] = x @ self.A_k, x @ self.A_v
+        self.c_k.append(x @ self.A_k)
+        self.c_v.append(x @ self.A_v)
         # 2. Exact keys, rotated to positions 0 .. T - 1, and exact values.
         q, k = rope.rotate(q, 0), rope.rotate(k, 0)
         # 3. Full-precision branch: the last m of them, copied into the ring.
@@ -442,8 +529,8 @@ class BiBranchCache(LayerCache):
         B, H, _, D = q.shape
         t, self.length = self.length, self.length + 1
         # 1. Compressed branch: append the new token's latents.
-        self.c_k, self.c_v = reserve(self.c_k, t + 1), reserve(self.c_v, t + 1)
-        self.c_k[:, t], self.c_v[:, t] = x[:, 0] @ self.A_k, x[:, 0] @ self.A_v
+        self.c_k.append(x @ self.A_k)
+        self.c_v.append(x @ self.A_v)
         # 2. Full-precision branch: the new token takes the slot of the one that leaves the window.
         self.k = reserve(self.k, t + 1, most=self.window)
         self.v = reserve(self.v, t + 1, most=self.window)
@@ -459,7 +546,7 @@ class BiBranchCache(LayerCache):
         scores = q.new_empty(*q.shape[:3], old - first + m, dtype=torch.float32)
         q, q_pairs = q.float(), pairs(q).float()
         for s, e in chunks:
-            k_hat = F.linear(self.c_k[:, s:e].to(x.dtype), self.B_k, self.k_bias).float()
+            k_hat = F.linear(self.c_k.read(s, e).to(x.dtype), self.B_k, self.k_bias).float()
             k_hat = k_hat.view(B, e - s, self.H_kv, D // 2, 2)  # pairs: complex numbers
             torch.view_as_complex(k_hat).mul_(rope.cis[s:e, None])  # RoPE, in place
             k_hat = k_hat.view(B, e - s, self.H_kv, D).permute(0, 2, 3, 1)  # [B, H_kv, D, e - s]
@@ -473,7 +560,7 @@ class BiBranchCache(LayerCache):
         if chunks:
             p_c = p_old.flatten(1, 2)  # [B, H, old - first]: all heads share the latents
             p_c = sum(
-                p_c[..., s - first : e - first] @ self.c_v[:, s:e].to(x.dtype) for s, e in chunks
+                p_c[..., s - first : e - first] @ self.c_v.read(s, e).to(x.dtype) for s, e in chunks
             )
             out = out + p_c.view(B, self.H_kv, -1, p_c.shape[-1]) @ self.B_v
             if self.v_bias is not None:
@@ -481,7 +568,8 @@ class BiBranchCache(LayerCache):
         return out.reshape(B, H, 1, D)
 
     def tensors(self) -> list[Tensor]:
-        return [self.c_k, self.c_v, self.k, self.v] if self.length else []
+        ring = [self.k, self.v] if self.length else []
+        return self.c_k.tensors() + self.c_v.tensors() + ring
 
 
 def bi_branch_cache(
@@ -491,10 +579,16 @@ def bi_branch_cache(
     expected: int = 0,
     k_bits: int = 16,
     v_bits: int = 16,
+    clamped_zero_point: bool = False,
 ) -> list[LayerCache]:
-    """A `BiBranchCache` for every layer of `model`; the arguments are those of the class."""
+    """A `BiBranchCache` for every layer of `model`; the arguments are those of the class.
+
+    Factors made for full-precision values are rotated first if values are to be quantized.
+    """
+    if v_bits in quant.BITS and int(factors.info.get("v_bits", 16)) not in quant.BITS:
+        factors = rotate_values(factors)
     return [
-        BiBranchCache(layer.self_attn, f, window, expected, k_bits, v_bits)
+        BiBranchCache(layer.self_attn, f, window, expected, k_bits, v_bits, clamped_zero_point)
         for layer, f in zip(model.model.layers, factors.layers, strict=True)
     ]
 

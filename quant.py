@@ -27,6 +27,7 @@ finds that quantization without training leaves nothing (PTQ = 0.00).
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GROUP = 32  # elements that share a scale and a minimum
@@ -56,10 +57,12 @@ class Quantized:
 
 
 def round_down(x: Tensor) -> Tensor:
-    """x in float16, never above x: so that 16-bit limits of a group still hold all of it."""
-    half = x.clamp(-65504, 65504).half()
-    # A float16 above x is at most this far above it; taking that off twice goes safely below.
-    return torch.where(half > x, half.float() - half.float().abs() / 1024 - 2**-24, half).half()
+    """x in float16, never above x, so that 16-bit limits of a group still hold all of it. Numbers
+    beyond float16, 65504, are cut off."""
+    x = x.clamp(-65504, 65504)
+    half = x.half()
+    lower = (half.float() - half.float().abs() / 1024 - 2**-24).clamp(min=-65504).half()
+    return torch.where(half > x, lower, half)
 
 
 def group_limits(
@@ -96,8 +99,15 @@ def quantize(x: Tensor, bits: int, dim: int, clamped_zero_point: bool = False) -
 
 def dequantize(q: Quantized, dim: int) -> Tensor:
     """minimum + scale * code, [..., T, C] in float32."""
-    n = q.codes.shape[dim]
-    return torch.addcmul(spread(q.minimum, dim, n), spread(q.scale, dim, n), q.codes.float())
+    x, scale, minimum = q.codes.float(), q.scale.float(), q.minimum.float()
+    whole, rest = divmod(x.shape[dim], GROUP)
+    groups = x.narrow(dim, 0, whole * GROUP).unflatten(dim, (whole, GROUP))  # a view of x
+    groups.mul_(scale.narrow(dim, 0, whole).unsqueeze(dim))
+    groups.add_(minimum.narrow(dim, 0, whole).unsqueeze(dim))
+    if rest:  # the short last group
+        last = x.narrow(dim, whole * GROUP, rest)
+        last.mul_(scale.narrow(dim, whole, 1)).add_(minimum.narrow(dim, whole, 1))
+    return x
 
 
 def fake_quantize(x: Tensor, bits: int, dim: int, clamped_zero_point: bool = False) -> Tensor:
@@ -149,5 +159,59 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     for width, lowest in fields(bits):
         rows = blocks.narrow(TOKENS, GROUP * lowest // 8, GROUP * width // 8)
         parts = [(rows >> (i * width)) & (2**width - 1) for i in range(8 // width)]
-        codes.append(torch.cat(parts, TOKENS) << lowest)
-    return sum(codes[1:], codes[0]).flatten(-3, -2)
+        codes.append(torch.cat(parts, TOKENS))
+    low, *high = codes
+    return (low | high[0] << 2 if high else low).flatten(-3, -2)
+
+
+class Packed:
+    """The first tokens [B, T, C] of a sequence in b bits, T a multiple of 32. It grows.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        dim: along what a group of 32 lies, TOKENS or CHANNELS.
+        expected: final number of tokens, if known; memory is then taken once.
+        clamped_zero_point: where the levels lie; see the top of this file.
+    """
+
+    length = 0  # tokens held
+    grow = 256  # tokens to make room for when there is none left
+
+    def __init__(self, bits: int, dim: int, expected: int = 0, clamped_zero_point: bool = False):
+        self.bits, self.dim, self.expected = bits, dim, expected
+        self.clamped_zero_point = clamped_zero_point
+        # Rows of 32 tokens in each buffer: codes, scales, minima.
+        limits = 1 if dim == TOKENS else GROUP
+        self.rows = GROUP * bits // 8, limits, limits
+        self.buffers: list[Tensor] = []  # each [B, T / 32 or more, the numbers of those rows]
+
+    def append(self, x: Tensor) -> None:
+        """x [B, n, C], the next n tokens, n a multiple of 32."""
+        start, groups = self.length // GROUP, x.shape[1] // GROUP
+        q = quantize(x, self.bits, self.dim, self.clamped_zero_point)
+        parts = [pack(q.codes, self.bits), q.scale, q.minimum]
+        parts = [part.unflatten(1, (groups, -1)).flatten(2) for part in parts]
+        stop = start + groups
+        if not self.buffers:
+            room = max(groups, self.expected // GROUP)
+            self.buffers = [p.new_empty(len(p), room, p.shape[2]) for p in parts]
+        elif stop > self.buffers[0].shape[1]:
+            more = stop - self.buffers[0].shape[1] - 1 + self.grow // GROUP
+            self.buffers = [F.pad(buffer, (0, 0, 0, more)) for buffer in self.buffers]
+        for buffer, part in zip(self.buffers, parts, strict=True):
+            buffer[:, start:stop] = part
+        self.length += x.shape[1]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """The tokens from `start` to `stop` - 1 again, [B, stop - start, C] in float32."""
+        first, last = start // GROUP, -(-stop // GROUP)  # the groups that they lie in
+        packed, scale, minimum = (
+            buffer[:, first:last].unflatten(2, (rows, -1)).flatten(1, 2)
+            for buffer, rows in zip(self.buffers, self.rows, strict=True)
+        )
+        x = dequantize(Quantized(unpack(packed, self.bits), scale, minimum), self.dim)
+        return x[:, start - first * GROUP : stop - first * GROUP]
+
+    def tensors(self) -> list[Tensor]:
+        """The memory taken: `bits_per_element` bits a number, and room for tokens to come."""
+        return self.buffers

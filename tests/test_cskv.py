@@ -9,13 +9,17 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cskv
+import quant
 from cskv import (
     BiBranchCache,
+    Factors,
     LayerFactors,
     LowRank,
+    PackedLatents,
     bi_branch_cache,
     collect_statistics,
     init_factors,
+    rotate_values,
 )
 from model import Attention, FullCache, Rope, UserError, full_cache
 from tests.tiny import naive_forward, tiny_config, tiny_model, tiny_tokens
@@ -101,7 +105,7 @@ def test_window_of_the_whole_length_equals_the_full_cache(shape, prompt, steps, 
     cache = bi_branch_cache(model, factors, prompt + steps + more)
     ours = decode_all(model, tokens, prompt, cache)
     full = decode_all(model, tokens, prompt, full_cache(model))
-    torch.testing.assert_close(ours, full, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(ours, full, atol=1e-4, rtol=1e-4)
 
 
 def test_sixteen_bit_latents_are_close():
@@ -158,7 +162,7 @@ def test_each_token_is_attended_through_exactly_one_branch(prompt, steps, window
         expected = torch.cat([full & ~old, old]).float() / (t + 1)
         torch.testing.assert_close(out, expected)
         assert cache.length == t + 1
-        assert cache.c_k.shape[1] >= cache.length and cache.c_v.shape[1] >= cache.length
+        assert cache.c_k.length == cache.c_v.length == cache.length
         assert min(cache.length, window) <= cache.k.shape[2] <= window
 
 
@@ -179,7 +183,8 @@ def test_bytes_are_those_of_the_tensors(shape, T, steps, window, expected, data)
         for layer in cache:
             assert layer.nbytes() == sum(t.numel() * t.element_size() for t in layer.tensors())
             weights = {"A_k", "A_v", "B_k", "B_v", "k_bias", "v_bias"}  # and nothing else is kept
-            kept = [t for n, t in vars(layer).items() if n not in weights and torch.is_tensor(t)]
+            parts = [*vars(layer).items(), *vars(layer.c_k).items(), *vars(layer.c_v).items()]
+            kept = [t for name, t in parts if name not in weights and torch.is_tensor(t)]
             assert {id(t) for t in kept} == {id(t) for t in layer.tensors()}
             ring_room = layer.k.shape[2]
             assert min(length, ring) <= ring_room <= min(room, ring)
@@ -237,6 +242,145 @@ def test_working_memory_is_the_scores_and_one_chunk():
         with LargestTensor(known) as seen:
             cache[0].decode(*inputs, model.rope)
         assert 4 * 64 * 6 <= seen.largest <= 4 * max(T + 1, 64 * 6)  # float32
+
+
+# --------------------------------------------------------------------------------------- in bits
+
+
+bits = st.sampled_from([2, 3, 4, 8])
+
+
+def dequantized(c, quantized, b, dim):
+    """What a cache reads back of the latents c [B, T, r]: the first `quantized` tokens in b bits,
+    the others in 16, as the cache first gets them all."""
+    c = c.half().float()
+    if b == 16 or not quantized:
+        return c
+    return torch.cat([quant.fake_quantize(c[:, :quantized], b, dim), c[:, quantized:]], 1)
+
+
+@quick
+@given(st.integers(1, 150), st.integers(0, 70), windows, st.integers(1, 40), bits, st.data())
+def test_packed_latents_are_whole_groups_older_than_the_window(T, steps, window, rank, b, data):
+    """Wherever it is read, a token's latent is what fake quantization makes of it once its group
+    of 32 has left the window, and what 16 bits make of it before."""
+    generator = torch.Generator().manual_seed(T)
+    c = torch.randn(2, T + steps, rank, generator=generator) + 2
+    dim = data.draw(st.sampled_from([quant.TOKENS, quant.CHANNELS]))
+    latents = PackedLatents(torch.float16, window, quant.Packed(b, dim))
+    latents.append(c[:, :T])
+    for t in range(T, T + steps):
+        latents.append(c[:, t : t + 1])
+    old = max(0, T + steps - window)
+    expected = dequantized(c, old // 32 * 32, b, dim)
+    assert latents.length == T + steps and latents.packed.length == old // 32 * 32
+    start = data.draw(st.integers(0, T + steps - 1))
+    stop = data.draw(st.integers(start + 1, T + steps))
+    assert torch.equal(latents.read(start, stop).float(), expected[:, start:stop])
+    assert latents.waiting.untyped_storage().nbytes() == latents.waiting.numel() * 2
+
+
+@quick
+@given(shapes, st.integers(1, 90), st.integers(1, 40), windows, bits, st.sampled_from([2, 4, 16]))
+def test_decode_in_bits_equals_decode_with_fake_quantized_latents(
+    shape, prompt, steps, window, k_bits, v_bits
+):
+    """One layer against plain attention over what fake-quantized latents are rebuilt to."""
+    model = tiny_model(num_hidden_layers=1, **shape)
+    config, attention = model.config, model.model.layers[0].self_attn
+    factors = make_factors(model, 5, 4)
+    rotated = rotate_values(factors) if v_bits < 16 else factors
+    pair, T = rotated.layers[0], prompt + steps
+    model.rope.reach(T, torch.device("cpu"))
+    x = torch.randn(2, T, config.hidden_size, generator=torch.Generator().manual_seed(prompt))
+
+    def heads(y):
+        return y.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+
+    q, k, v = (heads(p(x)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    cache = bi_branch_cache(model, factors, window, 0, k_bits, v_bits)[0]
+    cache.chunk = 40  # not a multiple of 32
+    cache.prefill(x[:, :prompt], *(y[:, :, :prompt] for y in (q, k, v)), model.rope)
+    for t in range(prompt, T):
+        now = slice(t, t + 1)
+        out = cache.decode(x[:, now], *(y[:, :, now] for y in (q, k, v)), model.rope)
+
+    ring = min(window, config.sliding_window or window)
+    old = max(0, T - ring)
+    rebuilt = []
+    for p, b, dim, projection, exact in (
+        (pair.k, k_bits, quant.TOKENS, attention.k_proj, k),
+        (pair.v, v_bits, quant.CHANNELS, attention.v_proj, v),
+    ):
+        hat = dequantized(x @ p.A, old // 32 * 32, b, dim) @ p.B
+        hat = heads(hat if projection.bias is None else hat + projection.bias)
+        rebuilt.append(torch.cat([hat[:, :, :old], exact[:, :, old:]], 2))
+    first = max(0, T - (config.sliding_window or T))
+    k_all, v_all = model.rope.rotate(rebuilt[0], 0)[:, :, first:], rebuilt[1][:, :, first:]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        model.rope.rotate(q[:, :, -1:], T - 1), k_all, v_all, enable_gqa=True
+    )
+    # A latent that sits between two 16-bit numbers, or two levels, may round to either.
+    torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
+
+
+@quick
+@given(st.integers(1, 200), st.integers(0, 40), windows, bits, bits, st.data())
+def test_bytes_in_bits_are_those_of_the_formula(T, steps, window, k_bits, v_bits, data):
+    """Packed: bits, scale and minimum. Waiting: 16 bits. The ring: the model's 32 bits."""
+    model = tiny_model(num_hidden_layers=1)
+    d_kv = model.config.d_kv
+    r_k, r_v = data.draw(st.integers(1, d_kv)), data.draw(st.integers(1, d_kv))
+    factors = init_factors("random", model, [r_k], [r_v])
+    cache = bi_branch_cache(model, factors, window, T + steps, k_bits, v_bits)
+    tokens = tiny_tokens(model, 2, T + steps)
+    decode_all(model, tokens, T, cache)
+    packed = max(0, T + steps - window) // 32 * 32
+    per_token = r_k * quant.bits_per_element(k_bits) + r_v * quant.bits_per_element(v_bits, r_v)
+    waiting = (T + steps - packed) * 16 * (r_k + r_v)
+    ring = min(T + steps, window) * 32 * 2 * d_kv
+    assert 8 * cache[0].nbytes() == pytest.approx(2 * (packed * per_token + waiting + ring))
+    nominal = 1 - (r_k * k_bits + r_v * v_bits) / (2 * 16 * d_kv)
+    assert cskv.nominal_ratio(model, factors, k_bits, v_bits) == pytest.approx(nominal)
+
+
+@quick
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 9))
+def test_rotated_values_have_the_same_product_and_latents_of_the_same_length(r_k, r_v, seed):
+    model = tiny_model()
+    factors = make_factors(model, r_k, r_v)
+    rotated = rotate_values(factors, seed)
+    x = torch.randn(50, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    for before, after in zip(factors.layers, rotated.layers, strict=True):
+        assert after.k is before.k
+        torch.testing.assert_close(after.v.A @ after.v.B, before.v.A @ before.v.B)
+        torch.testing.assert_close((x @ after.v.A).norm(dim=1), (x @ before.v.A).norm(dim=1))
+
+
+def test_rotation_spreads_outliers():
+    """What it is for: one large channel no longer sets the step for the 31 others of its group."""
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(64, 32, generator=generator), torch.randn(32, 48, generator=generator)
+    A[:, 0] *= 20
+    plain = Factors([LayerFactors(LowRank(A, B), LowRank(A, B))])
+    x, errors = torch.randn(200, 64, generator=generator), []
+    for factors in (plain, rotate_values(plain)):
+        pair = factors.layers[0].v
+        c = x @ pair.A
+        v_hat = quant.fake_quantize(c, 4, quant.CHANNELS) @ pair.B
+        errors.append((v_hat - c @ pair.B).square().mean().item())
+    assert errors[1] < errors[0] / 2
+
+
+def test_factors_trained_in_bits_are_not_rotated_again():
+    model = tiny_model()
+    factors = make_factors(model, 4, 4)
+    factors.info["v_bits"] = "4"
+    cache = bi_branch_cache(model, factors, 4, 0, 4, 4)
+    assert cache[0].A_v is factors.layers[0].v.A
+    factors.info["v_bits"] = "16"
+    assert bi_branch_cache(model, factors, 4, 0, 4, 4)[0].A_v is not factors.layers[0].v.A
+    assert bi_branch_cache(model, factors, 4, 0, 4, 16)[0].A_v is factors.layers[0].v.A
 
 
 # ------------------------------------------------------------------------------- wrong handling

@@ -1,0 +1,188 @@
+"""Group quantization: codes, their limits, the straight-through gradient, and packed storage."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import quant
+from quant import BITS, CHANNELS, GROUP, TOKENS, Packed, fake_quantize, pack, quantize, unpack
+
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+bits = st.sampled_from(BITS)
+dims = st.sampled_from([TOKENS, CHANNELS])
+sizes = st.integers(1, 80)
+
+
+@st.composite
+def inputs(draw, tokens=sizes):
+    """Numbers of any size and offset: groups that lie far off zero, and some with no width."""
+    shape = draw(st.integers(1, 3)), draw(tokens), draw(sizes)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    x = torch.randn(shape, generator=generator) * 10 ** draw(st.floats(-4, 2))
+    x += draw(st.sampled_from([0.0, 3.0, -100.0, 1e-6]))
+    return x if draw(st.booleans()) else x[..., :1].expand(shape).clone()
+
+
+def naive_groups(x, dim):
+    """Yields (group's place, its elements as a list), with Python's own loops."""
+    for b in range(x.shape[0]):
+        for other in range(x.shape[3 - (dim % 3)]):  # the one of dimensions 1 and 2 not grouped
+            line = x[b, :, other] if dim == TOKENS else x[b, other]
+            for g in range(math.ceil(len(line) / GROUP)):
+                place = (b, g, other) if dim == TOKENS else (b, other, g)
+                yield place, line[g * GROUP : (g + 1) * GROUP].tolist()
+
+
+@quick
+@given(inputs(), bits, dims)
+def test_error_is_at_most_half_a_step(x, bits, dim):
+    q, stored = quantize(x, bits, dim), fake_quantize(x, bits, dim)
+    assert q.codes.dtype == torch.uint8 and int(q.codes.max()) < 2**bits
+    for (place, before), (_, after) in zip(
+        naive_groups(x, dim), naive_groups(stored, dim), strict=True
+    ):
+        scale, minimum = q.scale[place].item(), q.minimum[place].item()
+        # The stored limits hold the whole group, and are no wider than 16 bits make necessary.
+        assert minimum <= min(before)
+        assert minimum + scale * (2**bits - 1) >= max(before) - 1e-6 * max(map(abs, before))
+        slack = max(map(abs, before)) * 6 / 1024 + 2**bits * 2**-23
+        assert scale * (2**bits - 1) <= max(before) - min(before) + slack
+        rounding = 2**-22 * max(map(abs, before))  # of float32
+        for a, b in zip(before, after, strict=True):
+            assert abs(a - b) <= scale / 2 * (1 + 1e-5) + rounding
+
+
+@quick
+@given(inputs(), bits, dims)
+def test_stored_value_is_the_nearest_level(x, bits, dim):
+    q, stored = quantize(x, bits, dim), fake_quantize(x, bits, dim)
+    for (place, before), (_, after) in zip(
+        naive_groups(x, dim), naive_groups(stored, dim), strict=True
+    ):
+        levels = [q.minimum[place].item() + q.scale[place].item() * i for i in range(2**bits)]
+        for a, b in zip(before, after, strict=True):
+            nearest = min(levels, key=lambda level: abs(level - a))
+            assert abs(b - a) <= abs(nearest - a) + 1e-6 * max(1e-4, abs(a))
+            assert min(abs(b - level) for level in levels) <= 1e-6 * max(1e-4, abs(b))
+
+
+@quick
+@given(st.integers(1, 3), st.integers(1, 4), sizes, bits, st.integers(0, 99))
+def test_pack_holds_exactly_its_bits_and_unpack_gives_them_back(batch, groups, C, bits, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shape = batch, groups * GROUP, C
+    codes = torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert 8 * packed.numel() == bits * codes.numel() and packed.dtype == torch.uint8
+    assert torch.equal(unpack(packed, bits), codes)
+
+
+def test_pack_by_hand():
+    """The layout that the docstring shows: rows of 4 bits hold tokens i and i + 16."""
+    codes = torch.zeros(32, 1, dtype=torch.uint8)
+    codes[0], codes[16], codes[1], codes[31] = 5, 9, 2, 15
+    packed = pack(codes, 4)[:, 0].tolist()
+    assert packed == [9 * 16 + 5, 2] + [0] * 13 + [15 * 16]
+
+
+@quick
+@given(inputs(st.integers(1, 5).map(lambda g: g * GROUP)), bits, dims, st.data())
+def test_packed_storage_returns_what_fake_quantization_returned(x, bits, dim, data):
+    """Bit for bit, whole or in pieces, however it was filled; and it costs what it should."""
+    groups, clamped = x.shape[1] // GROUP, data.draw(st.booleans())
+    first = data.draw(st.integers(1, groups)) * GROUP
+    storage = Packed(bits, dim, data.draw(st.integers(0, 300)), clamped)
+    storage.append(x[:, :first])
+    for start in range(first, x.shape[1], GROUP):
+        storage.append(x[:, start : start + GROUP])
+    assert storage.length == x.shape[1]
+    stored = fake_quantize(x, bits, dim, clamped)
+    start = data.draw(st.integers(0, x.shape[1] - 1))
+    stop = data.draw(st.integers(start + 1, x.shape[1]))
+    assert torch.equal(storage.read(start, stop), stored[:, start:stop])
+
+    exact = Packed(bits, dim, expected=x.shape[1])
+    exact.append(x)
+    size = GROUP if dim == TOKENS else x.shape[2]
+    nbytes = sum(t.numel() * t.element_size() for t in exact.tensors())
+    assert 8 * nbytes == pytest.approx(quant.bits_per_element(bits, size) * x.numel())
+
+
+def test_bits_per_element():
+    assert [quant.bits_per_element(b) for b in BITS] == [3, 4, 5, 9]
+    assert quant.bits_per_element(4, 64) == 5
+    assert quant.bits_per_element(4, 38) == 4 + 2 * 32 / 38  # a group of 32 and one of 6
+    assert quant.bits_per_element(2, 1) == 34
+
+
+def test_packed_storage_grows_rarely():
+    storage, places = Packed(4, TOKENS), set()
+    for _ in range(20):  # 640 tokens
+        storage.append(torch.randn(1, GROUP, 3))
+        places.add(tuple(t.data_ptr() for t in storage.tensors()))
+        assert storage.buffers[0].shape[1] * GROUP < storage.length + Packed.grow
+    assert len(places) <= 4
+
+
+@quick
+@given(inputs(), bits, dims, st.booleans())
+def test_gradient_is_that_of_a_clamp_to_the_levels(x, bits, dim, clamped):
+    """Straight through: finite differences of clamp(x, lowest level, highest level), in double."""
+    q, n = quantize(x, bits, dim, clamped), x.shape[dim]
+    low = quant.spread(q.minimum, dim, n).double()
+    high = low + quant.spread(q.scale, dim, n).double() * (2**bits - 1)
+
+    def clamp(y):
+        return torch.minimum(torch.maximum(y, low), high)
+
+    x = x.clone().requires_grad_()
+    weights = torch.arange(1.0, x.numel() + 1).view(x.shape)
+    with torch.enable_grad():
+        (fake_quantize(x, bits, dim, clamped) * weights).sum().backward()
+    x64, step = x.detach().double(), 1e-9
+    slope = (clamp(x64 + step) - clamp(x64 - step)) / (2 * step)
+    kink = ((x64 - low).abs() < 1e-5) | ((x64 - high).abs() < 1e-5)  # not differentiable there
+    kink |= (high - low) < 1e-3 * x64.abs()  # levels closer than float32 can tell
+    expected = slope * weights
+    torch.testing.assert_close(x.grad.double()[~kink], expected[~kink], rtol=1e-4, atol=1e-4)
+
+
+def test_clamped_zero_point_by_hand():
+    """The example at the top of quant.py, and a group around zero, where both agree."""
+    x = torch.tensor([[10.0], [11], [12], [13]])
+    assert torch.allclose(fake_quantize(x, 2, TOKENS), x, atol=0.03)
+    assert fake_quantize(x, 2, TOKENS, clamped_zero_point=True).flatten().tolist() == [3, 3, 3, 3]
+    x = torch.tensor([[-1.0], [0], [1], [2]])
+    for clamped in (False, True):
+        assert torch.allclose(fake_quantize(x, 2, TOKENS, clamped), x, atol=0.01)
+    x = torch.tensor([[-7.0], [-6.0], [-5.0], [-4.0]])  # levels -3 .. 0
+    assert fake_quantize(x, 2, TOKENS, clamped_zero_point=True).flatten().tolist() == [-3] * 4
+
+
+@pytest.mark.parametrize(("offset", "ours", "theirs"), [(5, 0.015, 0.275), (10, 0.008, 0.595)])
+def test_clamped_zero_point_ruins_groups_off_zero(offset, ours, theirs):
+    """The relative errors that a Gaussian of mean / std = 5 and 10 has in 4 bits."""
+    x = torch.randn(6400, 32, generator=torch.Generator().manual_seed(0)) + offset
+    errors = [
+        ((fake_quantize(x, 4, TOKENS, clamped) - x).norm() / x.norm()).item()
+        for clamped in (False, True)
+    ]
+    assert errors == pytest.approx([ours, theirs], rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_inputs_keep_their_type(dtype):
+    x = torch.randn(2, 40, 7).to(dtype)
+    stored = fake_quantize(x, 4, TOKENS)
+    assert stored.dtype == dtype
+    expected = fake_quantize(x.float(), 4, TOKENS).to(dtype)
+    assert torch.equal(stored, expected)
+
+
+def test_numbers_beyond_sixteen_bits_saturate():
+    x = torch.tensor([[1e6, -1e6, 5.0, 0.0]]).T
+    stored = fake_quantize(x, 8, TOKENS)
+    assert stored.isfinite().all() and stored.max() >= 65504 and stored.min() <= -65504
