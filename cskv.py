@@ -77,6 +77,14 @@ class Factors:
     layers: list[LayerFactors]
     info: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def k_bits(self) -> int:
+        return int(self.info.get("k_bits", 16))
+
+    @property
+    def v_bits(self) -> int:
+        return int(self.info.get("v_bits", 16))
+
     def to(self, like: Tensor) -> "Factors":
         """The same factors with the type and on the device of `like`, such as a model's weight."""
         return Factors(
@@ -334,6 +342,7 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             theirs = json.loads(info["fingerprint"])
+            int(info["k_bits"]), int(info["v_bits"])
     except FileNotFoundError:
         raise UserError(f"no factors file {path}; make one with train.py") from None
     except UserError:
@@ -585,7 +594,7 @@ def bi_branch_cache(
 
     Factors made for full-precision values are rotated first if values are to be quantized.
     """
-    if v_bits in quant.BITS and int(factors.info.get("v_bits", 16)) not in quant.BITS:
+    if v_bits in quant.BITS and factors.v_bits not in quant.BITS:
         factors = rotate_values(factors)
     return [
         BiBranchCache(layer.self_attn, f, window, expected, k_bits, v_bits, clamped_zero_point)

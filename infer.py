@@ -193,13 +193,17 @@ def run(args: argparse.Namespace) -> None:
         )
     model, tokenizer = load_model(path, args.device, DTYPES[args.dtype]), load_tokenizer(path)
     prompt = encode_prompt(tokenizer, text, args.chat, model)
-    factors = cskv.load_factors(factors_file, model) if "cskv" in caches else None
+    factors, bits = None, (16, 16)
+    if "cskv" in caches:
+        factors = cskv.load_factors(factors_file, model)
+        k_bits = args.k_bits or args.bits or factors.k_bits
+        v_bits = args.v_bits or args.bits or factors.v_bits
+        bits = k_bits, v_bits
     if hint:
         note(hint)
     new_tokens = min(most, model.config.context_length - len(prompt))
     if new_tokens < most:
         note(f"only {new_tokens} new tokens fit into the context")
-    bits = args.k_bits or args.bits, args.v_bits or args.bits
     expected = len(prompt) + new_tokens - 1  # the last new token is never fed back
 
     results = {}
@@ -245,8 +249,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=32,
         help="newest tokens kept in full precision: costs memory, helps a little (default: 32)",
     )
-    bits = {"type": int, "choices": [16, 32]}
-    parser.add_argument("--bits", **bits, default=16, help="bits of a stored latent (default: 16)")
+    bits = {"type": int, "choices": [2, 3, 4, 8, 16, 32]}
+    parser.add_argument(
+        "--bits", **bits, help="bits of a stored latent (default: those the factors were made for)"
+    )
     parser.add_argument("--k-bits", **bits, help="bits for keys alone")
     parser.add_argument("--v-bits", **bits, help="bits for values alone")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=128, help="default: 128")

@@ -64,6 +64,35 @@ def test_json_is_one_object_and_counts_live_bytes(setup, capsys):
     assert result["prefill_seconds"] > 0 and result["decode_seconds_per_token"] > 0
 
 
+def test_bits_are_those_of_the_factors_or_of_the_flags(setup, capsys, tmp_path):
+    """A longer prompt, so that one group of 32 tokens is packed: bytes tell which bits it has."""
+    model = load_model(setup / "model")
+    factors = cskv.load_factors(setup / "factors.safetensors", model)
+    factors.info |= {"k_bits": "3", "v_bits": "8"}
+    cskv.save_factors(tmp_path / "f.safetensors", factors, model)
+    prompt = " ".join(f"t{i}" for i in range(40))
+
+    def cache_bytes(*more):
+        files = ["--model", setup / "model", "--factors", tmp_path / "f.safetensors"]
+        common = ["--prompt", prompt, "--max-new-tokens", 1, "--window", 5, "--json", *more]
+        result = json.loads(call(infer, capsys, *files, *common)[1])
+        return result["cache_bytes"], result["nominal_ratio"]
+
+    ring = 2 * 2 * 5 * 12 * 4
+    for flags, k, v in (
+        ([], 3, 8),
+        (["--bits", 4], 4, 4),
+        (["--bits", 2, "--v-bits", 3], 2, 3),
+        (["--k-bits", 16], 16, 8),
+    ):
+        per_token = [4 * bits for bits in (k, v)]
+        packed = 32 * sum(per_token)
+        packed += 32 * 4 if k < 16 else 0  # a scale and a minimum for each channel
+        packed += 32 * 32 if v < 16 else 0  # a scale and a minimum for each token
+        held = 2 * (packed + (8 * 4 * 16) * 2) / 8 + ring
+        assert cache_bytes(*flags) == (held, pytest.approx(1 - 4 / 12 * (k + v) / 32))
+
+
 def test_greedy_tokens_equal_recomputing_everything(setup, capsys):
     """With the full cache, each token is the argmax of a forward pass over all before it."""
     _, out, _ = call(infer, capsys, *arguments(setup, "--cache", "full", "--json"))

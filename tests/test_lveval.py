@@ -1,0 +1,157 @@
+"""LV-Eval: prompts word for word, records, and the keyword gate by hand."""
+
+import json
+import zipfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.longbench import f1, normalize, read_records, summarize
+from experiments.lveval import BLACKLIST, TASKS, gated_f1, keyword_recall, select
+from model import UserError
+
+quick = settings(max_examples=100, deadline=None, derandomize=True)
+RECORD = {
+    "input": "Where was Ada born?",
+    "context": "### Passage 1\nAda was born in London.",
+    "answers": ["Ada was born in London", "never scored"],
+    "length": 15000,
+    "dataset": "loogle_SD_mixup",
+    "language": "en",
+    "answer_keywords": "born in London",
+    "confusing_facts": None,
+}
+LOOGLE = TASKS["loogle_SD_mixup_16k"]
+
+
+def test_prompts_word_for_word():
+    """Written out here a second time, from the public repository, so that no edit goes unseen."""
+    one_passage = (
+        "Please answer the following question based on the given passages. Questions and answers "
+        "are only relevant to one passage. Only give me the answer and do not output any other "
+        "explanation and evidence.\n\nArticle: C\n\nPlease answer the following question based on "
+        "the above passages. Questions and answers are only relevant to one passage. Only give me "
+        "the answer and do not output any other explanation and evidence.\n\nQuestion: Q\nAnswer:"
+    )
+    prompts = {
+        "hotpotwikiqa_mixup_16k": "Answer the question based on the given passages. Questions and "
+        "answers are only relevant to some passages. Only give me the answer and do not output any "
+        "other explanation and evidence.\n\nArticle: C\n\nPlease answer the following question "
+        "based on the above passages. Questions and answers are only relevant to some passages. "
+        "Only give me the answer and do not output any other explanation and evidence.\n\n"
+        "Question: Q\nAnswer:",
+        "loogle_SD_mixup_16k": one_passage,
+        "loogle_CR_mixup_16k": one_passage,
+        "loogle_MIR_mixup_16k": one_passage,
+        "multifieldqa_en_mixup_16k": one_passage,
+        "factrecall_en_16k": "Please answer the following questions based on the given article."
+        "\n\nArticle: C\n\nPlease answer the following questions based on the above article.\n\n"
+        "Question: Q\nAnswer:",
+    }
+    assert {n: t.prompt({"context": "C", "input": "Q"}) for n, t in TASKS.items()} == prompts
+    tokens = {name: task.max_new_tokens for name, task in TASKS.items()}
+    assert tokens == {**dict.fromkeys(TASKS, 64), "factrecall_en_16k": 16}
+    assert all(task.chat for task in TASKS.values())
+
+
+def test_blacklist():
+    assert len(BLACKLIST) == len(set(BLACKLIST)) == 38
+    assert all(normalize(word) == [word] for word in BLACKLIST), "else it could never match"
+
+
+@pytest.mark.parametrize(
+    ("output", "keywords", "recall"),
+    [
+        ("Ada, born in London.", "born in London", 2 / 3),  # `in` counts below the line only
+        ("in", "born in London", 0),
+        ("London London London", "London London Paris", 2 / 3),
+        ("London", "the London", 1),
+        ("Paris", "", 1),
+    ],
+)
+def test_keyword_recall(output, keywords, recall):
+    assert keyword_recall(output, keywords) == pytest.approx(recall)
+
+
+@pytest.mark.parametrize(
+    ("output", "keywords", "score"),
+    [
+        ("Ada was born in London", "born in London", 1),
+        ("Ada was born in London", "Lisbon", 0),  # the right words, but not the keyword
+        ("Ada was born in Paris", "born in London", 0.8),  # recall 1/3 lets it pass
+        ("Ada was", "born in London", 0),
+        ("Ada born", "Ada one two three four", 2 * 2 / 7),  # recall 1/5 is just enough
+        ("Ada born", "Ada one two three four five", 0),
+        ("in", "in", 0),  # F1 would be 1/3, but a blacklisted word is no keyword
+        ("never scored", "scored", 0),  # the second answer is not looked at
+        ("London", "", 1 / 3),  # without keywords there is no gate
+        ("London", "...", 1 / 3),
+    ],
+)
+def test_gated_f1_by_hand(output, keywords, score):
+    assert LOOGLE.score(output, {**RECORD, "answer_keywords": keywords}) == pytest.approx(score)
+
+
+def test_factrecall_has_no_gate():
+    record = {**RECORD, "answers": ["Ludwig Beethoven"], "answer_keywords": "nothing of the sort"}
+    assert TASKS["factrecall_en_16k"].score("Beethoven", record) == pytest.approx(2 / 3)
+
+
+words = st.lists(st.sampled_from(["in", "The", "was", "cat", "sat", "mat."]), max_size=8)
+
+
+@quick
+@given(words.map(" ".join), words.map(" ".join), words.map(" ".join))
+def test_the_gate_only_closes(output, answer, keywords):
+    score = gated_f1(output, {"answers": [answer], "answer_keywords": keywords})
+    assert score in (0, f1(output, answer))
+    content = set(normalize(keywords)) - set(BLACKLIST)
+    if normalize(keywords) and not content & set(normalize(output)):
+        assert score == 0
+
+
+def test_read_records(tmp_path, monkeypatch):
+    """From a folder, from what the archives unpack into, and from an archive."""
+    line = json.dumps(RECORD) + "\n"
+    (tmp_path / "loogle_SD_mixup").mkdir()
+    (tmp_path / "loogle_SD_mixup" / "loogle_SD_mixup_16k.jsonl").write_text(line)
+    assert read_records(LOOGLE, tmp_path) == [RECORD]
+    with zipfile.ZipFile(tmp_path / "loogle_SD_mixup.zip", "w") as file:
+        file.writestr("loogle_SD_mixup/loogle_SD_mixup_32k.jsonl", "another length")
+        file.writestr("loogle_SD_mixup/loogle_SD_mixup_16k.jsonl", line)
+
+    def download(repository, name, repo_type):
+        assert (repository, repo_type) == ("Infinigence/LVEval", "dataset")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert read_records(LOOGLE) == [RECORD]
+
+
+def test_which_sets_have_keywords(tmp_path):
+    record = {name: RECORD[name] for name in ("input", "context", "answers")}
+    for name, task in TASKS.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record))
+        if name == "factrecall_en_16k":
+            assert read_records(task, tmp_path) == [record]
+        else:
+            with pytest.raises(UserError, match=rf"{name}\.jsonl, line 1: no 'answer_keywords'"):
+                read_records(task, tmp_path)
+
+
+def test_select():
+    assert select(TASKS) == list(TASKS.values())
+    with pytest.raises(UserError, match="no set 'hotpotqa_e'; choose from hotpotwikiqa_mixup_16k,"):
+        select(["hotpotqa_e"])
+    for name in ("cmrc_mixup_16k", "factrecall_zh", "dureader_mixup_16k"):
+        with pytest.raises(UserError, match="is in Chinese: its score needs a word segmenter"):
+            select(["factrecall_en_16k", name])
+
+
+def test_one_column():
+    rows = [{"set": LOOGLE.name, "bucket": LOOGLE.bucket(RECORD), "score": s} for s in (0.5, 1)]
+    assert [tuple(row.values()) for row in summarize(rows)] == [
+        (LOOGLE.name, "all", 2, 75),
+        ("average", "all", 2, 75),
+    ]
