@@ -1,0 +1,425 @@
+"""The baselines: each against a naive computation of its own, token by token, in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cskv import init_factors
+from experiments import baselines
+from experiments.baselines import (
+    HeavyHitterCache,
+    KiviCache,
+    LowRankCache,
+    StreamingCache,
+    heavy_hitter_cache,
+    kivi_cache,
+    low_rank_cache,
+    streaming_cache,
+)
+from model import Config, LayerCache, Rope, UserError, full_cache
+from quant import CHANNELS, TOKENS, bits_per_element, fake_quantize
+from tests.test_cskv import LargestTensor, decode_all
+from tests.tiny import naive_frequencies, naive_rotate, tiny_config, tiny_model, tiny_tokens
+
+torch.set_grad_enabled(False)
+quick = settings(max_examples=25, deadline=None, derandomize=True)
+
+heads = st.sampled_from([1, 2, 4])  # key/value heads, of 4 query heads
+prompts, steps = st.integers(1, 20), st.integers(1, 12)
+seeds = st.integers(0, 10**6)
+
+
+class Sequence:
+    """Random input of one layer, x, q, k, v for N tokens, and the layer's RoPE."""
+
+    def __init__(self, config: Config, N: int, seed: int, batch: int = 2):
+        g = torch.Generator().manual_seed(seed)
+        H, H_kv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.config, self.N, self.rope = config, N, Rope(config)
+        self.rope.reach(N, torch.device("cpu"))
+        self.x = torch.randn(batch, N, config.hidden_size, generator=g)
+        self.q = 2 * torch.randn(batch, H, N, D, generator=g)
+        self.k, self.v = torch.randn(2, batch, H_kv, N, D, generator=g).unbind(0)
+
+    def part(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Rope]:
+        q, k, v = (y[:, :, start:stop] for y in (self.q, self.k, self.v))
+        return self.x[:, start:stop], q, k, v, self.rope
+
+    def prefill(self, cache: LayerCache, prompt: int) -> Tensor:
+        return cache.prefill(*self.part(0, prompt))
+
+    def decode(self, cache: LayerCache, t: int) -> Tensor:
+        """The output for token t, [B, H, D]."""
+        out = cache.decode(*self.part(t, t + 1))
+        assert out.shape == (*self.q.shape[:2], 1, self.q.shape[3]) and cache.length == t + 1
+        return out[:, :, 0]
+
+    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [T, D] in float64, token i turned to positions[i]."""
+        return naive_rotate(x.double(), positions, naive_frequencies(self.config))
+
+    def kv_head(self, h: int) -> int:
+        return h // (self.config.num_attention_heads // self.config.num_key_value_heads)
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """One rotated query [D] over k and v [n, D]: the output [D] and the probabilities [n]."""
+    p = (k.double() @ q.double() / math.sqrt(len(q))).softmax(0)
+    return p @ v.double(), p
+
+
+def assert_near(ours: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+# --------------------------------------------------------------------------------- exact prefill
+
+
+@quick
+@given(
+    st.fixed_dictionaries(
+        {
+            "num_key_value_heads": heads,
+            "attention_bias": st.booleans(),
+            "sliding_window": st.sampled_from([None, 7]),
+        }
+    ),
+    st.integers(1, 80),
+    st.floats(0, 0.99),
+    st.integers(0, 100),
+)
+def test_prefill_is_bit_equal_to_the_model(shape, T, ratio, expected):
+    model = tiny_model(**shape)
+    tokens = tiny_tokens(model, 2, T)
+    caches = [streaming_cache(model, ratio, expected), kivi_cache(model, 2, 9, expected)]
+    if shape["sliding_window"] is None:
+        caches.append(heavy_hitter_cache(model, ratio, expected))
+    for cache in caches:
+        assert torch.equal(model(tokens, cache), model(tokens))
+
+
+# ------------------------------------------------------------------------- budgets of token pruning
+
+
+@quick
+@given(
+    st.integers(1, 60), steps, st.floats(0, 0.99), st.sampled_from([None, 7]), st.integers(0, 80)
+)
+def test_the_budget_is_a_share_of_the_prompt_and_fixed_after_it(T, steps, ratio, window, expected):
+    """In tokens held, and in bytes: nothing but the kept tokens has memory."""
+    sequence = Sequence(tiny_config(sliding_window=window), T + steps, 0)
+    for kind, least, extra in ((StreamingCache, 5, 0), (HeavyHitterCache, 2, 4)):
+        if kind is HeavyHitterCache and window:
+            continue
+        budget = min(max(least, round((1 - ratio) * T)), window or 1000)
+        cache = kind(sequence.config, ratio, expected)
+        assert cache.nbytes() == 0
+        sequence.prefill(cache, T)
+        for t in range(T, T + steps):
+            for held in cache.tensors():
+                assert min(t, budget) <= held.shape[2] <= budget
+            token_bytes = 2 * 4 * 6 + extra  # key and value of 6 channels, and H2O's score
+            assert cache.nbytes() == 2 * 2 * token_bytes * cache.k.shape[2]
+            sequence.decode(cache, t)
+        assert cache.budget == budget and cache.k.shape[2] <= budget
+        kept = [held for held in vars(cache).values() if torch.is_tensor(held)]
+        assert {id(held) for held in kept} == {id(held) for held in cache.tensors()}
+
+
+@quick
+@given(heads, prompts, steps, st.integers(0, 300), st.integers(0, 40), st.booleans())
+def test_a_budget_for_all_tokens_equals_the_full_cache(H_kv, prompt, steps, more, expected, bias):
+    model = tiny_model(num_key_value_heads=H_kv, attention_bias=bias)
+    tokens = tiny_tokens(model, 2, prompt + steps)
+    full = decode_all(model, tokens, prompt, full_cache(model))
+    budget = max(5, prompt + steps) + more
+    for make in (streaming_cache, heavy_hitter_cache):
+        cache = make(model, 0.5, expected, budget)
+        ours = decode_all(model, tokens, prompt, cache)
+        torch.testing.assert_close(ours, full, atol=2e-5, rtol=2e-5)
+        # Memory is taken for what is expected, not for the whole budget, and grows in steps.
+        expected_room = min(budget, max(prompt, expected))
+        assert expected_room <= cache[0].k.shape[2] <= min(budget, expected_room + 256)
+        if prompt + steps <= expected_room:
+            assert cache[0].k.shape[2] == expected_room
+
+
+@pytest.mark.parametrize("make", [streaming_cache, heavy_hitter_cache])
+def test_bad_budgets(make):
+    model = tiny_model()
+    for ratio in (-0.1, 1.0, math.nan):
+        with pytest.raises(UserError, match="compression ratio"):
+            make(model, ratio)
+    with pytest.raises(UserError, match="budget of 1 tokens"):
+        make(model, budget=1)
+
+
+# --------------------------------------------------------------------------------- StreamingLLM
+
+
+@quick
+@given(heads, prompts, steps, st.integers(5, 20), st.sampled_from([None, 6, 9]), seeds)
+def test_streaming_renumbers_the_positions_of_what_it_keeps(
+    H_kv, prompt, steps, budget, window, seed
+):
+    config = tiny_config(num_key_value_heads=H_kv, sliding_window=window)
+    sequence = Sequence(config, prompt + steps, seed)
+    cache = StreamingCache(config, budget=budget)
+    sequence.prefill(cache, prompt)
+    kept = []
+    for t in range(prompt + steps):
+        if len(kept) == min(budget, window or budget):
+            del kept[4]  # the oldest token that is no sink
+        kept.append(t)
+        if t < prompt:
+            continue
+        ours, positions = sequence.decode(cache, t), torch.arange(len(kept))
+        for b in range(2):
+            for h in range(4):
+                k, v = (y[b, sequence.kv_head(h), kept] for y in (sequence.k, sequence.v))
+                q = sequence.rotated(sequence.q[b, h, t : t + 1], positions[-1:])[0]
+                expected, _ = naive_attention(q, sequence.rotated(k, positions), v)
+                assert_near(ours[b, h], expected)
+        assert all(held.shape[2] <= cache.budget for held in cache.tensors())
+
+
+def test_streaming_refuses_a_window_without_room():
+    with pytest.raises(UserError, match="sliding window of 4"):
+        StreamingCache(tiny_config(sliding_window=4))
+
+
+# ------------------------------------------------------------------------------------------ H2O
+
+
+@quick
+@given(heads, st.integers(1, 40), steps, st.integers(2, 20), seeds)
+def test_heavy_hitters_equal_a_naive_computation(H_kv, prompt, steps, budget, seed):
+    """Scores, kept tokens and outputs, from whole attention matrices and Python's lists."""
+    config = tiny_config(num_key_value_heads=H_kv)
+    sequence = Sequence(config, prompt + steps, seed)
+    cache = HeavyHitterCache(config, budget=budget)
+    queries, baselines.QUERIES = baselines.QUERIES, 7  # so that a short prompt makes chunks
+    sequence.prefill(cache, prompt)
+    baselines.QUERIES = queries
+    N, recent = prompt + steps, budget - budget // 2
+    positions = torch.arange(N)
+    ours = {t: sequence.decode(cache, t) for t in range(prompt, N)}
+    assert all(held.shape[2] <= budget for held in cache.tensors())
+    for b in range(2):
+        for group in range(H_kv):
+            k, v = sequence.rotated(sequence.k[b, group], positions), sequence.v[b, group]
+            own = [h for h in range(4) if sequence.kv_head(h) == group]
+            q = {h: sequence.rotated(sequence.q[b, h], positions) for h in own}
+            scores = [0.0] * N  # of every token seen, dropped or not
+            for h in own:
+                for i in range(prompt):
+                    _, p = naive_attention(q[h][i], k[: i + 1], v[: i + 1])
+                    for j in range(i + 1):
+                        scores[j] += p[j].item()
+            kept = list(range(prompt))
+            if prompt > budget:
+                older = sorted(kept[: prompt - recent], key=lambda j: scores[j])
+                kept = sorted(older[-(budget - recent) :]) + kept[prompt - recent :]
+            for t in range(prompt, N):
+                if len(kept) == budget:  # the new token is one of the recent ones
+                    kept.remove(min(kept[: budget - recent + 1], key=lambda j: scores[j]))
+                kept.append(t)
+                for h in own:
+                    expected, p = naive_attention(q[h][t], k[kept], v[kept])
+                    assert_near(ours[t][b, h], expected)
+                    for j, probability in zip(kept, p, strict=True):
+                        scores[j] += probability.item()
+            # Which tokens the slots hold is seen by their values.
+            held = cache.v[b, group, : min(N, budget)]
+            found = [(v == value).all(1).nonzero().item() for value in held]
+            assert sorted(found) == kept
+            expected = torch.tensor([scores[j] for j in found], dtype=torch.float64)
+            assert_near(cache.scores[b, group, : len(found), 0], expected)
+
+
+def test_a_prompt_is_scored_in_chunks():
+    """No matrix of all queries by all keys: the working memory grows with T, not its square."""
+    config = tiny_config()
+    for T in (320, 640):  # whole chunks
+        sequence = Sequence(config, T, 0, batch=1)
+        q, k = (sequence.rope.rotate(y, 0) for y in (sequence.q, sequence.k))
+        with LargestTensor([q, k]) as seen:
+            baselines.attention_received(q, k)
+        assert seen.largest == 4 * 4 * baselines.QUERIES * T  # 4 heads, float32
+
+
+def test_heavy_hitters_refuse_a_sliding_window():
+    with pytest.raises(UserError, match="sees the last 9 only"):
+        heavy_hitter_cache(tiny_model(sliding_window=9))
+
+
+# ----------------------------------------------------------------------------------------- KIVI
+
+
+def packed_tokens(length: int, residual: int) -> int:
+    """Counted, not calculated: whole groups of 32 whose last token is older than the residual."""
+    return 32 * sum(1 for last in range(31, length - residual, 32))
+
+
+kivis = st.fixed_dictionaries(
+    {"bits": st.sampled_from([2, 3, 4, 8]), "residual": st.integers(1, 50)}
+)
+
+
+@quick
+@given(
+    kivis,
+    heads,
+    st.integers(1, 110),
+    st.integers(1, 40),
+    st.sampled_from([None, None, 5, 50]),
+    st.sampled_from([6, 40]),
+    st.integers(0, 200),
+)
+def test_kivi_attends_to_quantized_keys_and_values(kivi, H_kv, prompt, steps, window, D, expected):
+    config = tiny_config(num_key_value_heads=H_kv, sliding_window=window, head_dim=D)
+    sequence = Sequence(config, prompt + steps, prompt)
+    cache = KiviCache(config, **kivi, expected=expected)
+    sequence.prefill(cache, prompt)
+    cache.chunk = 32  # so that a few tokens make several chunks
+    # Rotated in float32 as the cache does: in other digits, some number might round another way.
+    k, q, v = sequence.rope.rotate(sequence.k, 0), sequence.rope.rotate(sequence.q, 0), sequence.v
+    for t in range(prompt, prompt + steps):
+        old, ours = packed_tokens(t + 1, kivi["residual"]), sequence.decode(cache, t)
+        seen = slice(max(0, t + 1 - (window or t + 1)), t + 1)
+        k_hat, v_hat = k.clone(), v.clone()
+        if old:
+            k_hat[:, :, :old] = fake_quantize(k[:, :, :old], kivi["bits"], TOKENS)
+            v_hat[:, :, :old] = fake_quantize(v[:, :, :old], kivi["bits"], CHANNELS)
+        for b in range(2):
+            for h in range(4):
+                keys, values = (y[b, sequence.kv_head(h), seen] for y in (k_hat, v_hat))
+                assert_near(ours[b, h], naive_attention(q[b, h, t], keys, values)[0])
+
+
+@quick
+@given(kivis, prompts, st.integers(1, 300), st.integers(0, 400), st.sampled_from([6, 32, 40]))
+def test_kivi_takes_the_bytes_of_its_formula(kivi, prompt, steps, expected, D):
+    config, bits = tiny_config(head_dim=D, max_position_embeddings=1000), kivi["bits"]
+    sequence = Sequence(config, prompt + steps, 0)
+    cache = KiviCache(config, **kivi, expected=expected)
+    assert cache.nbytes() == 0
+    sequence.prefill(cache, prompt)
+    room = packed_tokens(max(prompt, expected), kivi["residual"])
+    for length in range(prompt, prompt + steps + 1):
+        if length > prompt:
+            sequence.decode(cache, length - 1)
+        old = packed_tokens(length, kivi["residual"])
+        if room < old:
+            room += 256 if room else 32  # an empty store starts with what it is given
+        waiting = 2 * 4 * D * (length - old)  # float32
+        assert kivi["residual"] <= length - old <= kivi["residual"] + 31 or not old
+        taken = room if old else 0
+        packed = round(D * taken * (bits_per_element(bits) + bits_per_element(bits, D)) / 8)
+        assert cache.nbytes() == 2 * 2 * (packed + waiting)  # batch of 2, 2 heads
+        assert cache.nbytes() == sum(s.numel() * s.element_size() for s in cache.tensors())
+
+
+def test_kivi_unpacks_in_chunks():
+    config = tiny_config(num_attention_heads=1, num_key_value_heads=1, head_dim=32)
+    for T in (1000, 4000):
+        sequence = Sequence(config, T + 1, 0, batch=1)
+        cache = KiviCache(config, 4, expected=T + 1)
+        sequence.prefill(cache, T)
+        cache.chunk = 64
+        inputs = [sequence.x, sequence.q, sequence.k, sequence.v]
+        with LargestTensor([*cache.tensors(), *inputs, *vars(sequence.rope).values()]) as seen:
+            sequence.decode(cache, T)
+        assert seen.largest <= 4 * max(T + 1, 64 * 32)  # the scores, or one chunk, in float32
+
+
+def test_bad_kivi_arguments():
+    with pytest.raises(UserError, match="in 16 bits"):
+        kivi_cache(tiny_model(), 16)
+    with pytest.raises(UserError, match="residual 0"):
+        kivi_cache(tiny_model(), 4, 0)
+
+
+# ----------------------------------------------------------------------------- channel shrinking
+
+
+@quick
+@given(heads, prompts, steps, st.integers(1, 6), st.booleans(), st.sampled_from([None, 1, 9]))
+def test_low_rank_equals_a_model_of_low_rank(H_kv, prompt, steps, rank, bias, window):
+    shape = {"num_key_value_heads": H_kv, "attention_bias": bias, "sliding_window": window}
+    model, changed = tiny_model(**shape), tiny_model(**shape)
+    factors = init_factors("svd", model, [rank] * 2, [rank // 2 + 1] * 2)
+    for layer, f in zip(changed.model.layers, factors.layers, strict=True):
+        layer.self_attn.k_proj.weight.data = (f.k.A @ f.k.B).T
+        layer.self_attn.v_proj.weight.data = (f.v.A @ f.v.B).T
+    tokens = tiny_tokens(model, 2, prompt + steps)
+    expected = decode_all(changed, tokens, prompt, full_cache(changed))
+    cache = low_rank_cache(model, factors, bits=32)
+    for layer in cache:
+        layer.chunk = 3
+    ours = decode_all(model, tokens, prompt, cache)
+    torch.testing.assert_close(ours, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_low_rank_keeps_latents_and_one_token():
+    model, T = tiny_model(), 40  # d_kv 12
+    factors = init_factors("svd", model, [3, 3], [2, 2])
+    cache = low_rank_cache(model, factors, T)
+    model(tiny_tokens(model, 1, T), cache)
+    for layer in cache:
+        assert layer.nbytes() == 2 * T * (3 + 2) + 4 * 2 * 12
+
+
+# --------------------------------------------------------------------------------- all of them
+
+
+def all_caches(model):
+    factors = init_factors("svd", model, [12, 12], [12, 12])
+    return [
+        streaming_cache(model, budget=40),
+        heavy_hitter_cache(model, budget=40),
+        kivi_cache(model, 8, residual=4),
+        low_rank_cache(model, factors.to(model.lm_head.weight)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sixteen_bit_model_decodes_closely(dtype):
+    """As on a GPU; with everything kept, or nearly so, all of them are close to the full cache."""
+    model = tiny_model(scale=0.1, attention_bias=True)
+    tokens = tiny_tokens(model, 2, 40)
+    exact = decode_all(model, tokens, 34, full_cache(model))
+    small = model.to(dtype)
+    for cache in all_caches(small):
+        ours = decode_all(small, tokens, 34, cache)
+        assert ours.dtype == dtype
+        assert (ours.float() - exact).abs().max() < 0.05 * exact.abs().max()
+        floats = {t.dtype for t in cache[0].tensors()} - {torch.uint8}
+        scores = isinstance(cache[0], HeavyHitterCache)
+        limits = {torch.float16} if isinstance(cache[0], KiviCache) else set()
+        assert floats == {dtype} | limits | ({torch.float32} if scores else set())
+
+
+def test_prefill_twice_and_decode_first_are_errors():
+    model = tiny_model()
+    tokens, sequence = tiny_tokens(model, 1, 5), Sequence(model.config, 3, 0)
+    for cache in all_caches(model):
+        with pytest.raises(ValueError, match="decode on an empty cache"):
+            sequence.decode(cache[0], 0)
+        model(tokens, cache)
+        with pytest.raises(ValueError, match="prefill on a cache that holds 5 tokens"):
+            model(tokens, cache)
+        with pytest.raises(ValueError, match="one token a step, got 2"):
+            cache[0].decode(*sequence.part(0, 2))
+
+
+def test_low_rank_is_lossy_in_the_prompt_already():
+    """The difference from CSKV: the first token after the prompt is not exact either."""
+    model = tiny_model()
+    tokens, factors = tiny_tokens(model, 1, 10), init_factors("svd", model, [3, 3], [3, 3])
+    assert isinstance(low_rank_cache(model, factors)[0], LowRankCache)
+    assert not torch.allclose(model(tokens, low_rank_cache(model, factors)), model(tokens))
