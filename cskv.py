@@ -157,7 +157,7 @@ def collect_statistics(model: Transformer, batches: Iterable[Tensor]) -> list[St
     return sums
 
 
-# ----------------------------------------------------------- the four initializations of A and B
+# ------------------------------------------------------------ the initializations of A and B
 # Each takes W [hidden, d_kv], the transposed weight of k_proj or v_proj, and a rank.
 
 
@@ -185,19 +185,40 @@ def asvd_factors(W: Tensor, rank: int, x_abs: Tensor, alpha: float = 0.5) -> Low
     return LowRank(scaled.A / scale[:, None], scaled.B)
 
 
-def optimal_factors(W: Tensor, rank: int, moment: Tensor) -> LowRank:
+def optimal_factors(W: Tensor, rank: int, moment: Tensor, metric: Tensor | None = None) -> LowRank:
     """The minimum of the paper's loss |x W - x A B|^2 (equation 1) over all A, B, in closed form.
 
     Reduced-rank regression [3]: project k = x W on the top-r eigenvectors V_r of its second moment,
     x A B = k V_r V_r^T, so A = W V_r and B = V_r^T. What is lost is the sum of the eigenvalues left
     out. RoPE is a rotation, so it is the same loss before and after it.
+
+    With a `metric` M = L L^T [d_kv, d_kv] an error e counts as e M e^T = |e L|^2, so the same holds
+    for k L: A = W L V_r and B = V_r^T L^-1, with the eigenvectors of L^T `moment` L.
     """
-    eigenvectors = torch.linalg.eigh(moment.double()).eigenvectors  # in columns, smallest first
-    V_r = eigenvectors[:, -rank:].flip(1).to(W.dtype)  # [d_kv, r], largest first
-    return LowRank(W @ V_r, V_r.T.contiguous())
+    M = torch.eye(len(moment)).to(moment) if metric is None else metric
+    L = torch.linalg.cholesky(M.double())
+    eigenvectors = torch.linalg.eigh(L.T @ moment.double() @ L).eigenvectors  # smallest first
+    V_r = eigenvectors[:, -rank:].flip(1)  # [d_kv, r], in columns, largest first
+    B = torch.linalg.solve_triangular(L, V_r.T, upper=False, left=False)
+    return LowRank((W.double() @ L @ V_r).to(W.dtype), B.to(W.dtype))
 
 
-INITIALIZATIONS = ("random", "svd", "asvd", "optimal")
+def output_metric(attention: Attention) -> Tensor:
+    """What an error of the values costs in the layer's output: M = W_O^T W_O, [d_kv, d_kv].
+
+    Head by head, since each weighs tokens in its own way, summed over the query heads that share a
+    value head. (Keys have no such luck: to weigh their errors by the queries' second moment, turned
+    by RoPE to where they meet, made SmolLM2 worse.)
+    """
+    config = attention.config
+    W = attention.o_proj.weight.float()  # [hidden, H * D]
+    W = W.unflatten(1, (config.num_key_value_heads, -1, config.head_dim))  # [hidden, H_kv, G, D]
+    M = torch.block_diag(*torch.einsum("ohgd,ohge->hde", W, W))
+    return M + 1e-6 * M.diagonal().mean() * torch.eye(len(M)).to(M)  # some W_O^T W_O are singular
+
+
+INITIALIZATIONS = ("random", "svd", "asvd", "optimal", "attention")
+CALIBRATED = INITIALIZATIONS[2:]  # they need to know what the layers see
 
 
 @torch.no_grad()
@@ -211,12 +232,13 @@ def init_factors(
 ) -> Factors:
     """Factors of every layer by the initialization `name`, in float32, with a rank for each layer.
 
-    `asvd` and `optimal` need the `statistics` of `collect_statistics`. Raises `UserError` for an
-    unknown name and for ranks that do not fit.
+    `attention` is `optimal` with value errors weighed by `output_metric`. The `CALIBRATED` ones
+    need the `statistics` of `collect_statistics`. Raises `UserError` for an unknown name and for
+    ranks that do not fit.
     """
     if name not in INITIALIZATIONS:
         raise UserError(f"no initialization {name!r}; choose one of {', '.join(INITIALIZATIONS)}")
-    if name in ("asvd", "optimal") and statistics is None:
+    if name in CALIBRATED and statistics is None:
         raise UserError(f"initialization {name!r} needs calibration text")
     layers, d_kv = model.model.layers, model.config.d_kv
     most = min(d_kv, model.config.hidden_size)
@@ -227,7 +249,7 @@ def init_factors(
             raise UserError(f"rank {rank} is not in 1 .. {most}, the channels of this model")
     generator = torch.Generator().manual_seed(seed)
 
-    def make(weight: Tensor, rank: int, x_abs: Tensor | None, moment: Tensor | None) -> LowRank:
+    def make(weight: Tensor, rank: int, x_abs: Tensor, moment: Tensor, metric=None) -> LowRank:
         W = weight.T.float()  # [hidden, d_kv]
         if name == "random":
             return random_factors(W, rank, generator)
@@ -235,13 +257,15 @@ def init_factors(
             return svd_factors(W, rank)
         if name == "asvd":
             return asvd_factors(W, rank, x_abs)
-        return optimal_factors(W, rank, moment)
+        return optimal_factors(W, rank, moment, metric)
 
     result = []
     for i, layer in enumerate(layers):
+        attention = layer.self_attn
         s = statistics[i] if statistics else Statistics(None, None, None)
-        k = make(layer.self_attn.k_proj.weight, k_ranks[i], s.x_abs, s.k_moment)
-        v = make(layer.self_attn.v_proj.weight, v_ranks[i], s.x_abs, s.v_moment)
+        metric = output_metric(attention) if name == "attention" else None
+        k = make(attention.k_proj.weight, k_ranks[i], s.x_abs, s.k_moment)
+        v = make(attention.v_proj.weight, v_ranks[i], s.x_abs, s.v_moment, metric)
         result.append(LayerFactors(k, v))
     return Factors(result, {"init": name, "trained": "none", "k_bits": "16", "v_bits": "16"})
 
@@ -260,7 +284,7 @@ def rotate_values(factors: Factors, seed: int = 0) -> Factors:
         R = R.to(layer.v.A.device)
         A, B = (layer.v.A.float() @ R).to(layer.v.A), (R.T @ layer.v.B.float()).to(layer.v.B)
         layers.append(LayerFactors(layer.k, LowRank(A, B)))
-    return Factors(layers, factors.info)
+    return Factors(layers, dict(factors.info))
 
 
 # -------------------------------------------------------------------------------- factors files

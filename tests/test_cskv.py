@@ -563,6 +563,49 @@ def test_statistics_equal_a_naive_computation():
         torch.testing.assert_close(statistics[i].k_moment, torch.einsum("ti,tj->ij", k, k) / 19)
 
 
+def output_error(model, layer, pair, x):
+    """Mean square of what the values' error adds to the layer's output, head by head, in double."""
+    c, attention = model.config, model.model.layers[layer].self_attn
+    error = x.double() @ (attention.v_proj.weight.T.double() - pair.A.double() @ pair.B.double())
+    total, group = 0.0, c.num_attention_heads // c.num_key_value_heads
+    for head in range(c.num_attention_heads):
+        mine = slice(head * c.head_dim, (head + 1) * c.head_dim)
+        shared = slice(head // group * c.head_dim, (head // group + 1) * c.head_dim)
+        W_O = attention.o_proj.weight[:, mine].T.double()  # [D, hidden]
+        total += (error[:, shared] @ W_O).square().sum(1).mean().item()
+    return total
+
+
+@quick
+@given(st.sampled_from([1, 2, 4]), st.integers(1, 5), st.integers(0, 20), st.data())
+def test_attention_factors_are_the_best_for_the_output(H_kv, rank, seed, data):
+    """No factors of that rank, `optimal` or disturbed ones, err less in what W_O makes of values;
+    and what they err is the sum of the dropped eigenvalues of the weighed moment."""
+    model = tiny_model(seed, num_key_value_heads=H_kv, num_hidden_layers=1)
+    x = torch.randn(200, model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+    attention, d_kv = model.model.layers[0].self_attn, model.config.d_kv
+    v = x @ attention.v_proj.weight.T
+    k = x @ attention.k_proj.weight.T
+    statistics = [cskv.Statistics(x.abs().mean(0), k.T @ k / 200, v.T @ v / 200)]
+    ours, plain = (
+        init_factors(name, model, [rank], [rank], statistics).layers[0]
+        for name in ("attention", "optimal")
+    )
+    torch.testing.assert_close(ours.k.A @ ours.k.B, plain.k.A @ plain.k.B)
+    least = output_error(model, 0, ours.v, x)
+    assert least <= output_error(model, 0, plain.v, x) * (1 + 1e-4)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    for size in (1e-3, 1e-1):
+        moved = [
+            M + size * M.std() * torch.randn(M.shape, generator=generator)
+            for M in (ours.v.A, ours.v.B)
+        ]
+        assert least <= output_error(model, 0, LowRank(*moved), x) * (1 + 1e-4)
+    M = cskv.output_metric(attention).double()
+    weighed = torch.linalg.eigvals(statistics[0].v_moment.double() @ M).real.sort().values
+    assert least == pytest.approx(weighed[: d_kv - rank].sum().item(), rel=1e-3)
+
+
 # --------------------------------------------------------------------------------- factors files
 
 
