@@ -6,6 +6,11 @@ Every round times all caches one after the other, so that a slow moment of the m
 them; what is printed are ratios of medians over the rounds. The rank decides the time, the values
 of the factors do not, so they come from `svd`, which needs no text. If the transformers package is
 there, the same checkpoint runs in it with its DynamicCache.
+
+Beside the time stands what bounds it, for one decode step: `cache_mb`, the bytes that the cache
+holds, all of which a step reads, and `mflop`, the multiplications and additions of its matrix
+products, weights included (the weights are read as well, and are the same for all). Rotating keys
+and unpacking bits come on top: they are not matrix products.
 """
 
 import argparse
@@ -14,17 +19,23 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import cskv
+from experiments.baselines import heavy_hitter_cache, kivi_cache, low_rank_cache, streaming_cache
+from experiments.caches import KIVI, NAMES, held_bytes
 from experiments.evaluate import table, write_json
 from model import (
     DTYPES,
     Arguments,
+    LayerCache,
     Transformer,
     UserError,
     check_device,
@@ -95,7 +106,7 @@ def measure(
             bar.update()
     bar.close()
     median = statistics.median
-    return [
+    rows = [
         {
             "cache": name,
             "tokens": length,
@@ -103,32 +114,60 @@ def measure(
             "prefill_ratio": median(prefill[name]) / median(prefill["full"]),
             "decode_ms": 1e3 * median(decode[name]),
             "decode_ratio": median(decode[name]) / median(decode["full"]),
+            "cache_mb": None,
+            "mflop": None,
         }
         for name in runners
     ]
+    for row in rows:
+        cache = caches[row["cache"]]
+        if isinstance(cache, list):  # ours
+            row["cache_mb"] = held_bytes(cache) / 1e6
+            # The plain form of attention is one whose products can be counted.
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                runners[row["cache"]][1](one, cache)
+            row["mflop"] = counter.get_total_flops() / 1e6
+    return rows
 
 
 def our_runners(model: Transformer, length: int, args: argparse.Namespace) -> dict[str, Runner]:
+    expected = length + (args.rounds + 1) * args.steps + 1
+    layers, d_kv = len(model.model.layers), model.config.d_kv
+    makers: dict[str, Callable[[], list[LayerCache]]] = {}
+    for name in dict.fromkeys(["full", *args.caches]):
+        if name == "full":
+            makers[name] = partial(full_cache, model, expected)
+        elif name in KIVI:
+            bits = int(name.removeprefix("kivi-"))
+            makers[name] = partial(kivi_cache, model, bits, args.window, expected)
+        for ratio in args.ratios:
+            row, ranks = f"{name} {ratio:.0%}", [cskv.rank_for(ratio, d_kv)] * layers
+            if name in ("streaming", "h2o"):
+                prune = streaming_cache if name == "streaming" else heavy_hitter_cache
+                makers[row] = partial(prune, model, ratio, expected)
+            elif name in ("asvd", "cskv"):
+                factors = cskv.init_factors("svd", model, ranks, ranks).to(model.lm_head.weight)
+                if name == "asvd":
+                    makers[row] = partial(low_rank_cache, model, factors, expected)
+                    continue
+                for bits in args.bits:
+                    makers[row + (f", {bits} bits" if bits < 16 else "")] = partial(
+                        cskv.bi_branch_cache, model, factors, args.window, expected, bits, bits
+                    )
+
     def run(tokens: Tensor, cache: object) -> Tensor:
         return model(tokens, cache, logits_to_keep=1)
 
-    expected = length + (args.rounds + 1) * args.steps
-    runners = {"full": (lambda: full_cache(model, expected), run)}
-    for ratio in args.ratios:
-        ranks = [cskv.rank_for(ratio, model.config.d_kv)] * len(model.model.layers)
-        factors = cskv.init_factors("svd", model, ranks, ranks).to(model.lm_head.weight)
-
-        def make(factors: cskv.Factors = factors) -> object:
-            return cskv.bi_branch_cache(model, factors, args.window, expected)
-
-        runners[f"cskv {ratio:.0%}"] = (make, run)
-    return runners
+    return {name: (make, run) for name, make in makers.items()}
 
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     check_device(args.device)
     check_folder(args.json)
+    unknown = [name for name in args.caches if name not in NAMES]
+    if unknown:
+        raise UserError(f"no cache {unknown[0]!r}; choose of {','.join(NAMES)}")
     torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype]
     model = load_model(args.model, args.device, dtype)
@@ -146,7 +185,12 @@ def run(args: argparse.Namespace) -> None:
         rows += measure(runners, model.config.vocab_size, length, args)
     columns = {"cache": str, "tokens": str, "prefill_s": "{:.2f}".format}
     columns |= {"prefill_ratio": "{:.2f}".format, "decode_ms": "{:.1f}".format}
-    print(table(rows, columns | {"decode_ratio": "{:.2f}".format}))
+    columns |= {"decode_ratio": "{:.2f}".format}
+
+    def short(value: float | None) -> str:  # transformers does not say
+        return "" if value is None else f"{value:.4g}"
+
+    print(table(rows, columns | {"cache_mb": short, "mflop": short}))
     write_json(args.json, rows)
 
 
@@ -158,6 +202,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--ratios", type=numbers(float, 0, 0.9999), default=[0.5, 0.8], help="default: 0.5,0.8"
+    )
+    parser.add_argument(
+        "--caches",
+        type=lambda text: text.split(","),
+        default=["full", "cskv"],
+        help=f"of {','.join(NAMES)} (default: full,cskv)",
+    )
+    parser.add_argument(
+        "--bits", type=numbers(int, 2, 16), default=[16, 4], help="of cskv (default: 16,4)"
     )
     parser.add_argument(
         "--rounds", type=number(int, 1), default=5, help="timed rounds (default: 5)"
