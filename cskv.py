@@ -20,7 +20,8 @@ Sources:
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,44 +118,56 @@ class Statistics:
     v_moment: Tensor  # [d_kv, d_kv]   mean of v v^T
 
 
+@contextmanager
+def watching(model: Transformer, see: Callable[[int, Tensor, Tensor, Tensor], None]):
+    """While the model runs, calls see(i, x, k, v) for every layer i, all of them in float32.
+
+    x [B, T, hidden] is the layer's input, k and v [B, T, d_kv] are before RoPE and without bias:
+    RoPE turns K and K^ alike, and a bias is added to both, so neither changes the loss.
+    """
+
+    def watch(i: int):
+        def hook(attention: Attention, args: tuple) -> None:
+            x, projections = args[0], (attention.k_proj, attention.v_proj)
+            see(i, x.float(), *(F.linear(x, p.weight).float() for p in projections))
+
+        return hook
+
+    layers = model.model.layers
+    hooks = [l.self_attn.register_forward_pre_hook(watch(i)) for i, l in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def collect_statistics(model: Transformer, batches: Iterable[Tensor]) -> list[Statistics]:
     """Runs the frozen model once over `batches` of tokens [B, T]: one `Statistics` a layer."""
     config, device = model.config, model.lm_head.weight.device
     shapes = (config.hidden_size,), (config.d_kv, config.d_kv), (config.d_kv, config.d_kv)
-    sums = [
+    result = [
         Statistics(*(torch.zeros(s, device=device) for s in shapes)) for _ in model.model.layers
     ]
+
+    def see(i: int, x: Tensor, k: Tensor, v: Tensor) -> None:
+        x, k, v = (y.flatten(0, 1) for y in (x, k, v))  # [B * T, hidden], [B * T, d_kv] twice
+        result[i].x_abs += x.abs().sum(0)
+        result[i].k_moment += k.T @ k
+        result[i].v_moment += v.T @ v
+
     tokens_seen = 0
-
-    def watch(layer_sums: Statistics):
-        def hook(attention: Attention, args: tuple) -> None:
-            x = args[0].flatten(0, 1)  # [B * T, hidden]
-            k = (x @ attention.k_proj.weight.T).float()  # [B * T, d_kv]
-            v = (x @ attention.v_proj.weight.T).float()
-            layer_sums.x_abs += x.float().abs().sum(0)
-            layer_sums.k_moment += k.T @ k
-            layer_sums.v_moment += v.T @ v
-
-        return hook
-
-    hooks = [
-        layer.self_attn.register_forward_pre_hook(watch(s))
-        for layer, s in zip(model.model.layers, sums, strict=True)
-    ]
-    try:
+    with watching(model, see):
         for tokens in batches:
             model(tokens.to(device), logits_to_keep=1)
             tokens_seen += tokens.numel()
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not tokens_seen:
         raise UserError("no calibration text; give at least one sample")
-    for s in sums:  # in place: the moments of a 7B are 4 GB
+    for s in result:  # in place: the moments of a 7B are 4 GB
         for total in (s.x_abs, s.k_moment, s.v_moment):
             total /= tokens_seen
-    return sums
+    return result
 
 
 # ------------------------------------------------------------ the initializations of A and B
@@ -345,8 +358,13 @@ def save_factors(
         "v_ranks": json.dumps([layer.v.rank for layer in factors.layers]),
         "fingerprint": json.dumps(fingerprint(model)),
     }
+    data = save(tensors, metadata)
+    # safetensors orders metadata by chance; sorted, equal factors are equal files.
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"))
+    header = header.encode() + b" " * (-len(header.encode()) % 8)
     with replacing(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata))
+        temporary.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
 
 
 def load_factors(path: str | Path, model: Transformer) -> Factors:

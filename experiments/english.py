@@ -2,13 +2,16 @@
 
     python -m experiments.english --out runs/english
 
-writes `calibration.txt`, the language reference that comes with Python (package `pydoc_data`), and
-`heldout.txt`, the docstrings of PyTorch. Technical prose of two hands: what is fitted on the first
-is measured on the second. Both differ a little from version to version of Python and PyTorch.
+writes `calibration.txt`, the language reference that comes with Python (package `pydoc_data`) and
+the docstrings of its standard library, and `heldout.txt`, the docstrings of PyTorch. Technical
+prose of different hands: what is fitted on the first is measured on the second. Both differ a
+little from version to version of Python and PyTorch.
 """
 
 import argparse
+import ast
 import inspect
+import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -19,9 +22,27 @@ from model import Arguments, UserError, replacing, run_command
 MODULES = (torch.nn, torch.optim, torch.nn.functional, torch.utils.data, torch.distributions, torch)
 
 
-def calibration_text() -> str:
-    """Python's language reference, topic by topic."""
-    return "\n\n".join(topics[name] for name in sorted(topics))
+LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages"}  # folders of the library
+
+
+def calibration_text(shortest: int = 300) -> str:
+    """Python's language reference, topic by topic, then the docstrings of at least `shortest`
+    characters in the source of its standard library, each once."""
+    texts = {topics[name]: name for name in sorted(topics)}
+    library = Path(sysconfig.get_paths()["stdlib"])
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for file in sorted(library.rglob("*.py")):
+        if LEFT_OUT & set(file.relative_to(library).parts):
+            continue
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (OSError, SyntaxError, ValueError):  # templates that are not quite Python
+            continue
+        for node in ast.walk(tree):
+            text = (ast.get_docstring(node) or "") if isinstance(node, documented) else ""
+            if len(text) >= shortest:
+                texts.setdefault(text, file.name)
+    return "\n\n".join(texts)
 
 
 def heldout_text(shortest: int = 800) -> str:

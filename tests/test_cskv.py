@@ -652,3 +652,14 @@ def test_nominal_ratio_counts_bits_and_ranks_of_every_layer():
     factors = init_factors("svd", model, [2, 4], [6, 12])
     assert cskv.nominal_ratio(model, factors) == pytest.approx(1 - (2 + 4 + 6 + 12) / 48)
     assert cskv.nominal_ratio(model, factors, 32, 16) == pytest.approx(1 - (2 * 6 + 18) / 48)
+
+
+def test_equal_factors_are_equal_files(tmp_path):
+    """Keeps out the random order that safetensors gives to metadata."""
+    model = tiny_model()
+    factors = make_factors(model, 3, 4)
+    for i in range(5):
+        cskv.save_factors(tmp_path / str(i), factors, model)
+    assert len({(tmp_path / str(i)).read_bytes() for i in range(5)}) == 1
+    data = (tmp_path / "0").read_bytes()
+    assert int.from_bytes(data[:8], "little") % 8 == 0  # tensors stay aligned

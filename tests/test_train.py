@@ -1,0 +1,730 @@
+"""Layer-wise training: losses, gradients and floors against naive ones; resuming; its command."""
+
+import itertools
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+import types
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cskv
+import quant
+import train
+from model import DTYPES, UserError, load_model, load_tokenizer
+from tests.test_infer import call
+from tests.tiny import save_checkpoint, tiny_model, tiny_tokens
+
+ROOT = Path(__file__).parent.parent
+quick = settings(max_examples=25, deadline=None, derandomize=True)
+bit_choices = st.sampled_from([2, 3, 4, 8, 16])
+LENGTHS = (40, 9, 2, 33)  # tokens of the samples: whole groups of 32 and parts of them
+
+
+def make_samples(model, lengths=LENGTHS):
+    return [tiny_tokens(model, 1, n, seed) for seed, n in enumerate(lengths)]
+
+
+def make_factors(model, samples, init="svd", k_rank=5, v_rank=4, k_bits=16, v_bits=16):
+    n = len(model.model.layers)
+    statistics = cskv.collect_statistics(model, samples)
+    factors = cskv.init_factors(init, model, [k_rank] * n, [v_rank] * n, statistics)
+    return cskv.rotate_values(factors) if v_bits < 16 else factors
+
+
+def make_bases(model, samples, k_rank=5, v_rank=4):
+    factors = make_factors(model, samples, "optimal", k_rank, v_rank)
+    return [p.B.T for layer in factors.layers for p in (layer.k, layer.v)]
+
+
+def seen(model, tokens):
+    """(x, k, v) of every layer for one sample, in float64, taken from the model's own modules."""
+    found = []
+    hooks = [
+        layer.input_layernorm.register_forward_hook(lambda m, a, out: found.append(out[0].double()))
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return [
+        (x, x @ a.k_proj.weight.T.double(), x @ a.v_proj.weight.T.double())
+        for x, a in zip(found, (layer.self_attn for layer in model.model.layers), strict=True)
+    ]
+
+
+def pairs_of(factors):
+    return [p for layer in factors.layers for p in (layer.k, layer.v)]
+
+
+# -------------------------------------------------------------------------- losses and gradients
+
+
+@quick
+@given(st.integers(1, 12), st.integers(1, 12), st.booleans(), st.sampled_from(["svd", "random"]))
+def test_gradients_equal_the_formula_in_float64(k_rank, v_rank, bias, init):
+    """For L = |E|^2 / n with E = K - x A B: dL/dB = -2/n (x A)^T E and dL/dA = -2/n x^T E B^T.
+
+    n counts the elements of the whole batch, so that its loss is a mean over all its tokens.
+    """
+    model = tiny_model(attention_bias=bias)
+    samples = make_samples(model)
+    tuner = train.Tuner(make_factors(model, samples, init, k_rank, v_rank), steps=1)
+    loss = train.run_layers(model, samples, [tuner], train=True)[0]
+    n = sum(LENGTHS) * model.config.d_kv
+    expected = torch.zeros(2, dtype=torch.float64)
+    grads = [[0, 0] for _ in pairs_of(tuner.factors)]
+    for sample in samples:
+        for i, (x, k, v) in enumerate(seen(model, sample)):
+            layer = tuner.factors.layers[i]
+            for j, (pair, y) in enumerate(((layer.k, k), (layer.v, v))):
+                A, B = pair.A.detach().double(), pair.B.detach().double()
+                E = y - x @ A @ B
+                expected[i] += E.square().sum() / n
+                grads[2 * i + j][0] += -2 / n * x.T @ E @ B.T
+                grads[2 * i + j][1] += -2 / n * (x @ A).T @ E
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-9)
+    for pair, (dA, dB) in zip(pairs_of(tuner.factors), grads, strict=True):
+        torch.testing.assert_close(pair.A.grad.double(), dA, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(pair.B.grad.double(), dB, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_gradients_equal_finite_differences(bits):
+    """In every direction of B: rounding happens before it, so the loss is smooth in it."""
+    model = tiny_model()
+    samples = make_samples(model)
+    tuner = train.Tuner(make_factors(model, samples, v_bits=bits), 1, k_bits=bits, v_bits=bits)
+    train.run_layers(model, samples, [tuner], train=True)
+    for pair in pairs_of(tuner.factors):
+        direction = torch.randn(pair.B.shape, generator=torch.Generator().manual_seed(0))
+        ends, B = [], pair.B.detach().clone()
+        for sign in (1, -1):
+            pair.B.data = B + sign * 0.01 * direction
+            ends.append(train.run_layers(model, samples, [tuner]).sum().item())
+        pair.B.data = B
+        slope = (ends[0] - ends[1]) / 0.02  # exact for a quadratic
+        assert (pair.B.grad * direction).sum().item() == pytest.approx(slope, rel=2e-3, abs=1e-5)
+
+
+@quick
+@given(bit_choices, bit_choices, st.booleans())
+def test_quantized_loss_equals_a_naive_one(k_bits, v_bits, clamped):
+    """Keys in groups of 32 tokens of the sample, values in groups of 32 channels."""
+    model = tiny_model()
+    samples = make_samples(model)
+    factors = make_factors(model, samples, v_bits=v_bits)
+    tuner = train.Tuner(factors, 1, 1e-3, k_bits, v_bits, clamped)
+    ours = train.run_layers(model, samples, [tuner])[0]
+    expected = torch.zeros(2, dtype=torch.float64)
+    for sample in samples:
+        for i, (x, k, v) in enumerate(seen(model, sample)):
+            layer = factors.layers[i]
+            for pair, y, bits, dim in ((layer.k, k, k_bits, -2), (layer.v, v, v_bits, -1)):
+                c = x.float() @ pair.A
+                if bits < 16:
+                    c = quant.dequantize(quant.quantize(c, bits, dim, clamped), dim)
+                expected[i] += (y - c.double() @ pair.B.double()).square().sum() / 12
+    torch.testing.assert_close(ours, expected / sum(LENGTHS), rtol=1e-5, atol=1e-9)
+
+
+def test_only_the_factors_change():
+    model = tiny_model(attention_bias=True)
+    samples = make_samples(model)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    factors = make_factors(model, samples)
+    tuners = [train.Tuner(factors, 3, lr) for lr in (1e-3, 1e-2)]  # two sets in one pass
+    for _ in range(3):
+        losses = train.run_layers(model, samples, tuners, train=True)
+        for tuner in tuners:
+            tuner.step()
+    assert losses.shape == (2, 2) and (losses[0] != losses[1]).all()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+        assert not weight.requires_grad and weight.grad is None
+    for tuner in tuners:
+        alone = train.Tuner(factors, 3, tuner.lr)
+        for _ in range(3):
+            train.run_layers(model, samples, [alone], train=True)
+            alone.step()
+        for a, b, c in zip(*map(pairs_of, (tuner.factors, alone.factors, factors)), strict=True):
+            assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
+            assert not torch.equal(a.A, c.A) and not torch.equal(a.B, c.B)  # a copy was trained
+    assert not model.model.layers[0].self_attn._forward_pre_hooks
+
+
+class Saved:
+    """A tensor that a graph keeps; this box dies with the graph."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_no_graph_survives_its_layer(bits):
+    model = tiny_model(num_hidden_layers=5)
+    samples = make_samples(model)
+    tuner = train.Tuner(make_factors(model, samples, v_bits=bits), 1, 1e-3, bits, bits)
+    boxes, counts = weakref.WeakSet(), []
+
+    def pack(tensor):
+        boxes.add(box := Saved(tensor))
+        counts[-1] += 1
+        return box
+
+    def entered(module, args):
+        assert not boxes, "a graph of the layer before is alive"
+        counts.append(0)
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(entered)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+        train.run_layers(model, samples[:1], [tuner], train=True)
+    assert not boxes and len(counts) == 5 and min(counts) > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_in_16_bits_trains_factors_in_float32(dtype):
+    model = tiny_model().to(DTYPES[dtype])
+    samples = make_samples(model)
+    tuner = train.Tuner(make_factors(model, samples), 20, 1e-2)
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in tuner.parameters)
+    losses = []
+    for _ in range(20):
+        losses.append(train.run_layers(model, samples, [tuner], train=True).sum().item())
+        tuner.step()
+    exact = train.Tuner(make_factors(tiny_model(), samples), 20, 1e-2)
+    reference = train.run_layers(tiny_model(), samples, [exact]).sum().item()
+    assert losses[0] == pytest.approx(reference, rel=0.03) and losses[-1] < 0.95 * losses[0]
+
+
+# -------------------------------------------------------------------------------------- the floor
+
+
+@quick
+@given(
+    st.sampled_from(cskv.INITIALIZATIONS),
+    st.integers(1, 12),
+    bit_choices,
+    bit_choices,
+    st.lists(st.integers(2, 40), min_size=1, max_size=3),
+)
+def test_no_loss_is_below_its_floor(init, rank, k_bits, v_bits, lengths):
+    """Strictly, at every step, for batches of few tokens and full ranks, too."""
+    model = tiny_model()
+    samples = make_samples(model, lengths)
+    factors = make_factors(model, samples, init, rank, rank, k_bits, v_bits)
+    tuner = train.Tuner(factors, 3, 1e-2, k_bits, v_bits)
+    bases = make_bases(model, samples, rank, rank)
+    for _ in range(3):
+        loss, floor, optimal, zeros = train.measure(model, tuner, samples, bases, train=True)
+        assert (loss >= floor).all() and (optimal >= floor).all() and (zeros >= floor).all()
+        tuner.step()
+
+
+@quick
+@given(st.integers(1, 11), st.booleans())
+def test_floor_and_optimal_equal_naive_ones(rank, other_text):
+    """The floor is what an SVD of K itself drops; `optimal` projects K on V_r by hand."""
+    model = tiny_model()
+    samples = make_samples(model)
+    text = [tiny_tokens(model, 1, 60, seed=9)] if other_text else samples
+    bases = make_bases(model, text, rank, rank)
+    tuner = train.Tuner(make_factors(model, samples, "svd", rank, rank), 1)
+    _, floor, optimal, zeros = train.measure(model, tuner, samples, bases, train=False)
+    both = [seen(model, sample) for sample in samples]
+    n = sum(LENGTHS) * 12
+    for i in range(2):
+        expected = torch.zeros(3, dtype=torch.float64)
+        for j in (1, 2):
+            K = torch.cat([layers[i][j] for layers in both])
+            V = bases[2 * i + j - 1].double()
+            expected[0] += torch.linalg.svdvals(K)[rank:].square().sum() / n
+            expected[1] += (K.square().sum() - (K @ V).square().sum()) / n
+            expected[2] += K.square().sum() / n
+        ours = torch.stack([floor[i], optimal[i], zeros[i]])
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_optimal_starts_at_the_floor_of_its_own_text():
+    model = tiny_model()
+    samples = make_samples(model)
+    tuner = train.Tuner(make_factors(model, samples, "optimal"), 1)
+    table = train.measure(model, tuner, samples, make_bases(model, samples), train=True)
+    torch.testing.assert_close(table[0], table[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(table[2], table[1], rtol=1e-5, atol=0)
+    for seed in range(20):  # and strictly not below it, though float32 rounds either way
+        text = [tiny_tokens(model, 1, 50, seed)]
+        other = train.Tuner(make_factors(model, text, "optimal"), 1)
+        loss, floor, *_ = train.measure(model, other, text, make_bases(model, text), train=False)
+        assert (loss >= floor).all()
+    zeros = table[3].sum()
+    assert all(p.grad.abs().max() < 1e-5 * zeros for p in tuner.parameters)  # nothing to gain
+
+
+@pytest.mark.parametrize("init", ["random", "svd"])
+def test_training_approaches_the_floor(init):
+    model = tiny_model()
+    samples = make_samples(model)
+    bases = make_bases(model, samples)
+    tuner = train.Tuner(make_factors(model, samples, init), 200, 3e-2)
+    first = train.measure(model, tuner, samples, bases, train=False).sum(1)
+    for _ in range(200):
+        train.run_layers(model, samples, [tuner], train=True)
+        tuner.step()
+    last = train.measure(model, tuner, samples, bases, train=False).sum(1)
+    assert first[0] > 1.3 * first[1] and last[1] <= last[0] < 1.02 * last[1]
+
+
+@pytest.mark.parametrize(
+    "init, bits, clamped", [("svd", 4, False), ("optimal", 2, False), ("optimal", 2, True)]
+)
+def test_training_with_rounding_lowers_the_loss(init, bits, clamped):
+    """In 2 bits even from the optimum without bits, where rounding afterwards leaves one."""
+    model = tiny_model()
+    samples = make_samples(model, (64, 64))
+    factors = make_factors(model, samples, init, 9, 9, v_bits=bits)
+    tuner = train.Tuner(factors, 60, 1e-2, bits, bits, clamped)
+    before = train.run_layers(model, samples, [tuner]).sum()
+    for _ in range(60):
+        train.run_layers(model, samples, [tuner], train=True)
+        tuner.step()
+    assert train.run_layers(model, samples, [tuner]).sum() < 0.93 * before
+    assert tuner.factors.info["k_bits"] == tuner.factors.info["v_bits"] == str(bits)
+
+
+# --------------------------------------------------------------------------- schedule and batches
+
+
+@quick
+@given(st.integers(1, 9), st.floats(1e-6, 1))
+def test_the_rate_falls_linearly_and_is_what_adamw_gets(steps, lr):
+    model = tiny_model()
+    samples = make_samples(model, (5,))
+    tuner = train.Tuner(make_factors(model, samples), steps, lr)
+    rates = []
+    for step in range(steps):
+        assert tuner.rate == pytest.approx(lr * (steps - step) / steps)
+        train.run_layers(model, samples, [tuner], train=True)
+        tuner.step()
+        rates.append(tuner.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([lr * (steps - step) / steps for step in range(steps)])
+    assert tuner.rate == 0
+
+
+@quick
+@given(st.integers(1, 20), st.integers(1, 7), st.integers(0, 2**31))
+def test_an_epoch_has_every_sample_once(n, size, seed):
+    steps = -(-n // size)
+    epochs = []
+    for epoch in range(2):
+        batches = [
+            train.batch_of(list(range(n)), epoch * steps + s, size, seed) for s in range(steps)
+        ]
+        epochs.append([sample for batch in batches for sample in batch])
+        assert sorted(epochs[-1]) == list(range(n))
+        assert [len(batch) for batch in batches[:-1]] == [size] * (steps - 1)
+    assert n < 8 or epochs[0] != epochs[1]
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    """A tiny checkpoint, 24 documents, and the arguments that train on them."""
+    folder = tmp_path_factory.mktemp("train")
+    save_checkpoint(tiny_model(), folder / "model")
+    draw = random.Random(0)
+    words = [[f"t{draw.randrange(61)}" for _ in range(draw.randrange(3, 50))] for _ in range(24)]
+    lines = [json.dumps({"text": " ".join(w)}) + "\n" for w in words]
+    (folder / "text.jsonl").write_text("".join(lines))
+    return folder
+
+
+def arguments(setup, out, *more):
+    base = ["--model", setup / "model", "--data", setup / "text.jsonl", "--out", out]
+    base += ["--init", "svd", "--k-ratio", 0.5, "--v-rank", 4, "--lr", 1e-2]
+    return [str(a) for a in (*base, "--save-dtype", "float32", *more)]
+
+
+def rows_of(log):
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_the_log_says_it_all(setup, tmp_path, capsys):
+    out, log = tmp_path / "f", tmp_path / "log"
+    more = ["--log", log, "--k-bits", 4, "--v-bits", 3, "--epochs", 3, "--measure-samples", 100]
+    code, stdout, err = call(train, capsys, *arguments(setup, out, *more))
+    *rows, summary = rows_of(log)
+    assert (code, stdout) == (0, "") and len(rows) == 72
+    assert [row["step"] for row in rows] == list(range(72))
+    for row in rows:
+        assert row["loss"] >= row["floor"] > 0 and row["optimal"] >= row["floor"]
+        assert row["lr"] == pytest.approx(1e-2 * (1 - row["step"] / 72))
+        assert len(row["layers"]) == 2
+        for name in ("loss", "floor"):
+            assert sum(x[name] for x in row["layers"]) == pytest.approx(row[name])
+    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(rows))
+    # The summary, against factors written and begun with
+    model, tokenizer = load_model(setup / "model"), load_tokenizer(setup / "model")
+    samples = train.sample_tokens(setup / "text.jsonl", tokenizer, 256, 600, 0)
+    final = cskv.load_factors(out, model)
+    begun = make_factors(model, samples, "svd", 6, 4, 4, 3)
+    bases = make_bases(model, samples, 6, 4)
+    tuners = [train.Tuner(f, 1, 0, 4, 3) for f in (begun, final)]
+    first, last = (train.measure(model, t, samples, bases, False).sum(1) for t in tuners)
+    assert summary["summary"] is True and summary["steps"] == 72
+    assert summary["initial"] == pytest.approx(first[0].item(), rel=1e-6)
+    assert summary["final"] == pytest.approx(last[0].item(), rel=1e-6)
+    assert summary["floor"] == pytest.approx(last[1].item(), rel=1e-6)
+    assert summary["ratio"] == pytest.approx(summary["final"] / summary["floor"])
+    assert summary["floor"] < summary["final"] < 0.95 * summary["initial"]
+    assert {"initial", "final", "floor"} <= set(summary["layers"][1])
+    assert final.info["trained"] == "72 steps, lr 0.01, batch 1"
+    assert (final.info["k_bits"], final.info["v_bits"]) == ("4", "3")
+    assert final.info["data"] == "text.jsonl" and "ratio" in err
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["f", "log"]  # no checkpoint left
+
+
+@pytest.mark.parametrize("init", ["svd", "optimal"])
+@pytest.mark.parametrize("flags", [["--steps", 0], ["--epochs", 0]])
+def test_without_steps_nothing_is_trained(setup, tmp_path, capsys, init, flags):
+    args = arguments(setup, tmp_path / "f", "--init", init, *flags)
+    assert call(train, capsys, *args)[0] == 0
+    model = load_model(setup / "model")
+    samples = train.sample_tokens(
+        setup / "text.jsonl", load_tokenizer(setup / "model"), 256, 600, 0
+    )
+    found = cskv.load_factors(tmp_path / "f", model)
+    assert found.info["trained"] == "none"
+    for a, b in zip(
+        pairs_of(found), pairs_of(make_factors(model, samples, init, 6, 4)), strict=True
+    ):
+        assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
+    assert call(train, capsys, *args[:2], "--out", tmp_path / "g", "--init", "svd", *flags)[0] == 0
+
+
+def test_log_every_and_early_stop(setup, tmp_path, capsys):
+    log = tmp_path / "log"
+    args = ["--log", log, "--log-every", 4, "--steps", 6, "--batch-size", 5, "--epochs", 9]
+    assert call(train, capsys, *arguments(setup, tmp_path / "f", *args))[0] == 0
+    assert [row.get("step") for row in rows_of(log)] == [0, 4, 5, None]
+    info = cskv.load_factors(tmp_path / "f", load_model(setup / "model")).info
+    assert info["trained"] == "6 steps, lr 0.01, batch 5"
+
+
+def test_no_floor_without_a_log(setup, tmp_path, capsys, monkeypatch):
+    """An eigendecomposition a layer and step is dear: only the two measurements may take it."""
+    calls = []
+    real = torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda m: calls.append(1) or real(m))
+    assert call(train, capsys, *arguments(setup, tmp_path / "f", "--steps", 5))[0] == 0
+    assert len(calls) == 2 * 2 * 2  # before and after, layers, keys and values
+
+
+def test_clamped_zero_point_reaches_training(setup, tmp_path, capsys):
+    losses = []
+    for more in ([], ["--clamped-zero-point"]):
+        args = ["--bits", 3, "--steps", 2, "--log", tmp_path / "log", *more]
+        assert call(train, capsys, *arguments(setup, tmp_path / "f", *args))[0] == 0
+        losses.append(rows_of(tmp_path / "log")[0]["loss"])
+    assert losses[1] > losses[0]
+    info = cskv.load_factors(tmp_path / "f", load_model(setup / "model")).info
+    assert info["trained"].endswith("clamped zero-point")
+
+
+# --------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("how", ["nan", "huge"])
+def test_divergence_stops_and_names_step_and_layer(setup, tmp_path, capsys, monkeypatch, how):
+    real = train.Tuner.watch
+
+    def watch(self, i, *args):
+        loss = real(self, i, *args)
+        bad = {"nan": math.nan, "huge": 1e5}[how]
+        return loss * bad if self.steps_done == 3 and i == 1 and args[-1] else loss
+
+    monkeypatch.setattr(train.Tuner, "watch", watch)
+    code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f"))
+    error = err.splitlines()[-1]
+    assert code == 2 and error.startswith("error: step 3, layer 1: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_learning_rate_that_is_too_large_stops(setup, tmp_path, capsys):
+    code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f", "--lr", 1e6))
+    assert code == 2 and "the loss diverges" in err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_overflows_stops(setup, tmp_path, capsys):
+    model = tiny_model()
+    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = math.nan
+    save_checkpoint(model, tmp_path / "model")
+    args = arguments(setup, tmp_path / "f", "--init", "random", "--model", tmp_path / "model")
+    code, _, err = call(train, capsys, *args)
+    assert code == 2 and "Traceback" not in err and err.count("error: ") == 1
+
+
+def test_starting_at_nothing_is_no_divergence(setup, tmp_path, capsys):
+    """Full rank: the loss is rounding at first and grows a thousandfold with the first update."""
+    more = ["--k-rank", 12, "--v-rank", 12, "--lr", 1e-3, "--log", tmp_path / "log"]
+    assert call(train, capsys, *arguments(setup, tmp_path / "f", *more))[0] == 0
+    *rows, summary = rows_of(tmp_path / "log")
+    assert rows[1]["loss"] > 1000 * rows[0]["loss"] and summary["final"] < 0.1
+    assert all(row["loss"] >= row["floor"] for row in rows)
+
+
+MISTAKES = {
+    "no data": (["--data", "none.txt"], "no file none.txt"),
+    "bits": (["--bits", 5], "--bits"),
+    "lr": (["--lr", -1], "--lr"),
+    "batch": (["--batch-size", 0], "--batch-size"),
+    "log folder": (["--log", "no/such/log"], "no folder no/such"),
+    "log is a folder": (["--log", "tests"], "tests cannot be written"),
+    "checkpoint folder": (["--checkpoint", "no/such/c"], "no folder no/such"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(setup, tmp_path, capsys, monkeypatch, mistake):
+    monkeypatch.chdir(ROOT)
+    more, message = MISTAKES[mistake]
+    code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f", *more))
+    error = err.splitlines()[-1]
+    assert code == 2 and error.startswith("error: ") and message in error
+    assert "Traceback" not in err and list(tmp_path.iterdir()) == []
+
+
+def test_training_without_text_is_refused(setup, tmp_path, capsys):
+    args = ["--model", setup / "model", "--out", tmp_path / "f", "--init", "svd"]
+    code, _, err = call(train, capsys, *args)
+    assert code == 2 and "training (--steps) needs text" in err
+
+
+class Parquet:
+    """Stands in for pyarrow.parquet, which is an extra: a file of two blocks of rows."""
+
+    columns: list = [("text", ["one", "two"]), ("text", ["three"])]  # noqa: RUF012
+
+    class ParquetFile:
+        def __init__(self, path):
+            names = [name for name, _ in Parquet.columns]
+            self.schema_arrow = types.SimpleNamespace(names=names)
+
+        def iter_batches(self, columns):
+            assert columns == ["text"]
+            for _, values in Parquet.columns:
+                column = types.SimpleNamespace(to_pylist=lambda values=values: values)
+                yield types.SimpleNamespace(column=[column].__getitem__)
+
+
+def test_parquet_is_read_if_pyarrow_is_there(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    (tmp_path / "b.txt").write_text("four")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # importing it fails
+    with pytest.raises(UserError, match=r"a\.parquet needs pyarrow; pip install pyarrow"):
+        list(train.read_documents(tmp_path))
+    stand_in = types.SimpleNamespace(parquet=Parquet, ArrowException=ValueError)
+    monkeypatch.setitem(sys.modules, "pyarrow", stand_in)
+    assert list(train.read_documents(tmp_path)) == ["one", "two", "three", "four"]
+    monkeypatch.setattr(Parquet, "columns", [("text", ["one", None])])
+    with pytest.raises(UserError, match="`text` holds None"):
+        list(train.read_documents(tmp_path))
+    monkeypatch.setattr(Parquet, "columns", [("body", ["one"])])
+    with pytest.raises(UserError, match="no column `text`"):
+        list(train.read_documents(tmp_path))
+
+
+def test_parquet_for_real(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"text": ["one", "two"], "id": [1, 2]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert list(train.read_documents(tmp_path / "a.parquet")) == ["one", "two"]
+    parquet.write_table(table.drop(["text"]), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="no column `text`"):
+        list(train.read_documents(tmp_path / "b.parquet"))
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"c\.parquet is damaged"):
+        list(train.read_documents(tmp_path / "c.parquet"))
+
+
+# -------------------------------------------------------------------------- checkpoints and signals
+
+
+def interrupt_after(monkeypatch, step, number=signal.SIGINT):
+    """Sends this process one signal, during a step's forward pass: a second one would kill."""
+    real, sent = train.Tuner.watch, []
+
+    def watch(self, i, *args):
+        if self.steps_done == step and not sent:
+            sent.append(number)
+            signal.raise_signal(number)
+        return real(self, i, *args)
+
+    monkeypatch.setattr(train.Tuner, "watch", watch)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_resume_goes_on_exactly(
+    setup, tmp_path, capsys, monkeypatch, number
+):
+    more = ["--epochs", 2, "--batch-size", 3, "--bits", 4, "--log-every", 2]
+    whole, out, log = tmp_path / "whole", tmp_path / "f", tmp_path / "log"
+    args = arguments(setup, out, *more, "--log", log)
+    assert call(train, capsys, *arguments(setup, whole, *more, "--log", tmp_path / "w"))[0] == 0
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 9, number)
+        code, _, err = call(train, capsys, *args)
+    assert code == 130 and "10 of 16 steps" in err and "--resume" in err and not out.exists()
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]  # as before
+    with log.open("a") as file:
+        file.write('{"step": 10}\n{"step": 12, "lo')  # as a kill might leave it
+    monkeypatch.setattr(cskv, "collect_statistics", None)  # the checkpoint has all of it
+    code, _, err = call(train, capsys, *args, "--resume")
+    assert code == 0 and "going on after step 10" in err
+    assert out.read_bytes() == whole.read_bytes()
+    ours, theirs = rows_of(log), rows_of(tmp_path / "w")
+    for row in (*ours, *theirs):
+        del row["seconds"]
+    assert ours == theirs
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["f", "log", "w", "whole"]
+
+
+def test_resume_after_the_last_step(setup, tmp_path, capsys, monkeypatch):
+    """Interrupted in the last of 6 steps: what is left is to measure and to write."""
+    log = tmp_path / "log"
+    args = arguments(setup, tmp_path / "f", "--steps", 6, "--log", log, "--log-every", 4)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        assert call(train, capsys, *args)[0] == 130
+    assert call(train, capsys, *args, "--resume", "--checkpoint-every", 7)[0] == 0
+    assert [row.get("step") for row in rows_of(log)] == [0, 4, 5, None]
+    assert call(train, capsys, *arguments(setup, tmp_path / "g", "--steps", 6))[0] == 0
+    assert (tmp_path / "f").read_bytes() == (tmp_path / "g").read_bytes()
+
+
+def test_resume_without_a_checkpoint_starts(setup, tmp_path, capsys):
+    code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f", "--resume", "--steps", 2))
+    assert code == 0 and "no checkpoint" in err and (tmp_path / "f").exists()
+
+
+@pytest.fixture
+def interrupted(setup, tmp_path, capsys, monkeypatch):
+    """Arguments of a training that was interrupted after 4 of 24 steps."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        assert call(train, capsys, *arguments(setup, tmp_path / "f"))[0] == 130
+    return arguments(setup, tmp_path / "f", "--resume")
+
+
+OTHERS = {
+    "lr": 1e-3,
+    "k-bits": 8,
+    "v-rank": 3,
+    "samples": 9,
+    "init": "asvd",
+    "seed": 1,
+    "batch-size": 2,
+    "steps": 9,
+}
+
+
+def test_resume_with_other_arguments_is_refused(interrupted, setup, tmp_path, capsys):
+    for name, value in OTHERS.items():
+        code, _, err = call(train, capsys, *interrupted, f"--{name}", value)
+        assert code == 2 and f"was made with another --{name};" in err.splitlines()[-1]
+    text = (setup / "text.jsonl").read_text()
+    (tmp_path / "text.jsonl").write_text(text.replace("t1 ", "t2 "))
+    _, _, err = call(train, capsys, *interrupted, "--data", tmp_path / "text.jsonl")
+    assert "was made with another --data;" in err
+    save_checkpoint(tiny_model(seed=1), tmp_path / "model")
+    _, _, err = call(train, capsys, *interrupted, "--model", tmp_path / "model")
+    assert "was made with another --model;" in err and not (tmp_path / "f").exists()
+    assert call(train, capsys, *interrupted, "--save-dtype", "bfloat16")[0] == 0  # no matter
+
+
+def test_a_damaged_checkpoint_is_refused(interrupted, tmp_path, capsys):
+    file = tmp_path / "f.checkpoint"
+    data = file.read_bytes()
+    for damaged in (b"", b"x" * 99, data[: len(data) // 2], data[:-30]):
+        file.write_bytes(damaged)
+        code, _, err = call(train, capsys, *interrupted)
+        assert code == 2 and "f.checkpoint is damaged" in err.splitlines()[-1]
+    torch.save({"plan": {}}, file)
+    assert "f.checkpoint is damaged" in call(train, capsys, *interrupted)[2]
+
+
+@pytest.mark.parametrize("full", ["before", "midway"])
+def test_a_full_disk_leaves_the_old_checkpoint(interrupted, tmp_path, capsys, monkeypatch, full):
+    file = tmp_path / "f.checkpoint"
+    before, real = file.read_bytes(), Path.write_bytes
+
+    def write_bytes(path, data):
+        if full == "midway":
+            real(path, bytes(data)[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    code, _, err = call(train, capsys, *interrupted, "--checkpoint-every", 1)
+    assert code == 2 and "cannot be written" in err.splitlines()[-1] and "No space" in err
+    assert [f.name for f in tmp_path.iterdir()] == ["f.checkpoint"]
+    assert file.read_bytes() == before
+    monkeypatch.undo()
+    assert call(train, capsys, *interrupted)[0] == 0
+
+
+def test_killed_at_a_random_step_resume_is_exact(setup, tmp_path, capsys):
+    """The process gets no chance to clean up; checkpoints are written every second step."""
+    more = ["--bits", 4, "--epochs", 8, "--checkpoint-every", 2]
+    log, steps = tmp_path / "log", random.randint(1, 120)
+    args = arguments(setup, tmp_path / "killed", *more, "--log", log, "--resume")
+    command = [sys.executable, "train.py", *args]
+    killed = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not log.exists() or log.read_text().count("\n") < steps:
+        assert killed.poll() is None and time.monotonic() < deadline, "it never came that far"
+        time.sleep(0.001)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL and not (tmp_path / "killed").exists()
+    again = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    assert call(train, capsys, *arguments(setup, tmp_path / "whole", *more))[0] == 0
+    assert again.wait() == 0
+    ours, theirs = ((tmp_path / name).read_bytes() for name in ("killed", "whole"))
+    assert ours == theirs, f"another file after a kill at step {steps}"
+    assert [row.get("step") for row in rows_of(log)] == [*range(192), None]
+
+
+def test_two_processes_equal_one(setup, tmp_path, capsys):
+    """Batches of 3: the second process has one sample of them, and none of the last."""
+    more = ["--batch-size", 3, "--samples", 22, "--epochs", 2, "--lr", 1e-3]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert call(train, capsys, *arguments(setup, one, *more, "--log", tmp_path / "1"))[0] == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--", "train.py", *arguments(setup, two, *more, "--log", tmp_path / "2")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("22 samples") == done.stderr.count("idle") == 1  # one process speaks
+    model = load_model(setup / "model")
+    ours, theirs = (pairs_of(cskv.load_factors(path, model)) for path in (one, two))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.A, b.A, rtol=0, atol=1e-6)
+        torch.testing.assert_close(a.B, b.B, rtol=0, atol=1e-6)
+    for a, b in zip(rows_of(tmp_path / "1"), rows_of(tmp_path / "2"), strict=True):
+        for name in {"loss", "floor", "optimal", "initial", "final"} & set(a):
+            assert a[name] == pytest.approx(b[name], rel=1e-5)
