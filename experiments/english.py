@@ -50,8 +50,11 @@ def heldout_text(shortest: int = 800) -> str:
     texts = {}
     for module in MODULES:
         for name in sorted(vars(module)):
-            text = inspect.getdoc(getattr(module, name, None)) or ""
-            if not name.startswith("_") and len(text) >= shortest:
+            thing = getattr(module, name, None)
+            text = inspect.getdoc(thing) or ""
+            if name.startswith("_") or inspect.ismodule(thing):  # such as torch.os, Python's own
+                continue
+            if len(text) >= shortest:
                 texts.setdefault(text, name)
     return "\n\n".join(texts)
 
