@@ -1,0 +1,137 @@
+"""The paper's experiments as commands, on a tiny model: what they write, and that they resume."""
+
+import json
+
+import pytest
+import torch
+
+import cskv
+from experiments import paper
+from experiments.paper import Recipe, Workshop
+from model import UserError
+from tests.test_infer import call
+from tests.tiny import save_checkpoint, tiny_model
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paper")
+    save_checkpoint(tiny_model(), folder / "tiny")
+    (folder / "text.txt").write_text(" ".join(f"t{i * i % 61}" for i in range(900)))
+    return folder
+
+
+def flags(setup, what, out, *more):
+    common = ["--model", setup / "tiny", "--out", out, "--work", out / "work", "--dtype", "float32"]
+    common += ["--samples", 6, "--seq-len", 40, "--measure-samples", 3, "--ratios", "0.5,0.75"]
+    return [what, *common, *more]
+
+
+def text_flags(setup, what, out, *more):
+    text = ["--text", setup / "text.txt", "--calibrate", setup / "text.txt", "--context", 40]
+    return flags(setup, what, out, *text, "--steps", 6, "--passages", 2, "--batch", 2, *more)
+
+
+def lines_flags(setup, what, out, *more):
+    return flags(setup, what, out, "--lines", "2,3", "--cases", 2, *more)
+
+
+def read(out, what):
+    return json.loads((out / f"{what}.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "what, make",
+    [(what, text_flags) for what in paper.COMMANDS]
+    + [(what, lines_flags) for what in ("table1", "table4")],
+)
+def test_every_command_writes_its_table(setup, tmp_path, capsys, what, make):
+    pytest.importorskip("matplotlib")
+    code, out, err = call(paper, capsys, *make(setup, what, tmp_path))
+    assert code == 0, err
+    rows = read(tmp_path, what)
+    markdown = (tmp_path / f"{what}.md").read_text()
+    assert markdown.startswith("`python -m experiments.paper") and out.strip() in markdown
+    assert len(out.strip().splitlines()) == len(rows) + 2
+    assert (tmp_path / f"{what}.png").exists() == (what not in ("table2", "table5"))
+    if what.startswith("table"):
+        score = "perplexity" if make is text_flags else "accuracy"
+        assert all(row[score] >= 0 and "honest_ratio" in row for row in rows)
+        assert {row.get("question") for row in rows} == (
+            {None} if make is text_flags else {"prefill", "decode"}
+        )
+    assert not list((tmp_path / "work" / "tiny").glob("*.cases-*"))  # notes are gone when done
+
+
+def test_losses_and_floors(setup, tmp_path, capsys):
+    """The floor is that of an independent computation; nothing lies below it, and training from
+    svd comes nearer."""
+    pytest.importorskip("matplotlib")
+    assert call(paper, capsys, *text_flags(setup, "figure4", tmp_path, "--epochs", 4))[0] == 0
+    rows = read(tmp_path, "figure4")
+    assert len(rows) == 2 * 2 * len(cskv.INITIALIZATIONS)  # ratios, learning rates
+    args = paper.parse_arguments([str(a) for a in text_flags(setup, "figure4", tmp_path)])
+    shop = Workshop(args)
+    moments = {}
+
+    def see(i, x, k, v):
+        for name, y in (("k", k), ("v", v)):
+            y = y.flatten(0, 1).double()
+            moments[i, name] = moments.get((i, name), 0) + y.T @ y
+
+    measured = shop.samples[:3]
+    with cskv.watching(shop.model, see), torch.no_grad():
+        for sample in measured:
+            shop.model(sample)
+    elements = sum(sample.numel() for sample in measured) * 12
+    for row in rows:
+        rank = cskv.rank_for(row["ratio"], 12)
+        floor = sum(torch.linalg.eigvalsh(m)[: 12 - rank].sum() for m in moments.values())
+        assert row["floor"] == pytest.approx(floor.item() / elements, rel=1e-4)
+        assert row["final"] >= row["floor"] * (1 - 1e-6)
+        if row["init"] == "svd" and row["lr"] == 5e-3:
+            assert row["final"] < row["initial"]
+
+
+def test_training_together_equals_training_alone_and_resumes(setup, tmp_path, monkeypatch):
+    """Two recipes in one pass, interrupted after its checkpoint, end where each alone ends."""
+
+    def shop(name):
+        arguments = text_flags(setup, "figure4", tmp_path / name, "--samples", 70, "--seq-len", 12)
+        return Workshop(paper.parse_arguments([str(a) for a in arguments]))
+
+    recipes = Recipe("svd", 0.5, 0.5, True), Recipe("optimal", 0.75, 0.5, True, 4)
+    alone = [shop("alone").factors(recipe)[0] for recipe in recipes]
+    together, real, steps = shop("together"), paper.run_layers, []
+
+    def interrupted(*args, train=False, **more):
+        steps.append(train)
+        if sum(steps) == 67:  # the checkpoint is that of 64 steps
+            raise KeyboardInterrupt
+        return real(*args, train=train, **more)
+
+    monkeypatch.setattr(paper, "run_layers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        together.factors(*recipes)
+    steps.clear()
+    resumed = together.factors(*recipes)
+    assert 0 < sum(steps) < 67
+    assert len(together.history(recipes[0])["losses"]) == len(together.samples)
+    for one, other in zip(alone, resumed, strict=True):
+        for a, b in zip(one.layers, other.layers, strict=True):
+            assert torch.equal(a.k.A, b.k.A) and torch.equal(a.v.B, b.v.B)
+    assert resumed[1].k_bits == 4 and resumed[0].k_bits == 16
+
+
+def test_perplexity_without_calibration_text_is_refused(setup, tmp_path, capsys):
+    arguments = text_flags(setup, "table3", tmp_path)
+    i = arguments.index("--calibrate")
+    code, _, err = call(paper, capsys, *arguments[:i], *arguments[i + 2 :])
+    assert (code, err.count("\n")) == (2, 1) and "--calibrate" in err
+
+
+def test_choice_of_unknown_recipe_is_refused(setup, tmp_path):
+    shop = Workshop(paper.parse_arguments([str(a) for a in lines_flags(setup, "table1", tmp_path)]))
+    with pytest.raises(UserError, match="no initialization 'best'"):
+        shop.factors(Recipe("best", 0.5, 0.5))
