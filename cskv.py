@@ -71,12 +71,17 @@ class LayerFactors:
 class Factors:
     """The factors of all layers.
 
-    `info` says where they come from: `init`, the calibration `data`, how they were `trained`, and
-    the `k_bits` and `v_bits` they were made for.
+    `info` says where they come from: `init`, the calibration `data`, how they were `trained`, the
+    `k_bits` and `v_bits` they were made for, and the `quantizer` if it is not the usual one.
     """
 
     layers: list[LayerFactors]
     info: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def pairs(self) -> list[LowRank]:
+        """All pairs in one list: those of keys and of values, layer by layer."""
+        return [pair for layer in self.layers for pair in (layer.k, layer.v)]
 
     @property
     def k_bits(self) -> int:
@@ -86,15 +91,16 @@ class Factors:
     def v_bits(self) -> int:
         return int(self.info.get("v_bits", 16))
 
+    @property
+    def clamped_zero_point(self) -> bool:
+        """Whether they were trained for that quantizer; see quant.py."""
+        return self.info.get("quantizer") == "clamped zero-point"
+
     def to(self, like: Tensor) -> "Factors":
         """The same factors with the type and on the device of `like`, such as a model's weight."""
-        return Factors(
-            [
-                LayerFactors(*(LowRank(p.A.to(like), p.B.to(like)) for p in (layer.k, layer.v)))
-                for layer in self.layers
-            ],
-            self.info,
-        )
+        pairs = [LowRank(pair.A.to(like), pair.B.to(like)) for pair in self.pairs]
+        layers = zip(pairs[::2], pairs[1::2], strict=True)
+        return Factors([LayerFactors(k, v) for k, v in layers], self.info)
 
 
 def rank_for(ratio: float, d_kv: int) -> int:
@@ -110,7 +116,8 @@ def rank_for(ratio: float, d_kv: int) -> int:
 class Statistics:
     """What one layer sees on calibration text: all that `asvd` and `optimal` need to know of it.
 
-    The second moments are not centred: the loss below has no bias that could absorb a mean.
+    In float64, so that sums in another order, such as those of several processes, are the same. The
+    second moments are not centred: the loss below has no bias that could absorb a mean.
     """
 
     x_abs: Tensor  # [hidden]       mean of |x|
@@ -148,11 +155,13 @@ def collect_statistics(model: Transformer, batches: Iterable[Tensor]) -> list[St
     config, device = model.config, model.lm_head.weight.device
     shapes = (config.hidden_size,), (config.d_kv, config.d_kv), (config.d_kv, config.d_kv)
     result = [
-        Statistics(*(torch.zeros(s, device=device) for s in shapes)) for _ in model.model.layers
+        Statistics(*(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
+        for _ in model.model.layers
     ]
 
     def see(i: int, x: Tensor, k: Tensor, v: Tensor) -> None:
-        x, k, v = (y.flatten(0, 1) for y in (x, k, v))  # [B * T, hidden], [B * T, d_kv] twice
+        # [B * T, hidden], [B * T, d_kv] twice
+        x, k, v = (y.flatten(0, 1).double() for y in (x, k, v))
         result[i].x_abs += x.abs().sum(0)
         result[i].k_moment += k.T @ k
         result[i].v_moment += v.T @ v
@@ -164,7 +173,7 @@ def collect_statistics(model: Transformer, batches: Iterable[Tensor]) -> list[St
             tokens_seen += tokens.numel()
     if not tokens_seen:
         raise UserError("no calibration text; give at least one sample")
-    for s in result:  # in place: the moments of a 7B are 4 GB
+    for s in result:  # in place: the moments of LongChat-7B are 8.6 GB
         for total in (s.x_abs, s.k_moment, s.v_moment):
             total /= tokens_seen
     return result
@@ -208,26 +217,30 @@ def optimal_factors(W: Tensor, rank: int, moment: Tensor, metric: Tensor | None 
     With a `metric` M = L L^T [d_kv, d_kv] an error e counts as e M e^T = |e L|^2, so the same holds
     for k L: A = W L V_r and B = V_r^T L^-1, with the eigenvectors of L^T `moment` L.
     """
-    M = torch.eye(len(moment)).to(moment) if metric is None else metric
-    L = torch.linalg.cholesky(M.double())
-    eigenvectors = torch.linalg.eigh(L.T @ moment.double() @ L).eigenvectors  # smallest first
-    V_r = eigenvectors[:, -rank:].flip(1)  # [d_kv, r], in columns, largest first
-    B = torch.linalg.solve_triangular(L, V_r.T, upper=False, left=False)
-    return LowRank((W.double() @ L @ V_r).to(W.dtype), B.to(W.dtype))
+    if metric is not None:
+        L = torch.linalg.cholesky(metric.double())  # [d_kv, d_kv]
+        plain = optimal_factors(W.double() @ L, rank, L.T @ moment.double() @ L)
+        B = torch.linalg.solve_triangular(L, plain.B, upper=False, left=False)  # V_r^T L^-1
+        return LowRank(plain.A.to(W.dtype), B.to(W.dtype))
+    eigenvectors = torch.linalg.eigh(moment.double()).eigenvectors  # in columns, smallest first
+    V_r = eigenvectors[:, -rank:].flip(1).to(W.dtype)  # [d_kv, r], largest first
+    return LowRank(W @ V_r, V_r.T.contiguous())
 
 
 def output_metric(attention: Attention) -> Tensor:
-    """What an error of the values costs in the layer's output: M = W_O^T W_O, [d_kv, d_kv].
+    """What an error of the values costs in the layer's output, as e M e^T: M [d_kv, d_kv], with a
+    block W_O^T W_O [D, D] for each value head, in float64.
 
-    Head by head, since each weighs tokens in its own way, summed over the query heads that share a
+    Head by head, since each weighs tokens in its own way; summed over the query heads that share a
     value head. (Keys have no such luck: to weigh their errors by the queries' second moment, turned
     by RoPE to where they meet, made SmolLM2 worse.)
     """
     config = attention.config
-    W = attention.o_proj.weight.float()  # [hidden, H * D]
+    W = attention.o_proj.weight.double()  # [hidden, H * D]
     W = W.unflatten(1, (config.num_key_value_heads, -1, config.head_dim))  # [hidden, H_kv, G, D]
     M = torch.block_diag(*torch.einsum("ohgd,ohge->hde", W, W))
-    return M + 1e-6 * M.diagonal().mean() * torch.eye(len(M)).to(M)  # some W_O^T W_O are singular
+    least = (1e-6 * M.diagonal().mean()).clamp(min=1e-12)  # W_O^T W_O may be singular, M must not
+    return M + least * torch.eye(len(M)).to(M)
 
 
 INITIALIZATIONS = ("random", "svd", "asvd", "optimal", "attention")
@@ -262,24 +275,24 @@ def init_factors(
             raise UserError(f"rank {rank} is not in 1 .. {most}, the channels of this model")
     generator = torch.Generator().manual_seed(seed)
 
-    def make(weight: Tensor, rank: int, x_abs: Tensor, moment: Tensor, metric=None) -> LowRank:
-        W = weight.T.float()  # [hidden, d_kv]
+    def make(i: int, which: str, rank: int) -> LowRank:
+        attention = layers[i].self_attn
+        W = getattr(attention, f"{which}_proj").weight.T.float()  # [hidden, d_kv]
+        if not W.isfinite().all():
+            raise UserError(f"layer {i}: {which}_proj has weights that are not finite numbers")
         if name == "random":
             return random_factors(W, rank, generator)
         if name == "svd":
             return svd_factors(W, rank)
         if name == "asvd":
-            return asvd_factors(W, rank, x_abs)
-        return optimal_factors(W, rank, moment, metric)
+            return asvd_factors(W, rank, statistics[i].x_abs.float())
+        metric = output_metric(attention) if (name, which) == ("attention", "v") else None
+        return optimal_factors(W, rank, getattr(statistics[i], f"{which}_moment"), metric)
 
-    result = []
-    for i, layer in enumerate(layers):
-        attention = layer.self_attn
-        s = statistics[i] if statistics else Statistics(None, None, None)
-        metric = output_metric(attention) if name == "attention" else None
-        k = make(attention.k_proj.weight, k_ranks[i], s.x_abs, s.k_moment)
-        v = make(attention.v_proj.weight, v_ranks[i], s.x_abs, s.v_moment, metric)
-        result.append(LayerFactors(k, v))
+    result = [
+        LayerFactors(make(i, "k", k_rank), make(i, "v", v_rank))
+        for i, (k_rank, v_rank) in enumerate(zip(k_ranks, v_ranks, strict=True))
+    ]
     return Factors(result, {"init": name, "trained": "none", "k_bits": "16", "v_bits": "16"})
 
 
@@ -375,24 +388,25 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
     try:
         with safe_open(path, framework="pt") as file:
             info = file.metadata() or {}
-            if info.get("format") != FORMAT:
-                raise UserError(f"{path} is not a CSKV factors file; make one with train.py")
-            if info.get("version") != VERSION:
-                raise UserError(
-                    f"{path} has format version {info.get('version')}, this code reads {VERSION}; "
-                    "make it again with train.py"
-                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            theirs = json.loads(info["fingerprint"])
-            int(info["k_bits"]), int(info["v_bits"])
     except FileNotFoundError:
         raise UserError(f"no factors file {path}; make one with train.py") from None
-    except UserError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is damaged ({str(error).splitlines()[0]}); make it again"
         ) from None
+    if info.get("format") != FORMAT:
+        raise UserError(f"{path} is not a CSKV factors file; make one with train.py")
+    if info.get("version") != VERSION:
+        raise UserError(
+            f"{path} has format version {info.get('version')}, this code reads {VERSION}; make it "
+            "again with train.py"
+        )
+    try:
+        theirs = json.loads(info["fingerprint"])
+        int(info["k_bits"]), int(info["v_bits"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged (metadata: {error}); make it again") from None
 
     # A wrong model gives fluent nonsense, not an error, unless it is refused here.
     if not same_model(fingerprint(model), theirs):
@@ -447,7 +461,7 @@ class Latents:
         return [self.buffer] if self.length else []
 
 
-class PackedLatents(Latents):
+class PackedLatents:
     """Latents in 2, 3, 4 or 8 bits: packed 32 tokens at a time, once all 32 have left the window.
 
     Until then they wait in 16 bits, at most 31 tokens and the window:
@@ -455,6 +469,8 @@ class PackedLatents(Latents):
         window 4, 70 tokens seen     tokens 0 .. 31 | 32 .. 63 | 64 65   66 67 68 69
                                             packed  |  packed  | wait    the window
     """
+
+    length = 0  # tokens held
 
     def __init__(self, dtype: torch.dtype, window: int, packed: quant.Packed):
         self.dtype, self.window, self.packed = dtype, window, packed
@@ -531,7 +547,7 @@ class BiBranchCache(LayerCache):
         self.H_kv, self.D = config.num_key_value_heads, config.head_dim
         sixteen = weight.dtype if weight.dtype.itemsize == 2 else torch.float16
 
-        def latents(bits: int, dim: int) -> Latents:
+        def latents(bits: int, dim: int) -> Latents | PackedLatents:
             if bits in quant.BITS:
                 room = max(0, expected - self.window)
                 packed = quant.Packed(bits, dim, room, clamped_zero_point)

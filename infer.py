@@ -211,7 +211,8 @@ def run(args: argparse.Namespace) -> None:
         if name == "full":
             cache, nominal = full_cache(model, expected), 0.0
         else:
-            cache = cskv.bi_branch_cache(model, factors, args.window, expected, *bits)
+            clamped = factors.clamped_zero_point
+            cache = cskv.bi_branch_cache(model, factors, args.window, expected, *bits, clamped)
             nominal = cskv.nominal_ratio(model, factors, *bits)
         sample = make_sampler(args.temperature, args.top_p, args.seed)
         stream = [] if args.json else [lambda text: print(text, end="", flush=True)]

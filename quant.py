@@ -11,10 +11,10 @@ Keys are grouped per channel, 32 tokens each: key channels differ much in size, 
 must not spoil the others. Values are grouped per token, 32 channels each. So `dim` is TOKENS (-2)
 for keys and CHANNELS (-1) for values; tensors are [..., T, C] with T tokens and C channels.
 
-The number of levels is no secret of the method, where they lie is. The published code of CSKV keeps
-no minimum but a whole-number zero-point, forced into 0 .. 2^bits - 1: x ~ scale * (code - zero).
-That places the levels from some multiple of the scale, never beyond zero. If a group lies off zero,
-as most groups of keys and latents do, one end of it has no levels at all and is cut off:
+What matters is not how many levels there are but where they lie. The published code of CSKV keeps
+no minimum but a whole-number zero-point, forced into 0 .. 2^bits - 1: x ~ scale * (code - zero). So
+zero is always one of the levels, and a group that lies wholly on one side of it, as many groups of
+keys and latents do, loses most of its levels, or all but one:
 
     x = 10.0, 11.0, 12.0, 13.0 in 2 bits        scale = (13 - 10) / 3 = 1
     with a minimum:   minimum 10   codes 0 1 2 3   ->  10 11 12 13
@@ -57,8 +57,8 @@ class Quantized:
 
 
 def round_down(x: Tensor) -> Tensor:
-    """x in float16, never above x, so that 16-bit limits of a group still hold all of it. Numbers
-    beyond float16, 65504, are cut off."""
+    """x in float16, never above x, so that 16-bit limits of a group still hold all of it (as far as
+    float16 reaches, 65504)."""
     x = x.clamp(-65504, 65504)
     half = x.half()
     lower = (half.float() - half.float().abs() / 1024 - 2**-24).clamp(min=-65504).half()
@@ -101,7 +101,8 @@ def dequantize(q: Quantized, dim: int) -> Tensor:
     """minimum + scale * code, [..., T, C] in float32."""
     x, scale, minimum = q.codes.float(), q.scale.float(), q.minimum.float()
     whole, rest = divmod(x.shape[dim], GROUP)
-    groups = x.narrow(dim, 0, whole * GROUP).unflatten(dim, (whole, GROUP))  # a view of x
+    # In place on views: a decode step does this to the whole cache, and `spread` takes longer.
+    groups = x.narrow(dim, 0, whole * GROUP).unflatten(dim, (whole, GROUP))
     groups.mul_(scale.narrow(dim, 0, whole).unsqueeze(dim))
     groups.add_(minimum.narrow(dim, 0, whole).unsqueeze(dim))
     if rest:  # the short last group
@@ -161,7 +162,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         parts = [(rows >> (i * width)) & (2**width - 1) for i in range(8 // width)]
         codes.append(torch.cat(parts, TOKENS))
     low, *high = codes
-    return (low | high[0] << 2 if high else low).flatten(-3, -2)
+    return (low | (high[0] << 2) if high else low).flatten(-3, -2)
 
 
 class Packed:

@@ -64,8 +64,9 @@ def cskv_choice(
     v_bits: int | None = None,
     clamped_zero_point: bool = False,
 ) -> Choice:
-    """CSKV with these factors, in their own bits unless others are given."""
+    """CSKV with these factors, in their own bits and quantizer unless others are given."""
     bits = k_bits or factors.k_bits, v_bits or factors.v_bits
+    clamped_zero_point = clamped_zero_point or factors.clamped_zero_point
 
     def make(expected: int) -> list[LayerCache]:
         return cskv.bi_branch_cache(model, factors, window, expected, *bits, clamped_zero_point)
@@ -94,7 +95,7 @@ def choices(
 
     def make_factors(init: str, ratio: float) -> cskv.Factors:
         ranks = [cskv.rank_for(ratio, model.config.d_kv)] * len(model.model.layers)
-        seen = statistics() if init in ("asvd", "optimal") else None
+        seen = statistics() if init in cskv.CALIBRATED else None
         factors = cskv.init_factors(init, model, ranks, ranks, seen, args.seed)
         return factors.to(model.lm_head.weight)
 

@@ -250,13 +250,13 @@ def test_working_memory_is_the_scores_and_one_chunk():
 bits = st.sampled_from([2, 3, 4, 8])
 
 
-def dequantized(c, quantized, b, dim):
+def dequantized(c, quantized, b, dim, clamped=False):
     """What a cache reads back of the latents c [B, T, r]: the first `quantized` tokens in b bits,
     the others in 16, as the cache first gets them all."""
     c = c.half().float()
     if b == 16 or not quantized:
         return c
-    return torch.cat([quant.fake_quantize(c[:, :quantized], b, dim), c[:, quantized:]], 1)
+    return torch.cat([quant.fake_quantize(c[:, :quantized], b, dim, clamped), c[:, quantized:]], 1)
 
 
 @quick
@@ -281,9 +281,17 @@ def test_packed_latents_are_whole_groups_older_than_the_window(T, steps, window,
 
 
 @quick
-@given(shapes, st.integers(1, 90), st.integers(1, 40), windows, bits, st.sampled_from([2, 4, 16]))
+@given(
+    shapes,
+    st.integers(1, 90),
+    st.integers(1, 40),
+    windows,
+    bits,
+    st.sampled_from([2, 4, 16]),
+    st.booleans(),
+)
 def test_decode_in_bits_equals_decode_with_fake_quantized_latents(
-    shape, prompt, steps, window, k_bits, v_bits
+    shape, prompt, steps, window, k_bits, v_bits, clamped
 ):
     """One layer against plain attention over what fake-quantized latents are rebuilt to."""
     model = tiny_model(num_hidden_layers=1, **shape)
@@ -298,7 +306,7 @@ def test_decode_in_bits_equals_decode_with_fake_quantized_latents(
         return y.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
 
     q, k, v = (heads(p(x)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-    cache = bi_branch_cache(model, factors, window, 0, k_bits, v_bits)[0]
+    cache = bi_branch_cache(model, factors, window, 0, k_bits, v_bits, clamped)[0]
     cache.chunk = 40  # not a multiple of 32
     cache.prefill(x[:, :prompt], *(y[:, :, :prompt] for y in (q, k, v)), model.rope)
     for t in range(prompt, T):
@@ -312,7 +320,7 @@ def test_decode_in_bits_equals_decode_with_fake_quantized_latents(
         (pair.k, k_bits, quant.TOKENS, attention.k_proj, k),
         (pair.v, v_bits, quant.CHANNELS, attention.v_proj, v),
     ):
-        hat = dequantized(x @ p.A, old // 32 * 32, b, dim) @ p.B
+        hat = dequantized(x @ p.A, old // 32 * 32, b, dim, clamped) @ p.B
         hat = heads(hat if projection.bias is None else hat + projection.bias)
         rebuilt.append(torch.cat([hat[:, :, :old], exact[:, :, old:]], 2))
     first = max(0, T - (config.sliding_window or T))
@@ -558,8 +566,8 @@ def test_statistics_equal_a_naive_computation():
     for i, layer in enumerate(model.model.layers):
         x = torch.cat(inputs[i])
         assert len(x) == 19
-        k = x @ layer.self_attn.k_proj.weight.T
-        torch.testing.assert_close(statistics[i].x_abs, x.abs().mean(0))
+        k = (x @ layer.self_attn.k_proj.weight.T).double()
+        torch.testing.assert_close(statistics[i].x_abs, x.double().abs().mean(0))
         torch.testing.assert_close(statistics[i].k_moment, torch.einsum("ti,tj->ij", k, k) / 19)
 
 
@@ -574,6 +582,31 @@ def output_error(model, layer, pair, x):
         W_O = attention.o_proj.weight[:, mine].T.double()  # [D, hidden]
         total += (error[:, shared] @ W_O).square().sum(1).mean().item()
     return total
+
+
+@pytest.mark.parametrize("rank_of_W_O", [0, 1])
+def test_attention_factors_where_W_O_is_singular(rank_of_W_O):
+    """Keeps out a metric in float32, whose rounding is larger than what makes it invertible."""
+    model = tiny_model(hidden_size=64, num_key_value_heads=2, head_dim=32, num_hidden_layers=1)
+    attention = model.model.layers[0].self_attn
+    if rank_of_W_O:
+        attention.o_proj.weight[:] = torch.outer(torch.arange(64.0), torch.randn(128)) / 64
+    else:
+        attention.o_proj.weight.zero_()
+    statistics = collect_statistics(model, [tiny_tokens(model, 2, 100)])
+    factors = init_factors("attention", model, [9], [9], statistics)
+    assert all(M.isfinite().all() for pair in factors.pairs for M in (pair.A, pair.B))
+    plain = init_factors("optimal", model, [9], [9], statistics)
+    x = torch.randn(50, 64)
+    ours, theirs = (output_error(model, 0, f.layers[0].v, x) for f in (factors, plain))
+    assert ours <= theirs + 1e-6
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = tiny_model()
+    model.model.layers[1].self_attn.v_proj.weight[0, 0] = math.nan
+    with pytest.raises(UserError, match="layer 1: v_proj has weights that are not finite"):
+        init_factors("svd", model, [3, 3], [3, 3])
 
 
 @quick
