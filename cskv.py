@@ -112,6 +112,14 @@ def rank_for(ratio: float, d_kv: int) -> int:
     return max(1, round((1 - ratio) * d_kv))
 
 
+def check_ranks(model: Transformer, *ranks: int) -> None:
+    """Raises `UserError` for a rank that the model's key and value projections cannot have."""
+    most = min(model.config.d_kv, model.config.hidden_size)
+    for rank in ranks:
+        if not 1 <= rank <= most:
+            raise UserError(f"rank {rank} is not in 1 .. {most}, the channels of this model")
+
+
 @dataclass
 class Statistics:
     """What one layer sees on calibration text: all that `asvd` and `optimal` need to know of it.
@@ -266,13 +274,10 @@ def init_factors(
         raise UserError(f"no initialization {name!r}; choose one of {', '.join(INITIALIZATIONS)}")
     if name in CALIBRATED and statistics is None:
         raise UserError(f"initialization {name!r} needs calibration text")
-    layers, d_kv = model.model.layers, model.config.d_kv
-    most = min(d_kv, model.config.hidden_size)
+    layers = model.model.layers
     if not len(k_ranks) == len(v_ranks) == len(layers):
         raise UserError(f"{len(k_ranks)} and {len(v_ranks)} ranks for {len(layers)} layers")
-    for rank in (*k_ranks, *v_ranks):
-        if not 1 <= rank <= most:
-            raise UserError(f"rank {rank} is not in 1 .. {most}, the channels of this model")
+    check_ranks(model, *k_ranks, *v_ranks)
     generator = torch.Generator().manual_seed(seed)
 
     def make(i: int, which: str, rank: int) -> LowRank:

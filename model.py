@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 import torch.nn.functional as F
@@ -767,9 +768,18 @@ def numbers(kind: type, low: float, high: float = LARGEST):
 
 
 def check_folder(path: Path | None) -> None:
-    """Raises `UserError` if there is no folder to write `path` in: before the work, not after."""
-    if path is not None and not path.parent.is_dir():
+    """Raises `UserError` if `path` cannot be written or replaced: before the work, not after."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
         raise UserError(f"no folder {path.parent} to write {path.name} in; make it first")
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file to replace; choose another place")
+        with NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}); choose another place") from None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
     python train.py --model FOLDER_OR_HUB_NAME --data TEXT --k-ratio 0.8 --v-ratio 0.8 --out FILE
     torchrun --nproc-per-node 2 -- train.py ...      the same on two GPUs (or processes of a CPU)
 
+The lone -- keeps torchrun from reading --log as short for its own --log-dir.
 The frozen model reads the text once; from what its layers saw, A and B of every layer follow in
 closed form (cskv.py, `init_factors`). Then they are trained (section 2.2 and appendix B of [1]).
 Every layer has a loss of its own, of how far rebuilt keys and values are off,
@@ -159,26 +160,38 @@ def place() -> tuple[int, int]:
 
 @contextmanager
 def processes(device: str) -> Iterator[str]:
-    """Joins the other processes of torchrun, if there are any. Yields the device to compute on."""
+    """Joins the other processes of torchrun, if there are any. Yields the device to compute on.
+
+    A `UserError` or an interruption ends all of them, but only the first says so.
+    """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield device
         return
-    if device == "cuda":
-        if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
-            raise UserError(f"{torch.cuda.device_count()} GPUs here; start as many processes")
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
+        if device == "cuda":
+            if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+                raise UserError(f"{torch.cuda.device_count()} GPUs here; start as many processes")
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         yield device
+    except (UserError, KeyboardInterrupt) as error:
+        if os.environ["RANK"] == "0":
+            raise
+        time.sleep(1)  # for the first to speak: torchrun ends all processes when one has ended
+        sys.exit(2 if isinstance(error, UserError) else 130)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """`tensor`, now its sum over all processes."""
+    """`tensor`, now its sum over all processes. Raises `UserError` if one of them has ended."""
     if place()[1] > 1:
-        dist.all_reduce(tensor)
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise UserError(f"another process has stopped ({error}); see what it said") from None
     return tensor
 
 
@@ -214,6 +227,10 @@ class Tuner:
 
     No weight decay: the paper names none, and it would pull A B away even from the optimum.
 
+    At the starts svd, asvd and optimal the gradient of A is zero up to rounding, since what is lost
+    is orthogonal to the rows of B, and Adam makes steps of the whole learning rate of that noise.
+    So only starts that are equal to the last bit train alike.
+
     Args:
         factors: where to start. With `v_bits` below 16, rotate them first (`cskv.rotate_values`).
         steps: planned; over them the learning rate falls from `lr` to 0, linearly.
@@ -233,18 +250,21 @@ class Tuner:
         self.steps, self.lr, self.steps_done = steps, lr, 0
         self.k_bits, self.v_bits, self.clamped_zero_point = k_bits, v_bits, clamped_zero_point
         info = {**factors.info, "k_bits": str(k_bits), "v_bits": str(v_bits)}
-        pairs = [p for layer in factors.layers for p in (layer.k, layer.v)]
-        self.parameters = [M.detach().float().clone() for p in pairs for M in (p.A, p.B)]
+        if clamped_zero_point and min(k_bits, v_bits) < 16:
+            info["quantizer"] = "clamped zero-point"
+        self.parameters = [M.detach().float().clone() for p in factors.pairs for M in (p.A, p.B)]
         self.factors = as_factors(self.parameters, info)
         for parameter in self.parameters:
             parameter.requires_grad_().grad = torch.zeros_like(parameter)
         self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=0.0)
 
-    def watch(self, i: int, x: Tensor, k: Tensor, v: Tensor, tokens: int, train: bool) -> Tensor:
+    def watch(
+        self, i: int, x: Tensor, k: Tensor, v: Tensor, tokens: int, train: bool, exact: bool
+    ) -> Tensor:
         """Layer i's L_K + L_V on part of a batch of `tokens`: its share of the batch's mean.
 
-        With `train`, adds the gradients of A and B. The result is evaluated in float64 from the
-        same float32 latents, since rounding could take a nearly optimal loss below its floor.
+        With `train`, adds the gradients of A and B. With `exact`, evaluates the result in float64
+        from the same float32 latents: rounding could take a nearly optimal loss below its floor.
         """
         layer, total = self.factors.layers[i], 0
         for pair, target, bits, dim in (
@@ -256,11 +276,13 @@ class Tuner:
                 c = x @ pair.A  # [B, T, r]
                 if bits < 16:
                     c = quant.fake_quantize(c, bits, dim, self.clamped_zero_point)
+                loss = (target - c @ pair.B).square().sum() / elements  # equation 1
                 if train:
-                    loss = (target - c @ pair.B).square().sum() / elements  # equation 1
                     loss.backward()  # at once: the graph ends here
-            error = target.double() - c.detach().double() @ pair.B.detach().double()
-            total += error.square().sum() / elements
+            if exact:
+                error = target.double() - c.detach().double() @ pair.B.detach().double()
+                loss = error.square().sum() / elements
+            total += loss.detach()
         return total
 
     @property
@@ -296,16 +318,18 @@ def run_layers(
     """Runs the frozen model once over `samples` [1, T], shared out among the processes.
 
     Returns the loss of every tuner and layer, [tuners, layers], a mean over all tokens. `train`
-    adds gradients. `moments` [layers, 2, d_kv, d_kv], float64, gets k^T k and v^T v added.
+    adds gradients. `moments` [layers, 2, d_kv, d_kv], float64, gets k^T k and v^T v added. Losses
+    of `train` without `moments` are meant for no floor, and have the rounding of float32.
     """
     rank, count = place()
     device = model.lm_head.weight.device
     tokens = sum(sample.numel() for sample in samples)
     losses = torch.zeros(len(tuners), len(model.model.layers), dtype=torch.float64, device=device)
+    exact = not train or moments is not None
 
     def see(i: int, x: Tensor, k: Tensor, v: Tensor) -> None:
         for n, tuner in enumerate(tuners):
-            losses[n, i] += tuner.watch(i, x, k, v, tokens, train)
+            losses[n, i] += tuner.watch(i, x, k, v, tokens, train, exact)
         if moments is not None:
             for total, y in zip(moments[i], (k, v), strict=True):
                 y = y.flatten(0, 1).double()  # [B * T, d_kv]
@@ -328,8 +352,7 @@ def measure(
        V_r [d_kv, r] for keys and values of every layer, in turn;
     3. of zeros in place of keys and values.
 
-    Moments take memory while this runs: 18 MB for SmolLM2-135M, 0.5 GB for a Mistral-7B,
-    8.6 GB for a LongChat-7B.
+    Moments take memory while this runs: 0.5 GB for a Mistral-7B, 8.6 GB for a LongChat-7B.
     """
     d_kv, layers = model.config.d_kv, len(model.model.layers)
     moments = torch.zeros(layers, 2, d_kv, d_kv, dtype=torch.float64, device=bases[0].device)
@@ -338,9 +361,10 @@ def measure(
         return losses.expand(4, -1)  # for the caller to refuse
     rows = []
     for moment, V in zip(summed(moments).flatten(0, 1), bases, strict=True):
-        dropped = torch.linalg.eigvalsh(moment)[: d_kv - V.shape[1]].clamp(min=0)
+        dropped = torch.linalg.eigvalsh(moment)[: d_kv - V.shape[1]].clamp(min=0).sum()
+        dropped *= dropped > 1e-12 * moment.trace()  # or it is rounding: fewer tokens than ranks
         R = torch.eye(d_kv).to(moment) - V.double() @ V.double().T  # k R: what V_r leaves out
-        rows.append(torch.stack([dropped.sum(), ((moment @ R) * R).sum(), moment.trace()]))
+        rows.append(torch.stack([dropped, ((moment @ R) * R).sum(), moment.trace()]))
     elements = sum(sample.numel() for sample in samples) * d_kv
     return torch.cat([losses, torch.stack(rows).view(layers, 2, 3).sum(1).T / elements])
 
@@ -366,7 +390,7 @@ def load_checkpoint(path: Path, plan: dict, device: str) -> dict:
         for name in ("bases", "parameters"):
             state[name] = [tensor.to(device) for tensor in state[name]]
         state["initial"] = state["initial"].to(device)
-        state["info"], state["seconds"], state["step"], state["optimizer"]  # are there
+        state["seconds"], state["step"], state["optimizer"]  # are there
     except (*UNREADABLE, TypeError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged ({reason}); delete it to start anew") from None
@@ -414,79 +438,80 @@ def write_line(log: Path, row: dict, names: tuple[str, ...], columns: Tensor) ->
 # --------------------------------------------------------------------------------- the training
 
 
-def check_losses(losses: Tensor, limit: Tensor | float, step: int) -> None:
-    """Raises `UserError` naming step and layer if a loss is not finite or above its limit."""
-    bad = ~(losses.isfinite() & (losses <= limit))
+def check_losses(losses: Tensor, initial: Tensor, step: int, checkpoint: Path) -> None:
+    """Raises `UserError` if a layer's loss diverges from the `initial` table of `measure`, and
+    removes the checkpoint: to go on from that would end here again."""
+    # Losses of single batches differ, but not by a factor of 1000: neither from where the layer
+    # began, nor, where that was next to nothing, from what it would lose with zeros.
+    bad = ~(losses.isfinite() & (losses <= 1000 * initial[0].maximum(initial[3])))
     if bad.any():
+        if place()[0] == 0:
+            checkpoint.unlink(missing_ok=True)
         i = int(bad.nonzero()[0])
-        loss = f"the loss diverges ({losses[i].item():.3g})"
-        raise UserError(f"step {step}, layer {i}: {loss}; try a lower --lr, or another --dtype")
+        loss = f"step {step}, layer {i}: the loss diverges ({losses[i].item():.3g})"
+        raise UserError(f"{loss}; start anew with a lower --lr, or another --dtype")
 
 
 def fine_tune(
     model: Transformer, tuner: Tuner, samples: list[Tensor], state: dict, args: argparse.Namespace
 ) -> None:
-    """Takes the steps that `tuner` has left. `state` is what a checkpoint holds besides the tuner.
+    """Takes the steps that `tuner` has left, and measures before and after. `state` is what a
+    checkpoint holds besides the tuner.
 
     Raises `UserError` when a loss diverges, and after a signal, with the checkpoint written,
     `KeyboardInterrupt`.
     """
-    rank, count = place()
-    log = args.log if rank == 0 else None
+    steps, (rank, count) = tuner.steps, place()
     if args.batch_size % count:
         say(f"{count} processes share batches of {args.batch_size}: some are idle at times")
-
-    def logged(step: int) -> bool:
-        return bool(args.log) and (step % args.log_every == 0 or step == tuner.steps - 1)
-
-    if log:
-        start_log(log, sum(map(logged, range(tuner.steps_done))))
+    in_log = {*range(0, steps, args.log_every), *range(steps)[-1:]} if args.log else set()
+    if args.log and rank == 0:
+        start_log(args.log, sum(step < tuner.steps_done for step in in_log))
     measured, bases = samples[: args.measure_samples], state["bases"]
     if state["initial"] is None:
         state["initial"] = measure(model, tuner, measured, bases, train=False)
-        check_losses(state["initial"][0], float("inf"), 0)
-    # Losses of single batches differ, but not by a factor of 1000: neither from where the layer
-    # began, nor, where that was next to nothing, from what it would lose with zeros.
-    limit = 1000 * state["initial"][0].maximum(state["initial"][3])
+    initial = final = state["initial"]
+    check_losses(initial[0], initial, 0, args.checkpoint)
     began = time.monotonic() - state["seconds"]
-    bar = tqdm(total=tuner.steps, initial=tuner.steps_done, unit="step", disable=rank > 0)
+    bar = tqdm(total=steps, initial=tuner.steps_done, unit="step", disable=rank > 0 or not steps)
     with bar, interruptible() as signals:
-        while (step := tuner.steps_done) < tuner.steps:
+        while (step := tuner.steps_done) < steps:
             batch = batch_of(samples, step, args.batch_size, args.seed)
-            if logged(step):
+            if step in in_log:
                 table = measure(model, tuner, batch, bases, train=True)
             else:
                 table = run_layers(model, batch, [tuner], train=True)
-            check_losses(table[0], limit, step)
+            check_losses(table[0], initial, step, args.checkpoint)
             row = {"step": step, "lr": tuner.rate}
             tuner.step()
             state["seconds"] = row["seconds"] = time.monotonic() - began
-            if log and logged(step):
-                write_line(log, row, ("loss", "floor", "optimal"), table[:3])
-            sums = table.sum(1).tolist()
-            floor = f", {sums[0] / sums[1]:.2f} of its floor" if logged(step) and sums[1] else ""
-            bar.set_postfix_str(f"loss {sums[0]:.4g}{floor}", refresh=False)
+            if rank == 0 and step in in_log:
+                write_line(args.log, row, ("loss", "floor", "optimal"), table[:3])
+            loss, *floor = table[:2].sum(1).tolist()
+            ratio = f", {loss / floor[0]:.2f} of its floor" if any(floor) else ""
+            bar.set_postfix_str(f"loss {loss:.4g}{ratio}", refresh=False)
             bar.update()
             # A signal may reach one process a step before another, but they must stop together.
             stopped = summed(table.new_tensor(len(signals))).item() > 0
-            due = step + 1 == tuner.steps or (step + 1) % args.checkpoint_every == 0
+            due = step + 1 == steps or (step + 1) % args.checkpoint_every == 0
             if rank == 0 and (stopped or due):
                 save_checkpoint(args.checkpoint, tuner, state)
             if stopped:
-                say(f"\n{step + 1} of {tuner.steps} steps are in {args.checkpoint}")
+                say(f"\n{step + 1} of {steps} steps are in {args.checkpoint}")
                 say("go on with the same command and --resume")
                 raise KeyboardInterrupt
-    final = measure(model, tuner, measured, bases, train=False)
-    columns = torch.stack([state["initial"][0], *final[:3]])
-    initial, loss, floor = columns[:3].sum(1).tolist()
-    ratio = loss / floor if floor else None
-    say(
-        f"loss on {len(measured)} training samples: {initial:.6g} before, {loss:.6g} after, floor "
-        f"{floor:.6g}" + (f", ratio {ratio:.4f}" if floor else "")
-    )
-    if log:
-        row = {"summary": True, "steps": tuner.steps, "ratio": ratio, "seconds": state["seconds"]}
-        write_line(log, row, ("initial", "final", "floor", "optimal"), columns)
+    if steps:
+        final = measure(model, tuner, measured, bases, train=False)
+        check_losses(final[0], initial, steps, args.checkpoint)
+    columns = torch.stack([initial[0], *final[:3]])
+    before, after, floor, _ = columns.sum(1).tolist()
+    ratio = after / floor if floor else None
+    losses = f"{before:.6g} before, {after:.6g} after, floor {floor:.6g}"
+    losses += f", ratio {ratio:.4f}" if floor else ""
+    say(f"loss on {len(measured)} training samples: {losses}")
+    if args.log and rank == 0:
+        row = {"summary": True, "steps": steps, "ratio": ratio, "seconds": state["seconds"]}
+        write_line(args.log, row, ("initial", "final", "floor", "optimal"), columns)
 
 
 # -------------------------------------------------------------------------------- command line
@@ -496,12 +521,78 @@ def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     with processes(args.device) as device:
         args.device = device
-        try:
-            make_factors(args)
-        except (UserError, KeyboardInterrupt) as error:
-            if place()[0] > 0:  # it is the same for all processes; the first one says so
-                sys.exit(2 if isinstance(error, UserError) else 130)
-            raise
+        make_factors(args)
+
+
+def make_factors(args: argparse.Namespace) -> None:
+    """Calibrates, factorizes, fine-tunes and writes, as the arguments say."""
+    check_device(args.device)
+    check_files(args)
+    if args.resume and args.out.exists() and not args.checkpoint.exists():
+        say(f"{args.out} is finished; to make it again, leave out --resume")
+        return
+    training, calibrating = args.epochs > 0 and args.steps != 0, args.init in cskv.CALIBRATED
+    measuring = training or args.log is not None
+    needs_text = measuring or calibrating
+    if needs_text and args.data is None:
+        what = f"--init {args.init} calibrates on" if calibrating else "training and --log need"
+        raise UserError(f"{what} text; give some with --data")
+    model = load_model(args.model, args.device, DTYPES[args.dtype])
+    ranks = choose_ranks(args, model)
+    samples = read_samples(args, model) if needs_text else []
+    steps = args.epochs * -(-len(samples) // args.batch_size)
+    if args.steps is not None:
+        if args.steps > steps:
+            say(f"{steps} steps, not {args.steps}: the epochs have no more; raise --epochs")
+        steps = min(steps, args.steps)
+
+    state = begin(args, model, ranks, samples, training)
+    info = {"init": args.init, "trained": "none"}
+    if training:
+        info["trained"] = f"{steps} steps, lr {args.lr:g}, batch {args.batch_size}"
+    if training or calibrating:
+        info["data"] = args.data.name
+    factors, bits = as_factors(state.pop("parameters"), info), (args.k_bits, args.v_bits)
+    tuner = Tuner(factors, steps, args.lr, *bits, args.clamped_zero_point)
+    if "optimizer" in state:
+        tuner.steps_done = state["step"]
+        tuner.optimizer.load_state_dict(state.pop("optimizer"))
+    if measuring:
+        fine_tune(model, tuner, samples, state, args)
+    if place()[0] == 0:
+        cskv.save_factors(args.out, tuner.factors, model, DTYPES[args.save_dtype])
+        if training:
+            args.checkpoint.unlink(missing_ok=True)
+        shape = "ranks {} (keys) and {} (values) of {}".format(*ranks, model.config.d_kv)
+        size = f"{args.out.stat().st_size / 1e6:.2f} MB"
+        say(f"{args.out}: {args.init}, trained: {info['trained']}, {shape}, {size}")
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Raises `UserError` if a file cannot be written, or is another one that is written or read."""
+    files = {"--data": args.data, "--out": args.out, "--log": args.log}
+    taken: dict[Path, str] = {}
+    for name, path in {**files, "the checkpoint": args.checkpoint}.items():
+        if name != "--data":
+            check_folder(path)
+        if path and (other := taken.setdefault(path.resolve(), name)) != name:
+            raise UserError(f"{name} and {other} are both {path}; choose another name")
+
+
+def choose_ranks(args: argparse.Namespace, model: Transformer) -> tuple[int, int]:
+    """Of keys and of values, in all layers. Raises `UserError` if the model has fewer channels."""
+    k_rank = args.k_rank or cskv.rank_for(args.k_ratio, model.config.d_kv)
+    v_rank = args.v_rank or cskv.rank_for(args.v_ratio, model.config.d_kv)
+    cskv.check_ranks(model, k_rank, v_rank)
+    return k_rank, v_rank
+
+
+def read_samples(args: argparse.Namespace, model: Transformer) -> list[Tensor]:
+    length = min(args.seq_len, int(model.config.context_length))
+    tokenizer = load_tokenizer(args.model)
+    samples = sample_tokens(args.data, tokenizer, args.samples, length, args.seed)
+    say(f"{len(samples)} samples, {sum(sample.numel() for sample in samples)} tokens")
+    return samples
 
 
 # Arguments that may change when a training is resumed; model and data are compared by content.
@@ -509,73 +600,33 @@ ELSEWHERE = ("out", "log", "checkpoint", "checkpoint_every", "resume", "device",
 ELSEWHERE += ("model", "data")
 
 
-def make_factors(args: argparse.Namespace) -> None:
-    """Calibrates, factorizes, fine-tunes and writes, as the arguments say."""
-    args.checkpoint = args.checkpoint or Path(f"{args.out}.checkpoint")
-    check_device(args.device)
-    for path in (args.out, args.log, args.checkpoint):
-        check_folder(path)
-    training, calibrating = args.epochs > 0 and args.steps != 0, args.init in cskv.CALIBRATED
-    if args.data is None and (training or calibrating):
-        what = f"--init {args.init} calibrates on" if calibrating else "training (--steps) needs"
-        raise UserError(f"{what} text; give some with --data")
-    model = load_model(args.model, args.device, DTYPES[args.dtype])
-    d_kv, layers = model.config.d_kv, model.config.num_hidden_layers
-    k_rank = args.k_rank or cskv.rank_for(args.k_ratio, d_kv)
-    v_rank = args.v_rank or cskv.rank_for(args.v_ratio, d_kv)
-    ranks = [k_rank] * layers, [v_rank] * layers
-    k_bits, v_bits = args.k_bits or args.bits, args.v_bits or args.bits
-
-    samples, statistics, state = [], None, None
-    if training or calibrating:
-        length = min(args.seq_len, int(model.config.context_length))
-        tokenizer = load_tokenizer(args.model)
-        samples = sample_tokens(args.data, tokenizer, args.samples, length, args.seed)
-        say(f"{len(samples)} samples, {sum(sample.numel() for sample in samples)} tokens")
+def begin(
+    args: argparse.Namespace,
+    model: Transformer,
+    ranks: tuple,
+    samples: list[Tensor],
+    training: bool,
+) -> dict:
+    """The state to go on from: the checkpoint's, or that of a start, with no step or optimizer."""
     plan = {name: str(value) for name, value in vars(args).items() if name not in ELSEWHERE}
     text = str([sample.tolist() for sample in samples]).encode()
     plan |= {"model": cskv.fingerprint(model), "data": hashlib.sha256(text).hexdigest()}
-    if training and args.resume and not args.checkpoint.exists():
-        say(f"no checkpoint {args.checkpoint}; starting from the beginning")
-    elif training and args.resume:
+    if training and args.resume and args.checkpoint.exists():
         state = load_checkpoint(args.checkpoint, plan, args.device)
-        factors = as_factors(state["parameters"], state["info"])
         say(f"going on after step {state['step']}")
-    if state is None:
-        if training or calibrating:
-            statistics = calibrate(model, samples)
-        factors = best = cskv.init_factors(args.init, model, *ranks, statistics, args.seed)
-        factors.info |= {"k_bits": str(k_bits), "v_bits": str(v_bits)}
-        if statistics:
-            factors.info["data"] = args.data.name
-        if training and args.init != "optimal":
-            best = cskv.init_factors("optimal", model, *ranks, statistics)
-        del statistics  # 4 GB for a 7B
-        bases = [p.B.T for layer in best.layers for p in (layer.k, layer.v)]  # V_r [d_kv, r]
-        state = {"plan": plan, "info": factors.info, "bases": bases, "initial": None, "seconds": 0}
-        if v_bits < 16:
-            factors = cskv.rotate_values(factors)
-
-    trained = ""
-    if training:
-        steps = args.epochs * -(-len(samples) // args.batch_size)
-        steps = steps if args.steps is None else min(steps, args.steps)
-        tuner = Tuner(factors, steps, args.lr, k_bits, v_bits, args.clamped_zero_point)
-        if "optimizer" in state:
-            tuner.steps_done = state["step"]
-            tuner.optimizer.load_state_dict(state["optimizer"])
-        fine_tune(model, tuner, samples, state, args)
-        factors, trained = tuner.factors, f"{steps} steps, lr {args.lr:g}, batch {args.batch_size}"
-        factors.info["trained"] = trained + ", clamped zero-point" * args.clamped_zero_point
-    if place()[0] == 0:
-        cskv.save_factors(args.out, factors, model, DTYPES[args.save_dtype])
-        if training:
-            args.checkpoint.unlink(missing_ok=True)
-        size = args.out.stat().st_size / 1e6
-        say(
-            f"{args.out}: {args.init}, {trained or 'not trained'}, ranks {k_rank} (keys) and "
-            f"{v_rank} (values) of {d_kv} in {layers} layers, {size:.2f} MB"
-        )
+        return state
+    if training and args.resume:
+        say(f"no checkpoint {args.checkpoint}; starting from the beginning")
+    ranks = [[rank] * model.config.num_hidden_layers for rank in ranks]
+    statistics = calibrate(model, samples) if samples else None
+    factors = best = cskv.init_factors(args.init, model, *ranks, statistics, args.seed)
+    if (training or args.log) and args.init != "optimal":
+        best = cskv.init_factors("optimal", model, *ranks, statistics)
+    if args.v_bits < 16:
+        factors = cskv.rotate_values(factors)
+    parameters = [M for pair in factors.pairs for M in (pair.A, pair.B)]
+    bases = [pair.B.T for pair in best.pairs]  # V_r [d_kv, r]
+    return {"plan": plan, "parameters": parameters, "bases": bases, "initial": None, "seconds": 0}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -587,15 +638,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     inits = "random: a control; svd: of the weights alone; asvd: the paper's; optimal (default): "
     inits += "the closed-form minimum of the paper's loss; attention: this, for the layer's output"
     add("--init", choices=cskv.INITIALIZATIONS, default="optimal", help=inits)
-    ratio = {"type": float, "default": 0.8}
-    add("--k-ratio", **ratio, help="share of key channels removed (default: 0.8)")
-    add("--v-ratio", **ratio, help="share of value channels removed (default: 0.8)")
-    add("--k-rank", type=count, help="key channels kept, instead of a ratio")
-    add("--v-rank", type=count, help="value channels kept, likewise")
     bits = {"type": int, "choices": (2, 3, 4, 8, 16)}
     add("--bits", **bits, default=16, help="of the latents, rounded in training (default: 16, not)")
-    add("--k-bits", **bits, help="of the keys' latents, if other than --bits")
-    add("--v-bits", **bits, help="of the values' latents, likewise")
+    for name, what in (("k", "key"), ("v", "value")):
+        add(f"--{name}-ratio", type=float, default=0.8, help=f"of {what} channels removed (0.8)")
+        add(f"--{name}-rank", type=count, help=f"{what} channels kept, instead of a ratio")
+        add(f"--{name}-bits", **bits, help=f"of the latents of {what}s, if other than --bits")
     published = "round as the paper's published code does, to see what it costs (quant.py)"
     add("--clamped-zero-point", action="store_true", help=published)
     add("--samples", type=count, default=256, help="of text, to learn from (default: 256)")
@@ -605,17 +653,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=number(float, 0), default=5e-5, help="at first; falls to 0 linearly (5e-5)")
     add("--batch-size", type=count, default=1, help="samples a step (1)")
     add("--seed", type=number(int, 0), default=0, help="of samples, their order, random factors")
-    add("--log", type=Path, help="JSON lines: the loss of each step beside its floor")
+    add("--log", type=Path, help="JSON lines: the loss of each step beside its floor, a summary")
     add("--log-every", type=count, default=1, help="steps a line (1): floors of a 7B take a while")
     add("--measure-samples", type=count, default=32, help="measured before and after (32)")
-    add("--checkpoint", type=Path, help="file to continue from (default: OUT.checkpoint)")
-    add("--checkpoint-every", type=count, default=50, help="steps between checkpoints (50)")
-    add("--resume", action="store_true", help="go on from the checkpoint if there is one")
+    add("--checkpoint-every", type=count, default=50, help="steps between OUT.checkpoint (50)")
+    add("--resume", action="store_true", help="go on from OUT.checkpoint if there is one")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    dtype = {"choices": DTYPES}
-    add("--dtype", **dtype, default="float32", help="of the frozen model (default: float32)")
-    add("--save-dtype", **dtype, default="float16", help="of the file (default: float16)")
-    return parser.parse_args(argv)
+    add("--dtype", choices=DTYPES, default="float32", help="of the frozen model (float32)")
+    add("--save-dtype", choices=DTYPES, default="float16", help="of the file (float16)")
+    args = parser.parse_args(argv)
+    args.k_bits, args.v_bits = args.k_bits or args.bits, args.v_bits or args.bits
+    args.checkpoint = Path(f"{args.out}.checkpoint")
+    return args
 
 
 if __name__ == "__main__":

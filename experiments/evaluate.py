@@ -25,7 +25,6 @@ import argparse
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -493,15 +492,8 @@ def calibration_samples(
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
-    with processes(args.device) as device:
-        args.device = device
-        try:
-            evaluate(args)
-        except (UserError, KeyboardInterrupt) as error:
-            if place()[0] > 0:  # it is the same for all processes; the first one says so
-                time.sleep(1)  # before torchrun ends them all, which it does when one has ended
-                sys.exit(2 if isinstance(error, UserError) else 130)
-            raise
+    with processes(args.device) as args.device:
+        evaluate(args)
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -224,8 +224,6 @@ class Workshop:
             }
             write_json(self.file(recipe).with_suffix(".json"), history)
             tuner.factors.info["trained"] = f"{steps} steps, lr {tuner.lr:g}, batch 1"
-            if recipe.clamped_zero_point:
-                tuner.factors.info["quantizer"] = "clamped zero-point"
             cskv.save_factors(self.file(recipe), tuner.factors, self.model, torch.float32)
         checkpoint.unlink(missing_ok=True)
 

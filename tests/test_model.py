@@ -1,6 +1,7 @@
 """The model: against the naive computation, against transformers, and from damaged files."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import UserError, full_cache, load_model, read_config
+from model import UserError, check_folder, full_cache, load_model, read_config
 from tests.tiny import naive_forward, save_checkpoint, tiny_config, tiny_model, tiny_tokens
 
 torch.set_grad_enabled(False)
@@ -253,6 +254,39 @@ def test_a_hub_name_is_fetched(monkeypatch, tmp_path):
     assert torch.equal(load_model("org/name")(tokens), model(tokens))
     assert [name for name, _ in asked] == ["org/name"] * 2
     assert "model*.safetensors" in asked[0][1] and "pytorch_model*.bin" in asked[1][1]
+
+
+# ------------------------------------------------------------------------------- files to write
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    file, pipe = tmp_path / "file", tmp_path / "pipe"
+    file.write_text("kept")
+    for path in (None, file, tmp_path / "new"):
+        check_folder(path)
+    assert [f.name for f in tmp_path.iterdir()] == ["file"] and file.read_text() == "kept"
+    os.mkfifo(pipe)  # as /dev/null is no regular file, which a rename would replace
+    for path, message in {
+        tmp_path / "no" / "f": "no folder",
+        file / "f": "no folder",  # a file is none
+        tmp_path: "is not a regular file",
+        pipe: "is not a regular file",
+        tmp_path / ("x" * 250): "cannot be written",  # no room in the name for .tmp
+        tmp_path / ("x" * 256): "cannot be written",
+    }.items():
+        with pytest.raises(UserError, match=message) as caught:
+            check_folder(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_permission_is_known_before(tmp_path):
+    """/proc refuses new files even to root."""
+    tmp_path.chmod(0o500)
+    folder = Path("/proc/self") if os.access(tmp_path, os.W_OK) else tmp_path
+    if not folder.is_dir():
+        pytest.skip("root, and no /proc")
+    with pytest.raises(UserError, match="cannot be written"):
+        check_folder(folder / "f")
 
 
 # ------------------------------------------------------------------------- against transformers

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -43,7 +44,7 @@ def make_factors(model, samples, init="svd", k_rank=5, v_rank=4, k_bits=16, v_bi
 
 def make_bases(model, samples, k_rank=5, v_rank=4):
     factors = make_factors(model, samples, "optimal", k_rank, v_rank)
-    return [p.B.T for layer in factors.layers for p in (layer.k, layer.v)]
+    return [pair.B.T for pair in factors.pairs]
 
 
 def seen(model, tokens):
@@ -63,10 +64,6 @@ def seen(model, tokens):
     ]
 
 
-def pairs_of(factors):
-    return [p for layer in factors.layers for p in (layer.k, layer.v)]
-
-
 # -------------------------------------------------------------------------- losses and gradients
 
 
@@ -83,7 +80,7 @@ def test_gradients_equal_the_formula_in_float64(k_rank, v_rank, bias, init):
     loss = train.run_layers(model, samples, [tuner], train=True)[0]
     n = sum(LENGTHS) * model.config.d_kv
     expected = torch.zeros(2, dtype=torch.float64)
-    grads = [[0, 0] for _ in pairs_of(tuner.factors)]
+    grads = [[0, 0] for _ in tuner.factors.pairs]
     for sample in samples:
         for i, (x, k, v) in enumerate(seen(model, sample)):
             layer = tuner.factors.layers[i]
@@ -94,7 +91,7 @@ def test_gradients_equal_the_formula_in_float64(k_rank, v_rank, bias, init):
                 grads[2 * i + j][0] += -2 / n * x.T @ E @ B.T
                 grads[2 * i + j][1] += -2 / n * (x @ A).T @ E
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-9)
-    for pair, (dA, dB) in zip(pairs_of(tuner.factors), grads, strict=True):
+    for pair, (dA, dB) in zip(tuner.factors.pairs, grads, strict=True):
         torch.testing.assert_close(pair.A.grad.double(), dA, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(pair.B.grad.double(), dB, rtol=1e-3, atol=1e-5)
 
@@ -106,7 +103,7 @@ def test_gradients_equal_finite_differences(bits):
     samples = make_samples(model)
     tuner = train.Tuner(make_factors(model, samples, v_bits=bits), 1, k_bits=bits, v_bits=bits)
     train.run_layers(model, samples, [tuner], train=True)
-    for pair in pairs_of(tuner.factors):
+    for pair in tuner.factors.pairs:
         direction = torch.randn(pair.B.shape, generator=torch.Generator().manual_seed(0))
         ends, B = [], pair.B.detach().clone()
         for sign in (1, -1):
@@ -157,10 +154,20 @@ def test_only_the_factors_change():
         for _ in range(3):
             train.run_layers(model, samples, [alone], train=True)
             alone.step()
-        for a, b, c in zip(*map(pairs_of, (tuner.factors, alone.factors, factors)), strict=True):
+        for a, b, c in zip(tuner.factors.pairs, alone.factors.pairs, factors.pairs, strict=True):
             assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
             assert not torch.equal(a.A, c.A) and not torch.equal(a.B, c.B)  # a copy was trained
     assert not model.model.layers[0].self_attn._forward_pre_hooks
+
+
+def test_without_gradients_a_step_changes_nothing():
+    """No weight decay, which would pull A B away from the optimum."""
+    model = tiny_model()
+    factors = make_factors(model, make_samples(model))
+    tuner = train.Tuner(factors, 1, 1e-2)
+    tuner.step()
+    for a, b in zip(tuner.factors.pairs, factors.pairs, strict=True):
+        assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
 
 
 class Saved:
@@ -206,6 +213,18 @@ def test_a_model_in_16_bits_trains_factors_in_float32(dtype):
     exact = train.Tuner(make_factors(tiny_model(), samples), 20, 1e-2)
     reference = train.run_layers(tiny_model(), samples, [exact]).sum().item()
     assert losses[0] == pytest.approx(reference, rel=0.03) and losses[-1] < 0.95 * losses[0]
+
+
+def test_only_what_is_measured_is_evaluated_in_float64():
+    """Training steps report the float32 loss that they differentiate: no second, slower product."""
+    model = tiny_model()
+    samples = make_samples(model)
+    tuner = train.Tuner(make_factors(model, samples, "optimal", 12, 12), 1)
+    exact = train.run_layers(model, samples, [tuner])
+    bases = make_bases(model, samples, 12, 12)
+    assert torch.equal(train.measure(model, tuner, samples, bases, train=True)[:1], exact)
+    rounded = train.run_layers(model, samples, [tuner], train=True)
+    assert (rounded > 1.1 * exact).all()  # at full rank all of it is rounding, here of one more sum
 
 
 # -------------------------------------------------------------------------------------- the floor
@@ -254,6 +273,18 @@ def test_floor_and_optimal_equal_naive_ones(rank, other_text):
             expected[2] += K.square().sum() / n
         ours = torch.stack([floor[i], optimal[i], zeros[i]])
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("tokens", [4, 5, 6])
+def test_no_floor_under_fewer_tokens_than_ranks(tokens):
+    """Where nothing need be lost, the floor is 0, not rounding noise that a loss is 10^9 times."""
+    model = tiny_model()
+    samples = [tiny_tokens(model, 1, tokens)]
+    tuner = train.Tuner(make_factors(model, samples, "svd", 5, 5), 1)
+    floor = train.measure(model, tuner, samples, make_bases(model, samples, 5, 5), train=False)[1]
+    distinct = len(samples[0].unique())
+    assert distinct == tokens  # in layer 0 equal tokens are equal rows
+    assert (floor > 1e-9).all() if tokens > 5 else (floor == 0).all()
 
 
 def test_optimal_starts_at_the_floor_of_its_own_text():
@@ -370,7 +401,7 @@ def test_the_log_says_it_all(setup, tmp_path, capsys):
     assert (code, stdout) == (0, "") and len(rows) == 72
     assert [row["step"] for row in rows] == list(range(72))
     for row in rows:
-        assert row["loss"] >= row["floor"] > 0 and row["optimal"] >= row["floor"]
+        assert row["loss"] >= row["floor"] and row["optimal"] >= row["floor"]
         assert row["lr"] == pytest.approx(1e-2 * (1 - row["step"] / 72))
         assert len(row["layers"]) == 2
         for name in ("loss", "floor"):
@@ -408,11 +439,37 @@ def test_without_steps_nothing_is_trained(setup, tmp_path, capsys, init, flags):
     )
     found = cskv.load_factors(tmp_path / "f", model)
     assert found.info["trained"] == "none"
-    for a, b in zip(
-        pairs_of(found), pairs_of(make_factors(model, samples, init, 6, 4)), strict=True
-    ):
+    for a, b in zip(found.pairs, make_factors(model, samples, init, 6, 4).pairs, strict=True):
         assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
     assert call(train, capsys, *args[:2], "--out", tmp_path / "g", "--init", "svd", *flags)[0] == 0
+
+
+@pytest.mark.parametrize("init", ["svd", "asvd"])
+def test_a_log_without_steps_is_its_summary(setup, tmp_path, capsys, init):
+    log = tmp_path / "log"
+    log.write_text("of an earlier training\n")
+    more = ["--init", init, "--steps", 0, "--log", log, "--measure-samples", 100, "--k-bits", 4]
+    code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f", *more))
+    (row,) = rows_of(log)
+    assert code == 0 and "step" not in row and row["steps"] == 0 and "ratio" in err
+    model, tokenizer = load_model(setup / "model"), load_tokenizer(setup / "model")
+    samples = train.sample_tokens(setup / "text.jsonl", tokenizer, 256, 600, 0)
+    tuner = train.Tuner(make_factors(model, samples, init, 6, 4), 1, 0, 4)
+    table = train.measure(model, tuner, samples, make_bases(model, samples, 6, 4), False).sum(1)
+    expected = {"initial": table[0], "final": table[0], "floor": table[1], "optimal": table[2]}
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(value.item(), rel=1e-6)
+    info = cskv.load_factors(tmp_path / "f", model).info
+    assert info["trained"] == "none" and ("data" in info) == (init == "asvd")
+
+
+def test_more_steps_than_the_epochs_have_is_said(setup, tmp_path, capsys):
+    more = ["--steps", 99, "--epochs", 2, "--batch-size", 5]
+    code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f", *more))
+    assert code == 0 and "10 steps, not 99" in err
+    info = cskv.load_factors(tmp_path / "f", load_model(setup / "model")).info
+    assert info["trained"] == "10 steps, lr 0.01, batch 5"
+    assert "not 10" not in call(train, capsys, *arguments(setup, tmp_path / "f", "--steps", 10))[2]
 
 
 def test_log_every_and_early_stop(setup, tmp_path, capsys):
@@ -439,9 +496,10 @@ def test_clamped_zero_point_reaches_training(setup, tmp_path, capsys):
         args = ["--bits", 3, "--steps", 2, "--log", tmp_path / "log", *more]
         assert call(train, capsys, *arguments(setup, tmp_path / "f", *args))[0] == 0
         losses.append(rows_of(tmp_path / "log")[0]["loss"])
+        info = cskv.load_factors(tmp_path / "f", load_model(setup / "model")).info
+        assert info.get("quantizer") == ("clamped zero-point" if more else None)
+        assert info["trained"] == "2 steps, lr 0.01, batch 1"
     assert losses[1] > losses[0]
-    info = cskv.load_factors(tmp_path / "f", load_model(setup / "model")).info
-    assert info["trained"].endswith("clamped zero-point")
 
 
 # --------------------------------------------------------------------------------- what goes wrong
@@ -454,13 +512,24 @@ def test_divergence_stops_and_names_step_and_layer(setup, tmp_path, capsys, monk
     def watch(self, i, *args):
         loss = real(self, i, *args)
         bad = {"nan": math.nan, "huge": 1e5}[how]
-        return loss * bad if self.steps_done == 3 and i == 1 and args[-1] else loss
+        return loss * bad if self.steps_done == 3 and i == 1 and args[-2] else loss
 
     monkeypatch.setattr(train.Tuner, "watch", watch)
-    code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f"))
+    code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f", "--checkpoint-every", 1))
     error = err.splitlines()[-1]
     assert code == 2 and error.startswith("error: step 3, layer 1: ")
-    assert list(tmp_path.iterdir()) == []
+    assert "start anew with a lower --lr" in error
+    assert list(tmp_path.iterdir()) == []  # nor a checkpoint, to go on from into the same
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_divergence_in_the_last_update_is_seen(setup, tmp_path, capsys, monkeypatch, steps):
+    monkeypatch.setattr(train.Tuner, "rate", property(lambda t: 1e6 * (t.steps_done == steps - 1)))
+    more = ["--steps", steps, "--log", tmp_path / "log"]
+    code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f", *more))
+    assert code == 2 and f"error: step {steps}, layer 0: the loss diverges" in err
+    assert [row["step"] for row in rows_of(tmp_path / "log")] == list(range(steps))
+    assert [file.name for file in tmp_path.iterdir()] == ["log"]
 
 
 def test_a_learning_rate_that_is_too_large_stops(setup, tmp_path, capsys):
@@ -493,8 +562,6 @@ MISTAKES = {
     "lr": (["--lr", -1], "--lr"),
     "batch": (["--batch-size", 0], "--batch-size"),
     "log folder": (["--log", "no/such/log"], "no folder no/such"),
-    "log is a folder": (["--log", "tests"], "tests cannot be written"),
-    "checkpoint folder": (["--checkpoint", "no/such/c"], "no folder no/such"),
 }
 
 
@@ -508,10 +575,41 @@ def test_a_mistake_is_one_line(setup, tmp_path, capsys, monkeypatch, mistake):
     assert "Traceback" not in err and list(tmp_path.iterdir()) == []
 
 
+FILES = {
+    "log is a folder": (["--log", "."], ". is not a regular file"),
+    "out is a pipe": (["--out", "pipe"], "pipe is not a regular file"),
+    "out is the log": (["--out", "./x", "--log", "x"], "--log and --out are both x"),
+    "out is the data": (["--out", "x", "--data", "./x"], "--out and --data are both x"),
+    "log is the checkpoint": (["--out", "x", "--log", "x.checkpoint"], "the checkpoint and --log"),
+    "data is the checkpoint": (["--out", "x", "--data", "x.checkpoint"], "checkpoint and --data"),
+}
+
+
+@pytest.mark.parametrize("mistake", FILES)
+def test_files_that_are_something_else_stay(setup, tmp_path, capsys, monkeypatch, mistake):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    more, message = FILES[mistake]
+    code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f", *more))
+    assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe"] and Path("pipe").is_fifo()
+
+
 def test_training_without_text_is_refused(setup, tmp_path, capsys):
     args = ["--model", setup / "model", "--out", tmp_path / "f", "--init", "svd"]
     code, _, err = call(train, capsys, *args)
-    assert code == 2 and "training (--steps) needs text" in err
+    assert code == 2 and "training and --log need text" in err
+    code, _, err = call(train, capsys, *args, "--steps", 0, "--log", tmp_path / "log")
+    assert code == 2 and "training and --log need text" in err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("init", ["random", "optimal"])
+def test_ranks_too_large_are_refused_before_calibration(setup, tmp_path, capsys, monkeypatch, init):
+    monkeypatch.setattr(train, "calibrate", None)
+    for flag in ("--k-rank", "--v-rank"):
+        args = arguments(setup, tmp_path / "f", "--init", init, flag, 13)
+        code, _, err = call(train, capsys, *args)
+        assert code == 2 and "rank 13 is not in 1 .. 12" in err.splitlines()[-1]
 
 
 class Parquet:
@@ -624,6 +722,18 @@ def test_resume_without_a_checkpoint_starts(setup, tmp_path, capsys):
     assert code == 0 and "no checkpoint" in err and (tmp_path / "f").exists()
 
 
+def test_resume_of_a_finished_training_does_nothing(setup, tmp_path, capsys, monkeypatch):
+    args = arguments(setup, tmp_path / "f", "--steps", 2, "--log", tmp_path / "log")
+    assert call(train, capsys, *args)[0] == 0
+    before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_model", None)
+        code, _, err = call(train, capsys, *args, "--resume")
+    assert code == 0 and "is finished" in err
+    assert before == [(f.stat().st_mtime_ns, f.read_bytes()) for f in tmp_path.iterdir()]
+    assert call(train, capsys, *args)[0] == 0  # but without --resume it starts again
+
+
 @pytest.fixture
 def interrupted(setup, tmp_path, capsys, monkeypatch):
     """Arguments of a training that was interrupted after 4 of 24 steps."""
@@ -689,6 +799,31 @@ def test_a_full_disk_leaves_the_old_checkpoint(interrupted, tmp_path, capsys, mo
     assert call(train, capsys, *interrupted)[0] == 0
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_process_has_a_second_to_speak(monkeypatch, rank):
+    """torchrun ends all processes when one has ended: the silent ones must not be the first."""
+    slept, ended = [], []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(train.time, "sleep", slept.append)
+    monkeypatch.setattr(train.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(train.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "destroy_process_group", lambda: ended.append(1))
+    for error, code in ((UserError("x"), 2), (KeyboardInterrupt(), 130)):
+        with pytest.raises((UserError, KeyboardInterrupt, SystemExit)) as caught:
+            with train.processes("cpu"):
+                raise error
+        assert caught.value is error if rank == "0" else caught.value.code == code
+    assert slept == ([] if rank == "0" else [1, 1]) and ended == [1, 1]
+
+
+def wait_for_lines(log, lines, process):
+    deadline = time.monotonic() + 60
+    while not log.exists() or log.read_text().count("\n") < lines:
+        assert process.poll() is None and time.monotonic() < deadline, "it never came that far"
+        time.sleep(0.001)
+
+
 def test_killed_at_a_random_step_resume_is_exact(setup, tmp_path, capsys):
     """The process gets no chance to clean up; checkpoints are written every second step."""
     more = ["--bits", 4, "--epochs", 8, "--checkpoint-every", 2]
@@ -696,10 +831,7 @@ def test_killed_at_a_random_step_resume_is_exact(setup, tmp_path, capsys):
     args = arguments(setup, tmp_path / "killed", *more, "--log", log, "--resume")
     command = [sys.executable, "train.py", *args]
     killed = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not log.exists() or log.read_text().count("\n") < steps:
-        assert killed.poll() is None and time.monotonic() < deadline, "it never came that far"
-        time.sleep(0.001)
+    wait_for_lines(log, steps, killed)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL and not (tmp_path / "killed").exists()
     again = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -710,21 +842,60 @@ def test_killed_at_a_random_step_resume_is_exact(setup, tmp_path, capsys):
     assert [row.get("step") for row in rows_of(log)] == [*range(192), None]
 
 
+def torchrun(arguments):
+    """What starts two processes. The -- keeps torchrun from reading --log as its --log-dir."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return {"args": [*command, "--", "train.py", *arguments], "cwd": ROOT, "text": True}
+
+
 def test_two_processes_equal_one(setup, tmp_path, capsys):
-    """Batches of 3: the second process has one sample of them, and none of the last."""
-    more = ["--batch-size", 3, "--samples", 22, "--epochs", 2, "--lr", 1e-3]
+    """Batches of 3: the second process has one sample of them, and none of the last. From `asvd`,
+    whose start depends on the text that the two have read together."""
+    more = ["--batch-size", 3, "--samples", 22, "--epochs", 2, "--lr", 1e-3, "--init", "asvd"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert call(train, capsys, *arguments(setup, one, *more, "--log", tmp_path / "1"))[0] == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["--", "train.py", *arguments(setup, two, *more, "--log", tmp_path / "2")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = torchrun(arguments(setup, two, *more, "--log", tmp_path / "2"))
+    done = subprocess.run(**command, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("22 samples") == done.stderr.count("idle") == 1  # one process speaks
     model = load_model(setup / "model")
-    ours, theirs = (pairs_of(cskv.load_factors(path, model)) for path in (one, two))
+    ours, theirs = (cskv.load_factors(path, model).pairs for path in (one, two))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.A, b.A, rtol=0, atol=1e-6)
         torch.testing.assert_close(a.B, b.B, rtol=0, atol=1e-6)
     for a, b in zip(rows_of(tmp_path / "1"), rows_of(tmp_path / "2"), strict=True):
         for name in {"loss", "floor", "optimal", "initial", "final"} & set(a):
             assert a[name] == pytest.approx(b[name], rel=1e-5)
+
+
+def test_an_error_of_the_first_process_alone_is_one_line(setup, tmp_path):
+    """The first cannot write its log any more: the second must neither hang nor print a traceback
+    of its broken connection. (Those of torchrun itself stay.)"""
+    log = tmp_path / "log"
+    command = torchrun(arguments(setup, tmp_path / "f", "--epochs", 999, "--log", log))
+    process = subprocess.Popen(**command, stderr=subprocess.PIPE)
+    wait_for_lines(log, 3, process)
+    log.unlink()
+    log.mkdir()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and not (tmp_path / "f").exists()
+    assert err.count("error: ") == 1 and f"error: {log} cannot be written" in err
+    assert 'train.py"' not in err and "gloo" not in err and "stopped" not in err
+
+
+@pytest.mark.slow
+def test_two_interrupted_processes_resume_exactly(setup, tmp_path):
+    more = ["--batch-size", 3, "--epochs", 20, "--lr", 1e-3, "--bits", 4]
+    whole, out, log = tmp_path / "whole", tmp_path / "f", tmp_path / "log"
+    subprocess.run(**torchrun(arguments(setup, whole, *more)), check=True, capture_output=True)
+    command = torchrun(arguments(setup, out, *more, "--log", log, "--resume"))
+    process = subprocess.Popen(**command, stderr=subprocess.PIPE, start_new_session=True)
+    wait_for_lines(log, 7, process)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and not out.exists()
+    assert err.count("of 160 steps are in") == 1 and err.count("interrupted\n") == 1
+    done = subprocess.run(**command, capture_output=True)
+    assert done.returncode == 0 and done.stderr.count("going on after step") == 1, done.stderr
+    assert out.read_bytes() == whole.read_bytes()
+    assert [row.get("step") for row in rows_of(log)] == [*range(160), None]
