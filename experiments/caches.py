@@ -139,24 +139,29 @@ def choices(
     return rows
 
 
+def names_of(known: tuple[str, ...], what: str) -> Callable[[str], list[str]]:
+    """For argparse's `type`: some of the known names, with commas between them."""
+
+    def read(text: str) -> list[str]:
+        for name in text.split(","):
+            if name not in known:
+                message = f"no {what} {name!r}; choose of {','.join(known)}"
+                raise argparse.ArgumentTypeError(message)
+        return text.split(",")
+
+    return read
+
+
+def some_bits(text: str) -> list[int]:
+    """For argparse's `type`: bits of a latent, with commas between them."""
+    bits = numbers(int, 2, 32)(text)
+    if not set(bits) <= {*quant.BITS, 16, 32}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of 2,3,4,8,16,32")
+    return bits
+
+
 def add_arguments(p: argparse.ArgumentParser, caches: str = "full,cskv") -> None:
     """The flags that choose caches, for the command lines of this folder."""
-
-    def names_of(known: tuple[str, ...], what: str) -> Callable[[str], list[str]]:
-        def read(text: str) -> list[str]:
-            for name in text.split(","):
-                if name not in known:
-                    message = f"no {what} {name!r}; choose of {','.join(known)}"
-                    raise argparse.ArgumentTypeError(message)
-            return text.split(",")
-
-        return read
-
-    def some_bits(text: str) -> list[int]:
-        bits = numbers(int, 2, 32)(text)
-        if not set(bits) <= {*quant.BITS, 16, 32}:
-            raise argparse.ArgumentTypeError(f"{text!r} is not of 2,3,4,8,16,32")
-        return bits
 
     p.add_argument(
         "--caches",

@@ -7,9 +7,10 @@
     python -m experiments.evaluate longbench --model M --calibrate TEXT --data FOLDER
     torchrun --nproc-per-node 2 -m experiments.evaluate ...       shares the cases out
 
-Perplexity is measured in decode mode: the first `--context` tokens of a passage are prefilled, the
-next `--steps` go through the cache one by one, and only their predictions count. (A single forward
-pass over the text would measure nothing: prefill is exact for nearly every cache here.)
+Perplexity is measured in decode mode: the first `--context` tokens of a passage are prefilled, then
+the next `--steps` are predicted while they go through the cache one by one, and only these count.
+(The first of them still comes from the prefill. A single forward pass over the text would measure
+nothing: prefill is exact for nearly every cache here.)
 
 Retrieval (`longeval`, `passkey`) has two protocols. In the paper's, `--question prefill`, the whole
 prompt is prefilled, so that the first digit is read with exact keys and values. In the harder one,
@@ -526,7 +527,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--seq-len", type=number(int, 2), default=1024, help="tokens of a sample")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of the samples and the cases")
     p.add_argument("--device", default="cpu")
-    p.add_argument("--dtype", choices=DTYPES, default="float32")
+    p.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     p.add_argument("--json", type=Path, help="write the rows to this file; resume from beside it")
 
     parser = Arguments(description=__doc__.splitlines()[0])

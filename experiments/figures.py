@@ -81,14 +81,19 @@ def accuracy_against_bytes(rows: list[dict], path: Path) -> None:
     score, by_question = measured(rows), panels(rows, "question")
     figure, axes = subplots(len(by_question), 4.8)
     for axis, (question, some) in zip(axes, by_question.items(), strict=True):
-        start_panel(axis, PROTOCOL[question], "honest compression ratio", LABELS[score])
+        start_panel(
+            axis,
+            PROTOCOL[question],
+            "honest compression ratio, means over the lengths",
+            LABELS[score],
+        )
         lines: dict = {}
         for row in some:  # the mean over lengths, at the mean ratio
-            label = " ".join(part for part in (row["cache"], row["factors"]) if part)
+            label = ", ".join(part for part in (row["cache"], row["factors"]) if part)
             label = label.replace(" in 4 bits", "") if row["cache"] == "cskv" else label
             lines.setdefault(label, {}).setdefault((row["ratio"], row["bits"]), []).append(row)
         for label, points in lines.items():
-            cache, *kind = label.split(" ", 1)
+            cache, *kind = label.split(", ", 1)
             means = sorted(
                 tuple(sum(r[name] for r in group) / len(group) for name in ("honest_ratio", score))
                 for group in points.values()
@@ -166,7 +171,8 @@ def singular_values(values: Tensor, path: Path) -> None:
         axis.set_yscale("log")
         for i, line in enumerate(values[:, j]):
             shade = colours(i / max(1, len(values) - 1))
-            label = f"layer {i}" if i in (0, len(values) // 2, len(values) - 1) else None
+            few = len(values) <= 8 or i in (0, len(values) // 2, len(values) - 1)
+            label = f"layer {i}" if few else None
             y = (line / line[0]).clamp(min=1e-4)
             axis.plot(range(1, len(line) + 1), y, color=shade, label=label, alpha=0.8)
         for removed in (0.5, 0.8):
@@ -204,6 +210,11 @@ def loss_curves(curves: list[dict], path: Path) -> None:
                 linestyle="--" if slow else "-",
                 label=f"{curve['init']}, lr {curve['lr']:g}",
             )
-        axis.axhline(some[0]["floor"], color="black", linestyle=":", label="floor: closed form")
+        axis.axhline(
+            some[0]["floor"],
+            color="black",
+            linestyle=":",
+            label="floor of the samples\nmeasured before and after",
+        )
     axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save(figure, path)

@@ -22,7 +22,12 @@ The paper's numbers, in the column `paper`, are of LongChat-7B on LongEval with 
 """
 
 import argparse
+import functools
+import hashlib
+import io
 import json
+import math
+import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -34,10 +39,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cskv
+import quant
 from experiments import figures
 from experiments.baselines import heavy_hitter_cache, kivi_cache, low_rank_cache, streaming_cache
-from experiments.caches import Choice, cskv_choice
+from experiments.caches import Choice, cskv_choice, names_of
 from experiments.evaluate import (
+    flags,
+    forget,
     measure,
     perplexity_cases,
     retrieval_cases,
@@ -49,6 +57,7 @@ from experiments.longeval import make_cases
 from infer import TEACHER
 from model import (
     DTYPES,
+    UNREADABLE,
     Arguments,
     UserError,
     check_device,
@@ -96,7 +105,10 @@ class Workshop:
         self.tokenizer = load_tokenizer(args.model)
         self.work, self.out = args.work / Path(args.model).name, args.out
         for folder in (self.work, self.out):
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{folder} cannot be made ({error}); choose another") from None
         self._samples = self._statistics = None
 
     @property
@@ -119,8 +131,17 @@ class Workshop:
                     for case in make_cases("longeval", lines, share, args.seed + 10**9)
                 ]
                 ids = [self.tokenizer.encode(case.text) for case in cases[: args.samples]]
-                self._samples = [torch.tensor([tokens]) for tokens in ids]
+                limit = self.model.config.context_length
+                self._samples = [torch.tensor([tokens[:limit]]) for tokens in ids]
         return self._samples
+
+    @functools.cached_property
+    def key(self) -> str:
+        """A digest of all that factors depend on, besides their recipe."""
+        args = self.args
+        parts = [cskv.fingerprint(self.model), [sample.tolist() for sample in self.samples]]
+        parts += [args.epochs, args.seed, args.dtype, args.measure_samples]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     @property
     def longest(self) -> int:
@@ -161,8 +182,7 @@ class Workshop:
         ]
 
     def file(self, recipe: Recipe) -> Path:
-        a, lr = self.args, recipe.lr or self.args.lr
-        return self.work / f"{recipe.name}-{a.samples}x{a.epochs}-lr{lr:g}-seed{a.seed}.safetensors"
+        return self.work / f"{recipe.name}-lr{recipe.lr or self.args.lr:g}-{self.key}.safetensors"
 
     def history(self, recipe: Recipe) -> dict:
         """What training measured: `initial`, `final` and `floor`, of the samples measured, and
@@ -179,21 +199,21 @@ class Workshop:
             for r in recipes
         ]
         measured = samples[: args.measure_samples]
-        checkpoint = self.work / "training.pt"
         names = [self.file(r).name for r in recipes]
-        state = {"names": names, "losses": [], "seconds": 0.0, "initial": None}
+        digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]
+        checkpoint = self.work / f"training-{digest}.pt"
+        state = {"losses": [], "seconds": 0.0, "initial": None}
         if checkpoint.exists():
-            kept = torch.load(checkpoint, weights_only=True)
-            if kept["names"] == names:
-                state = kept
-                for tuner, mine in zip(tuners, kept["tuners"], strict=True):
-                    tuner.steps_done = len(kept["losses"])
-                    tuner.optimizer.load_state_dict(mine["optimizer"])
-                    with torch.no_grad():
-                        for parameter, value in zip(
-                            tuner.parameters, mine["parameters"], strict=True
-                        ):
-                            parameter.copy_(value)
+            try:
+                state = torch.load(checkpoint, weights_only=True)
+            except UNREADABLE:
+                raise UserError(f"{checkpoint} is damaged; delete it to train again") from None
+            for tuner, mine in zip(tuners, state["tuners"], strict=True):
+                tuner.steps_done = len(state["losses"])
+                tuner.optimizer.load_state_dict(mine["optimizer"])
+                with torch.no_grad():
+                    for parameter, value in zip(tuner.parameters, mine["parameters"], strict=True):
+                        parameter.copy_(value)
         if state["initial"] is None:
             state["initial"] = run_layers(self.model, measured, tuners).sum(1).tolist()
         began = time.monotonic() - state["seconds"]
@@ -205,6 +225,9 @@ class Workshop:
             state["losses"].append(
                 run_layers(self.model, batch, tuners, train=True).sum(1).tolist()
             )
+            for recipe, loss in zip(recipes, state["losses"][-1], strict=True):
+                if not math.isfinite(loss):
+                    raise UserError(f"{recipe.name}, step {step}: the loss diverges; lower --lr")
             for tuner in tuners:
                 tuner.step()
             if (step + 1) % 64 == 0 and step + 1 < steps:
@@ -236,8 +259,9 @@ class Workshop:
             }
             for tuner in tuners
         ]
+        torch.save({**state, "tuners": kept}, buffer := io.BytesIO())
         with replacing(path) as temporary:
-            torch.save({**state, "tuners": kept}, temporary)
+            temporary.write_bytes(buffer.getbuffer())
 
     @torch.no_grad()
     def spectra(self, samples: list[Tensor]) -> Tensor:
@@ -270,8 +294,8 @@ class Workshop:
         """Rows of `measure`: of perplexity, or of LongEval in each protocol. `by_lines` keeps the
         lengths apart; else a row is the average over them, as the paper's `Avg. Acc`."""
         args, notes = self.args, self.work / f"{what}.json"
-        flags = {k: str(v) for k, v in vars(args).items() if k not in ("out", "work", "device")}
-        flags["rows"] = [row.label for row in rows]
+        named = {**vars(args), "out": None, "work": None}
+        given = {**flags(argparse.Namespace(**named), self.model), "factors": self.key}
         if args.text:
             cases, measure_of = perplexity_cases(args, self.model, self.tokenizer), "perplexity"
         else:
@@ -283,7 +307,7 @@ class Workshop:
                 for columns, case in retrieval_cases(asked, self.model, self.tokenizer):
                     columns = {"question": question, **(columns if by_lines else {})}
                     cases.append((columns, case))
-        result = measure(self.model, rows, cases, notes, flags)
+        result = measure(self.model, rows, cases, notes, given)
         return with_score(measure_of, result)
 
     def write(self, what: str, rows: list[dict], columns: dict) -> None:
@@ -293,12 +317,9 @@ class Workshop:
         write_json(self.out / f"{what}.json", rows)
         with replacing(self.out / f"{what}.md") as temporary:
             temporary.write_text(f"{self.command(what)}\n\n{text}\n")
-        for notes in self.work.glob(f"{what}.json.cases-*"):
-            notes.unlink()
 
     def command(self, what: str) -> str:
-        given = " ".join(sys.argv[1:]) or what
-        return f"`python -m experiments.paper {given}`"
+        return f"`python -m experiments.paper {shlex.join(sys.argv[1:]) or what}`"
 
 
 # ------------------------------------------------------------------------------------- tables
@@ -341,7 +362,7 @@ TABLE_2 = {
     ("random", 0.8): 0.00, ("svd", 0.8): 0.87, ("asvd", 0.8): 0.92,
 }  # fmt: skip
 TABLE_3 = {2: 0.77, 4: 0.83, 8: 0.85, 16: 0.88, 32: 0.92, 64: 0.93, 128: 0.94, 256: 0.94}
-TABLE_3 |= {512: 0.94, 1024: 0.95}
+TABLE_3 |= {512: 0.94, 1024: 0.95, 2048: 0.96, 4096: 0.96}
 # By the shares of K and V as printed, taken as kept shares; 12.5% and 87.5% are printed as 75%.
 TABLE_4 = {
     (0.875, 0.125): 0.97, (0.75, 0.25): 0.98, (0.625, 0.375): 0.96, (0.5, 0.5): 0.95,
@@ -349,7 +370,9 @@ TABLE_4 = {
     (0.4375, 0.0625): 0.73, (0.375, 0.125): 0.89, (0.3125, 0.1875): 0.95, (0.25, 0.25): 0.93,
     (0.1875, 0.3125): 0.88, (0.125, 0.375): 0.80, (0.0625, 0.4375): 0.43,
 }  # fmt: skip
-TABLE_5 = {(0.5, "none"): 0.95, (0.5, "ptq"): 0.00, (0.5, "qat"): 0.96}
+TABLE_5 = {(0.6, "none"): 0.94, (0.6, "ptq"): 0.00, (0.6, "qat"): 0.94}
+TABLE_5 |= {(0.7, "none"): 0.93, (0.7, "ptq"): 0.00, (0.7, "qat"): 0.92}
+TABLE_5 |= {(0.5, "none"): 0.95, (0.5, "ptq"): 0.00, (0.5, "qat"): 0.96}
 TABLE_5 |= {(0.8, "none"): 0.92, (0.8, "ptq"): 0.00, (0.8, "qat"): 0.90}
 
 
@@ -359,7 +382,8 @@ def table1(shop: Workshop) -> None:
     inits = [
         Recipe(init, r, r, init == "asvd") for r in shop.args.ratios for init in shop.args.inits
     ]
-    shop.factors(*inits)
+    in_bits = Recipe("asvd", 0.8, 0.8, True, 4)
+    shop.factors(*inits, *[in_bits] * ("asvd" in shop.args.inits))
     for ratio in shop.args.ratios:
         rows.append(Choice("streaming", partial(streaming_cache, model, ratio), ratio, ratio))
         rows.append(Choice("h2o", partial(heavy_hitter_cache, model, ratio), ratio, ratio))
@@ -375,7 +399,7 @@ def table1(shop: Workshop) -> None:
     for name, prune in (("streaming", streaming_cache), ("h2o", heavy_hitter_cache)):
         rows.append(Choice(name, partial(prune, model, 0.95), 0.95, 0.95))
     if "asvd" in shop.args.inits:
-        rows.append(shop.choice(Recipe("asvd", 0.8, 0.8, True, 4), 0.95))
+        rows.append(shop.choice(in_bits, 0.95))
     if "optimal" in shop.args.inits:
         rows.append(shop.choice(Recipe("optimal", 0.8, 0.8), 0.95, k_bits=4, v_bits=4))
 
@@ -547,7 +571,13 @@ COMMANDS = {f.__name__: f for f in (table1, table2, table3, table4, table5, figu
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     check_device(args.device)
-    COMMANDS[args.what](Workshop(args))
+    if args.what not in ("table2", "table5"):
+        figures.pyplot()  # if it is missing, that is known before the work and not after
+    if args.text and not args.text.exists():
+        raise UserError(f"no file {args.text}; give held-out text")
+    shop = Workshop(args)
+    COMMANDS[args.what](shop)
+    forget(shop.work / f"{args.what}.json")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -558,8 +588,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/paper"), help="folder for tables and figures")
     add("--work", type=Path, default=Path("runs/factors"), help="folder for factors in the making")
     add("--ratios", type=numbers(float, 0, 0.9999), default=[0.5, 0.8], help="default: 0.5,0.8")
-    add("--inits", type=lambda text: text.split(","), default=["asvd", "optimal"])
-    add("--bits", type=numbers(int, 2, 8), default=[4, 3, 2], help="of table5 (default: 4,3,2)")
+    inits = names_of(cskv.INITIALIZATIONS, "initialization")
+    add("--inits", type=inits, default=["asvd", "optimal"], help="default: asvd,optimal")
+    widths = names_of(tuple(map(str, quant.BITS)), "number of bits")
+    add("--bits", type=widths, default=["4", "3", "2"], help="of table5 (default: 4,3,2)")
     add("--samples", type=number(int, 1), default=1024, help="to calibrate and train on")
     add("--seq-len", type=number(int, 2), default=1024, help="tokens of a sample, at most")
     add("--epochs", type=number(int, 1), default=1)
@@ -573,7 +605,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=number(int, 0), default=0)
     add("--lines", type=numbers(int, 1), help="of LongEval (default: 25,50,100 in table1, else 50)")
     add("--cases", type=number(int, 1), default=100, help="of each length (default: 100)")
-    add("--questions", type=lambda text: text.split(","), default=["prefill", "decode"])
+    questions = names_of(("prefill", "decode"), "protocol")
+    add("--questions", type=questions, default=["prefill", "decode"], help="default: both")
     add("--calibrate", type=Path, help="text to fit on (default: LongEval cases of another seed)")
     add("--text", type=Path, help="held-out text: measure perplexity, not LongEval")
     add("--context", type=number(int, 1), default=1024, help="tokens prefilled")
@@ -584,7 +617,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="bfloat16", help="16 bits: honest ratios count 16")
     args = parser.parse_args(argv)
     args.lines = args.lines or (LINES if args.what == "table1" else [50])
-    args.spelled = False
+    args.bits, args.spelled = [int(bits) for bits in args.bits], False
     return args
 
 

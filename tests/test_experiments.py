@@ -65,6 +65,7 @@ def arguments(setup, what, *more):
     if what not in ("longeval", "passkey"):
         own[what] += ["--calibrate", text]
     shared = ["--model", setup / "model", "--window", 4, "--ratios", "0.5", "--samples", 8]
+    shared += ["--dtype", "float32"]
     return [what, *shared, *own[what], *more]
 
 
@@ -300,6 +301,7 @@ def test_retrieval_command_on_the_teaching_model(tmp_path, capsys, question):
     model = load_model(TEACHER)
     cskv.save_factors(tmp_path / "f", cskv.init_factors("random", model, [8] * 4, [4] * 4), model)
     args = ["longeval", "--model", TEACHER, "--lines", 20, "--cases", 8, "--question", question]
+    args += ["--dtype", "float32"]
     args += ["--factors", tmp_path / "f", "--json", tmp_path / "r.json"]
     code, out, _ = call(evaluate, capsys, *args)
     full, random = json.loads((tmp_path / "r.json").read_text())
