@@ -567,8 +567,11 @@ def test_statistics_equal_a_naive_computation():
         x = torch.cat(inputs[i])
         assert len(x) == 19
         k = (x @ layer.self_attn.k_proj.weight.T).double()
-        torch.testing.assert_close(statistics[i].x_abs, x.double().abs().mean(0))
-        torch.testing.assert_close(statistics[i].k_moment, torch.einsum("ti,tj->ij", k, k) / 19)
+        torch.testing.assert_close(
+            statistics[i].x_abs, x.double().abs().mean(0), rtol=1e-5, atol=1e-6
+        )
+        moment = torch.einsum("ti,tj->ij", k, k) / 19  # k itself is rounded in float32
+        torch.testing.assert_close(statistics[i].k_moment, moment, rtol=1e-5, atol=1e-5)
 
 
 def output_error(model, layer, pair, x):

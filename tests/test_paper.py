@@ -125,6 +125,7 @@ def test_training_together_equals_training_alone_and_resumes(setup, tmp_path, mo
 
 
 def test_perplexity_without_calibration_text_is_refused(setup, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     arguments = text_flags(setup, "table3", tmp_path)
     i = arguments.index("--calibrate")
     code, _, err = call(paper, capsys, *arguments[:i], *arguments[i + 2 :])
