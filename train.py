@@ -175,6 +175,7 @@ def processes(device: str) -> Iterator[str]:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         yield device
+        dist.barrier()  # or one takes its connections down while another still uses them
     except (UserError, KeyboardInterrupt) as error:
         if os.environ["RANK"] == "0":
             raise
