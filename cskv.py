@@ -528,7 +528,7 @@ class BiBranchCache(LayerCache):
 
     Args:
         attention: the layer's projections, for their biases and sizes.
-        factors: A and B, of the model's type and device. They are weights, not counted as cache.
+        factors: A and B, of x's type and device. They are weights, not counted as cache.
         window: tokens kept in full precision, at least 1. A sliding window caps it.
         expected: final length in tokens if known; memory is then taken once.
         clamped_zero_point: quantize as the paper's published code does; see quant.py.
@@ -544,13 +544,13 @@ class BiBranchCache(LayerCache):
         v_bits: int = 16,
         clamped_zero_point: bool = False,
     ):
-        config, weight = attention.config, attention.k_proj.weight
+        config, like = attention.config, factors.k.A
         if window < 1:
             raise UserError(f"window {window} is below 1; the newest token needs a place in it")
         self.sliding_window, self.expected = config.sliding_window, expected
         self.window = min(window, self.sliding_window or window)
         self.H_kv, self.D = config.num_key_value_heads, config.head_dim
-        sixteen = weight.dtype if weight.dtype.itemsize == 2 else torch.float16
+        sixteen = like.dtype if like.dtype.itemsize == 2 else torch.float16
 
         def latents(bits: int, dim: int) -> Latents | PackedLatents:
             if bits in quant.BITS:
@@ -563,7 +563,7 @@ class BiBranchCache(LayerCache):
 
         self.c_k, self.c_v = latents(k_bits, quant.TOKENS), latents(v_bits, quant.CHANNELS)
         # On a CPU a chunk of rebuilt keys should stay in its cache; a GPU wants few, large steps.
-        self.chunk = 1024 if weight.device.type == "cpu" else 8192
+        self.chunk = 1024 if like.device.type == "cpu" else 8192
 
         def heads(x: Tensor) -> Tensor:  # [..., d_kv] -> [..., H_kv, D]
             return x.unflatten(-1, (self.H_kv, self.D))
@@ -573,8 +573,8 @@ class BiBranchCache(LayerCache):
         self.B_k = pairs(heads(factors.k.B)).flatten(-2).T.contiguous()  # [d_kv, r_k]
         self.B_v = heads(factors.v.B).transpose(0, 1).contiguous()  # [H_kv, r_v, D]
         k_bias, v_bias = attention.k_proj.bias, attention.v_proj.bias
-        self.k_bias = None if k_bias is None else pairs(heads(k_bias)).flatten()  # [d_kv]
-        self.v_bias = None if v_bias is None else heads(v_bias)[:, None]  # [H_kv, 1, D]
+        self.k_bias = None if k_bias is None else pairs(heads(k_bias.to(like))).flatten()  # [d_kv]
+        self.v_bias = None if v_bias is None else heads(v_bias.to(like))[:, None]  # [H_kv, 1, D]
 
     def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """The whole prompt (Figure 1a). Its output is exactly the original model's."""

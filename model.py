@@ -234,6 +234,7 @@ class LayerCache:
     """
 
     length = 0  # tokens seen
+    exact_prefill = True  # its output is that of plain attention, so that several caches can share
 
     def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """The whole prompt at once, on an empty cache."""

@@ -376,11 +376,16 @@ class LowRankCache(BiBranchCache):
     The arguments are those of `BiBranchCache`, without a window; `bits` is 16, or 32 for tests.
     """
 
+    exact_prefill = False
+
     def __init__(
         self, attention: Attention, factors: LayerFactors, expected: int = 0, bits: int = 16
     ):
         super().__init__(attention, factors, 1, expected, k_bits=bits, v_bits=bits)
-        biases = attention.k_proj.bias, attention.v_proj.bias
+        biases = (
+            None if p.bias is None else p.bias.to(factors.k.A)
+            for p in (attention.k_proj, attention.v_proj)
+        )
         self.projections = list(zip((factors.k, factors.v), biases, strict=True))
 
     def project(self, x: Tensor) -> list[Tensor]:

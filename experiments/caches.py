@@ -7,26 +7,32 @@
     cskv        factors beside W_K and W_V, and a window             1 - ratio of the channels
     kivi-4      KIVI in 4 bits (2, 3 and 8 as well)                  every token and channel
 
-A `Choice` is a row of a table: how to make that cache, empty, for one more sequence.
+A `Choice` is a row of a table: how to make that cache, empty, for one more sequence. All of them
+hold 16-bit numbers, in whatever precision the model computes, so that their bytes compare.
 """
 
 import argparse
 import functools
+import itertools
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import cskv
 import quant
 from experiments.baselines import heavy_hitter_cache, kivi_cache, low_rank_cache, streaming_cache
-from model import LayerCache, Transformer, UserError, full_cache, number, numbers
+from model import DTYPES, LayerCache, Rope, Transformer, UserError, full_cache, number, numbers
 from train import calibrate
 
-KIVI = tuple(f"kivi-{bits}" for bits in quant.BITS)
-NAMES = ("full", "streaming", "h2o", "asvd", "cskv", *KIVI)
+PRUNED = {"streaming": streaming_cache, "h2o": heavy_hitter_cache}
+KIVI = {f"kivi-{bits}": bits for bits in quant.BITS}
+LEAST = 5  # tokens that the pruning caches keep at least
+NAMES = ("full", *PRUNED, "asvd", "cskv", *KIVI)
 
 
 @dataclass(frozen=True)
@@ -54,28 +60,118 @@ class Choice:
         return " ".join(part for part in parts if part)
 
 
-def cskv_choice(
-    model: Transformer,
-    factors: cskv.Factors,
-    name: str,
-    ratio: float | None = None,
-    window: int = 32,
-    k_bits: int | None = None,
-    v_bits: int | None = None,
-    clamped_zero_point: bool = False,
-) -> Choice:
-    """CSKV with these factors, in their own bits and quantizer unless others are given."""
-    bits = k_bits or factors.k_bits, v_bits or factors.v_bits
-    clamped_zero_point = clamped_zero_point or factors.clamped_zero_point
+class Held(LayerCache):
+    """`cache`, fed with numbers of `dtype` and so holding such, in a model that computes in others.
 
-    def make(expected: int) -> list[LayerCache]:
-        return cskv.bi_branch_cache(model, factors, window, expected, *bits, clamped_zero_point)
+    A CPU without instructions for 16-bit floats multiplies them several times slower than 32-bit
+    ones. Attention is then the only thing that is computed in `dtype`.
+    """
 
-    shown = str(bits[0]) if bits[0] == bits[1] else "{}/{}".format(*bits)
-    shown += ", clamped zero-point" if clamped_zero_point and min(bits) < 16 else ""
-    channels = cskv.nominal_ratio(model, factors)
-    nominal = cskv.nominal_ratio(model, factors, *bits)
-    return Choice("cskv", make, channels if ratio is None else ratio, nominal, name, shown)
+    def __init__(self, cache: LayerCache, dtype: torch.dtype):
+        self.cache, self.dtype, self.exact_prefill = cache, dtype, cache.exact_prefill
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        return self.cache.prefill(*(y.to(self.dtype) for y in (x, q, k, v)), rope).to(x.dtype)
+
+    def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        return self.cache.decode(*(y.to(self.dtype) for y in (x, q, k, v)), rope).to(x.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        return self.cache.tensors()
+
+
+class CacheMaker:
+    """Makes a `Choice` of every kind for one model, its caches holding numbers of `dtype`."""
+
+    def __init__(self, model: Transformer, dtype: torch.dtype):
+        self.model, self.weight = model, model.lm_head.weight
+        self.dtype = dtype
+
+    def choice(self, cache: str, make: Callable[[int], list[LayerCache]], *columns) -> Choice:
+        """A `Choice` of what `make(expected)` makes; `columns` are its other fields in order."""
+        if self.dtype == self.weight.dtype:
+            return Choice(cache, make, *columns)
+        return Choice(cache, lambda n: [Held(one, self.dtype) for one in make(n)], *columns)
+
+    def full(self) -> Choice:
+        return self.choice("full", partial(full_cache, self.model))
+
+    def pruned(self, name: str, ratio: float, budget: int | None = None) -> Choice:
+        """ "streaming" or "h2o", keeping 1 - `ratio` of a prompt's tokens, or `budget` tokens."""
+        make = partial(PRUNED[name], self.model, ratio, budget=budget)
+        return self.choice(name, lambda n: make(expected=n), ratio, ratio)
+
+    def kivi(self, bits: int, residual: int = 32) -> Choice:
+        make = partial(kivi_cache, self.model, bits, residual)
+        return self.choice(f"kivi-{bits}", make, 0.0, 1 - bits / 16, "", str(bits))
+
+    def low_rank(self, factors: cskv.Factors, name: str, ratio: float) -> Choice:
+        """Channel shrinking alone, with factors called `name`."""
+        make = partial(low_rank_cache, self.model, self.in_dtype(factors))
+        return self.choice("asvd", make, ratio, cskv.nominal_ratio(self.model, factors), name)
+
+    def bi_branch(
+        self,
+        factors: cskv.Factors,
+        name: str,
+        ratio: float | None = None,
+        window: int = 32,
+        k_bits: int | None = None,
+        v_bits: int | None = None,
+        clamped_zero_point: bool = False,
+    ) -> Choice:
+        """CSKV with these factors, in their own bits and quantizer unless others are given."""
+        bits = k_bits or factors.k_bits, v_bits or factors.v_bits
+        clamped = clamped_zero_point or factors.clamped_zero_point
+        held = self.in_dtype(factors)
+
+        def make(expected: int) -> list[LayerCache]:
+            return cskv.bi_branch_cache(self.model, held, window, expected, *bits, clamped)
+
+        shown = str(bits[0]) if bits[0] == bits[1] else "{}/{}".format(*bits)
+        shown += ", clamped zero-point" if clamped and min(bits) < 16 else ""
+        if ratio is None:
+            ratio = cskv.nominal_ratio(self.model, factors)
+        nominal = cskv.nominal_ratio(self.model, factors, *bits)
+        return self.choice("cskv", make, ratio, nominal, name, shown)
+
+    def in_dtype(self, factors: cskv.Factors) -> cskv.Factors:
+        return factors.to(torch.empty(0, dtype=self.dtype, device=self.weight.device))
+
+    # --------------------------------------------------------------------------- equal bytes
+
+    def layer_bytes(self, choice: Choice, tokens: int) -> int:
+        """Bytes that one layer of the cache really holds after a text of `tokens`."""
+        config, rope = self.model.config, self.model.rope
+        rope.reach(tokens, self.weight.device)
+        cache = choice.make(tokens)[0]
+        x = self.weight.new_zeros(1, tokens, config.hidden_size)
+        q, k, v = (
+            self.weight.new_zeros(1, heads, tokens, config.head_dim)
+            for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)
+        )
+        cache.prefill(x, q, k, v, rope)
+        return cache.nbytes()
+
+    def size_for(
+        self, ratio: float, tokens: int, of_size: Callable[[int], Choice], most: int
+    ) -> int | None:
+        """The largest size in 1 .. `most` that holds no more than 1 - `ratio` of a full cache's
+        bytes, both after `tokens`. None if no size does, or if even the largest holds far less.
+        """
+        limit = (1 - ratio) * full_bytes(self.model, tokens) / len(self.model.model.layers)
+        low, high = 0, most + 1  # low fits, high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self.layer_bytes(of_size(middle), tokens) <= limit
+            low, high = (middle, high) if fits else (low, middle)
+        if low == most and self.layer_bytes(of_size(low), tokens) < 0.98 * limit:
+            return None
+        return low or None
 
 
 def choices(
@@ -86,53 +182,68 @@ def choices(
     Factors come from `--factors`, or are made by `--inits` from `calibration()`: samples [1, T],
     asked for only if an initialization needs them. Raises `UserError` if two rows would be alike.
     """
+    maker, d_kv, tokens = CacheMaker(model, DTYPES[args.cache_dtype]), model.config.d_kv, args.equal
     files = [(Path(file).stem, cskv.load_factors(file, model)) for file in args.factors]
     inits = args.inits or ([] if files else ["optimal"])
+    window, clamped = args.window, args.clamped_zero_point
+    statistics = functools.cache(lambda: calibrate(model, calibration()))
 
     @functools.cache
-    def statistics() -> list[cskv.Statistics]:
-        return calibrate(model, calibration())
-
-    def make_factors(init: str, ratio: float) -> cskv.Factors:
-        ranks = [cskv.rank_for(ratio, model.config.d_kv)] * len(model.model.layers)
+    def make_factors(init: str, rank: int) -> cskv.Factors:
+        ranks = [rank] * len(model.model.layers)
         seen = statistics() if init in cskv.CALIBRATED else None
-        factors = cskv.init_factors(init, model, ranks, ranks, seen, args.seed)
-        return factors.to(model.lm_head.weight)
+        return cskv.init_factors(init, model, ranks, ranks, seen, args.seed)
 
-    def pruned(name: str, ratio: float) -> Choice:
-        cache = {"streaming": streaming_cache, "h2o": heavy_hitter_cache}[name]
-        return Choice(name, partial(cache, model, ratio), ratio, nominal_ratio=ratio)
+    def size_for(ratio: float, of_size: Callable[[int], Choice], most: int) -> list[int]:
+        """With `--equal`: the size that holds the bytes asked for, or none."""
+        size = maker.size_for(ratio, tokens, of_size, most)
+        if size is None:
+            print(f"{of_size(most).label}: no size holds those bytes; left out", file=sys.stderr)
+        return [size] if size else []
 
-    def low_rank(ratio: float) -> Choice:
-        factors = make_factors("asvd", ratio)
-        make = partial(low_rank_cache, model, factors)
-        return Choice("asvd", make, ratio, cskv.nominal_ratio(model, factors), "asvd")
+    def pruned(name: str, ratio: float) -> list[Choice]:
+        if not tokens:
+            return [maker.pruned(name, ratio)]
 
-    def bi_branch() -> list[Choice]:
-        made = [(init, ratio) for ratio in args.ratios for init in inits]
-        factors = [(name, None, f) for name, f in files]
-        factors += [(init, ratio, make_factors(init, ratio)) for init, ratio in made]
-        window, clamped = args.window, args.clamped_zero_point
-        return [
-            cskv_choice(model, f, name, ratio, window, bits, bits, clamped)
-            for name, ratio, f in factors
-            for bits in args.bits or [None]  # None: those of the factors
-        ]
+        def of_size(budget: int) -> Choice:
+            choice = maker.pruned(name, ratio, max(LEAST, budget))
+            return replace(choice, nominal_ratio=1 - budget / tokens)
+
+        return [of_size(budget) for budget in size_for(ratio, of_size, tokens)]
+
+    def shrunk(init: str, ratio: float, row: Callable[[cskv.Factors], Choice]) -> list[Choice]:
+        """`row` of factors with the rank that the ratio asks for."""
+        if not tokens:
+            return [row(make_factors(init, cskv.rank_for(ratio, d_kv)))]
+        most = min(d_kv, model.config.hidden_size)
+        whole = make_factors("random", most)  # any values will do to count bytes
+
+        def of_rank(rank: int) -> Choice:
+            cut = [cskv.LowRank(pair.A[:, :rank], pair.B[:rank]) for pair in whole.pairs]
+            layers = zip(cut[::2], cut[1::2], strict=True)
+            return row(cskv.Factors([cskv.LayerFactors(k, v) for k, v in layers]))
+
+        return [row(make_factors(init, rank)) for rank in size_for(ratio, of_rank, most)]
 
     rows = []
     for name in args.caches:
         if name == "full":
-            rows.append(Choice(name, partial(full_cache, model)))
-        elif name in ("streaming", "h2o"):
-            rows += [pruned(name, ratio) for ratio in args.ratios]
+            rows.append(maker.full())
+        elif name in KIVI:
+            rows.append(maker.kivi(KIVI[name], window))
+        elif name in PRUNED:
+            rows += [row for ratio in args.ratios for row in pruned(name, ratio)]
         elif name == "asvd":
-            rows += [low_rank(ratio) for ratio in args.ratios]
-        elif name == "cskv":
-            rows += bi_branch()
+            for ratio in args.ratios:
+                rows += shrunk("asvd", ratio, lambda f, r=ratio: maker.low_rank(f, "asvd", r))
         else:
-            bits = int(name.removeprefix("kivi-"))
-            make = partial(kivi_cache, model, bits, args.window)
-            rows.append(Choice(name, make, nominal_ratio=1 - bits / 16, bits=str(bits)))
+            widths = args.bits or [None]  # None: those of the factors
+            for file, factors in files:
+                options = file, None, window
+                rows += [maker.bi_branch(factors, *options, b, b, clamped) for b in widths]
+            for ratio, init, bits in itertools.product(args.ratios, inits, widths):
+                options = init, ratio, window, bits, bits, clamped
+                rows += shrunk(init, ratio, lambda f, o=options: maker.bi_branch(f, *o))
     for i, row in enumerate(rows):
         if row.columns in [other.columns for other in rows[:i]]:
             raise UserError(f"two rows for {row.label}; give each once, and each file its own name")
@@ -194,6 +305,19 @@ def add_arguments(p: argparse.ArgumentParser, caches: str = "full,cskv") -> None
         type=number(int, 1),
         default=32,
         help="newest tokens in full precision, of cskv and kivi (default: 32)",
+    )
+    p.add_argument(
+        "--equal",
+        type=number(int, 64),
+        metavar="TOKENS",
+        help="take --ratios as honest ones: each cache gets the size, tokens kept or rank, at "
+        "which it holds that much less than a full cache of TOKENS",
+    )
+    p.add_argument(
+        "--cache-dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="of what caches hold; 16 bits, the default, are what honest ratios count with",
     )
 
 

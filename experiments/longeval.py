@@ -154,14 +154,15 @@ def make_cases(
 # ------------------------------------------------------------------------------------- scoring
 
 
-def read_answer(output: str) -> int | None:
-    """The last run of digits, as an integer; None if there is none. LongEval's rule."""
+def read_answer(output: str, first: bool = False) -> int | None:
+    """The last run of digits, LongEval's rule, or the `first`, as an integer; None if there is
+    none."""
     runs = re.findall(r"[0-9]+", output)
-    return int(runs[-1]) if runs else None
+    return int(runs[0 if first else -1]) if runs else None
 
 
-def is_correct(output: str, answer: int) -> bool:
-    return read_answer(output) == answer
+def is_correct(output: str, answer: int, first: bool = False) -> bool:
+    return read_answer(output, first) == answer
 
 
 # -------------------------------------------------------------------------------- command line

@@ -22,126 +22,85 @@ The paper's numbers, in the column `paper`, are of LongChat-7B on LongEval with 
 """
 
 import argparse
-import functools
-import hashlib
-import io
-import json
-import math
 import shlex
 import sys
-import time
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
-from tqdm import tqdm
 
 import cskv
 import quant
 from experiments import figures
-from experiments.baselines import heavy_hitter_cache, kivi_cache, low_rank_cache, streaming_cache
-from experiments.caches import Choice, cskv_choice, names_of
-from experiments.evaluate import (
-    flags,
-    forget,
-    measure,
-    perplexity_cases,
-    retrieval_cases,
-    table,
-    with_score,
-    write_json,
-)
+from experiments.caches import PRUNED, CacheMaker, Choice, names_of
+from experiments.evaluate import flags, perplexity_cases, retrieval_cases
 from experiments.longeval import make_cases
+from experiments.measuring import forget, measure, table, with_score, write_json
+from experiments.workshop import LINES, Recipe, Workshop
 from infer import TEACHER
 from model import (
     DTYPES,
-    UNREADABLE,
     Arguments,
     UserError,
     check_device,
-    full_cache,
-    load_model,
-    load_tokenizer,
     number,
     numbers,
     replacing,
     run_command,
 )
-from train import Tuner, batch_of, run_layers, sample_tokens
 
 PAPER_LR = 5e-5
-LINES = [25, 50, 100]  # of the LongEval cases that factors are fitted to, and of table 1
 
-# ------------------------------------------------------------------------------------ factors
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Factors to make: an initialization, ranks, and whether and for what they are trained."""
-
-    init: str
-    k_ratio: float
-    v_ratio: float
-    trained: bool = False
-    bits: int = 16  # with training: quantization-aware
-    clamped_zero_point: bool = False
-    lr: float | None = None  # other than --lr
-
-    @property
-    def name(self) -> str:
-        parts = [self.init, f"k{1e4 * self.k_ratio:04.0f}-v{1e4 * self.v_ratio:04.0f}"]
-        parts += [f"{self.bits}bits"] * (self.bits < 16) + ["clamped"] * self.clamped_zero_point
-        return "-".join(parts)
+# ---------------------------------------------------------------------------------- measuring
 
 
-class Workshop:
-    """A model, text to fit factors on, and the factors made so far."""
+class Experiment(Workshop):
+    """A workshop that also measures what it makes."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.model = load_model(args.model, args.device, DTYPES[args.dtype])
-        self.tokenizer = load_tokenizer(args.model)
-        self.work, self.out = args.work / Path(args.model).name, args.out
-        for folder in (self.work, self.out):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"{folder} cannot be made ({error}); choose another") from None
-        self._samples = self._statistics = None
+        super().__init__(args)
+        self.maker = CacheMaker(self.model, DTYPES[args.cache_dtype])
+
+    def choice(self, recipe: Recipe, ratio: float | None = None, **options) -> Choice:
+        """CSKV with the recipe's factors. `options` are those of `CacheMaker.bi_branch`."""
+        (factors,) = self.factors(recipe)
+        name = recipe.init + (", trained" if recipe.trained else "")
+        name += f" in {recipe.bits} bits" if recipe.trained and recipe.bits < 16 else ""
+        name += f", lr {recipe.lr:g}" if recipe.lr else ""
+        return self.maker.bi_branch(
+            factors, name, recipe.k_ratio if ratio is None else ratio, **options
+        )
+
+    def scores(self, rows: list[Choice], by_lines: bool = False) -> list[dict]:
+        """Rows of `measure`: of perplexity, or of LongEval in each protocol. `by_lines` keeps the
+        lengths apart; else a row is the average over them, as the paper's `Avg. Acc`."""
+        args, what = self.args, "perplexity" if self.args.text else "longeval"
+        named = argparse.Namespace(**{**vars(args), "out": None, "work": None})
+        given = {**flags(named, self.model), "factors": self.key}
+        if args.text:
+            cases = perplexity_cases(args, self.model, self.tokenizer)
+        else:
+            cases = []
+            for question in args.questions:
+                asked = argparse.Namespace(**{**vars(args), "question": question, "what": what})
+                for columns, text in retrieval_cases(asked, self.model, self.tokenizer):
+                    cases.append(({"question": question, **(columns if by_lines else {})}, text))
+        return with_score(what, measure(self.model, rows, cases, self.notes, given))
 
     @property
-    def samples(self) -> list[Tensor]:
-        """Texts [1, T] to fit on: of `--calibrate`, or LongEval cases of another seed."""
-        if self._samples is None:
-            args = self.args
-            if args.calibrate:
-                length = min(args.seq_len, self.model.config.context_length)
-                self._samples = sample_tokens(
-                    args.calibrate, self.tokenizer, args.samples, length, args.seed
-                )
-            elif args.text:
-                raise UserError("factors are made from text; give some with --calibrate")
-            else:
-                share = -(-args.samples // len(LINES))
-                cases = [
-                    case
-                    for lines in LINES
-                    for case in make_cases("longeval", lines, share, args.seed + 10**9)
-                ]
-                ids = [self.tokenizer.encode(case.text) for case in cases[: args.samples]]
-                limit = self.model.config.context_length
-                self._samples = [torch.tensor([tokens[:limit]]) for tokens in ids]
-        return self._samples
+    def notes(self) -> Path:
+        return self.work / f"{self.args.what}.json"
 
-    @functools.cached_property
-    def key(self) -> str:
-        """A digest of all that factors depend on, besides their recipe."""
-        args = self.args
-        parts = [cskv.fingerprint(self.model), [sample.tolist() for sample in self.samples]]
-        parts += [args.epochs, args.seed, args.dtype, args.measure_samples]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+    def write(self, rows: list[dict], columns: dict) -> None:
+        """Prints the table and writes it, as Markdown and as JSON."""
+        text, out = table(rows, columns), self.args.out / self.args.what
+        print(text)
+        write_json(out.with_suffix(".json"), rows)
+        command = f"`python -m experiments.paper {shlex.join(sys.argv[1:]) or self.args.what}`"
+        with replacing(out.with_suffix(".md")) as temporary:
+            temporary.write_text(f"{command}\n\n{text}\n")
+
+    @property
+    def picture(self) -> Path:
+        return self.args.out / f"{self.args.what}.png"
 
     @property
     def longest(self) -> int:
@@ -150,176 +109,6 @@ class Workshop:
             return self.args.context + self.args.steps
         case = next(make_cases("longeval", max(self.args.lines), 1, self.args.seed))
         return len(self.tokenizer.encode(case.text))
-
-    @property
-    def statistics(self) -> list[cskv.Statistics]:
-        if self._statistics is None:
-            bar = tqdm(self.samples, "calibrating", unit="sample", leave=False)
-            self._statistics = cskv.collect_statistics(self.model, bar)
-        return self._statistics
-
-    def start(self, recipe: Recipe) -> cskv.Factors:
-        """The recipe's factors before training, in float32."""
-        d_kv, layers = self.model.config.d_kv, len(self.model.model.layers)
-        k_ranks, v_ranks = (
-            [cskv.rank_for(ratio, d_kv)] * layers for ratio in (recipe.k_ratio, recipe.v_ratio)
-        )
-        statistics = self.statistics if recipe.init in cskv.CALIBRATED else None
-        factors = cskv.init_factors(
-            recipe.init, self.model, k_ranks, v_ranks, statistics, self.args.seed
-        )
-        return cskv.rotate_values(factors) if recipe.bits < 16 else factors
-
-    def factors(self, *recipes: Recipe) -> list[cskv.Factors]:
-        """Factors for each recipe, of the model's type; what has to be trained first, is."""
-        missing = [r for r in dict.fromkeys(recipes) if r.trained and not self.file(r).exists()]
-        if missing:
-            self.train(missing)
-        like = self.model.lm_head.weight
-        return [
-            cskv.load_factors(self.file(r), self.model) if r.trained else self.start(r).to(like)
-            for r in recipes
-        ]
-
-    def file(self, recipe: Recipe) -> Path:
-        return self.work / f"{recipe.name}-lr{recipe.lr or self.args.lr:g}-{self.key}.safetensors"
-
-    def history(self, recipe: Recipe) -> dict:
-        """What training measured: `initial`, `final` and `floor`, of the samples measured, and
-        `losses` of every step before its update."""
-        self.factors(recipe)
-        return json.loads(self.file(recipe).with_suffix(".json").read_text())
-
-    def train(self, recipes: list[Recipe]) -> None:
-        """The paper's training (train.py) for all recipes at once, in one pass over the samples."""
-        args, samples = self.args, self.samples
-        steps = args.epochs * len(samples)
-        tuners = [
-            Tuner(self.start(r), steps, r.lr or args.lr, r.bits, r.bits, r.clamped_zero_point)
-            for r in recipes
-        ]
-        measured = samples[: args.measure_samples]
-        names = [self.file(r).name for r in recipes]
-        digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]
-        checkpoint = self.work / f"training-{digest}.pt"
-        state = {"losses": [], "seconds": 0.0, "initial": None}
-        if checkpoint.exists():
-            try:
-                state = torch.load(checkpoint, weights_only=True)
-            except UNREADABLE:
-                raise UserError(f"{checkpoint} is damaged; delete it to train again") from None
-            for tuner, mine in zip(tuners, state["tuners"], strict=True):
-                tuner.steps_done = len(state["losses"])
-                tuner.optimizer.load_state_dict(mine["optimizer"])
-                with torch.no_grad():
-                    for parameter, value in zip(tuner.parameters, mine["parameters"], strict=True):
-                        parameter.copy_(value)
-        if state["initial"] is None:
-            state["initial"] = run_layers(self.model, measured, tuners).sum(1).tolist()
-        began = time.monotonic() - state["seconds"]
-        first = len(state["losses"])
-        for step in tqdm(
-            range(first, steps), f"training {len(recipes)}", initial=first, total=steps
-        ):
-            batch = batch_of(samples, step, 1, args.seed)
-            state["losses"].append(
-                run_layers(self.model, batch, tuners, train=True).sum(1).tolist()
-            )
-            for recipe, loss in zip(recipes, state["losses"][-1], strict=True):
-                if not math.isfinite(loss):
-                    raise UserError(f"{recipe.name}, step {step}: the loss diverges; lower --lr")
-            for tuner in tuners:
-                tuner.step()
-            if (step + 1) % 64 == 0 and step + 1 < steps:
-                state["seconds"] = time.monotonic() - began
-                self.save_checkpoint(checkpoint, state, tuners)
-        seconds = time.monotonic() - began
-        finals = run_layers(self.model, measured, tuners).sum(1).tolist()
-        spectra = self.spectra(measured)
-        for i, (recipe, tuner) in enumerate(zip(recipes, tuners, strict=True)):
-            history = {
-                "initial": state["initial"][i],
-                "final": finals[i],
-                "floor": self.floor(spectra, recipe),
-                "losses": [losses[i] for losses in state["losses"]],
-                "seconds": seconds,
-                "trained_together": len(recipes),
-            }
-            write_json(self.file(recipe).with_suffix(".json"), history)
-            tuner.factors.info["trained"] = f"{steps} steps, lr {tuner.lr:g}, batch 1"
-            cskv.save_factors(self.file(recipe), tuner.factors, self.model, torch.float32)
-        checkpoint.unlink(missing_ok=True)
-
-    @staticmethod
-    def save_checkpoint(path: Path, state: dict, tuners: list[Tuner]) -> None:
-        kept = [
-            {
-                "parameters": [p.detach() for p in tuner.parameters],
-                "optimizer": tuner.optimizer.state_dict(),
-            }
-            for tuner in tuners
-        ]
-        torch.save({**state, "tuners": kept}, buffer := io.BytesIO())
-        with replacing(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
-
-    @torch.no_grad()
-    def spectra(self, samples: list[Tensor]) -> Tensor:
-        """Eigenvalues [layers, 2, d_kv] of the mean k k^T and v v^T, the smallest first."""
-        config = self.model.config
-        shape = config.num_hidden_layers, 2, config.d_kv, config.d_kv
-        moments = torch.zeros(shape, dtype=torch.float64, device=self.args.device)
-        run_layers(self.model, samples, [], moments=moments)
-        tokens = sum(sample.numel() for sample in samples)
-        return torch.linalg.eigvalsh(moments / tokens).clamp(min=0).cpu()
-
-    def floor(self, spectra: Tensor, recipe: Recipe) -> float:
-        """The least loss (equation 2) that factors of these ranks can have on those samples."""
-        d_kv = self.model.config.d_kv
-        k, v = (d_kv - cskv.rank_for(ratio, d_kv) for ratio in (recipe.k_ratio, recipe.v_ratio))
-        return ((spectra[:, 0, :k].sum() + spectra[:, 1, :v].sum()) / d_kv).item()
-
-    # ------------------------------------------------------------------------------- measuring
-
-    def choice(self, recipe: Recipe, ratio: float | None = None, **options) -> Choice:
-        """CSKV with the recipe's factors. `options` are those of `cskv_choice`."""
-        (factors,) = self.factors(recipe)
-        name = recipe.init + (", trained" if recipe.trained else "")
-        name += f" in {recipe.bits} bits" if recipe.trained and recipe.bits < 16 else ""
-        name += f", lr {recipe.lr:g}" if recipe.lr else ""
-        ratio = recipe.k_ratio if ratio is None else ratio
-        return cskv_choice(self.model, factors, name, ratio, **options)
-
-    def scores(self, what: str, rows: list[Choice], by_lines: bool = False) -> list[dict]:
-        """Rows of `measure`: of perplexity, or of LongEval in each protocol. `by_lines` keeps the
-        lengths apart; else a row is the average over them, as the paper's `Avg. Acc`."""
-        args, notes = self.args, self.work / f"{what}.json"
-        named = {**vars(args), "out": None, "work": None}
-        given = {**flags(argparse.Namespace(**named), self.model), "factors": self.key}
-        if args.text:
-            cases, measure_of = perplexity_cases(args, self.model, self.tokenizer), "perplexity"
-        else:
-            cases, measure_of = [], "longeval"
-            for question in args.questions:
-                asked = argparse.Namespace(
-                    **{**vars(args), "question": question, "what": "longeval"}
-                )
-                for columns, case in retrieval_cases(asked, self.model, self.tokenizer):
-                    columns = {"question": question, **(columns if by_lines else {})}
-                    cases.append((columns, case))
-        result = measure(self.model, rows, cases, notes, given)
-        return with_score(measure_of, result)
-
-    def write(self, what: str, rows: list[dict], columns: dict) -> None:
-        """Prints the table and writes it, as Markdown and as JSON."""
-        text = table(rows, columns)
-        print(text)
-        write_json(self.out / f"{what}.json", rows)
-        with replacing(self.out / f"{what}.md") as temporary:
-            temporary.write_text(f"{self.command(what)}\n\n{text}\n")
-
-    def command(self, what: str) -> str:
-        return f"`python -m experiments.paper {shlex.join(sys.argv[1:]) or what}`"
 
 
 # ------------------------------------------------------------------------------------- tables
@@ -376,44 +165,36 @@ TABLE_5 |= {(0.5, "none"): 0.95, (0.5, "ptq"): 0.00, (0.5, "qat"): 0.96}
 TABLE_5 |= {(0.8, "none"): 0.92, (0.8, "ptq"): 0.00, (0.8, "qat"): 0.90}
 
 
-def table1(shop: Workshop) -> None:
+def table1(shop: Experiment) -> None:
     """All methods. `cskv, asvd, trained` is the paper's; `cskv, optimal` needs no training."""
-    model, rows = shop.model, [Choice("full", partial(full_cache, shop.model))]
-    inits = [
-        Recipe(init, r, r, init == "asvd") for r in shop.args.ratios for init in shop.args.inits
-    ]
+    maker, inits, rows = shop.maker, shop.args.inits, [shop.maker.full()]
+    recipes = [Recipe(init, r, r, init == "asvd") for r in shop.args.ratios for init in inits]
     in_bits = Recipe("asvd", 0.8, 0.8, True, 4)
-    shop.factors(*inits, *[in_bits] * ("asvd" in shop.args.inits))
+    shop.factors(*recipes, *[in_bits] * ("asvd" in inits))
     for ratio in shop.args.ratios:
-        rows.append(Choice("streaming", partial(streaming_cache, model, ratio), ratio, ratio))
-        rows.append(Choice("h2o", partial(heavy_hitter_cache, model, ratio), ratio, ratio))
-        for init in shop.args.inits:
-            (factors,) = shop.factors(Recipe(init, ratio, ratio))
-            make = partial(low_rank_cache, model, factors)
-            rows.append(Choice("asvd", make, ratio, cskv.nominal_ratio(model, factors), init))
-        rows += [shop.choice(recipe) for recipe in inits if recipe.k_ratio == ratio]
-    for bits in (4, 2):
-        make = partial(kivi_cache, model, bits, 32)
-        rows.append(Choice(f"kivi-{bits}", make, 0.0, 1 - bits / 16, bits=str(bits)))
+        rows += [maker.pruned(name, ratio) for name in PRUNED]
+        for init in inits:
+            rows.append(maker.low_rank(*shop.factors(Recipe(init, ratio, ratio)), init, ratio))
+        rows += [shop.choice(recipe) for recipe in recipes if recipe.k_ratio == ratio]
+    rows += [maker.kivi(4), maker.kivi(2)]
     # 95%: four bits on top of 80%; of the tokens, a twentieth.
-    for name, prune in (("streaming", streaming_cache), ("h2o", heavy_hitter_cache)):
-        rows.append(Choice(name, partial(prune, model, 0.95), 0.95, 0.95))
-    if "asvd" in shop.args.inits:
+    rows += [maker.pruned(name, 0.95) for name in PRUNED]
+    if "asvd" in inits:
         rows.append(shop.choice(in_bits, 0.95))
-    if "optimal" in shop.args.inits:
+    if "optimal" in inits:
         rows.append(shop.choice(Recipe("optimal", 0.8, 0.8), 0.95, k_bits=4, v_bits=4))
 
-    result = shop.scores("table1", rows, by_lines=True)
+    result = shop.scores(rows, by_lines=True)
     for row in result:
         theirs = row["factors"].startswith("asvd") or not row["factors"]
         row["paper"] = paper_number(TABLE_1, row["cache"], row["ratio"]) if theirs else ""
     columns = {"question": str, "lines": str, "cache": str, "factors": str, "bits": str}
     columns |= {"ratio": PERCENT, **SCORES, "paper": str}
-    shop.write("table1", result, columns)
-    figures.accuracy_against_bytes(result, shop.out / "table1.png")
+    shop.write(result, columns)
+    figures.accuracy_against_bytes(result, shop.picture)
 
 
-def trainings(shop: Workshop) -> list[Recipe]:
+def trainings(shop: Experiment) -> list[Recipe]:
     """Every initialization at every ratio, at the paper's learning rate and at ours."""
     rates = sorted({PAPER_LR, shop.args.lr})
     return [
@@ -424,13 +205,13 @@ def trainings(shop: Workshop) -> list[Recipe]:
     ]
 
 
-def table2(shop: Workshop) -> None:
+def table2(shop: Experiment) -> None:
     """Initializations before and after the paper's training, with their losses and the floor."""
     trained = trainings(shop)
     shop.factors(*trained)
     recipes = [r for t in trained for r in (replace(t, trained=False, lr=None), t)]
     recipes = list(dict.fromkeys(recipes))
-    result = shop.scores("table2", [shop.choice(recipe) for recipe in recipes])
+    result = shop.scores([shop.choice(recipe) for recipe in recipes])
     for i, row in enumerate(result):
         recipe = recipes[i % len(recipes)]
         history = shop.history(replace(recipe, trained=True, lr=recipe.lr or PAPER_LR))
@@ -439,10 +220,10 @@ def table2(shop: Workshop) -> None:
         if recipe.lr == PAPER_LR:
             row["paper"] = paper_number(TABLE_2, recipe.init, recipe.k_ratio)
     columns = {"question": str, "ratio": PERCENT, "factors": str, "loss": "{:.4g}".format}
-    shop.write("table2", result, columns | {"floor": "{:.4g}".format, **SCORES, "paper": str})
+    shop.write(result, columns | {"floor": "{:.4g}".format, **SCORES, "paper": str})
 
 
-def table3(shop: Workshop) -> None:
+def table3(shop: Experiment) -> None:
     """The window, at the highest of the ratios."""
     ratio = max(shop.args.ratios)
     recipes = [Recipe(init, ratio, ratio, init == "asvd") for init in shop.args.inits]
@@ -452,16 +233,16 @@ def table3(shop: Workshop) -> None:
         for window in windows:
             rows.append(shop.choice(recipe, window=window))
             widths.append(window)
-    result = shop.scores("table3", rows)
+    result = shop.scores(rows)
     for i, row in enumerate(result):
         row["window"] = widths[i % len(widths)]
         row["paper"] = paper_number(TABLE_3, row["window"]) if "asvd" in row["factors"] else ""
     columns = {"question": str, "factors": str, "window": str, "ratio": PERCENT}
-    shop.write("table3", result, columns | SCORES | {"paper": str})
-    figures.score_against(result, "window", shop.out / "table3.png")
+    shop.write(result, columns | SCORES | {"paper": str})
+    figures.score_against(result, "window", shop.picture)
 
 
-def table4(shop: Workshop) -> None:
+def table4(shop: Experiment) -> None:
     """Channels shared between keys and values, as kept shares, half and a quarter of all."""
     splits = list(TABLE_4)
     recipes = [
@@ -478,11 +259,11 @@ def table4(shop: Workshop) -> None:
             row["paper"] = paper_number(TABLE_4, row["kept_k"], row["kept_v"])
     columns = {"question": str, "factors": str, "ratio": PERCENT}
     columns |= {"kept_k": "{:.1%}".format, "kept_v": "{:.1%}".format}
-    shop.write("table4", result, columns | SCORES | {"paper": str})
-    figures.score_against_split(result, shop.out / "table4.png")
+    shop.write(result, columns | SCORES | {"paper": str})
+    figures.score_against_split(result, shop.picture)
 
 
-def table5(shop: Workshop) -> None:
+def table5(shop: Experiment) -> None:
     """Latents in fewer bits, without (ptq) and with (qat) training for it, by two quantizers; and,
     at about the bytes of 80% in 16 bits, half of the key channels with all value channels in 3
     bits, and KIVI. The clamped zero-point is trained for at the largest of the bits, the paper's.
@@ -501,23 +282,20 @@ def table5(shop: Workshop) -> None:
                     rows.append(("qat", aware, options))
     shop.factors(*(recipe for _, recipe, _ in rows))
     modes = ["none", *(mode for mode, _, _ in rows), *["ptq"] * 3]
-    choices = [Choice("full", partial(full_cache, shop.model))]
+    choices = [shop.maker.full()]
     choices += [shop.choice(recipe, **options) for _, recipe, options in rows]
     choices.append(shop.choice(Recipe("optimal", 0.5, 0.0), 0.25, k_bits=3, v_bits=3))
-    choices += [
-        Choice(f"kivi-{b}", partial(kivi_cache, shop.model, b, 32), 0.0, 1 - b / 16, bits=str(b))
-        for b in (4, 2)
-    ]
-    result = shop.scores("table5", choices)
+    choices += [shop.maker.kivi(4), shop.maker.kivi(2)]
+    result = shop.scores(choices)
     for i, row in enumerate(result):
         row["mode"] = modes[i % len(modes)]
         theirs = "asvd" in row["factors"] and row["bits"].split(",")[0] in ("16", "4")
         row["paper"] = paper_number(TABLE_5, row["ratio"], row["mode"]) if theirs else ""
     columns = {"question": str, "cache": str, "ratio": PERCENT, "factors": str, "bits": str}
-    shop.write("table5", result, columns | {"mode": str, **SCORES, "paper": str})
+    shop.write(result, columns | {"mode": str, **SCORES, "paper": str})
 
 
-def figure3(shop: Workshop) -> None:
+def figure3(shop: Experiment) -> None:
     """Singular values of keys and values, layer by layer."""
     spectra = shop.spectra(shop.samples[: shop.args.measure_samples]).flip(-1)
     shares = spectra.cumsum(-1) / spectra.sum(-1, keepdim=True)  # [layers, 2, d_kv]
@@ -543,10 +321,10 @@ def figure3(shop: Workshop) -> None:
             **dict.fromkeys(("left_out_50%", "left_out_80%"), "{:.2%}".format),
         },
     )
-    figures.singular_values(spectra.sqrt(), shop.out / "figure3.png")
+    figures.singular_values(spectra.sqrt(), shop.picture)
 
 
-def figure4(shop: Workshop) -> None:
+def figure4(shop: Experiment) -> None:
     """Loss curves of the initializations, with the least loss that is possible."""
     rows, curves = [], []
     shop.factors(*trainings(shop))
@@ -559,8 +337,8 @@ def figure4(shop: Workshop) -> None:
     four = "{:.4g}".format
     columns = {"ratio": PERCENT, "init": str, "lr": "{:g}".format}
     columns |= {"initial": four, "final": four, "floor": four, "seconds": "{:.0f}".format}
-    shop.write("figure4", rows, columns | {"trained_together": str})
-    figures.loss_curves(curves, shop.out / "figure4.png")
+    shop.write(rows, columns | {"trained_together": str})
+    figures.loss_curves(curves, shop.picture)
 
 
 COMMANDS = {f.__name__: f for f in (table1, table2, table3, table4, table5, figure3, figure4)}
@@ -575,9 +353,9 @@ def run(args: argparse.Namespace) -> None:
         figures.pyplot()  # if it is missing, that is known before the work and not after
     if args.text and not args.text.exists():
         raise UserError(f"no file {args.text}; give held-out text")
-    shop = Workshop(args)
+    shop = Experiment(args)
     COMMANDS[args.what](shop)
-    forget(shop.work / f"{args.what}.json")
+    forget(shop.notes)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -614,7 +392,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--passages", type=number(int, 1), default=8, help="of the held-out text")
     add("--batch", type=number(int, 1), default=8, help="passages at a time")
     add("--device", default="cpu")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="16 bits: honest ratios count 16")
+    add("--dtype", choices=DTYPES, default="float32", help="to compute in (default: float32)")
+    add("--cache-dtype", choices=DTYPES, default="bfloat16", help="of caches (default: bfloat16)")
     args = parser.parse_args(argv)
     args.lines = args.lines or (LINES if args.what == "table1" else [50])
     args.bits, args.spelled = [int(bits) for bits in args.bits], False

@@ -29,18 +29,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import cskv
-from experiments.baselines import heavy_hitter_cache, kivi_cache, low_rank_cache, streaming_cache
-from experiments.caches import KIVI, NAMES, held_bytes, names_of, some_bits
-from experiments.evaluate import table, write_json
+from experiments.caches import KIVI, NAMES, PRUNED, CacheMaker, held_bytes, names_of, some_bits
+from experiments.measuring import table, write_json
 from model import (
     DTYPES,
     Arguments,
-    LayerCache,
     Transformer,
     UserError,
     check_device,
     check_folder,
-    full_cache,
     load_model,
     number,
     numbers,
@@ -131,34 +128,31 @@ def measure(
 
 
 def our_runners(model: Transformer, length: int, args: argparse.Namespace) -> dict[str, Runner]:
+    """A runner for each cache, by its label; caches hold numbers of the model's type."""
     expected = length + (args.rounds + 1) * args.steps + 1
     layers, d_kv = len(model.model.layers), model.config.d_kv
-    makers: dict[str, Callable[[], list[LayerCache]]] = {}
+    maker, rows = CacheMaker(model, model.lm_head.weight.dtype), []
     for name in dict.fromkeys(["full", *args.caches]):
         if name == "full":
-            makers[name] = partial(full_cache, model, expected)
+            rows.append(maker.full())
         elif name in KIVI:
-            bits = int(name.removeprefix("kivi-"))
-            makers[name] = partial(kivi_cache, model, bits, args.window, expected)
+            rows.append(maker.kivi(KIVI[name], args.window))
         for ratio in args.ratios:
-            row, ranks = f"{name} {ratio:.0%}", [cskv.rank_for(ratio, d_kv)] * layers
-            if name in ("streaming", "h2o"):
-                prune = streaming_cache if name == "streaming" else heavy_hitter_cache
-                makers[row] = partial(prune, model, ratio, expected)
+            if name in PRUNED:
+                rows.append(maker.pruned(name, ratio))
             elif name in ("asvd", "cskv"):
-                factors = cskv.init_factors("svd", model, ranks, ranks).to(model.lm_head.weight)
+                ranks = [cskv.rank_for(ratio, d_kv)] * layers
+                factors = cskv.init_factors("svd", model, ranks, ranks)
                 if name == "asvd":
-                    makers[row] = partial(low_rank_cache, model, factors, expected)
+                    rows.append(maker.low_rank(factors, "", ratio))
                     continue
                 for bits in args.bits:
-                    makers[row + (f", {bits} bits" if bits < 16 else "")] = partial(
-                        cskv.bi_branch_cache, model, factors, args.window, expected, bits, bits
-                    )
+                    rows.append(maker.bi_branch(factors, "", ratio, args.window, bits, bits))
 
     def run(tokens: Tensor, cache: object) -> Tensor:
         return model(tokens, cache, logits_to_keep=1)
 
-    return {name: (make, run) for name, make in makers.items()}
+    return {row.label: (partial(row.make, expected), run) for row in rows}
 
 
 def run(args: argparse.Namespace) -> None:

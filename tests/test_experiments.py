@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import cskv
-from experiments import caches, english, evaluate, longbench, speed
+from experiments import caches, english, evaluate, longbench, measuring, speed
 from experiments.longeval import Case, make_cases
 from infer import TEACHER
 from model import Tokenizer, UserError, full_cache, load_model, load_tokenizer
@@ -43,7 +43,7 @@ def setup(tmp_path_factory):
 @pytest.fixture
 def brief(monkeypatch):
     """Answers of LongEval in 5 tokens instead of 100, where it is not them that counts."""
-    monkeypatch.setattr(evaluate, "ANSWER_TOKENS", 5)
+    monkeypatch.setattr(evaluate, "ANSWER_TOKENS", {"longeval": 5, "passkey": 5})
 
 
 def write_records(path, *records):
@@ -65,7 +65,7 @@ def arguments(setup, what, *more):
     if what not in ("longeval", "passkey"):
         own[what] += ["--calibrate", text]
     shared = ["--model", setup / "model", "--window", 4, "--ratios", "0.5", "--samples", 8]
-    shared += ["--dtype", "float32"]
+    shared += ["--cache-dtype", "float32"]
     return [what, *shared, *own[what], *more]
 
 
@@ -131,18 +131,15 @@ def tensors_in(thing):
 def test_honest_ratios_sum_live_tensors(setup, brief, tmp_path, capsys, monkeypatch, what):
     held = []
 
-    def watch(row, run):
-        def watched(make):
-            scores, cache = run(make)
-            storages = {t.untyped_storage().data_ptr(): t for t in tensors_in(cache)}
-            size = sum(t.untyped_storage().nbytes() for t in storages.values())
-            held.append((row.cache, size, cache[0].length * len(scores)))
-            return scores, cache
+    def watch(row, cache, *rest):
+        result = real(row, cache, *rest)
+        storages = {t.untyped_storage().data_ptr(): t for t in tensors_in(cache)}
+        size = sum(t.untyped_storage().nbytes() for t in storages.values())
+        held.append((row.cache, size, cache[0].length * len(result["scores"])))
+        return result
 
-        return real(row, watched)
-
-    real = evaluate.run_case
-    monkeypatch.setattr(evaluate, "run_case", watch)
+    real = measuring.run_cache
+    monkeypatch.setattr(measuring, "run_cache", watch)
     rows = measured(setup, capsys, tmp_path / "rows", what, "--caches", ALL)
     for row in rows:
         sizes, tokens = zip(*((s, t) for name, s, t in held if name == row["cache"]), strict=True)
@@ -199,7 +196,8 @@ def test_decode_nll_equals_one_parallel_computation():
     tokens, ranks = tiny_tokens(model, 2, 20), [5, 5]
     factors = cskv.init_factors("svd", model, ranks, ranks)
     cache = cskv.bi_branch_cache(model, factors, 3, 0, 32, 32)
-    nll = evaluate.decode_nll(model, tokens, 8, cache)
+    logits = model(tokens[:, :8], cache, logits_to_keep=1)
+    nll = evaluate.decode_nll(model, logits, tokens[:, 8:], cache)
     assert nll.shape == (2, 12)
     for sequence, ours in zip(tokens, nll, strict=True):
         logits = naive_forward(model, sequence, factors, 3, prompt=8)
@@ -238,8 +236,8 @@ def test_perplexity_equals_a_plain_forward_pass(setup, tmp_path, capsys):
 
 def test_wilson_by_hand():
     """46 of 50: (0.92 + 3.8416 / 100 -+ 1.96 sqrt(0.92 * 0.08 / 50 + 3.8416 / 10^4)) / 1.076832."""
-    assert evaluate.wilson(46, 50) == pytest.approx((0.8116, 0.9685), abs=1e-4)
-    assert evaluate.wilson(50, 50)[0] == pytest.approx(0.9287, abs=1e-4)
+    assert measuring.wilson(46, 50) == pytest.approx((0.8116, 0.9685), abs=1e-4)
+    assert measuring.wilson(50, 50)[0] == pytest.approx(0.9287, abs=1e-4)
 
 
 def greedy(model, ids, most):
@@ -254,7 +252,7 @@ def greedy(model, ids, most):
 def test_answers_and_scores_of_both_protocols(setup, tmp_path, capsys, monkeypatch, question):
     """Of the full cache, so that both give what greedy decoding does; two answers of three are
     made to be right. What is prefilled is the prompt, or the context alone."""
-    model, limit = tiny_model(), evaluate.ANSWER_TOKENS
+    model, limit = tiny_model(), evaluate.ANSWER_TOKENS["longeval"]
     cases = []
     for i, error in enumerate((0, 1, 0)):
         context, asked = " ".join(f"t{(i + 7 * j) % 61}" for j in range(20)), " t7 t9 t3"
@@ -273,7 +271,7 @@ def test_answers_and_scores_of_both_protocols(setup, tmp_path, capsys, monkeypat
     more = ["--caches", "full", "--question", question]
     (row,) = measured(setup, capsys, tmp_path / "rows", "longeval", *more)
     assert (row["accuracy"], row["cases"]) == (2 / 3, 3)
-    assert row["interval"] == pytest.approx(evaluate.wilson(2, 3))
+    assert row["interval"] == pytest.approx(measuring.wilson(2, 3))
     assert row["tokens"] == 23 + limit - 1  # the last new token is not fed back
     assert prefills == [20 if question == "decode" else 23] * 3
 
@@ -287,12 +285,13 @@ def test_both_protocols_read_the_same_tokens():
     plain = Tokenizer(Backend(models.BPE(vocab, [("b", "c")])), {}, None)
     chat = Tokenizer(plain.backend, {}, "<{{ messages[0].content }}>")
     case = Case("aab", "ca", 0)
-    for tokenizer, context, prompt in (
+    for tokenizer, context, question in (
         (plain, [0, 0], [3, 0]),
         (chat, [4, 0, 0], [3, 0, 5]),
     ):
-        assert evaluate.split_prompt(tokenizer, case, "decode") == (context, prompt)
-        assert evaluate.split_prompt(tokenizer, case, "prefill") == ([], context + prompt)
+        assert evaluate.split_prompt(tokenizer, case, "decode") == (context, question)
+        assert evaluate.split_prompt(tokenizer, case, "prefill") == (context + question, [])
+    assert evaluate.split_prompt(chat, case, "decode", chat=False) == ([0, 0], [3, 0])
 
 
 @pytest.mark.parametrize("question", ["prefill", "decode"])
@@ -301,14 +300,13 @@ def test_retrieval_command_on_the_teaching_model(tmp_path, capsys, question):
     model = load_model(TEACHER)
     cskv.save_factors(tmp_path / "f", cskv.init_factors("random", model, [8] * 4, [4] * 4), model)
     args = ["longeval", "--model", TEACHER, "--lines", 20, "--cases", 8, "--question", question]
-    args += ["--dtype", "float32"]
     args += ["--factors", tmp_path / "f", "--json", tmp_path / "r.json"]
     code, out, _ = call(evaluate, capsys, *args)
     full, random = json.loads((tmp_path / "r.json").read_text())
     assert code == 0 and len(out.splitlines()) == 4
     assert full["accuracy"] > 0.8 and random["accuracy"] < 0.3
-    # float32: twice the 16-bit cache, and at most the room of one answer besides
-    assert -1.1 < full["honest_ratio"] <= -1
+    # 16 bits, and at most the room of one answer besides
+    assert -0.05 < full["honest_ratio"] <= 0
     assert random["nominal_ratio"] == pytest.approx(1 - 12 / 128)
 
 
@@ -330,15 +328,19 @@ def test_retrieval_calibrates_on_cases_of_another_seed(setup):
 
 def scripted(monkeypatch, answers):
     """The model reads its prompt, but says what `answers` has for the words of the question."""
-    prompts, real = [], evaluate.generate
+    prompts, real = [], longbench.prompt_ids
 
-    def generate(model, prompt, cache, most, sample):
-        list(real(model, prompt, cache, 1, sample))
-        prompts.append(prompt)
-        asked = next(words for words in answers if words in " ".join(f"t{i}" for i in prompt))
-        return iter([int(word[1:]) for word in answers[asked].split()])
+    def prompt_ids(*arguments):
+        prompts.append(real(*arguments))
+        return prompts[-1]
 
-    monkeypatch.setattr(evaluate, "generate", generate)
+    def greedy_answer(*_):
+        text = " ".join(f"t{i}" for i in prompts[-1])
+        asked = next(words for words in answers if words in text)
+        return [int(word[1:]) for word in answers[asked].split()]
+
+    monkeypatch.setattr(longbench, "prompt_ids", prompt_ids)
+    monkeypatch.setattr(evaluate, "greedy_answer", greedy_answer)
     return prompts
 
 
@@ -382,8 +384,8 @@ def test_longbench_by_hand(setup, tmp_path, capsys, monkeypatch):
         longbench.TASKS[name].prompt({"context": "t1 {t2}", "input": asked})
         for name, asked, *_ in cases
     ]
-    assert prompts[:5] == [tokenizer.encode(text) for text in texts]
-    lengths = [len(prompt) for prompt in prompts[:5]]
+    assert prompts == [tokenizer.encode(text) for text in texts]
+    lengths = [len(prompt) for prompt in prompts]
     assert rows[8]["tokens"] == pytest.approx(sum(lengths) / 5)
     assert rows[8]["honest_ratio"] == pytest.approx(1 - 2 * (sum(lengths) + 5 * 32) / sum(lengths))
 
@@ -428,16 +430,17 @@ def test_lveval_by_hand(setup, tmp_path, capsys, monkeypatch):
 
 
 def interrupt_after(monkeypatch, count):
-    """The (count + 1)-th case is interrupted as by Ctrl-C. Returns the cases begun, as a list."""
-    begun, real = [], evaluate.run_case
+    """The (count + 1)-th cache to go on with a case is interrupted as by Ctrl-C. Returns a list of
+    those begun."""
+    begun, real = [], measuring.run_cache
 
-    def run_case(row, run):
+    def run_cache(row, *rest):
         begun.append(row.label)
         if len(begun) > count:
             raise KeyboardInterrupt
-        return real(row, run)
+        return real(row, *rest)
 
-    monkeypatch.setattr(evaluate, "run_case", run_case)
+    monkeypatch.setattr(measuring, "run_cache", run_cache)
     return begun
 
 
@@ -455,8 +458,8 @@ HALF = '{"row": 2, "case": 5, "sco'
 
 @pytest.mark.parametrize(("count", "more"), [(0, ""), (1, HALF), (7, ""), (16, HALF)])
 def test_an_interrupted_run_goes_on(setup, brief, tmp_path, capsys, monkeypatch, count, more):
-    """Twice: every case runs once in all, the table is the same, and half a line at the end of the
-    notes is no case."""
+    """Twice: every cache has every case once in all, the table is the same, and half a line at the
+    end of the notes is no case."""
     whole, path = tmp_path / "whole", tmp_path / "rows"
     expected = measured(setup, capsys, whole, *LONGEVAL)
     args = arguments(setup, *LONGEVAL, "--json", path)
@@ -563,7 +566,7 @@ def test_two_processes_print_the_table_of_one(setup, tmp_path, capsys, monkeypat
     assert done.stderr.count("4 cases are done already") == 1
     rows = json.loads(path.read_text())
     assert without_seconds(rows) == without_seconds(expected)
-    assert done.stdout == evaluate.table(rows) + "\n"
+    assert done.stdout == measuring.table(rows) + "\n"
     assert not notes_beside(path)
 
 
@@ -644,7 +647,7 @@ def test_a_cache_that_refuses_the_model_does_so_first(tmp_path, monkeypatch):
     prune = partial(caches.heavy_hitter_cache, model, 0.5)
     rows = [caches.Choice("full", partial(full_cache, model)), caches.Choice("h2o", prune)]
     with pytest.raises(UserError, match="sliding_window"):
-        evaluate.measure(model, rows, [({}, None)])
+        measuring.measure(model, rows, [({}, None)])
     assert not begun
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import cskv
-from experiments import paper
-from experiments.paper import Recipe, Workshop
+from experiments import paper, workshop
+from experiments.workshop import Recipe, Workshop
 from model import UserError
 from tests.test_infer import call
 from tests.tiny import save_checkpoint, tiny_model
@@ -22,7 +22,7 @@ def setup(tmp_path_factory):
 
 
 def flags(setup, what, out, *more):
-    common = ["--model", setup / "tiny", "--out", out, "--work", out / "work", "--dtype", "float32"]
+    common = ["--model", setup / "tiny", "--out", out, "--work", out / "work"]
     common += ["--samples", 6, "--seq-len", 40, "--measure-samples", 3, "--ratios", "0.5,0.75"]
     return [what, *common, *more]
 
@@ -103,7 +103,7 @@ def test_training_together_equals_training_alone_and_resumes(setup, tmp_path, mo
 
     recipes = Recipe("svd", 0.5, 0.5, True), Recipe("optimal", 0.75, 0.5, True, 4)
     alone = [shop("alone").factors(recipe)[0] for recipe in recipes]
-    together, real, steps = shop("together"), paper.run_layers, []
+    together, real, steps = shop("together"), workshop.run_layers, []
 
     def interrupted(*args, train=False, **more):
         steps.append(train)
@@ -111,7 +111,7 @@ def test_training_together_equals_training_alone_and_resumes(setup, tmp_path, mo
             raise KeyboardInterrupt
         return real(*args, train=train, **more)
 
-    monkeypatch.setattr(paper, "run_layers", interrupted)
+    monkeypatch.setattr(workshop, "run_layers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         together.factors(*recipes)
     steps.clear()

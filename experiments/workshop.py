@@ -1,0 +1,209 @@
+"""Factors for the paper's experiments: made once, trained together, kept for all commands.
+
+A `Recipe` says how factors are made, a `Workshop` makes them. All that are missing share one pass
+of the frozen model over the samples, since no gradient passes from one set to another.
+"""
+
+import argparse
+import functools
+import hashlib
+import io
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cskv
+from experiments.longeval import make_cases
+from experiments.measuring import write_json
+from model import DTYPES, UNREADABLE, UserError, load_model, load_tokenizer, replacing
+from train import Tuner, batch_of, calibrate, run_layers, sample_tokens
+
+LINES = [25, 50, 100]  # of the LongEval cases that factors are fitted to, and of table 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Factors to make: an initialization, ranks, and whether and for what they are trained."""
+
+    init: str
+    k_ratio: float
+    v_ratio: float
+    trained: bool = False
+    bits: int = 16  # with training: quantization-aware
+    clamped_zero_point: bool = False
+    lr: float | None = None  # other than --lr
+
+    @property
+    def name(self) -> str:
+        parts = [self.init, f"k{1e4 * self.k_ratio:04.0f}-v{1e4 * self.v_ratio:04.0f}"]
+        parts += [f"{self.bits}bits"] * (self.bits < 16) + ["clamped"] * self.clamped_zero_point
+        return "-".join(parts)
+
+
+class Workshop:
+    """A model, text to fit factors on, and the factors made so far."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.model = load_model(args.model, args.device, DTYPES[args.dtype])
+        self.tokenizer = load_tokenizer(args.model)
+        self.work = args.work / Path(args.model).name
+        for folder in (self.work, args.out):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{folder} cannot be made ({error}); choose another") from None
+
+    @functools.cached_property
+    def samples(self) -> list[Tensor]:
+        """Texts [1, T] to fit on: of `--calibrate`, or LongEval cases of another seed."""
+        args, limit = self.args, self.model.config.context_length
+        if args.calibrate:
+            length = min(args.seq_len, limit)
+            return sample_tokens(args.calibrate, self.tokenizer, args.samples, length, args.seed)
+        if args.text:
+            raise UserError("factors are made from text; give some with --calibrate")
+        share = -(-args.samples // len(LINES))
+        lengths = (make_cases("longeval", lines, share, args.seed + 10**9) for lines in LINES)
+        # One of each length in turn, so that the first, which losses are measured on, are like all.
+        cases = [case for group in zip(*lengths, strict=True) for case in group]
+        ids = [self.tokenizer.encode(case.text) for case in cases[: args.samples]]
+        return [torch.tensor([tokens[:limit]]) for tokens in ids]
+
+    @functools.cached_property
+    def key(self) -> str:
+        """A digest of all that factors depend on, besides their recipe."""
+        args = self.args
+        parts = [cskv.fingerprint(self.model), [sample.tolist() for sample in self.samples]]
+        parts += [args.epochs, args.seed, args.dtype, args.measure_samples]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+    @functools.cached_property
+    def statistics(self) -> list[cskv.Statistics]:
+        return calibrate(self.model, self.samples)
+
+    def start(self, recipe: Recipe) -> cskv.Factors:
+        """The recipe's factors before training, in float32."""
+        d_kv, layers = self.model.config.d_kv, len(self.model.model.layers)
+        k_ranks, v_ranks = (
+            [cskv.rank_for(ratio, d_kv)] * layers for ratio in (recipe.k_ratio, recipe.v_ratio)
+        )
+        statistics = self.statistics if recipe.init in cskv.CALIBRATED else None
+        factors = cskv.init_factors(
+            recipe.init, self.model, k_ranks, v_ranks, statistics, self.args.seed
+        )
+        return cskv.rotate_values(factors) if recipe.bits < 16 else factors
+
+    def factors(self, *recipes: Recipe) -> list[cskv.Factors]:
+        """Factors for each recipe; what has to be trained first, is."""
+        missing = [r for r in dict.fromkeys(recipes) if r.trained and not self.file(r).exists()]
+        if missing:
+            self.train(missing)
+        return [
+            cskv.load_factors(self.file(r), self.model) if r.trained else self.start(r)
+            for r in recipes
+        ]
+
+    def file(self, recipe: Recipe) -> Path:
+        return self.work / f"{recipe.name}-lr{recipe.lr or self.args.lr:g}-{self.key}.safetensors"
+
+    def history(self, recipe: Recipe) -> dict:
+        """What training measured: `initial`, `final` and `floor`, of the samples measured, and
+        `losses` of every step before its update."""
+        self.factors(recipe)
+        return json.loads(self.file(recipe).with_suffix(".json").read_text())
+
+    def train(self, recipes: list[Recipe]) -> None:
+        """The paper's training (train.py) for all recipes at once, in one pass over the samples."""
+        args, samples = self.args, self.samples
+        steps, measured = args.epochs * len(samples), samples[: args.measure_samples]
+        tuners = [
+            Tuner(self.start(r), steps, r.lr or args.lr, r.bits, r.bits, r.clamped_zero_point)
+            for r in recipes
+        ]
+        names = json.dumps([self.file(r).name for r in recipes])
+        checkpoint = self.work / f"training-{hashlib.sha256(names.encode()).hexdigest()[:12]}.pt"
+        state = load_checkpoint(checkpoint, tuners) if checkpoint.exists() else None
+        if state is None:
+            initial = run_layers(self.model, measured, tuners).sum(1).tolist()
+            state = {"losses": [], "seconds": 0.0, "initial": initial}
+        began, losses = time.monotonic() - state["seconds"], state["losses"]
+        bar = tqdm(total=steps, initial=len(losses), desc=f"training {len(recipes)}")
+        for step in range(len(losses), steps):
+            batch = batch_of(samples, step, 1, args.seed)
+            losses.append(run_layers(self.model, batch, tuners, train=True).sum(1).tolist())
+            for recipe, loss in zip(recipes, losses[-1], strict=True):
+                if not math.isfinite(loss):
+                    raise UserError(f"{recipe.name}, step {step}: the loss diverges; lower --lr")
+            for tuner in tuners:
+                tuner.step()
+            state["seconds"] = time.monotonic() - began
+            if (step + 1) % 64 == 0 and step + 1 < steps:
+                save_checkpoint(checkpoint, state, tuners)
+            bar.update()
+        bar.close()
+        finals = run_layers(self.model, measured, tuners).sum(1).tolist()
+        spectra = self.spectra(measured)
+        for i, (recipe, tuner) in enumerate(zip(recipes, tuners, strict=True)):
+            history = {
+                "initial": state["initial"][i],
+                "final": finals[i],
+                "floor": self.floor(spectra, recipe),
+                "losses": [step_losses[i] for step_losses in losses],
+                "seconds": state["seconds"],
+                "trained_together": len(recipes),
+            }
+            write_json(self.file(recipe).with_suffix(".json"), history)
+            tuner.factors.info["trained"] = f"{steps} steps, lr {tuner.lr:g}, batch 1"
+            cskv.save_factors(self.file(recipe), tuner.factors, self.model, torch.float32)
+        checkpoint.unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def spectra(self, samples: list[Tensor]) -> Tensor:
+        """Eigenvalues [layers, 2, d_kv] of the mean k k^T and v v^T, the smallest first."""
+        config = self.model.config
+        shape = config.num_hidden_layers, 2, config.d_kv, config.d_kv
+        moments = torch.zeros(shape, dtype=torch.float64, device=self.args.device)
+        run_layers(self.model, samples, [], moments=moments)
+        tokens = sum(sample.numel() for sample in samples)
+        return torch.linalg.eigvalsh(moments / tokens).clamp(min=0).cpu()
+
+    def floor(self, spectra: Tensor, recipe: Recipe) -> float:
+        """The least loss (equation 2) that factors of these ranks can have on those samples."""
+        d_kv = self.model.config.d_kv
+        k, v = (d_kv - cskv.rank_for(ratio, d_kv) for ratio in (recipe.k_ratio, recipe.v_ratio))
+        return ((spectra[:, 0, :k].sum() + spectra[:, 1, :v].sum()) / d_kv).item()
+
+
+def save_checkpoint(path: Path, state: dict, tuners: list[Tuner]) -> None:
+    kept = [
+        {
+            "parameters": [p.detach() for p in tuner.parameters],
+            "optimizer": tuner.optimizer.state_dict(),
+        }
+        for tuner in tuners
+    ]
+    torch.save({**state, "tuners": kept}, buffer := io.BytesIO())
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+@torch.no_grad()
+def load_checkpoint(path: Path, tuners: list[Tuner]) -> dict:
+    """What `save_checkpoint` wrote; puts the tuners where they were."""
+    try:
+        state = torch.load(path, weights_only=True)
+    except UNREADABLE:
+        raise UserError(f"{path} is damaged; delete it to train again") from None
+    for tuner, mine in zip(tuners, state.pop("tuners"), strict=True):
+        tuner.steps_done = len(state["losses"])
+        tuner.optimizer.load_state_dict(mine["optimizer"])
+        for parameter, value in zip(tuner.parameters, mine["parameters"], strict=True):
+            parameter.copy_(value)
+    return state
