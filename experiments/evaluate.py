@@ -30,7 +30,7 @@ from torch import Tensor
 
 import cskv
 from experiments import longbench, longeval, lveval
-from experiments.caches import add_arguments, choices
+from experiments.caches import add_arguments, choices, names_of
 from experiments.longeval import is_correct, make_cases
 from experiments.measuring import Case, Text, forget, measure, table, with_score, write_json
 from infer import generate, make_sampler
@@ -54,6 +54,8 @@ from train import place, processes, read_documents, sample_tokens
 # Tokens of an answer: LongEval's limit, and enough to continue "The pass key is".
 ANSWER_TOKENS = {"longeval": 100, "passkey": 10}
 ANSWER_ROOM = 8  # tokens that a number takes; a wordier answer makes the buffers grow
+
+PROTOCOLS = ("prefill", "decode")
 
 # LongEval asks LongChat, whose checkpoint brings no template, in Vicuna's (FastChat, vicuna_v1.1).
 VICUNA = (
@@ -156,8 +158,8 @@ def retrieval_cases(
     """
     passkey, limit = args.what == "passkey", model.config.context_length
 
-    def text_of(case: longeval.Case) -> Text:
-        prompt, question = split_prompt(tokenizer, case, args.question, chat=not passkey)
+    def text_of(case: longeval.Case, protocol: str) -> Text:
+        prompt, question = split_prompt(tokenizer, case, protocol, chat=not passkey)
         length = len(prompt) + len(question)
         if length + ANSWER_ROOM > limit:
             raise UserError(
@@ -173,11 +175,12 @@ def retrieval_cases(
         return Text(torch.tensor([prompt], device=args.device), length + ANSWER_ROOM, score)
 
     texts = [
-        (lines, text_of(case))
+        ({"question": protocol, "lines": lines}, text_of(case, protocol))
+        for protocol in args.question
         for lines in args.lines
         for case in make_cases(args.what, lines, args.cases, args.seed, args.spelled)
     ]
-    return [({"lines": lines}, lambda text=text: text) for lines, text in texts]
+    return [(columns, lambda text=text: text) for columns, text in texts]
 
 
 # --------------------------------------------------------------------- LongBench-E and LV-Eval
@@ -327,7 +330,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         p.add_argument("--lines", type=numbers(int, 1), default=[50], help=f"{unit}: 10,30,100")
         p.add_argument("--cases", type=number(int, 1), default=50, help="of each length")
         p.add_argument(
-            "--question", choices=("prefill", "decode"), default="prefill", help="the protocol"
+            "--question",
+            type=names_of(PROTOCOLS, "protocol"),
+            default=["prefill"],
+            help="prefill (default), decode, or prefill,decode: the protocols, see above",
         )
         p.add_argument("--spelled", action="store_true", help="keys of made-up words")
     for task, module in BENCHMARKS.items():

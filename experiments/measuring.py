@@ -279,6 +279,7 @@ def benchmark_rows(rows: list[dict]) -> list[dict]:
 
 
 COLUMNS = {
+    "question": str,
     "cache": str,
     "factors": str,
     "bits": str,

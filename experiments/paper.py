@@ -31,7 +31,7 @@ import cskv
 import quant
 from experiments import figures
 from experiments.caches import PRUNED, CacheMaker, Choice, names_of
-from experiments.evaluate import flags, perplexity_cases, retrieval_cases
+from experiments.evaluate import PROTOCOLS, flags, perplexity_cases, retrieval_cases
 from experiments.longeval import make_cases
 from experiments.measuring import forget, measure, table, with_score, write_json
 from experiments.workshop import LINES, Recipe, Workshop
@@ -78,11 +78,10 @@ class Experiment(Workshop):
         if args.text:
             cases = perplexity_cases(args, self.model, self.tokenizer)
         else:
-            cases = []
-            for question in args.questions:
-                asked = argparse.Namespace(**{**vars(args), "question": question, "what": what})
-                for columns, text in retrieval_cases(asked, self.model, self.tokenizer):
-                    cases.append(({"question": question, **(columns if by_lines else {})}, text))
+            asked = argparse.Namespace(**{**vars(args), "what": what})
+            cases = retrieval_cases(asked, self.model, self.tokenizer)
+            if not by_lines:
+                cases = [({"question": row["question"]}, text) for row, text in cases]
         return with_score(what, measure(self.model, rows, cases, self.notes, given))
 
     @property
@@ -383,8 +382,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=number(int, 0), default=0)
     add("--lines", type=numbers(int, 1), help="of LongEval (default: 25,50,100 in table1, else 50)")
     add("--cases", type=number(int, 1), default=100, help="of each length (default: 100)")
-    questions = names_of(("prefill", "decode"), "protocol")
-    add("--questions", type=questions, default=["prefill", "decode"], help="default: both")
+    add("--question", type=names_of(PROTOCOLS, "protocol"), default=PROTOCOLS, help="default: both")
     add("--calibrate", type=Path, help="text to fit on (default: LongEval cases of another seed)")
     add("--text", type=Path, help="held-out text: measure perplexity, not LongEval")
     add("--context", type=number(int, 1), default=1024, help="tokens prefilled")

@@ -92,8 +92,8 @@ COLUMNS = {"cache", "factors", "bits", "ratio", "nominal_ratio", "honest_ratio",
 COLUMNS |= {"cases", "tokens"}
 OWN_COLUMNS = {
     "perplexity": {"perplexity"},
-    "longeval": {"lines", "accuracy", "interval"},
-    "passkey": {"lines", "accuracy", "interval"},
+    "longeval": {"question", "lines", "accuracy", "interval"},
+    "passkey": {"question", "lines", "accuracy", "interval"},
     "longbench": {"set", "bucket", "score"},
     "lveval": {"set", "bucket", "score"},
 }
