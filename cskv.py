@@ -568,13 +568,16 @@ class BiBranchCache(LayerCache):
         def heads(x: Tensor) -> Tensor:  # [..., d_kv] -> [..., H_kv, D]
             return x.unflatten(-1, (self.H_kv, self.D))
 
+        # B works in 32 bits on a CPU, where products of 16-bit floats are slow.
+        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+        k_B, v_B = factors.k.B.to(dtype), factors.v.B.to(dtype)
         # Rebuilt keys come out of B with RoPE's pairs side by side, ready to be complex numbers.
         self.A_k, self.A_v = factors.k.A, factors.v.A
-        self.B_k = pairs(heads(factors.k.B)).flatten(-2).T.contiguous()  # [d_kv, r_k]
-        self.B_v = heads(factors.v.B).transpose(0, 1).contiguous()  # [H_kv, r_v, D]
+        self.B_k = pairs(heads(k_B)).flatten(-2).T.contiguous()  # [d_kv, r_k]
+        self.B_v = heads(v_B).transpose(0, 1).contiguous()  # [H_kv, r_v, D]
         k_bias, v_bias = attention.k_proj.bias, attention.v_proj.bias
-        self.k_bias = None if k_bias is None else pairs(heads(k_bias.to(like))).flatten()  # [d_kv]
-        self.v_bias = None if v_bias is None else heads(v_bias.to(like))[:, None]  # [H_kv, 1, D]
+        self.k_bias = None if k_bias is None else pairs(heads(k_bias.to(dtype))).flatten()  # [d_kv]
+        self.v_bias = None if v_bias is None else heads(v_bias.to(dtype))[:, None]  # [H_kv, 1, D]
 
     def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """The whole prompt (Figure 1a). Its output is exactly the original model's."""
@@ -618,26 +621,27 @@ class BiBranchCache(LayerCache):
         scores = q.new_empty(*q.shape[:3], old - first + m, dtype=torch.float32)
         q, q_pairs = q.float(), pairs(q).float()
         for s, e in chunks:
-            k_hat = F.linear(self.c_k.read(s, e).to(x.dtype), self.B_k, self.k_bias).float()
+            c_k = self.c_k.read(s, e).to(self.B_k.dtype)  # [B, e - s, r_k]
+            k_hat = F.linear(c_k, self.B_k, self.k_bias).float()  # [B, e - s, d_kv]
             k_hat = k_hat.view(B, e - s, self.H_kv, D // 2, 2)  # pairs: complex numbers
             torch.view_as_complex(k_hat).mul_(rope.cis[s:e, None])  # RoPE, in place
             k_hat = k_hat.view(B, e - s, self.H_kv, D).permute(0, 2, 3, 1)  # [B, H_kv, D, e - s]
             scores[..., s - first : e - first] = q_pairs @ k_hat
         scores[..., old - first :] = q @ self.k[:, :, :m].transpose(-1, -2).float()
         # 5. One softmax over both branches.
-        p = scores.softmax(-1).to(x.dtype)  # [B, H_kv, G, old - first + m]
+        p = scores.softmax(-1).to(self.B_v.dtype)  # [B, H_kv, G, old - first + m]
         p_old, p_new = p[..., : old - first], p[..., old - first :]
-        out = p_new @ self.v[:, :, :m]  # [B, H_kv, G, D]
+        out = p_new @ self.v[:, :, :m].to(p.dtype)  # [B, H_kv, G, D]
         # 6. Old values need no rebuilding: p (C_v B_v) = (p C_v) B_v costs r_v a token, not D.
         if chunks:
             p_c = p_old.flatten(1, 2)  # [B, H, old - first]: all heads share the latents
             p_c = sum(
-                p_c[..., s - first : e - first] @ self.c_v.read(s, e).to(x.dtype) for s, e in chunks
+                p_c[..., s - first : e - first] @ self.c_v.read(s, e).to(p.dtype) for s, e in chunks
             )
             out = out + p_c.view(B, self.H_kv, -1, p_c.shape[-1]) @ self.B_v
             if self.v_bias is not None:
                 out = out + p_old.sum(-1, keepdim=True) * self.v_bias
-        return out.reshape(B, H, 1, D)
+        return out.to(x.dtype).reshape(B, H, 1, D)
 
     def tensors(self) -> list[Tensor]:
         ring = [self.k, self.v] if self.length else []

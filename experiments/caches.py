@@ -308,7 +308,7 @@ def add_arguments(p: argparse.ArgumentParser, caches: str = "full,cskv") -> None
     )
     p.add_argument(
         "--equal",
-        type=number(int, 64),
+        type=number(int, 1),
         metavar="TOKENS",
         help="take --ratios as honest ones: each cache gets the size, tokens kept or rank, at "
         "which it holds that much less than a full cache of TOKENS",

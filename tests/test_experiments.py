@@ -18,7 +18,7 @@ import cskv
 from experiments import caches, english, evaluate, longbench, measuring, speed
 from experiments.longeval import Case, make_cases
 from infer import TEACHER
-from model import Tokenizer, UserError, full_cache, load_model, load_tokenizer
+from model import Tokenizer, Transformer, UserError, full_cache, load_model, load_tokenizer
 from tests.test_infer import call
 from tests.tiny import naive_forward, save_checkpoint, tiny_model, tiny_tokens
 
@@ -188,6 +188,84 @@ def test_clamped_zero_point_is_another_quantizer(setup, tmp_path, capsys):
     assert clamped[1]["perplexity"] != pytest.approx(plain[1]["perplexity"], rel=1e-3)
 
 
+# ------------------------------------------------------------------- what all caches have in common
+
+
+def test_together_equals_alone(setup, brief, tmp_path, capsys):
+    """Caches that read a prompt together score and hold what each does that reads it alone."""
+    for what in ("perplexity", "longeval"):
+        together = measured(setup, capsys, tmp_path / "all", what, "--caches", ALL)
+        alone = [
+            row
+            for name in caches.NAMES
+            for row in measured(setup, capsys, tmp_path / "one", what, "--caches", name)
+        ]
+        assert without_seconds(together) == without_seconds(alone)
+
+
+def test_the_prompt_is_read_once_by_all_but_asvd(setup, brief, tmp_path, capsys, monkeypatch):
+    lengths, real = [], Transformer.forward
+
+    def forward(model, tokens, *rest, **more):
+        lengths.append(tokens.shape[1])
+        return real(model, tokens, *rest, **more)
+
+    monkeypatch.setattr(Transformer, "forward", forward)
+    more = ["--caches", ALL, "--inits", "svd", "--calibrate", setup / "text.txt"]
+    rows = measured(setup, capsys, tmp_path / "rows", "longeval", *more)
+    assert len(rows) == len(caches.NAMES)
+    prompts = [length for length in lengths if 70 < length < 400]  # 400: the calibration text
+    assert len(prompts) == 2 * 2  # two cases, twice each
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_caches_hold_16_bits_in_a_model_of_32(bias):
+    """Of every kind, with the logits of the model up to the rounding of keys and values."""
+    model = tiny_model(attention_bias=bias)
+    maker, tokens = caches.CacheMaker(model, torch.bfloat16), tiny_tokens(model, 2, 50)
+    factors = cskv.init_factors("svd", model, [12, 12], [12, 12])
+    rows = [maker.full(), maker.pruned("streaming", 0.0, 99), maker.pruned("h2o", 0.0, 99)]
+    rows += [maker.low_rank(factors, "", 0), maker.bi_branch(factors, "", 0, 4), maker.kivi(8)]
+    expected = model(tokens)
+    assert {t.dtype for layer in full_cache(model) for t in layer.tensors()} <= {torch.float32}
+    for row in rows:
+        cache = row.make(50)
+        model(tokens[:, :40], cache)
+        for t in range(40, 50):
+            logits = model(tokens[:, t : t + 1], cache)
+        assert cache[0].length == 50
+        kinds = {t.dtype for t in cache[0].tensors() if t.is_floating_point()}
+        # H2O's scores are sums, in 32 bits; KIVI's limits are float16
+        assert kinds - {torch.float32} <= {torch.bfloat16, torch.float16}, row.cache
+        assert row.cache == "h2o" or torch.float32 not in kinds
+        error = (logits[:, 0] - expected[:, -1]).abs().max() / expected[:, -1].abs().max()
+        assert error < 0.05, row.cache
+    full = caches.full_bytes(model, 2 * 50)
+    assert caches.held_bytes(rows[0].make(50)) == 0
+    cache = rows[0].make(50)
+    model(tokens, cache)
+    assert caches.held_bytes(cache) == full
+
+
+def test_equal_bytes(setup, tmp_path, capsys):
+    """No cache holds more than was asked for, none could hold a token or a rank more; what has no
+    such size is left out with a word."""
+    more = ["--caches", "streaming,h2o,asvd,cskv", "--equal", 49, "--ratios", "0.1,0.7"]
+    more += ["--inits", "svd", "--bits", "16,4", "--cache-dtype", "bfloat16"]
+    args = arguments(setup, "perplexity", *more, "--json", tmp_path / "rows")
+    code, _, err = call(evaluate, capsys, *args)
+    rows = json.loads((tmp_path / "rows").read_text())
+    found = [(row["cache"], row["bits"], row["ratio"]) for row in rows]
+    caches_16 = [(name, "16", r) for name in ("streaming", "h2o", "asvd") for r in (0.1, 0.7)]
+    assert code == 0 and "cskv svd 10% 4 bits: no size" in err
+    assert found == [*caches_16, ("cskv", "16", 0.1), ("cskv", "16", 0.7), ("cskv", "4", 0.7)]
+    full = 2 * 12 * 2  # bytes of a token and layer
+    more_of = {"streaming": full, "h2o": full + 2 * 4, "asvd": 49 * 4, "cskv": 49 * 4}
+    for row in rows:
+        spare = (row["honest_ratio"] - row["ratio"]) * 49 * full
+        assert -1e-6 <= spare < more_of[row["cache"]], row
+
+
 # ------------------------------------------------------------------------------------- perplexity
 
 
@@ -321,6 +399,22 @@ def test_retrieval_calibrates_on_cases_of_another_seed(setup):
     assert [sample.shape for sample in samples] == [(1, 30)] * 8
     assert all(len(re.findall(r"REGISTER_CONTENT is <", text)) == 9 for text in seen)
     assert not set(seen) & {case.text for case in make_cases("longeval", 9, 8, args.seed)}
+
+
+def test_vicuna_is_the_template_of_longchat(setup, brief, tmp_path, capsys, monkeypatch):
+    """The prompt that FastChat makes of the conversation template vicuna_v1.1."""
+    seen = []
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, **_: seen.append(text) or [1, 2])
+    case = next(make_cases("longeval", 2, 1, 0))
+    measured(setup, capsys, tmp_path / "rows", "longeval", "--caches", "full", "--vicuna")
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions."
+    )
+    assert seen[0] == f"{system} USER: {case.prompt} ASSISTANT:"
+    seen.clear()
+    measured(setup, capsys, tmp_path / "rows", "passkey", "--caches", "full", "--vicuna")
+    assert seen[0] == next(make_cases("passkey", 2, 1, 0)).prompt  # a text to continue
 
 
 # ------------------------------------------------------------------------- LongBench-E and LV-Eval

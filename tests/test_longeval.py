@@ -101,6 +101,12 @@ def test_scoring(output, number):
     assert longeval.is_correct(output, 12345) == (number == 12345)
 
 
+def test_a_passkey_is_the_first_number():
+    assert read_answer(" 12345. The pass key is 9", first=True) == 12345
+    assert longeval.is_correct(" 12345. The pass key is 9", 12345, first=True)
+    assert read_answer("no idea", first=True) is None
+
+
 @given(st.text(alphabet=st.characters(exclude_categories=["Nd"])), st.integers(0, 10**9))
 def test_scoring_reads_the_number_after_any_words(words, number):
     assert read_answer(f"{words}{number}") == number
