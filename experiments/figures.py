@@ -133,30 +133,31 @@ def score_against(rows: list[dict], name: str, path: Path) -> None:
 
 
 def score_against_split(rows: list[dict], path: Path) -> None:
-    """The score against the share of the kept channels that keys get."""
+    """The score against the share of the kept channels that keys get: a panel for each ratio, a
+    line for each kind of factors and each protocol."""
     score, by_ratio = measured(rows), panels(rows, "ratio")
-    by_panel = {
-        (ratio, question): line
-        for ratio, some in by_ratio.items()
-        for question, line in panels(some, "question").items()
-    }
-    figure, axes = subplots(len(by_panel))
-    for axis, ((ratio, question), some) in zip(axes, by_panel.items(), strict=True):
-        title = f"{ratio:.0%} removed" + (f"; {PROTOCOL[question]}" if question else "")
-        start_panel(axis, title, "keys' share of the kept channels", LABELS[score])
+
+    def points(line: list[dict], of: str) -> list[tuple[float, float]]:
+        return sorted((r["kept_k"] / (r["kept_k"] + r["kept_v"]), float(r[of])) for r in line)
+
+    figure, axes = subplots(len(by_ratio))
+    for axis, (ratio, some) in zip(axes, by_ratio.items(), strict=True):
+        start_panel(axis, f"{ratio:.0%} removed", "keys' share of the kept channels", LABELS[score])
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-        for factors, line in panels(some, "factors").items():
-            points = sorted((r["kept_k"] / (r["kept_k"] + r["kept_v"]), r[score]) for r in line)
-            colour = COLOURS[factors.split(",")[0]]
-            axis.plot(*zip(*points, strict=True), "o-", color=colour, label=f"cskv, {factors}")
-        paper = sorted(
-            (r["kept_k"] / (r["kept_k"] + r["kept_v"]), float(r["paper"]))
-            for r in some
-            if r["paper"]
-        )
+        for question, own in panels(some, "question").items():
+            for factors, line in panels(own, "factors").items():
+                axis.plot(
+                    *zip(*points(line, score), strict=True),
+                    "o--" if question == "decode" else "o-",
+                    color=COLOURS[factors.split(",")[0]],
+                    label=", ".join(part for part in (f"cskv, {factors}", question) if part),
+                    alpha=0.8,
+                )
+        paper = [row for row in own if row["paper"]]
         if paper and score == "accuracy":
-            axis.plot(*zip(*paper, strict=True), "k:", label="the paper, printed shares as kept")
-        axis.legend(fontsize=9)
+            line = points(paper, "paper")
+            axis.plot(*zip(*line, strict=True), "k:", label="the paper,\nprinted shares as kept")
+    axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save(figure, path)
 
 

@@ -24,8 +24,12 @@ The paper's numbers, in the column `paper`, are of LongChat-7B on LongEval with 
 import argparse
 import shlex
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
+
+import torch
 
 import cskv
 import quant
@@ -56,6 +60,7 @@ class Experiment(Workshop):
     """A workshop that also measures what it makes."""
 
     def __init__(self, args: argparse.Namespace):
+        self.began = time.monotonic()
         super().__init__(args)
         self.maker = CacheMaker(self.model, DTYPES[args.cache_dtype])
 
@@ -89,13 +94,21 @@ class Experiment(Workshop):
         return self.work / f"{self.args.what}.json"
 
     def write(self, rows: list[dict], columns: dict) -> None:
-        """Prints the table and writes it, as Markdown and as JSON."""
-        text, out = table(rows, columns), self.args.out / self.args.what
+        """Prints a table and writes it, as Markdown and as JSON. Of rows of several protocols it is
+        `side_by_side`, and the file has all rows as well."""
+        out, whole = self.args.out / self.args.what, table(rows, columns)
+        text = table(*side_by_side(rows, columns)) if "question" in columns else whole
         print(text)
         write_json(out.with_suffix(".json"), rows)
         command = f"`python -m experiments.paper {shlex.join(sys.argv[1:]) or self.args.what}`"
+        minutes = (time.monotonic() - self.began) / 60
+        made = f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, "
+        made += (
+            f"{torch.get_num_threads()} threads, {minutes:.1f} minutes since it was started last"
+        )
+        parts = [command, text, made] + [whole] * (whole != text)
         with replacing(out.with_suffix(".md")) as temporary:
-            temporary.write_text(f"{command}\n\n{text}\n")
+            temporary.write_text("\n\n".join(parts) + "\n")
 
     @property
     def picture(self) -> Path:
@@ -108,6 +121,28 @@ class Experiment(Workshop):
             return self.args.context + self.args.steps
         case = next(make_cases("longeval", max(self.args.lines), 1, self.args.seed))
         return len(self.tokenizer.encode(case.text))
+
+
+def side_by_side(rows: list[dict], columns: dict) -> tuple[list[dict], dict]:
+    """Rows and columns with a column of accuracies for each protocol; these and honest ratios are
+    means over the lengths."""
+    keys = [name for name in columns if name not in ("question", "lines", *SCORES)]
+    questions = dict.fromkeys(row["question"] for row in rows if "question" in row)
+    if not questions:
+        return rows, columns
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in (*keys, "nominal_ratio"))
+        groups.setdefault(key, []).append(row)
+    merged = []
+    for group in groups.values():
+        scores = {q: fmean(r["accuracy"] for r in group if r["question"] == q) for q in questions}
+        honest = fmean(row["honest_ratio"] for row in group)
+        merged.append({**group[0], **scores, "honest_ratio": honest})
+    shown = {name: columns[name] for name in keys if name != "paper"}
+    shown |= {name: SCORES[name] for name in ("nominal_ratio", "honest_ratio")}
+    shown |= dict.fromkeys(questions, SCORES["accuracy"])
+    return merged, shown | ({"paper": str} if "paper" in columns else {})
 
 
 # ------------------------------------------------------------------------------------- tables
@@ -248,9 +283,7 @@ def table4(shop: Experiment) -> None:
         Recipe(init, 1 - k, 1 - v, init == "asvd") for init in shop.args.inits for k, v in splits
     ]
     shop.factors(*recipes)
-    result = shop.scores(
-        "table4", [shop.choice(r, 1 - (2 - r.k_ratio - r.v_ratio) / 2) for r in recipes]
-    )
+    result = shop.scores([shop.choice(r, 1 - (2 - r.k_ratio - r.v_ratio) / 2) for r in recipes])
     for i, row in enumerate(result):
         row["kept_k"], row["kept_v"] = splits[i % len(splits)]
         row["paper"] = ""
@@ -312,7 +345,6 @@ def figure3(shop: Experiment) -> None:
         for j in (0, 1)
     ]
     shop.write(
-        "figure3",
         rows,
         {
             "layer": str,

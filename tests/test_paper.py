@@ -53,7 +53,11 @@ def test_every_command_writes_its_table(setup, tmp_path, capsys, what, make):
     rows = read(tmp_path, what)
     markdown = (tmp_path / f"{what}.md").read_text()
     assert markdown.startswith("`python -m experiments.paper") and out.strip() in markdown
-    assert len(out.strip().splitlines()) == len(rows) + 2
+    if make is text_flags:
+        assert len(out.strip().splitlines()) == len(rows) + 2
+    else:  # a line for each cache: two protocols side by side, lengths averaged
+        lengths = 2 if what == "table1" else 1
+        assert len(out.strip().splitlines()) == len(rows) // (2 * lengths) + 2
     assert (tmp_path / f"{what}.png").exists() == (what not in ("table2", "table5"))
     if what.startswith("table"):
         score = "perplexity" if make is text_flags else "accuracy"
@@ -62,6 +66,26 @@ def test_every_command_writes_its_table(setup, tmp_path, capsys, what, make):
             {None} if make is text_flags else {"prefill", "decode"}
         )
     assert not list((tmp_path / "work" / "tiny").glob("*.cases-*"))  # notes are gone when done
+
+
+def test_protocols_stand_side_by_side():
+    """Accuracies and honest ratios are means over the lengths, by hand."""
+
+    def row(question, lines, cache, accuracy, honest):
+        score = {"question": question, "lines": lines, "accuracy": accuracy, "paper": "0.5"}
+        return {"cache": cache, "nominal_ratio": 0.8, "honest_ratio": honest, **score}
+
+    rows = [row("prefill", 25, "a", 0.8, 0.7), row("prefill", 50, "a", 0.6, 0.72)]
+    rows += [row("decode", 25, "a", 0.5, 0.7), row("decode", 50, "a", 0.4, 0.76)]
+    rows += [row(q, n, "b", 1.0, 0.5) for q in ("prefill", "decode") for n in (25, 50)]
+    columns = {"question": str, "lines": str, "cache": str, **paper.SCORES, "paper": str}
+    merged, shown = paper.side_by_side(rows, columns)
+    names = ["cache", "nominal_ratio", "honest_ratio", "prefill", "decode", "paper"]
+    assert list(shown) == names
+    assert [[r[name] for name in names] for r in merged] == [
+        ["a", 0.8, pytest.approx(0.72), pytest.approx(0.7), pytest.approx(0.45), "0.5"],
+        ["b", 0.8, 0.5, 1.0, 1.0, "0.5"],
+    ]
 
 
 def test_losses_and_floors(setup, tmp_path, capsys):
