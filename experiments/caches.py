@@ -127,6 +127,9 @@ class CacheMaker:
         """CSKV with these factors, in their own bits and quantizer unless others are given."""
         bits = k_bits or factors.k_bits, v_bits or factors.v_bits
         clamped = clamped_zero_point or factors.clamped_zero_point
+        if bits[1] in quant.BITS and factors.v_bits not in quant.BITS:
+            factors = cskv.rotate_values(factors)  # here: once, and before they are rounded
+            factors.info["v_bits"] = str(bits[1])
         held = self.in_dtype(factors)
 
         def make(expected: int) -> list[LayerCache]:

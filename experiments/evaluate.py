@@ -53,7 +53,8 @@ from train import place, processes, read_documents, sample_tokens
 
 # Tokens of an answer: LongEval's limit, and enough to continue "The pass key is".
 ANSWER_TOKENS = {"longeval": 100, "passkey": 10}
-ANSWER_ROOM = 8  # tokens that a number takes; a wordier answer makes the buffers grow
+# Tokens to make room for: those of a number. A wordier answer to LongEval makes the buffers grow.
+ANSWER_ROOM = {"longeval": 8, "passkey": 10}
 
 PROTOCOLS = ("prefill", "decode")
 
@@ -157,11 +158,12 @@ def retrieval_cases(
     a case that leaves no room for a number in the model's context.
     """
     passkey, limit = args.what == "passkey", model.config.context_length
+    room = ANSWER_ROOM[args.what]
 
     def text_of(case: longeval.Case, protocol: str) -> Text:
         prompt, question = split_prompt(tokenizer, case, protocol, chat=not passkey)
         length = len(prompt) + len(question)
-        if length + ANSWER_ROOM > limit:
+        if length + room > limit:
             raise UserError(
                 f"a case of {length} tokens leaves no room in a context of {limit}; shorten it "
                 "with --lines"
@@ -172,7 +174,7 @@ def retrieval_cases(
             output = tokenizer.decode(greedy_answer(model, logits, question, cache, most))
             return [float(is_correct(output, case.answer, first=passkey))]
 
-        return Text(torch.tensor([prompt], device=args.device), length + ANSWER_ROOM, score)
+        return Text(torch.tensor([prompt], device=args.device), length + room, score)
 
     texts = [
         ({"question": protocol, "lines": lines}, text_of(case, protocol))
