@@ -522,9 +522,9 @@ class BiBranchCache(LayerCache):
                                         attended by  compressed  |  full
         ring slots 0 1 2 3 then hold    positions 8 9 10 7 (10 took the place of 6)
 
-    Latents are stored in `k_bits` and `v_bits`: 16 is the model's 16-bit type, or float16 if it
-    computes in float32; 32 is float32; 2, 3, 4 and 8 are packed, keys per channel and values per
-    token (appendix C.4). The ring has the model's own precision.
+    Latents are stored in `k_bits` and `v_bits`: 16 is the 16-bit type of A and B, or float16 if
+    they are in float32; 32 is float32; 2, 3, 4 and 8 are packed, keys per channel and values per
+    token (appendix C.4). The ring has the precision of the keys and values that come in.
 
     Args:
         attention: the layer's projections, for their biases and sizes.

@@ -765,7 +765,14 @@ def check_device(name: str) -> None:
 
 def numbers(kind: type, low: float, high: float = LARGEST):
     """For argparse's `type`: numbers with commas between them, each as `number` reads it."""
-    return lambda text: [number(kind, low, high)(word) for word in text.split(",")]
+
+    def read(text: str) -> list[int | float]:
+        values = [number(kind, low, high)(word) for word in text.split(",")]
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{text!r} has a number twice")
+        return values
+
+    return read
 
 
 def check_folder(path: Path | None) -> None:

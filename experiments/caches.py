@@ -8,13 +8,13 @@
     kivi-4      KIVI in 4 bits (2, 3 and 8 as well)                  every token and channel
 
 A `Choice` is a row of a table: how to make that cache, empty, for one more sequence. All of them
-hold 16-bit numbers, in whatever precision the model computes, so that their bytes compare.
+hold 16-bit numbers unless told otherwise, in whatever precision the model computes, so that their
+bytes compare.
 """
 
 import argparse
 import functools
 import itertools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,11 +27,11 @@ import cskv
 import quant
 from experiments.baselines import heavy_hitter_cache, kivi_cache, low_rank_cache, streaming_cache
 from model import DTYPES, LayerCache, Rope, Transformer, UserError, full_cache, number, numbers
-from train import calibrate
+from train import calibrate, say
 
 PRUNED = {"streaming": streaming_cache, "h2o": heavy_hitter_cache}
 KIVI = {f"kivi-{bits}": bits for bits in quant.BITS}
-LEAST = 5  # tokens that the pruning caches keep at least
+LEAST = 5  # tokens to keep at least, when they are chosen by bytes: StreamingLLM's; H2O needs 2
 NAMES = ("full", *PRUNED, "asvd", "cskv", *KIVI)
 
 
@@ -64,7 +64,8 @@ class Held(LayerCache):
     """`cache`, fed with numbers of `dtype` and so holding such, in a model that computes in others.
 
     A CPU without instructions for 16-bit floats multiplies them several times slower than 32-bit
-    ones. Attention is then the only thing that is computed in `dtype`.
+    ones; so only what the cache does, attention above all, works in `dtype`. A prefill is exact
+    then as one of the other caches is, with the same output for all of them, but rounded.
     """
 
     def __init__(self, cache: LayerCache, dtype: torch.dtype):
@@ -189,6 +190,8 @@ def choices(
     files = [(Path(file).stem, cskv.load_factors(file, model)) for file in args.factors]
     inits = args.inits or ([] if files else ["optimal"])
     window, clamped = args.window, args.clamped_zero_point
+    if tokens and tokens > model.config.context_length:
+        raise UserError(f"--equal {tokens} exceeds the context of {model.config.context_length}")
     statistics = functools.cache(lambda: calibrate(model, calibration()))
 
     @functools.cache
@@ -201,7 +204,7 @@ def choices(
         """With `--equal`: the size that holds the bytes asked for, or none."""
         size = maker.size_for(ratio, tokens, of_size, most)
         if size is None:
-            print(f"{of_size(most).label}: no size holds those bytes; left out", file=sys.stderr)
+            say(f"{of_size(most).label}: no size holds those bytes; left out")
         return [size] if size else []
 
     def pruned(name: str, ratio: float) -> list[Choice]:
@@ -219,7 +222,8 @@ def choices(
         if not tokens:
             return [row(make_factors(init, cskv.rank_for(ratio, d_kv)))]
         most = min(d_kv, model.config.hidden_size)
-        whole = make_factors("random", most)  # any values will do to count bytes
+        ranks = [most] * len(model.model.layers)
+        whole = cskv.init_factors("random", model, ranks, ranks)  # of any values, to count bytes
 
         def of_rank(rank: int) -> Choice:
             cut = [cskv.LowRank(pair.A[:, :rank], pair.B[:rank]) for pair in whole.pairs]
@@ -247,6 +251,8 @@ def choices(
             for ratio, init, bits in itertools.product(args.ratios, inits, widths):
                 options = init, ratio, window, bits, bits, clamped
                 rows += shrunk(init, ratio, lambda f, o=options: maker.bi_branch(f, *o))
+    if not rows:
+        raise UserError("no cache can hold those bytes; choose other --ratios, or a longer --equal")
     for i, row in enumerate(rows):
         if row.columns in [other.columns for other in rows[:i]]:
             raise UserError(f"two rows for {row.label}; give each once, and each file its own name")
@@ -257,11 +263,14 @@ def names_of(known: tuple[str, ...], what: str) -> Callable[[str], list[str]]:
     """For argparse's `type`: some of the known names, with commas between them."""
 
     def read(text: str) -> list[str]:
-        for name in text.split(","):
+        names = text.split(",")
+        for name in names:
             if name not in known:
                 message = f"no {what} {name!r}; choose of {','.join(known)}"
                 raise argparse.ArgumentTypeError(message)
-        return text.split(",")
+            if names.count(name) > 1:
+                raise argparse.ArgumentTypeError(f"{what} {name!r} is given twice")
+        return names
 
     return read
 
@@ -313,8 +322,8 @@ def add_arguments(p: argparse.ArgumentParser, caches: str = "full,cskv") -> None
         "--equal",
         type=number(int, 1),
         metavar="TOKENS",
-        help="take --ratios as honest ones: each cache gets the size, tokens kept or rank, at "
-        "which it holds that much less than a full cache of TOKENS",
+        help="take --ratios as honest ones: streaming, h2o, asvd and cskv of --inits get the size, "
+        "tokens kept or rank, at which they hold that much less than a full cache of TOKENS",
     )
     p.add_argument(
         "--cache-dtype",

@@ -43,6 +43,7 @@ from model import (
     UserError,
     check_device,
     check_folder,
+    find_checkpoint,
     load_model,
     load_tokenizer,
     number,
@@ -219,7 +220,7 @@ def benchmark_cases(
             {"set": task.name, "bucket": task.bucket(record)},
             lambda task=task, record=record: text_of(task, record),
         )
-        for task in benchmark.select(args.sets or list(benchmark.TASKS))
+        for task in benchmark.select(list(dict.fromkeys(args.sets or benchmark.TASKS)))
         for record in longbench.read_records(task, args.data)[: args.cases]
     ]
 
@@ -245,6 +246,9 @@ def contents(path: Path) -> str:
     return digest.hexdigest()
 
 
+SMALL = (".json", ".jinja", ".model")  # a checkpoint's files that are not its weights
+
+
 def flags(args: argparse.Namespace, model: Transformer) -> dict:
     """The arguments that must be the same to go on with noted cases; files by their contents."""
 
@@ -254,7 +258,9 @@ def flags(args: argparse.Namespace, model: Transformer) -> dict:
         return contents(value) if isinstance(value, Path) else str(value)
 
     named = {name: shown(v) for name, v in vars(args).items() if name not in ("json", "device")}
-    return {**named, "model": cskv.fingerprint(model)}
+    folder = find_checkpoint(args.model)
+    small = [contents(file) for file in sorted(folder.iterdir()) if file.suffix in SMALL]
+    return {**named, "model": [cskv.fingerprint(model), small]}
 
 
 def calibration_samples(

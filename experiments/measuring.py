@@ -2,7 +2,7 @@
 
 A case is a text to prefill and what comes after it. Since prefill is exact in nearly every cache,
 the model reads the text once for all of these; then each cache goes on alone. Memory holds all
-caches of one case at a time.
+caches of one case at a time: if that is too much, run fewer of them at once.
 
 Under torchrun each process has a copy of the model and takes every n-th case. With notes, every
 finished case is kept in a file, and the same command goes on where it stopped, with as many
@@ -115,32 +115,38 @@ def run_case(model: Transformer, rows: list[Choice], text: Text) -> Iterator[dic
     """Yields for each row, in order, what notes keep of the case."""
     caches = [row.make(text.length) for row in rows]
     exact = [cache for cache in caches if cache[0].exact_prefill]
-    start = time.perf_counter()
+    start = clock(model)
     if exact:
         together = [Together(layer) for layer in zip(*exact, strict=True)]
         shared = model(text.prompt, together, logits_to_keep=1)  # [B, 1, vocab]
-        share = (time.perf_counter() - start) / len(exact)
+        share = (clock(model) - start) / len(exact)
     for row, cache in zip(rows, caches, strict=True):
-        start = time.perf_counter()
+        start = clock(model)
         if cache[0].exact_prefill:
             logits, start = shared, start - share
         else:
             logits = model(text.prompt, cache, logits_to_keep=1)
-        yield run_cache(row, cache, logits, text, start)
+        result = run_cache(row, cache, logits, text)
+        yield {**result, "seconds": clock(model) - start}
 
 
-def run_cache(
-    row: Choice, cache: list[LayerCache], logits: Tensor, text: Text, start: float
-) -> dict:
-    """What notes keep of one cache, which has read the prompt. `tokens` are those of all sequences
-    of the batch, as `bytes` are; `seconds`, with a share of a common prefill, are since `start`."""
+def run_cache(row: Choice, cache: list[LayerCache], logits: Tensor, text: Text) -> dict:
+    """What becomes of one cache, which has read the prompt. `tokens` are those of all sequences of
+    the batch, as `bytes` are."""
     scores = text.score(logits, cache)
     return {
         "scores": scores,
         "tokens": len(scores) * cache[0].length,
         "bytes": held_bytes(cache),
-        "seconds": time.perf_counter() - start,
     }
+
+
+def clock(model: Transformer) -> float:
+    """Seconds, once all that the model's device was given to do is done."""
+    device = model.lm_head.weight.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def summary(model: Transformer, results: list[dict]) -> dict:
@@ -185,11 +191,11 @@ def read_notes(notes: Path, arguments: dict | None) -> dict[tuple[int, int], dic
         if other:
             flag = "command" if other == "what" else "--" + other.replace("_", "-")
             raise UserError(
-                f"{file} has cases of a run with another {flag}; delete it to start again, or name "
-                "another --json"
+                f"{file} has cases of a run with another {flag}; delete it to start again, or "
+                "write to another place"
             )
     if done:
-        say(f"{len(done)} cases are done already")
+        say(f"{len(done)} runs of a cache on a case are done already")
     return done
 
 

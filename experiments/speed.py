@@ -10,7 +10,8 @@ there, the same checkpoint runs in it with its DynamicCache.
 Beside the time stands what bounds it, for one decode step: `cache_mb`, the bytes that the cache
 holds, nearly all of which a step reads (cskv does not read the latents of its window), and `mflop`,
 the multiplications and additions of its matrix products. Both leave something out: a step reads the
-weights too, and cskv and asvd their A and B; rotating keys and unpacking bits are no products.
+weights too, and cskv and asvd their A and B; rotating keys and unpacking bits are no products. With
+`--dtype float32`, the default, keys and values are 32-bit numbers, but latents 16-bit ones.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Factors for the paper's experiments: made once, trained together, kept for all commands.
+"""Factors for the paper's experiments: trained once and together, kept for all commands.
 
 A `Recipe` says how factors are made, a `Workshop` makes them. All that are missing share one pass
 of the frozen model over the samples, since no gradient passes from one set to another.

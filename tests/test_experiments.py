@@ -388,6 +388,13 @@ def test_retrieval_command_on_the_teaching_model(tmp_path, capsys, question):
     assert random["nominal_ratio"] == pytest.approx(1 - 12 / 128)
 
 
+def test_a_passkey_answer_has_room(setup, tmp_path, capsys):
+    """Of all its tokens: a buffer that grows at the last one holds 256 that nothing needs."""
+    more = ["--caches", "full", "--cache-dtype", "bfloat16"]
+    (row,) = measured(setup, capsys, tmp_path / "rows", "passkey", *more)
+    assert -0.02 < row["honest_ratio"] < 0  # the last token of an answer is not fed back
+
+
 def test_retrieval_calibrates_on_cases_of_another_seed(setup):
     args = evaluate.parse_arguments(
         [str(a) for a in arguments(setup, "longeval", "--lines", "2,9", "--seq-len", 30)]
@@ -636,7 +643,7 @@ def test_a_killed_run_goes_on(setup, tmp_path, capsys):
     assert killed.wait() == -signal.SIGKILL and not path.exists()
     done = notes.read_text().count("\n") - 1
     code, _, err = call(evaluate, capsys, *arguments(setup, *many, "--json", path))
-    assert code == 0 and f"{done} cases are done already" in err
+    assert code == 0 and f"{done} runs of a cache on a case are done already" in err
     rows = json.loads(path.read_text())
     assert without_seconds(rows) == without_seconds(expected)
 
@@ -657,7 +664,7 @@ def test_two_processes_print_the_table_of_one(setup, tmp_path, capsys, monkeypat
         assert call(evaluate, capsys, *arguments(setup, *what, "--json", path))[0] == 130
     done = torchrun(*command(setup, *what, "--json", path))
     assert done.stdout, done.stderr  # not its status: gloo may abort a process that has finished
-    assert done.stderr.count("4 cases are done already") == 1
+    assert done.stderr.count("4 runs of a cache on a case are done already") == 1
     rows = json.loads(path.read_text())
     assert without_seconds(rows) == without_seconds(expected)
     assert done.stdout == measuring.table(rows) + "\n"
@@ -688,6 +695,7 @@ def test_one_process_names_a_mistake(setup, tmp_path, mistake):
 
 # ---------------------------------------------------------------------------------------- mistakes
 
+EQUAL = ["--caches", "streaming", "--equal"]
 MISTAKES = {
     "a short text": ("perplexity", ["--passages", 100], "100 passages of 50 need more"),
     "past the context": ("perplexity", ["--context", 595], "605 tokens do not fit into 600"),
@@ -696,7 +704,11 @@ MISTAKES = {
     "unknown init": ("perplexity", ["--inits", "svd,best"], "no initialization 'best'"),
     "no such bits": ("perplexity", ["--bits", "4,5"], "'4,5' is not of 2,3,4,8,16,32"),
     "ratio 1": ("perplexity", ["--ratios", "0.5,1"], "'1' is not a number from 0"),
-    "two rows alike": ("passkey", ["--ratios", "0.5,0.5"], "two rows for cskv optimal 50%"),
+    "a ratio twice": ("passkey", ["--ratios", "0.5,0.5"], "'0.5,0.5' has a number twice"),
+    "a protocol twice": ("passkey", ["--question", "decode,decode"], "'decode' is given twice"),
+    "no such protocol": ("longeval", ["--question", "both"], "no protocol 'both'"),
+    "no size holds it": ("longeval", [*EQUAL, 60, "--ratios", "0.99"], "no cache can hold those"),
+    "bytes beyond reach": ("longeval", [*EQUAL, 601], "--equal 601 exceeds the context of 600"),
     "files of one name": ("longeval", ["--factors", "F/f", "F/copy/f"], "two rows for cskv f"),
     "no factors": ("longeval", ["--factors", "no"], "no factors file no"),
     "nowhere to write": ("longeval", ["--json", "no/such/rows.json"], "no folder no/such"),
