@@ -27,7 +27,7 @@ import cskv
 import quant
 from experiments.baselines import heavy_hitter_cache, kivi_cache, low_rank_cache, streaming_cache
 from model import DTYPES, LayerCache, Rope, Transformer, UserError, full_cache, number, numbers
-from train import calibrate, say
+from train import as_factors, calibrate, say
 
 PRUNED = {"streaming": streaming_cache, "h2o": heavy_hitter_cache}
 KIVI = {f"kivi-{bits}": bits for bits in quant.BITS}
@@ -102,7 +102,7 @@ class CacheMaker:
         return self.choice("full", partial(full_cache, self.model))
 
     def pruned(self, name: str, ratio: float, budget: int | None = None) -> Choice:
-        """ "streaming" or "h2o", keeping 1 - `ratio` of a prompt's tokens, or `budget` tokens."""
+        """StreamingLLM or H2O, by `name`: 1 - `ratio` of a prompt's tokens, or `budget` tokens."""
         make = partial(PRUNED[name], self.model, ratio, budget=budget)
         return self.choice(name, lambda n: make(expected=n), ratio, ratio)
 
@@ -200,7 +200,7 @@ def choices(
         seen = statistics() if init in cskv.CALIBRATED else None
         return cskv.init_factors(init, model, ranks, ranks, seen, args.seed)
 
-    def size_for(ratio: float, of_size: Callable[[int], Choice], most: int) -> list[int]:
+    def sizes(ratio: float, of_size: Callable[[int], Choice], most: int) -> list[int]:
         """With `--equal`: the size that holds the bytes asked for, or none."""
         size = maker.size_for(ratio, tokens, of_size, most)
         if size is None:
@@ -215,7 +215,7 @@ def choices(
             choice = maker.pruned(name, ratio, max(LEAST, budget))
             return replace(choice, nominal_ratio=1 - budget / tokens)
 
-        return [of_size(budget) for budget in size_for(ratio, of_size, tokens)]
+        return [of_size(budget) for budget in sizes(ratio, of_size, tokens)]
 
     def shrunk(init: str, ratio: float, row: Callable[[cskv.Factors], Choice]) -> list[Choice]:
         """`row` of factors with the rank that the ratio asks for."""
@@ -226,11 +226,10 @@ def choices(
         whole = cskv.init_factors("random", model, ranks, ranks)  # of any values, to count bytes
 
         def of_rank(rank: int) -> Choice:
-            cut = [cskv.LowRank(pair.A[:, :rank], pair.B[:rank]) for pair in whole.pairs]
-            layers = zip(cut[::2], cut[1::2], strict=True)
-            return row(cskv.Factors([cskv.LayerFactors(k, v) for k, v in layers]))
+            cut = [M for pair in whole.pairs for M in (pair.A[:, :rank], pair.B[:rank])]
+            return row(as_factors(cut, {}))
 
-        return [row(make_factors(init, rank)) for rank in size_for(ratio, of_rank, most)]
+        return [row(make_factors(init, rank)) for rank in sizes(ratio, of_rank, most)]
 
     rows = []
     for name in args.caches:
