@@ -16,7 +16,8 @@ protocols of experiments/evaluate.py. With `--text` the measure is perplexity in
 
 Tables and figures go to `--out`. Factors are trained once, for all commands: all that are missing
 share one pass of the frozen model over the samples. They stay in `--work`, with checkpoints, and so
-do single cases: a command that was interrupted goes on when it is given again.
+do single cases: a command that was interrupted goes on when it is given again. Two processes share
+the cases out: `torchrun --nproc-per-node 2 -m experiments.paper table1`.
 
 The paper's numbers, in the column `paper`, are of LongChat-7B on LongEval with 200 to 500 lines.
 """
@@ -31,7 +32,6 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from torch.distributed import is_torchelastic_launched
 
 import cskv
 import quant
@@ -52,6 +52,7 @@ from model import (
     replacing,
     run_command,
 )
+from train import place, processes
 
 PAPER_LR = 5e-5
 
@@ -103,6 +104,8 @@ class Experiment(Workshop):
         `side_by_side`, and the file has all rows as well."""
         out, whole = self.args.out / self.args.what, table(rows, columns)
         text = table(*side_by_side(rows, columns)) if "question" in columns else whole
+        if place()[0]:
+            return
         print(text)
         write_json(out.with_suffix(".json"), rows)
         command = f"`python -m experiments.paper {shlex.join(sys.argv[1:]) or self.args.what}`"
@@ -385,13 +388,13 @@ def run(args: argparse.Namespace) -> None:
         figures.pyplot()  # if it is missing, that is known before the work and not after
     if args.text and not args.text.exists():
         raise UserError(f"no file {args.text}; give held-out text")
-    if is_torchelastic_launched():
-        raise UserError("one process makes these tables; start it without torchrun")
-    shop = Experiment(args)
-    if args.what.startswith("table"):
-        shop.cases  # noqa: B018  (a case that does not fit says so now, and not after the training)
-    COMMANDS[args.what](shop)
-    forget(shop.notes)
+    with processes(args.device) as args.device:
+        shop = Experiment(args)
+        if args.what.startswith("table"):
+            shop.cases  # noqa: B018  (a case that does not fit says so now, not after the training)
+        COMMANDS[args.what](shop)
+        if place()[0] == 0:
+            forget(shop.notes)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -22,7 +22,7 @@ import cskv
 from experiments.longeval import make_cases
 from experiments.measuring import write_json
 from model import DTYPES, UNREADABLE, UserError, load_model, load_tokenizer, replacing
-from train import Tuner, batch_of, calibrate, run_layers, sample_tokens
+from train import Tuner, batch_of, calibrate, place, run_layers, sample_tokens
 
 LINES = [25, 50, 100]  # of the LongEval cases that factors are fitted to, and of table 1
 
@@ -134,7 +134,9 @@ class Workshop:
             initial = run_layers(self.model, measured, tuners).sum(1).tolist()
             state = {"losses": [], "seconds": 0.0, "initial": initial}
         began, losses = time.monotonic() - state["seconds"], state["losses"]
-        bar = tqdm(total=steps, initial=len(losses), desc=f"training {len(recipes)}")
+        # Every process has all tuners, and writes the same files, each whole or not at all.
+        name, quiet = f"training {len(recipes)}", place()[0] > 0
+        bar = tqdm(total=steps, initial=len(losses), desc=name, disable=quiet)
         for step in range(len(losses), steps):
             batch = batch_of(samples, step, 1, args.seed)
             losses.append(run_layers(self.model, batch, tuners, train=True).sum(1).tolist())

@@ -1,6 +1,9 @@
 """The paper's experiments as commands, on a tiny model: what they write, and that they resume."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from experiments.workshop import Recipe, Workshop
 from model import UserError
 from tests.test_infer import call
 from tests.tiny import save_checkpoint, tiny_model
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +151,24 @@ def test_training_together_equals_training_alone_and_resumes(setup, tmp_path, mo
         for a, b in zip(one.layers, other.layers, strict=True):
             assert torch.equal(a.k.A, b.k.A) and torch.equal(a.v.B, b.v.B)
     assert resumed[1].k_bits == 4 and resumed[0].k_bits == 16
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_table_of_one(setup, tmp_path):
+    """Training included, which they do together. Sums in another order round differently."""
+    pytest.importorskip("matplotlib")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    tables = []
+    for name, python in (("one", [sys.executable]), ("two", start)):
+        args = text_flags(setup, "table3", tmp_path / name)
+        command = [*python, "-m", "experiments.paper", *map(str, args)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.count("| question") + done.stdout.count("| factors") == 1, done.stderr
+        tables.append(read(tmp_path / name, "table3"))
+        assert not list((tmp_path / name / "work" / "tiny").glob("*.cases-*"))
+    for one, two in zip(*tables, strict=True):
+        assert one["perplexity"] == pytest.approx(two["perplexity"], rel=1e-3)
+        assert (one["window"], one["honest_ratio"]) == (two["window"], two["honest_ratio"])
 
 
 def test_perplexity_without_calibration_text_is_refused(setup, tmp_path, capsys):
