@@ -655,6 +655,7 @@ def torchrun(*args):
     return subprocess.run(start, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_two_processes_print_the_table_of_one(setup, tmp_path, capsys, monkeypatch):
     """They take up, too, what a single one left; only the seconds are others."""
     path, what = tmp_path / "rows", [*LONGEVAL, "--caches", ALL, "--lines", 2]

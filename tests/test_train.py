@@ -849,6 +849,7 @@ def torchrun(arguments):
     return {"args": [*command, "--", "train.py", *arguments], "cwd": ROOT, "text": True}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(setup, tmp_path):
     """Batches of 3: the second process has one sample of them, and none of the last. From `asvd`,
     whose start depends on the text that the two have read together."""
@@ -872,6 +873,7 @@ def test_two_processes_equal_one(setup, tmp_path):
             assert a[name] == pytest.approx(b[name], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_first_process_alone_is_one_line(setup, tmp_path):
     """The first cannot write its log any more: the second must neither hang nor print a traceback
     of its broken connection. (Those of torchrun itself stay.)"""
