@@ -115,19 +115,20 @@ def run_case(model: Transformer, rows: list[Choice], text: Text) -> Iterator[dic
     """Yields for each row, in order, what notes keep of the case."""
     caches = [row.make(text.length) for row in rows]
     exact = [cache for cache in caches if cache[0].exact_prefill]
-    start = clock(model)
+    device = text.prompt.device
+    start = clock(device)
     if exact:
         together = [Together(layer) for layer in zip(*exact, strict=True)]
         shared = model(text.prompt, together, logits_to_keep=1)  # [B, 1, vocab]
-        share = (clock(model) - start) / len(exact)
+        share = (clock(device) - start) / len(exact)
     for row, cache in zip(rows, caches, strict=True):
-        start = clock(model)
+        start = clock(device)
         if cache[0].exact_prefill:
             logits, start = shared, start - share
         else:
             logits = model(text.prompt, cache, logits_to_keep=1)
         result = run_cache(row, cache, logits, text)
-        yield {**result, "seconds": clock(model) - start}
+        yield {**result, "seconds": clock(device) - start}
 
 
 def run_cache(row: Choice, cache: list[LayerCache], logits: Tensor, text: Text) -> dict:
@@ -141,10 +142,9 @@ def run_cache(row: Choice, cache: list[LayerCache], logits: Tensor, text: Text) 
     }
 
 
-def clock(model: Transformer) -> float:
-    """Seconds, once all that the model's device was given to do is done."""
-    device = model.lm_head.weight.device
-    if device.type == "cuda":
+def clock(device: str | torch.device) -> float:
+    """Seconds, once all that the device was given to do is done."""
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 

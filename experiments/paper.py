@@ -102,10 +102,10 @@ class Experiment(Workshop):
     def write(self, rows: list[dict], columns: dict) -> None:
         """Prints a table and writes it, as Markdown and as JSON. Of rows of several protocols it is
         `side_by_side`, and the file has all rows as well."""
-        out, whole = self.args.out / self.args.what, table(rows, columns)
-        text = table(*side_by_side(rows, columns)) if "question" in columns else whole
         if place()[0]:
             return
+        out, whole = self.args.out / self.args.what, table(rows, columns)
+        text = table(*side_by_side(rows, columns))
         print(text)
         write_json(out.with_suffix(".json"), rows)
         command = f"`python -m experiments.paper {shlex.join(sys.argv[1:]) or self.args.what}`"

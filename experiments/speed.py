@@ -18,7 +18,6 @@ import argparse
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 import cskv
 from experiments.caches import KIVI, NAMES, PRUNED, CacheMaker, held_bytes, names_of, some_bits
-from experiments.measuring import table, write_json
+from experiments.measuring import clock, table, write_json
 from model import (
     DTYPES,
     Arguments,
@@ -65,11 +64,9 @@ def transformers_runner(path: str, device: str, dtype: torch.dtype) -> Runner | 
 
 def timed(function: Callable[[], object], device: str) -> float:
     """Seconds that `function` takes, its work on a GPU included."""
-    start = time.perf_counter()
+    start = clock(device)
     function()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock(device) - start
 
 
 @torch.no_grad()
