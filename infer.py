@@ -18,25 +18,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import cskv
-from model import (
+from cskv import BiBranchCache, ChunkedBiBranchCache, Factors, bi_branch_cache
+from model import LayerCache, Transformer, full_cache
+from support.checkpoint import load_model
+from support.command import (
     DTYPES,
     Arguments,
-    LayerCache,
-    Tokenizer,
-    Transformer,
     UserError,
     check_device,
-    full_cache,
-    load_model,
-    load_tokenizer,
     number,
     run_command,
 )
+from support.factors_file import load_factors
+from support.tokenizer import Tokenizer, load_tokenizer
 
-TEACHER = (
-    Path(__file__).resolve().parent / "weights" / "teacher"
-)  # the embedded model, for retrieval only
+# The embedded model, for retrieval only.
+TEACHER = Path(__file__).resolve().parent / "weights" / "teacher"
+KINDS = {"cskv": ChunkedBiBranchCache, "cskv-plain": BiBranchCache}
 
 
 def make_sampler(temperature: float, top_p: float, seed: int) -> Callable[[Tensor], int]:
@@ -77,6 +75,25 @@ def generate(
         tokens = torch.tensor([[token]], device=device)
 
 
+# ------------------------------------------------------------------------------------- measures
+
+
+def nominal_ratio(model: Transformer, factors: Factors) -> float:
+    """The paper's compression ratio: 1 - density * bits / 16, nothing but latents counted."""
+    kept = sum(pair.rank * pair.bits for pair in factors.pairs)
+    return 1 - kept / (2 * 16 * model.config.d_kv * len(factors.layers))
+
+
+def held_bytes(cache: list[LayerCache]) -> int:
+    """Bytes of the tensors that a cache really holds, unused room included."""
+    return sum(layer.nbytes() for layer in cache)
+
+
+def full_bytes(model: Transformer, tokens: int) -> int:
+    """Bytes of a full cache in 16 bits, which measured ratios compare with."""
+    return 2 * 2 * model.config.num_hidden_layers * model.config.d_kv * tokens
+
+
 def answer(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -86,11 +103,7 @@ def answer(
     sample: Callable[[Tensor], int],
     write: Callable[[str], None] = lambda text: None,
 ) -> dict:
-    """Generates from `cache`, streaming text through `write`, and measures bytes and seconds.
-
-    `honest_ratio` compares the bytes of the tensors that the cache holds at the end with those of a
-    full cache of the same length in 16 bits, 2 * layers * d_kv * 2 bytes a token.
-    """
+    """Generates from `cache`, streams the text through `write`, and measures bytes and seconds."""
     tokens, times, written = [], [time.perf_counter()], ""
     for token in generate(model, prompt, cache, max_new_tokens, sample):
         times.append(time.perf_counter())
@@ -101,17 +114,15 @@ def answer(
             written = text
     times.append(time.perf_counter())
     write(tokenizer.decode(tokens)[len(written) :])
-    config = model.config
     steps = cache[0].length - len(prompt)  # every new token but the last went through decode
-    cache_bytes = sum(layer.nbytes() for layer in cache)
-    full_bytes = 2 * config.num_hidden_layers * config.d_kv * 2 * cache[0].length
+    full = full_bytes(model, cache[0].length)
     return {
         "text": tokenizer.decode(tokens),
         "tokens": tokens,
         "prompt_tokens": len(prompt),
-        "cache_bytes": cache_bytes,
-        "full_cache_bytes": full_bytes,
-        "honest_ratio": 1 - cache_bytes / full_bytes,
+        "cache_bytes": held_bytes(cache),
+        "full_cache_bytes": full,
+        "measured_ratio": 1 - held_bytes(cache) / full,
         "prefill_seconds": times[1] - times[0],
         "decode_seconds_per_token": (times[1 + steps] - times[1]) / steps if steps else 0.0,
     }
@@ -122,32 +133,22 @@ def report(results: dict[str, dict]) -> str:
     rows = {
         "cache, MB": lambda r: f"{r['cache_bytes'] / 1e6:.2f}",
         "a full 16-bit cache, MB": lambda r: f"{r['full_cache_bytes'] / 1e6:.2f}",
-        "honest ratio": lambda r: f"{r['honest_ratio']:.1%}",
+        "measured ratio": lambda r: f"{r['measured_ratio']:.1%}",
         "nominal ratio": lambda r: f"{r['nominal_ratio']:.1%}",
         "prefill, s": lambda r: f"{r['prefill_seconds']:.2f}",
         "decode, ms a token": lambda r: f"{1e3 * r['decode_seconds_per_token']:.1f}",
     }
-    lines = [f"{'':25}" + "".join(f"{name:>10}" for name in results)]
+    lines = [f"{'':25}" + "".join(f"{name:>12}" for name in results)]
     for label, value in rows.items():
-        lines.append(f"{label:25}" + "".join(f"{value(r):>10}" for r in results.values()))
+        lines.append(f"{label:25}" + "".join(f"{value(r):>12}" for r in results.values()))
     return "\n".join(lines)
 
 
-def encode_prompt(
-    tokenizer: Tokenizer, text: str, chat: bool | None, model: Transformer
-) -> list[int]:
-    """The prompt's ids, within the chat template if there is one (`chat` None) or if asked for.
+# --------------------------------------------------------------------------------- command line
 
-    Raises `UserError` for an empty prompt and for one that leaves no room in the model's context.
-    """
-    if not text.strip():
-        raise UserError('the prompt is empty; give some text: --prompt "..."')
-    if chat or (chat is None and tokenizer.template):
-        prompt = tokenizer.encode(
-            tokenizer.chat([{"role": "user", "content": text}]), special=False
-        )
-    else:
-        prompt = tokenizer.encode(text)
+
+def check_prompt(text: str, prompt: list[int], model: Transformer) -> None:
+    """Raises `UserError` for a prompt, `text` in tokens, that the model cannot go on from."""
     limit, vocabulary = model.config.context_length, model.config.vocab_size
     if len(prompt) >= limit:
         raise UserError(
@@ -155,7 +156,6 @@ def encode_prompt(
         )
     if max(prompt) >= vocabulary:
         raise UserError(f"token {max(prompt)} is not in the model's {vocabulary}; wrong tokenizer?")
-    return prompt
 
 
 def note(text: str) -> None:
@@ -170,37 +170,44 @@ def shorten(text: str) -> str:
     return f"{first[:76]} [...]\n[...]\n{asked}\n[...]\n{last}\n"
 
 
+ENGLISH = (
+    "The embedded model only finds numbers in its prompt, as `python infer.py` shows. For "
+    "English:\npython weights/get_smollm2.py, then --model weights/SmolLM2-135M-Instruct"
+)
+
+
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     check_device(args.device)
-    path, text, factors_file, compare = args.model, args.prompt, args.factors, args.compare
-    most, hint = args.max_new_tokens, None
-    if Path(path).resolve() == TEACHER:
-        factors_file = factors_file or TEACHER / "cskv-80.safetensors"
-        hint = (
-            "The embedded model only finds numbers in its prompt, as `python infer.py` shows. For "
-            "English:\npython weights/get_smollm2.py, then --model weights/SmolLM2-135M-Instruct"
-        )
+    text, file, compare, most = args.prompt, args.factors, args.compare, args.max_new_tokens
+    if Path(args.model).resolve() == TEACHER:
+        file = file or TEACHER / "cskv-80.safetensors"
+        note_after = ENGLISH
         if text is None:
             text = (TEACHER / "prompt.txt").read_text(encoding="utf-8")
-            hint, compare, most = shorten(text), True, min(most, 8)  # a number and its end
+            note_after, compare, most = shorten(text), True, min(most, 8)  # a number and its end
+    else:
+        note_after = ""
     if text is None:
         raise UserError('no prompt; give one: --prompt "..."')
-    caches = ["full", "cskv"] if compare else [args.cache]
-    if "cskv" in caches and factors_file is None:
+    if not text.strip():
+        raise UserError('the prompt is empty; give some text: --prompt "..."')
+    caches = (
+        [args.cache] if not compare else ["full", "cskv" if args.cache == "full" else args.cache]
+    )
+    if caches != ["full"] and file is None:
         raise UserError(
-            "the cskv cache needs --factors FILE, made by train.py; or use --cache full"
+            f"the {caches[-1]} cache needs --factors FILE, made by train.py; or use --cache full"
         )
-    model, tokenizer = load_model(path, args.device, DTYPES[args.dtype]), load_tokenizer(path)
-    prompt = encode_prompt(tokenizer, text, args.chat, model)
-    factors, bits = None, (16, 16)
-    if "cskv" in caches:
-        factors = cskv.load_factors(factors_file, model)
-        k_bits = args.k_bits or args.bits or factors.k_bits
-        v_bits = args.v_bits or args.bits or factors.v_bits
-        bits = k_bits, v_bits
-    if hint:
-        note(hint)
+    model = load_model(args.model, args.device, DTYPES[args.dtype])
+    tokenizer = load_tokenizer(args.model)
+    prompt = tokenizer.encode_prompt(text, args.chat)
+    check_prompt(text, prompt, model)
+    if caches != ["full"]:
+        factors = load_factors(file, model)
+        factors = factors.in_bits(args.k_bits or args.bits, args.v_bits or args.bits)
+    if note_after:
+        note(note_after)
     new_tokens = min(most, model.config.context_length - len(prompt))
     if new_tokens < most:
         note(f"only {new_tokens} new tokens fit into the context")
@@ -211,9 +218,8 @@ def run(args: argparse.Namespace) -> None:
         if name == "full":
             cache, nominal = full_cache(model, expected), 0.0
         else:
-            clamped = factors.clamped_zero_point
-            cache = cskv.bi_branch_cache(model, factors, args.window, expected, *bits, clamped)
-            nominal = cskv.nominal_ratio(model, factors, *bits)
+            cache = bi_branch_cache(model, factors, args.window, expected, KINDS[name])
+            nominal = nominal_ratio(model, factors)
         sample = make_sampler(args.temperature, args.top_p, args.seed)
         stream = [] if args.json else [lambda text: print(text, end="", flush=True)]
         if compare and not args.json:
@@ -231,54 +237,29 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--prompt", help="what to answer or to continue (default, without --model: a LongEval case)"
-    )
-    parser.add_argument(
-        "--model",
-        default=TEACHER,
-        help="checkpoint folder or hub name (default: the embedded model)",
-    )
-    parser.add_argument("--factors", help="factors file for this model, made by train.py")
-    parser.add_argument("--cache", choices=["cskv", "full"], default="cskv", help="default: cskv")
-    parser.add_argument(
-        "--compare", action="store_true", help="answer from the full cache as well, side by side"
-    )
-    parser.add_argument(
-        "--window",
-        type=number(int, 1),
-        default=32,
-        help="newest tokens kept in full precision: costs memory, helps a little (default: 32)",
-    )
-    bits = {"type": int, "choices": [2, 3, 4, 8, 16, 32]}
-    parser.add_argument(
-        "--bits", **bits, help="bits of a stored latent (default: those the factors were made for)"
-    )
-    parser.add_argument("--k-bits", **bits, help="bits for keys alone")
-    parser.add_argument("--v-bits", **bits, help="bits for values alone")
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=128, help="default: 128")
-    parser.add_argument(
-        "--temperature", type=number(float, 0, 100), default=0.0, help="0, the default, is greedy"
-    )
-    parser.add_argument(
-        "--top-p",
-        type=number(float, 1e-6, 1),
-        default=1.0,
-        help="nucleus of the sampling (default: 1)",
-    )
-    parser.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of the sampling (default: 0)"
-    )
-    parser.add_argument(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        help="wrap the prompt in the model's chat template (default: if it has one)",
-    )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of streaming text"
-    )
+    add, bits = parser.add_argument, {"type": int, "choices": [2, 3, 4, 8, 16, 32]}
+    default = "default, without --model: a LongEval case"
+    add("--prompt", help=f"text to answer or to continue ({default})")
+    add("--model", default=TEACHER, help="checkpoint folder or hub name (the embedded model)")
+    add("--factors", help="factors file for this model, made by train.py")
+    add("--cache", choices=[*KINDS, "full"], default="cskv", help="cskv-plain: the class to read")
+    add("--compare", action="store_true", help="answer from the full cache as well, side by side")
+    window = "newest tokens kept in full precision: costs memory, helps a little (32)"
+    add("--window", type=number(int, 1), default=32, help=window)
+    add("--bits", **bits, help="bits of a stored latent (those the factors were made for)")
+    add("--k-bits", **bits, help="bits for keys alone")
+    add("--v-bits", **bits, help="bits for values alone")
+    add("--max-new-tokens", type=number(int, 1), default=128, help="end the answer there (128)")
+    heat = "above 0, sample: higher is more surprising (0, greedy)"
+    add("--temperature", type=number(float, 0, 100), default=0.0, help=heat)
+    nucleus = "sample from the likeliest tokens of this probability in all (1)"
+    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help=nucleus)
+    add("--seed", type=number(int, 0), default=0, help="another seed samples another text (0)")
+    chat = "wrap the prompt in the model's chat template (if it has one)"
+    add("--chat", action=argparse.BooleanOptionalAction, help=chat)
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add("--dtype", choices=DTYPES, default="float32", help="precision of the model (float32)")
+    add("--json", action="store_true", help="print one JSON object instead of streaming text")
     return parser.parse_args(argv)
 
 

@@ -20,7 +20,7 @@ keys and latents do, loses most of its levels, or all but one:
     with a minimum:   minimum 10   codes 0 1 2 3   ->  10 11 12 13
     with zero-point:  zero = clamp(-10, 0, 3) = 0   codes 3 3 3 3   ->  3 3 3 3
 
-`clamped_zero_point` does this, to be measured against: very likely it is why the paper's Table 5
+`clamped` asks for this, to be measured against: very likely it is why the paper's Table 5
 finds that quantization without training leaves nothing (PTQ = 0.00).
 """
 
@@ -39,7 +39,7 @@ def bits_per_element(bits: int, size: int = GROUP) -> float:
     """Bits of storage an element, scale and minimum included: `bits` + 1 for groups of 32.
 
     `size` is the number of elements along the grouped dimension. If it is no multiple of 32, its
-    last group is short and just as dear: 38 channels in 4 bits cost 4 + 2 * 32 / 38 = 5.7.
+    last group is short and costs as much: 38 channels in 4 bits take 4 + 2 * 32 / 38 = 5.7.
     """
     return bits + 2 * 16 * -(-size // GROUP) / size
 
@@ -65,9 +65,7 @@ def round_down(x: Tensor) -> Tensor:
     return torch.where(half > x, lower, half)
 
 
-def group_limits(
-    x: Tensor, bits: int, dim: int, clamped_zero_point: bool = False
-) -> tuple[Tensor, Tensor]:
+def group_limits(x: Tensor, bits: int, dim: int, clamped: bool = False) -> tuple[Tensor, Tensor]:
     """Scale and minimum of every group of x [..., T, C] along `dim`, in float16."""
     n = x.shape[dim]
     # A short last group is filled up with its last element, which changes neither of its limits.
@@ -75,7 +73,7 @@ def group_limits(
     groups = x.float().index_select(dim, index).unflatten(dim, (-1, GROUP))
     low, high = (limit(dim=dim) for limit in (groups.amin, groups.amax))
     levels = 2**bits - 1
-    if clamped_zero_point:
+    if clamped:
         scale = ((high - low) / levels).clamp(2**-24, 65504).half()
         zero = (-low / scale.float()).round().clamp(0, levels)
         return scale, (-zero * scale.float()).half()
@@ -83,17 +81,17 @@ def group_limits(
     return -round_down((minimum.float() - high) / levels), minimum
 
 
-def spread(per_group: Tensor, dim: int, n: int) -> Tensor:
+def repeat_per_group(per_group: Tensor, dim: int, n: int) -> Tensor:
     """Gives each of `n` elements along `dim` the number of its group, in float32."""
     return per_group.float().index_select(dim, torch.arange(n, device=per_group.device) // GROUP)
 
 
-def quantize(x: Tensor, bits: int, dim: int, clamped_zero_point: bool = False) -> Quantized:
+def quantize(x: Tensor, bits: int, dim: int, clamped: bool = False) -> Quantized:
     """x [..., T, C] in `bits` bits, in groups along `dim`."""
-    scale, minimum = group_limits(x, bits, dim, clamped_zero_point)
+    scale, minimum = group_limits(x, bits, dim, clamped)
     n = x.shape[dim]
-    step = spread(scale, dim, n).clamp(min=2**-24)  # a group of equal numbers has scale 0
-    codes = ((x.float() - spread(minimum, dim, n)) / step).round().clamp(0, 2**bits - 1)
+    step = repeat_per_group(scale, dim, n).clamp(min=2**-24)  # a group of equal numbers has scale 0
+    codes = ((x.float() - repeat_per_group(minimum, dim, n)) / step).round().clamp(0, 2**bits - 1)
     return Quantized(codes.to(torch.uint8), scale, minimum)
 
 
@@ -101,7 +99,7 @@ def dequantize(q: Quantized, dim: int) -> Tensor:
     """minimum + scale * code, [..., T, C] in float32."""
     x, scale, minimum = q.codes.float(), q.scale.float(), q.minimum.float()
     whole, rest = divmod(x.shape[dim], GROUP)
-    # In place on views: a decode step does this to the whole cache, and `spread` takes longer.
+    # In place on views: a decode step does this to the whole cache, and repeating takes longer.
     groups = x.narrow(dim, 0, whole * GROUP).unflatten(dim, (whole, GROUP))
     groups.mul_(scale.narrow(dim, 0, whole).unsqueeze(dim))
     groups.add_(minimum.narrow(dim, 0, whole).unsqueeze(dim))
@@ -111,7 +109,7 @@ def dequantize(q: Quantized, dim: int) -> Tensor:
     return x
 
 
-def fake_quantize(x: Tensor, bits: int, dim: int, clamped_zero_point: bool = False) -> Tensor:
+def fake_quantize(x: Tensor, bits: int, dim: int, clamped: bool = False) -> Tensor:
     """What storage makes of x, in x's type and with a gradient: for training with the loss in it.
 
     Rounding has no useful gradient, so it is passed straight through (Bengio et al., 2013): as if
@@ -119,9 +117,9 @@ def fake_quantize(x: Tensor, bits: int, dim: int, clamped_zero_point: bool = Fal
     The limits count as constants, too.
     """
     with torch.no_grad():
-        q = quantize(x, bits, dim, clamped_zero_point)
+        q = quantize(x, bits, dim, clamped)
         n, levels = x.shape[dim], 2**bits - 1
-        low, step = spread(q.minimum, dim, n), spread(q.scale, dim, n)
+        low, step = repeat_per_group(q.minimum, dim, n), repeat_per_group(q.scale, dim, n)
         inside = (x >= low) & (x <= low + step * levels)
         stored = dequantize(q, dim).to(x.dtype)
     return torch.where(inside, stored + (x - x.detach()), stored)
@@ -166,30 +164,49 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 class Packed:
-    """The first tokens [B, T, C] of a sequence in b bits, T a multiple of 32. It grows.
+    """Tokens [B, T, C] of a sequence in b bits. It grows.
+
+    Packed are whole groups of 32 tokens, once all 32 are older than the newest `residual`. Until
+    then they wait as they are, at most residual + 31 of them:
+
+        residual 4, 70 tokens held     0 .. 31 | 32 .. 63 | 64 65   66 67 68 69
+                                        packed |  packed  | wait    the residual
 
     Args:
-        bits: 2, 3, 4 or 8.
-        dim: along what a group of 32 lies, TOKENS or CHANNELS.
+        bits, dim: 2, 3, 4 or 8; and along what a group of 32 lies, TOKENS or CHANNELS.
+        residual: newest tokens that are not packed.
         expected: final number of tokens, if known; memory is then taken once.
-        clamped_zero_point: where the levels lie; see the top of this file.
+        clamped: where the levels lie; see the top of this file.
+        dtype: of the tokens that wait. None: as they come.
     """
 
-    length = 0  # tokens held
+    length = packed = 0  # tokens held, and how many of these are packed
     grow = 256  # tokens to make room for when there is none left
 
-    def __init__(self, bits: int, dim: int, expected: int = 0, clamped_zero_point: bool = False):
-        self.bits, self.dim, self.expected = bits, dim, expected
-        self.clamped_zero_point = clamped_zero_point
+    def __init__(self, bits, dim, residual=0, expected=0, clamped=False, dtype=None):
+        self.bits, self.dim, self.residual, self.clamped = bits, dim, residual, clamped
+        self.dtype, self.expected = dtype, max(0, expected - residual)
         # Rows of 32 tokens in each buffer: codes, scales, minima.
         limits = 1 if dim == TOKENS else GROUP
         self.rows = GROUP * bits // 8, limits, limits
         self.buffers: list[Tensor] = []  # each [B, T / 32 or more, the numbers of those rows]
 
     def append(self, x: Tensor) -> None:
-        """x [B, n, C], the next n tokens, n a multiple of 32."""
-        start, groups = self.length // GROUP, x.shape[1] // GROUP
-        q = quantize(x, self.bits, self.dim, self.clamped_zero_point)
+        """x [B, n, C], the next n tokens."""
+        x = x.to(self.dtype or x.dtype)
+        # A copy a step, but of fewer than residual + 32 tokens, however long the text is.
+        waiting = torch.cat([self.waiting, x] if self.length else [x], 1)
+        self.length += x.shape[1]
+        n = max(0, waiting.shape[1] - self.residual) // GROUP * GROUP
+        if n:
+            self.pack_groups(waiting[:, :n])
+            waiting = waiting[:, n:].clone()  # a view would keep the memory of the packed ones
+        self.waiting = waiting  # [B, at most residual + 31, C]
+
+    def pack_groups(self, x: Tensor) -> None:
+        """x [B, n, C], n a multiple of 32."""
+        start, groups = self.packed // GROUP, x.shape[1] // GROUP
+        q = quantize(x, self.bits, self.dim, self.clamped)
         parts = [pack(q.codes, self.bits), q.scale, q.minimum]
         parts = [part.unflatten(1, (groups, -1)).flatten(2) for part in parts]
         stop = start + groups
@@ -201,18 +218,23 @@ class Packed:
             self.buffers = [F.pad(buffer, (0, 0, 0, more)) for buffer in self.buffers]
         for buffer, part in zip(self.buffers, parts, strict=True):
             buffer[:, start:stop] = part
-        self.length += x.shape[1]
+        self.packed += x.shape[1]
 
     def read(self, start: int, stop: int) -> Tensor:
-        """The tokens from `start` to `stop` - 1 again, [B, stop - start, C] in float32."""
-        first, last = start // GROUP, -(-stop // GROUP)  # the groups that they lie in
-        packed, scale, minimum = (
-            buffer[:, first:last].unflatten(2, (rows, -1)).flatten(1, 2)
-            for buffer, rows in zip(self.buffers, self.rows, strict=True)
-        )
-        x = dequantize(Quantized(unpack(packed, self.bits), scale, minimum), self.dim)
-        return x[:, start - first * GROUP : stop - first * GROUP]
+        """The tokens from `start` to `stop` - 1 again, [B, stop - start, C]; packed: in float32."""
+        end, parts = min(stop, self.packed), []
+        if start < end:
+            first, last = start // GROUP, -(-end // GROUP)  # the groups that they lie in
+            packed, scale, minimum = (
+                buffer[:, first:last].unflatten(2, (rows, -1)).flatten(1, 2)
+                for buffer, rows in zip(self.buffers, self.rows, strict=True)
+            )
+            x = dequantize(Quantized(unpack(packed, self.bits), scale, minimum), self.dim)
+            parts.append(x[:, start - first * GROUP : end - first * GROUP])
+        if stop > self.packed or not parts:
+            parts.append(self.waiting[:, max(0, start - self.packed) : max(0, stop - self.packed)])
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def tensors(self) -> list[Tensor]:
-        """The memory taken: `bits_per_element` bits a number, and room for tokens to come."""
-        return self.buffers
+        """The memory taken, room for tokens to come included."""
+        return [*self.buffers, self.waiting] if self.length else []

@@ -21,23 +21,16 @@ Sources:
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cskv import BiBranchCache, Factors, LayerFactors
-from model import (
-    Attention,
-    Config,
-    LayerCache,
-    Rope,
-    Transformer,
-    UserError,
-    causal_attention,
-    reserve,
-)
-from quant import BITS, CHANNELS, GROUP, TOKENS, Packed
+from cskv import ChunkedBiBranchCache, Factors, LayerFactors
+from model import Attention, Config, LayerCache, Rope, Transformer, causal_attention, reserve
+from quant import BITS, CHANNELS, TOKENS, Packed
+from support.command import UserError
 
 # -------------------------------------------------------------------------------- token pruning
 
@@ -301,27 +294,20 @@ class KiviCache(LayerCache):
         self.bits, self.residual, self.expected = bits, residual, expected
         self.sliding_window = config.sliding_window
 
-    def packed(self, length: int) -> int:
-        """How many of `length` tokens are packed."""
-        return max(0, length - self.residual) // GROUP * GROUP
-
     def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """The whole prompt, exactly."""
         self.check_prefill()
-        T = k.shape[2]
-        old, room = self.packed(T), self.packed(max(T, self.expected))
         # On a CPU a chunk of unpacked keys should stay in its cache; a GPU wants few, large steps.
         self.chunk = 1024 if k.device.type == "cpu" else 8192
         q, k = rope.rotate(q, 0), rope.rotate(k, 0)
-        # 1. Pack the groups older than the residual. Heads count as sequences: [B * H_kv, T, D].
-        self.k_old, self.v_old = Packed(self.bits, TOKENS, room), Packed(self.bits, CHANNELS, room)
-        if old:
-            self.k_old.append(k[:, :, :old].flatten(0, 1))
-            self.v_old.append(v[:, :, :old].flatten(0, 1))
-        # 2. The rest waits: a copy, which does not hold on to the memory of the whole prompt.
-        self.k, self.v = k[:, :, old:].clone(), v[:, :, old:].clone()
-        self.length = T
-        # 3. Attention with the exact keys and values.
+        # 1. Groups older than the residual are packed, the rest waits. Heads count as sequences:
+        #    [B * H_kv, T, D].
+        sizes = self.residual, self.expected
+        self.k, self.v = (Packed(self.bits, dim, *sizes) for dim in (TOKENS, CHANNELS))
+        self.k.append(k.flatten(0, 1))
+        self.v.append(v.flatten(0, 1))
+        self.length = k.shape[2]
+        # 2. Attention with the exact keys and values.
         return causal_attention(q, k, v, self.sliding_window)
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
@@ -329,44 +315,36 @@ class KiviCache(LayerCache):
         self.check_decode(q)
         B, H_kv, _, D = k.shape
         t, self.length = self.length, self.length + 1
-        old = self.packed(self.length)
-        # 1. The new token joins those that wait, residual + 31 at most: a small copy.
-        self.k = torch.cat([self.k, rope.rotate(k, t)], dim=2)
-        self.v = torch.cat([self.v, v], dim=2)
-        # 2. If that makes a whole group older than the residual, pack it.
-        if old > self.packed(t):
-            self.k_old.append(self.k[:, :, :GROUP].flatten(0, 1))
-            self.v_old.append(self.v[:, :, :GROUP].flatten(0, 1))
-            self.k, self.v = self.k[:, :, GROUP:].clone(), self.v[:, :, GROUP:].clone()
-        # 3. Attended are the tokens first .. t: first .. old - 1 packed, the others as they are.
-        first = max(0, self.length - (self.sliding_window or self.length))
+        # 1. The new token joins those that wait; a group that is older than the residual is packed.
+        self.k.append(rope.rotate(k, t).flatten(0, 1))
+        self.v.append(v.flatten(0, 1))
+        # 2. Attended are the tokens first .. t in chunks: first .. old - 1 packed, then the others.
+        first, old = max(0, self.length - (self.sliding_window or self.length)), self.k.packed
         chunks = [(s, min(s + self.chunk, old)) for s in range(first, old, self.chunk)]
-        new = slice(max(0, first - old), None)
-        # 4. Scores. Old keys are unpacked chunk by chunk, so the working memory is one chunk
+        chunks.append((max(first, old), self.length))
+        # 3. Scores. Old keys are unpacked chunk by chunk, so the working memory is one chunk
         #    however long the sequence is. Queries of a group share a key head: [.., G, D].
         q = rope.rotate(q, t).view(B, H_kv, -1, D).float() / math.sqrt(D)  # [B, H_kv, G, D]
         scores = q.new_empty(*q.shape[:3], self.length - first)
         for s, e in chunks:
-            k_hat = self.k_old.read(s, e).view(B, H_kv, e - s, D)
+            k_hat = self.k.read(s, e).view(B, H_kv, e - s, D).float()
             scores[..., s - first : e - first] = q @ k_hat.transpose(-1, -2)
-        scores[..., max(0, old - first) :] = q @ self.k[:, :, new].float().transpose(-1, -2)
-        # 5. One softmax over both parts; old values are unpacked in the same chunks.
+        # 4. One softmax over both parts; old values are unpacked in the same chunks.
         p = scores.softmax(-1)  # [B, H_kv, G, length - first]
-        out = p[..., max(0, old - first) :] @ self.v[:, :, new].float()  # [B, H_kv, G, D]
+        out = torch.zeros_like(q)
         for s, e in chunks:
-            out += p[..., s - first : e - first] @ self.v_old.read(s, e).view(B, H_kv, e - s, D)
+            v_hat = self.v.read(s, e).view(B, H_kv, e - s, D).float()
+            out += p[..., s - first : e - first] @ v_hat
         return out.to(v.dtype).view(B, -1, 1, D)
 
     def tensors(self) -> list[Tensor]:
-        if not self.length:
-            return []
-        return [*self.k_old.tensors(), *self.v_old.tensors(), self.k, self.v]
+        return [*self.k.tensors(), *self.v.tensors()] if self.length else []
 
 
 # ---------------------------------------------------------------------------- channel shrinking
 
 
-class LowRankCache(BiBranchCache):
+class LowRankCache(ChunkedBiBranchCache):
     """Channel shrinking alone, as Table 1's ASVD: W_K and W_V replaced by A B [4].
 
     Every token, of the prompt too, attends and is attended with k = x A_k B_k and v = x A_v B_v,
@@ -381,7 +359,8 @@ class LowRankCache(BiBranchCache):
     def __init__(
         self, attention: Attention, factors: LayerFactors, expected: int = 0, bits: int = 16
     ):
-        super().__init__(attention, factors, 1, expected, k_bits=bits, v_bits=bits)
+        pairs = (replace(pair, bits=bits) for pair in (factors.k, factors.v))
+        super().__init__(attention, LayerFactors(*pairs), 1, expected)
         biases = (
             None if p.bias is None else p.bias.to(factors.k.A)
             for p in (attention.k_proj, attention.v_proj)

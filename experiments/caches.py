@@ -26,8 +26,12 @@ from torch import Tensor
 import cskv
 import quant
 from experiments.baselines import heavy_hitter_cache, kivi_cache, low_rank_cache, streaming_cache
-from model import DTYPES, LayerCache, Rope, Transformer, UserError, full_cache, number, numbers
-from train import as_factors, calibrate, say
+from infer import full_bytes, nominal_ratio
+from model import LayerCache, Rope, Transformer, full_cache
+from support.calibration import CALIBRATED, INITIALIZATIONS, calibrate, init_factors, rank_for
+from support.command import DTYPES, UserError, comma_list, number, one_of
+from support.factors_file import load_factors
+from support.processes import say
 
 PRUNED = {"streaming": streaming_cache, "h2o": heavy_hitter_cache}
 KIVI = {f"kivi-{bits}": bits for bits in quant.BITS}
@@ -113,7 +117,7 @@ class CacheMaker:
     def low_rank(self, factors: cskv.Factors, name: str, ratio: float) -> Choice:
         """Channel shrinking alone, with factors called `name`."""
         make = partial(low_rank_cache, self.model, self.in_dtype(factors))
-        return self.choice("asvd", make, ratio, cskv.nominal_ratio(self.model, factors), name)
+        return self.choice("asvd", make, ratio, nominal_ratio(self.model, factors), name)
 
     def bi_branch(
         self,
@@ -126,21 +130,18 @@ class CacheMaker:
         clamped_zero_point: bool = False,
     ) -> Choice:
         """CSKV with these factors, in their own bits and quantizer unless others are given."""
-        bits = k_bits or factors.k_bits, v_bits or factors.v_bits
-        clamped = clamped_zero_point or factors.clamped_zero_point
-        if bits[1] in quant.BITS and factors.v_bits not in quant.BITS:
-            factors = cskv.rotate_values(factors)  # here: once, and before they are rounded
-            factors.info["v_bits"] = str(bits[1])
+        if ratio is None:
+            ratio = nominal_ratio(self.model, factors)
+        factors = factors.in_bits(k_bits, v_bits, clamped_zero_point)  # before they are rounded
         held = self.in_dtype(factors)
 
         def make(expected: int) -> list[LayerCache]:
-            return cskv.bi_branch_cache(self.model, held, window, expected, *bits, clamped)
+            return cskv.bi_branch_cache(self.model, held, window, expected)
 
-        shown = str(bits[0]) if bits[0] == bits[1] else "{}/{}".format(*bits)
-        shown += ", clamped zero-point" if clamped and min(bits) < 16 else ""
-        if ratio is None:
-            ratio = cskv.nominal_ratio(self.model, factors)
-        nominal = cskv.nominal_ratio(self.model, factors, *bits)
+        k, v = factors.layers[0].k, factors.layers[0].v
+        shown = str(k.bits) if k.bits == v.bits else f"{k.bits}/{v.bits}"
+        shown += ", clamped zero-point" if k.clamped and min(k.bits, v.bits) < 16 else ""
+        nominal = nominal_ratio(self.model, factors)
         return self.choice("cskv", make, ratio, nominal, name, shown)
 
     def in_dtype(self, factors: cskv.Factors) -> cskv.Factors:
@@ -187,7 +188,7 @@ def choices(
     asked for only if an initialization needs them. Raises `UserError` if two rows would be alike.
     """
     maker, d_kv, tokens = CacheMaker(model, DTYPES[args.cache_dtype]), model.config.d_kv, args.equal
-    files = [(Path(file).stem, cskv.load_factors(file, model)) for file in args.factors]
+    files = [(Path(file).stem, load_factors(file, model)) for file in args.factors]
     inits = args.inits or ([] if files else ["optimal"])
     window, clamped = args.window, args.clamped_zero_point
     if tokens and tokens > model.config.context_length:
@@ -197,8 +198,8 @@ def choices(
     @functools.cache
     def make_factors(init: str, rank: int) -> cskv.Factors:
         ranks = [rank] * len(model.model.layers)
-        seen = statistics() if init in cskv.CALIBRATED else None
-        return cskv.init_factors(init, model, ranks, ranks, seen, args.seed)
+        seen = statistics() if init in CALIBRATED else None
+        return init_factors(init, model, ranks, ranks, seen, args.seed)
 
     def sizes(ratio: float, of_size: Callable[[int], Choice], most: int) -> list[int]:
         """With `--equal`: the size that holds the bytes asked for, or none."""
@@ -220,14 +221,13 @@ def choices(
     def shrunk(init: str, ratio: float, row: Callable[[cskv.Factors], Choice]) -> list[Choice]:
         """`row` of factors with the rank that the ratio asks for."""
         if not tokens:
-            return [row(make_factors(init, cskv.rank_for(ratio, d_kv)))]
+            return [row(make_factors(init, rank_for(ratio, d_kv)))]
         most = min(d_kv, model.config.hidden_size)
         ranks = [most] * len(model.model.layers)
-        whole = cskv.init_factors("random", model, ranks, ranks)  # of any values, to count bytes
+        whole = init_factors("random", model, ranks, ranks)  # of any values, to count bytes
 
         def of_rank(rank: int) -> Choice:
-            cut = [M for pair in whole.pairs for M in (pair.A[:, :rank], pair.B[:rank])]
-            return row(as_factors(cut, {}))
+            return row(whole.map(lambda p: cskv.LowRank(p.A[:, :rank], p.B[:rank])))
 
         return [row(make_factors(init, rank)) for rank in sizes(ratio, of_rank, most)]
 
@@ -258,28 +258,7 @@ def choices(
     return rows
 
 
-def names_of(known: tuple[str, ...], what: str) -> Callable[[str], list[str]]:
-    """For argparse's `type`: some of the known names, with commas between them."""
-
-    def read(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in known:
-                message = f"no {what} {name!r}; choose of {','.join(known)}"
-                raise argparse.ArgumentTypeError(message)
-            if names.count(name) > 1:
-                raise argparse.ArgumentTypeError(f"{what} {name!r} is given twice")
-        return names
-
-    return read
-
-
-def some_bits(text: str) -> list[int]:
-    """For argparse's `type`: bits of a latent, with commas between them."""
-    bits = numbers(int, 2, 32)(text)
-    if not set(bits) <= {*quant.BITS, 16, 32}:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of 2,3,4,8,16,32")
-    return bits
+some_bits = comma_list(one_of((*quant.BITS, 16, 32), "number of bits"))
 
 
 def add_arguments(p: argparse.ArgumentParser, caches: str = "full,cskv") -> None:
@@ -287,20 +266,20 @@ def add_arguments(p: argparse.ArgumentParser, caches: str = "full,cskv") -> None
 
     p.add_argument(
         "--caches",
-        type=names_of(NAMES, "cache"),
+        type=comma_list(one_of(NAMES, "cache")),
         default=caches.split(","),
         help=f"of {','.join(NAMES)} (default: {caches})",
     )
     p.add_argument(
         "--ratios",
-        type=numbers(float, 0, 0.9999),
+        type=comma_list(number(float, 0, 0.9999)),
         default=[0.5, 0.8],
         help="share removed, of channels or of tokens (default: 0.5,0.8)",
     )
     p.add_argument("--factors", type=Path, nargs="*", default=[], help="factors files for cskv")
     p.add_argument(
         "--inits",
-        type=names_of(cskv.INITIALIZATIONS, "initialization"),
+        type=comma_list(one_of(INITIALIZATIONS, "initialization")),
         help="factors to make for cskv: svd,asvd,optimal (default: optimal, without --factors)",
     )
     p.add_argument(
@@ -321,21 +300,12 @@ def add_arguments(p: argparse.ArgumentParser, caches: str = "full,cskv") -> None
         "--equal",
         type=number(int, 1),
         metavar="TOKENS",
-        help="take --ratios as honest ones: streaming, h2o, asvd and cskv of --inits get the size, "
-        "tokens kept or rank, at which they hold that much less than a full cache of TOKENS",
+        help="take --ratios as measured ones: streaming, h2o, asvd and cskv of --inits get the "
+        "size, tokens kept or rank, at which they hold that much less than a full cache of TOKENS",
     )
     p.add_argument(
         "--cache-dtype",
         choices=DTYPES,
         default="bfloat16",
-        help="of what caches hold; 16 bits, the default, are what honest ratios count with",
+        help="of what caches hold; 16 bits, the default, are what measured ratios count with",
     )
-
-
-def held_bytes(cache: list[LayerCache]) -> int:
-    return sum(layer.nbytes() for layer in cache)
-
-
-def full_bytes(model: Transformer, tokens: int) -> int:
-    """Bytes of a full cache in 16 bits, what honest ratios compare with."""
-    return 2 * 2 * model.config.num_hidden_layers * model.config.d_kv * tokens

@@ -17,7 +17,7 @@ from pydoc_data.topics import topics
 
 import torch
 
-from model import Arguments, UserError, replacing, run_command
+from support.command import Arguments, UserError, replacing, run_command
 
 MODULES = (torch.nn, torch.optim, torch.nn.functional, torch.utils.data, torch.distributions, torch)
 

@@ -28,29 +28,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cskv
 from experiments import longbench, longeval, lveval
-from experiments.caches import add_arguments, choices, names_of
+from experiments.caches import add_arguments, choices
 from experiments.longeval import is_correct, make_cases
 from experiments.measuring import Case, Text, forget, measure, table, with_score, write_json
 from infer import generate, make_sampler
-from model import (
+from model import LayerCache, Transformer
+from support.checkpoint import find_checkpoint, load_model
+from support.command import (
     DTYPES,
     Arguments,
-    LayerCache,
-    Tokenizer,
-    Transformer,
     UserError,
     check_device,
-    check_folder,
-    find_checkpoint,
-    load_model,
-    load_tokenizer,
+    check_writable,
+    comma_list,
     number,
-    numbers,
+    one_of,
     run_command,
+    user_values,
 )
-from train import place, processes, read_documents, sample_tokens
+from support.factors_file import fingerprint
+from support.processes import place, processes
+from support.text import read_documents, sample_tokens
+from support.tokenizer import Tokenizer, load_tokenizer
 
 # Tokens of an answer: LongEval's limit, and enough to continue "The pass key is".
 ANSWER_TOKENS = {"longeval": 100, "passkey": 10}
@@ -135,13 +135,8 @@ def split_prompt(
     """A case's tokens as (prefilled, decoded), the same ones in both protocols; in the chat
     template of a model that has one, unless `chat` is False."""
 
-    def encode(text: str) -> list[int]:
-        if tokenizer.template is None or not chat:
-            return tokenizer.encode(text)
-        text = tokenizer.chat([{"role": "user", "content": text}])
-        return tokenizer.encode(text, special=False)
-
-    ids, context = encode(case.prompt), encode(case.context)
+    within = None if chat else False  # the template, if there is one
+    ids, context = (tokenizer.encode_prompt(text, within) for text in (case.prompt, case.context))
     if question == "prefill":
         return ids, []
     # The context ends where the tokens begin to depend on what is asked.
@@ -260,7 +255,7 @@ def flags(args: argparse.Namespace, model: Transformer) -> dict:
     named = {name: shown(v) for name, v in vars(args).items() if name not in ("json", "device")}
     folder = find_checkpoint(args.model)
     small = [contents(file) for file in sorted(folder.iterdir()) if file.suffix in SMALL]
-    return {**named, "model": [cskv.fingerprint(model), small]}
+    return {**named, "model": [fingerprint(model), small]}
 
 
 def calibration_samples(
@@ -286,13 +281,14 @@ def run(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Measures as the arguments say, and prints and writes the table."""
     check_device(args.device)
-    check_folder(args.json)
+    check_writable(args.json)
     model = load_model(args.model, args.device, DTYPES[args.dtype])
     tokenizer = load_tokenizer(args.model)
     if args.vicuna:
         tokenizer.template = VICUNA
     cases = CASES[args.what](args, model, tokenizer)
-    rows = choices(args, model, lambda: calibration_samples(args, model, tokenizer))
+    with user_values():
+        rows = choices(args, model, lambda: calibration_samples(args, model, tokenizer))
     rows = measure(model, rows, cases, args.json, flags(args, model) if args.json else None)
     rows = with_score(args.what, rows)
     if place()[0] == 0:
@@ -335,11 +331,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--batch", type=number(int, 1), default=8, help="passages at a time")
     for task, unit in (("longeval", "lines of a record"), ("passkey", "repetitions of the filler")):
         p = what.add_parser(task, parents=[shared], help=f"retrieval, {task} cases from a seed")
-        p.add_argument("--lines", type=numbers(int, 1), default=[50], help=f"{unit}: 10,30,100")
+        p.add_argument(
+            "--lines", type=comma_list(number(int, 1)), default=[50], help=f"{unit}: 10,30,100"
+        )
         p.add_argument("--cases", type=number(int, 1), default=50, help="of each length")
         p.add_argument(
             "--question",
-            type=names_of(PROTOCOLS, "protocol"),
+            type=comma_list(one_of(PROTOCOLS, "protocol")),
             default=["prefill"],
             help="prefill (default), decode, or prefill,decode: the protocols, see above",
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from model import UserError, replacing
+from support.command import UserError, replacing
 
 COLOURS = {
     "full": "black",
@@ -84,7 +84,7 @@ def accuracy_against_bytes(rows: list[dict], path: Path) -> None:
         start_panel(
             axis,
             PROTOCOL[question],
-            "honest compression ratio, means over the lengths",
+            "measured compression ratio, means over the lengths",
             LABELS[score],
         )
         lines: dict = {}
@@ -95,7 +95,9 @@ def accuracy_against_bytes(rows: list[dict], path: Path) -> None:
         for label, points in lines.items():
             cache, *kind = label.split(", ", 1)
             means = sorted(
-                tuple(sum(r[name] for r in group) / len(group) for name in ("honest_ratio", score))
+                tuple(
+                    sum(r[name] for r in group) / len(group) for name in ("measured_ratio", score)
+                )
                 for group in points.values()
             )
             axis.plot(

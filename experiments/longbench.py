@@ -32,7 +32,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import IO
 
-from model import Tokenizer, UserError
+from support.command import UserError
+from support.tokenizer import Tokenizer
 
 MAX_LENGTH = 31_500  # tokens of a prompt in [1] for LongChat-32k: its context less 500
 BUCKETS = ("0-4k", "4-8k", "8k+")  # of a record's words: the columns of the paper's Table 1
@@ -161,10 +162,7 @@ def prompt_ids(
     head, tail = truncate_middle(tokenizer.encode(text), max_length)
     if tail:
         text = tokenizer.decode(head) + tokenizer.decode(tail)
-    if chat and task.chat:
-        text = tokenizer.chat([{"role": "user", "content": text}])
-        return tokenizer.encode(text, special=False)
-    return tokenizer.encode(text)
+    return tokenizer.encode_prompt(text, chat and task.chat)
 
 
 # ------------------------------------------------------------------------------------- scoring

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from model import Arguments, UserError, number, replacing, run_command
+from support.command import Arguments, UserError, number, replacing, run_command
 
 PREAMBLE = (
     "Below is a record of lines I want you to remember. "

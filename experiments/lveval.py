@@ -14,7 +14,7 @@ Sources:
 from collections import Counter
 
 from experiments.longbench import ALL, Task, choose, f1, normalize
-from model import UserError
+from support.command import UserError
 
 MAX_LENGTH = 15_500  # tokens of a prompt in [1] by default
 LEVEL = "16k"

@@ -24,9 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments import longbench
-from experiments.caches import Choice, full_bytes, held_bytes
-from model import LayerCache, Rope, Transformer, UserError, replacing
-from train import place, say
+from experiments.caches import Choice
+from infer import full_bytes, held_bytes
+from model import LayerCache, Rope, Transformer
+from support.command import UserError, replacing
+from support.processes import place, say
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def measure(
     notes: Path | None = None,
     arguments: dict | None = None,
 ) -> list[dict]:
-    """Runs every case on every cache: a row {columns, "scores", "cases", "honest_ratio", ...} for
+    """Runs every case on every cache: a row {columns, "scores", "cases", "measured_ratio", ...} for
     each cache and each group of cases with the same columns.
 
     Processes share the cases out, and all return all rows. With `notes`, what is finished is kept
@@ -158,7 +160,7 @@ def summary(model: Transformer, results: list[dict]) -> dict:
     return {
         "cases": len(scores),
         "tokens": tokens / len(scores),
-        "honest_ratio": 1 - held / full_bytes(model, tokens),
+        "measured_ratio": 1 - held / full_bytes(model, tokens),
         "seconds": seconds,
         "scores": scores,
     }
@@ -231,7 +233,7 @@ def forget(notes: Path) -> None:
 
 
 def wilson(right: float, cases: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95% interval of a share, by Wilson (1927): honest near 0 and 1, where it matters here."""
+    """The 95% interval of a share, by Wilson (1927): right near 0 and 1, where it matters here."""
     p, n = right / cases, cases
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -274,10 +276,10 @@ def benchmark_rows(rows: list[dict]) -> list[dict]:
                 and mean["bucket"] in (row["bucket"], longbench.ALL)
             ]
             tokens = [row["tokens"] * row["cases"] for row in counted]
-            removed = [row["honest_ratio"] * t for row, t in zip(counted, tokens, strict=True)]
+            removed = [row["measured_ratio"] * t for row, t in zip(counted, tokens, strict=True)]
             total = {
                 "tokens": sum(tokens) / mean["cases"],
-                "honest_ratio": sum(removed) / sum(tokens),
+                "measured_ratio": sum(removed) / sum(tokens),
                 "seconds": sum(row["seconds"] for row in counted),
             }
             shown.append({**dict(columns), **mean, **total})
@@ -300,7 +302,7 @@ COLUMNS = {
     "score": "{:.2f}".format,
     "perplexity": "{:.2f}".format,
     "nominal_ratio": "{:.1%}".format,
-    "honest_ratio": "{:.1%}".format,
+    "measured_ratio": "{:.1%}".format,
     "seconds": "{:.0f}".format,
 }
 

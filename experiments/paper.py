@@ -33,26 +33,27 @@ from statistics import fmean
 
 import torch
 
-import cskv
 import quant
 from experiments import figures
-from experiments.caches import PRUNED, CacheMaker, Choice, names_of
+from experiments.caches import PRUNED, CacheMaker, Choice
 from experiments.evaluate import PROTOCOLS, flags, perplexity_cases, retrieval_cases
 from experiments.longeval import make_cases
 from experiments.measuring import Case, forget, measure, table, with_score, write_json
 from experiments.workshop import LINES, Recipe, Workshop
 from infer import TEACHER
-from model import (
+from support.calibration import INITIALIZATIONS, rank_for
+from support.command import (
     DTYPES,
     Arguments,
     UserError,
     check_device,
+    comma_list,
     number,
-    numbers,
+    one_of,
     replacing,
     run_command,
 )
-from train import place, processes
+from support.processes import place, processes
 
 PAPER_LR = 5e-5
 
@@ -132,7 +133,7 @@ class Experiment(Workshop):
 
 
 def side_by_side(rows: list[dict], columns: dict) -> tuple[list[dict], dict]:
-    """Rows and columns with a column of accuracies for each protocol; these and honest ratios are
+    """Rows and columns with a column of accuracies for each protocol; these and measured ratios are
     means over the lengths."""
     keys = [name for name in columns if name not in ("question", "lines", *SCORES)]
     questions = dict.fromkeys(row["question"] for row in rows if "question" in row)
@@ -145,10 +146,10 @@ def side_by_side(rows: list[dict], columns: dict) -> tuple[list[dict], dict]:
     merged = []
     for group in groups.values():
         scores = {q: fmean(r["accuracy"] for r in group if r["question"] == q) for q in questions}
-        honest = fmean(row["honest_ratio"] for row in group)
-        merged.append({**group[0], **scores, "honest_ratio": honest})
+        measured = fmean(row["measured_ratio"] for row in group)
+        merged.append({**group[0], **scores, "measured_ratio": measured})
     shown = {name: columns[name] for name in keys if name != "paper"}
-    shown |= {name: SCORES[name] for name in ("nominal_ratio", "honest_ratio")}
+    shown |= {name: SCORES[name] for name in ("nominal_ratio", "measured_ratio")}
     shown |= dict.fromkeys(questions, SCORES["accuracy"])
     return merged, shown | ({"paper": str} if "paper" in columns else {})
 
@@ -160,7 +161,7 @@ SCORES = {
     "interval": lambda pair: "[{:.2f}, {:.2f}]".format(*pair),
     "perplexity": "{:.2f}".format,
     "nominal_ratio": "{:.1%}".format,
-    "honest_ratio": "{:.1%}".format,
+    "measured_ratio": "{:.1%}".format,
 }
 PERCENT = "{:.0%}".format
 
@@ -238,7 +239,7 @@ def trainings(shop: Experiment) -> list[Recipe]:
     return [
         Recipe(init, ratio, ratio, True, lr=lr)
         for ratio in shop.args.ratios
-        for init in cskv.INITIALIZATIONS
+        for init in INITIALIZATIONS
         for lr in rates
     ]
 
@@ -333,7 +334,8 @@ def table5(shop: Experiment) -> None:
 
 def figure3(shop: Experiment) -> None:
     """Singular values of keys and values, layer by layer."""
-    spectra = shop.spectra(shop.samples[: shop.args.measure_samples]).flip(-1)
+    moments = shop.moments(shop.samples[: shop.args.measure_samples])
+    spectra = torch.linalg.eigvalsh(moments).clamp(min=0).cpu().flip(-1)
     shares = spectra.cumsum(-1) / spectra.sum(-1, keepdim=True)  # [layers, 2, d_kv]
     d_kv = shop.model.config.d_kv
     rows = [
@@ -341,7 +343,7 @@ def figure3(shop: Experiment) -> None:
             "layer": i,
             "of": "values" if j else "keys",
             **{
-                f"left_out_{r:.0%}": 1 - shares[i, j, cskv.rank_for(r, d_kv) - 1].item()
+                f"left_out_{r:.0%}": 1 - shares[i, j, rank_for(r, d_kv) - 1].item()
                 for r in (0.5, 0.8)
             },
         }
@@ -404,11 +406,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default=TEACHER, help="default: the embedded teaching model")
     add("--out", type=Path, default=Path("runs/paper"), help="folder for tables and figures")
     add("--work", type=Path, default=Path("runs/factors"), help="folder for factors in the making")
-    add("--ratios", type=numbers(float, 0, 0.9999), default=[0.5, 0.8], help="default: 0.5,0.8")
-    inits = names_of(cskv.INITIALIZATIONS, "initialization")
+    add(
+        "--ratios",
+        type=comma_list(number(float, 0, 0.9999)),
+        default=[0.5, 0.8],
+        help="default: 0.5,0.8",
+    )
+    inits = comma_list(one_of(INITIALIZATIONS, "initialization"))
     add("--inits", type=inits, default=["asvd", "optimal"], help="default: asvd,optimal")
-    widths = names_of(tuple(map(str, quant.BITS)), "number of bits")
-    add("--bits", type=widths, default=["4", "3", "2"], help="of table5 (default: 4,3,2)")
+    widths = comma_list(one_of(quant.BITS, "number of bits"))
+    add("--bits", type=widths, default=[4, 3, 2], help="of table5 (default: 4,3,2)")
     add("--samples", type=number(int, 1), default=1024, help="to calibrate and train on")
     add("--seq-len", type=number(int, 2), default=1024, help="tokens of a sample, at most")
     add("--epochs", type=number(int, 1), default=1)
@@ -420,9 +427,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--measure-samples", type=number(int, 1), default=32, help="to measure losses on")
     add("--seed", type=number(int, 0), default=0)
-    add("--lines", type=numbers(int, 1), help="of LongEval (default: 25,50,100 in table1, else 50)")
+    add(
+        "--lines",
+        type=comma_list(number(int, 1)),
+        help="of LongEval (default: 25,50,100 in table1, else 50)",
+    )
     add("--cases", type=number(int, 1), default=100, help="of each length (default: 100)")
-    add("--question", type=names_of(PROTOCOLS, "protocol"), default=PROTOCOLS, help="default: both")
+    add(
+        "--question",
+        type=comma_list(one_of(PROTOCOLS, "protocol")),
+        default=PROTOCOLS,
+        help="default: both",
+    )
     add("--calibrate", type=Path, help="text to fit on (default: LongEval cases of another seed)")
     add("--text", type=Path, help="held-out text: measure perplexity, not LongEval")
     add("--context", type=number(int, 1), default=1024, help="tokens prefilled")
@@ -434,7 +450,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache-dtype", choices=DTYPES, default="bfloat16", help="of caches (default: bfloat16)")
     args = parser.parse_args(argv)
     args.lines = args.lines or (LINES if args.what == "table1" else [50])
-    args.bits, args.spelled = [int(bits) for bits in args.bits], False
+    args.spelled = False
     return args
 
 

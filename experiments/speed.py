@@ -28,19 +28,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import cskv
-from experiments.caches import KIVI, NAMES, PRUNED, CacheMaker, held_bytes, names_of, some_bits
+from experiments.caches import KIVI, NAMES, PRUNED, CacheMaker, some_bits
 from experiments.measuring import clock, table, write_json
-from model import (
+from infer import held_bytes
+from model import Transformer
+from support.calibration import init_factors, rank_for
+from support.checkpoint import load_model
+from support.command import (
     DTYPES,
     Arguments,
-    Transformer,
     UserError,
     check_device,
-    check_folder,
-    load_model,
+    check_writable,
+    comma_list,
     number,
-    numbers,
+    one_of,
     run_command,
 )
 
@@ -139,8 +141,8 @@ def our_runners(model: Transformer, length: int, args: argparse.Namespace) -> di
             if name in PRUNED:
                 rows.append(maker.pruned(name, ratio))
             elif name in ("asvd", "cskv"):
-                ranks = [cskv.rank_for(ratio, d_kv)] * layers
-                factors = cskv.init_factors("svd", model, ranks, ranks)
+                ranks = [rank_for(ratio, d_kv)] * layers
+                factors = init_factors("svd", model, ranks, ranks)
                 if name == "asvd":
                     rows.append(maker.low_rank(factors, "", ratio))
                     continue
@@ -156,7 +158,7 @@ def our_runners(model: Transformer, length: int, args: argparse.Namespace) -> di
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     check_device(args.device)
-    check_folder(args.json)
+    check_writable(args.json)
     torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype]
     model = load_model(args.model, args.device, dtype)
@@ -187,14 +189,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
     parser.add_argument(
-        "--lengths", type=numbers(int, 1), default=[2048], help="of the prompt: 2048,8000"
+        "--lengths",
+        type=comma_list(number(int, 1)),
+        default=[2048],
+        help="of the prompt: 2048,8000",
     )
     parser.add_argument(
-        "--ratios", type=numbers(float, 0, 0.9999), default=[0.5, 0.8], help="default: 0.5,0.8"
+        "--ratios",
+        type=comma_list(number(float, 0, 0.9999)),
+        default=[0.5, 0.8],
+        help="default: 0.5,0.8",
     )
     parser.add_argument(
         "--caches",
-        type=names_of(NAMES, "cache"),
+        type=comma_list(one_of(NAMES, "cache")),
         default=["full", "cskv"],
         help=f"of {','.join(NAMES)} (default: full,cskv)",
     )

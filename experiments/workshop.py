@@ -7,7 +7,6 @@ of the frozen model over the samples, since no gradient passes from one set to a
 import argparse
 import functools
 import hashlib
-import io
 import json
 import math
 import time
@@ -21,8 +20,15 @@ from tqdm import tqdm
 import cskv
 from experiments.longeval import make_cases
 from experiments.measuring import write_json
-from model import DTYPES, UNREADABLE, UserError, load_model, load_tokenizer, replacing
-from train import Tuner, batch_of, calibrate, place, run_layers, sample_tokens
+from support.calibration import CALIBRATED, Statistics, calibrate, init_factors, rank_for
+from support.checkpoint import load_model
+from support.command import DTYPES, UserError, user_values
+from support.factors_file import fingerprint, load_factors, save_factors
+from support.processes import place
+from support.resume import load_state, save_state
+from support.text import batch_of, sample_tokens
+from support.tokenizer import load_tokenizer
+from train import Tuner, loss_floor, run_layers
 
 LINES = [25, 50, 100]  # of the LongEval cases that factors are fitted to, and of table 1
 
@@ -80,25 +86,26 @@ class Workshop:
     def key(self) -> str:
         """A digest of all that factors depend on, besides their recipe."""
         args = self.args
-        parts = [cskv.fingerprint(self.model), [sample.tolist() for sample in self.samples]]
+        parts = [fingerprint(self.model), [sample.tolist() for sample in self.samples]]
         parts += [args.epochs, args.seed, args.dtype, args.measure_samples]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     @functools.cached_property
-    def statistics(self) -> list[cskv.Statistics]:
+    def statistics(self) -> list[Statistics]:
         return calibrate(self.model, self.samples)
 
     def start(self, recipe: Recipe) -> cskv.Factors:
         """The recipe's factors before training, in float32."""
         d_kv, layers = self.model.config.d_kv, len(self.model.model.layers)
         k_ranks, v_ranks = (
-            [cskv.rank_for(ratio, d_kv)] * layers for ratio in (recipe.k_ratio, recipe.v_ratio)
+            [rank_for(ratio, d_kv)] * layers for ratio in (recipe.k_ratio, recipe.v_ratio)
         )
-        statistics = self.statistics if recipe.init in cskv.CALIBRATED else None
-        factors = cskv.init_factors(
-            recipe.init, self.model, k_ranks, v_ranks, statistics, self.args.seed
-        )
-        return cskv.rotate_values(factors) if recipe.bits < 16 else factors
+        statistics = self.statistics if recipe.init in CALIBRATED else None
+        with user_values():
+            factors = init_factors(
+                recipe.init, self.model, k_ranks, v_ranks, statistics, self.args.seed
+            )
+        return factors.in_bits(recipe.bits, recipe.bits, recipe.clamped_zero_point)
 
     def factors(self, *recipes: Recipe) -> list[cskv.Factors]:
         """Factors for each recipe; what has to be trained first, is."""
@@ -106,8 +113,7 @@ class Workshop:
         if missing:
             self.train(missing)
         return [
-            cskv.load_factors(self.file(r), self.model) if r.trained else self.start(r)
-            for r in recipes
+            load_factors(self.file(r), self.model) if r.trained else self.start(r) for r in recipes
         ]
 
     def file(self, recipe: Recipe) -> Path:
@@ -123,16 +129,16 @@ class Workshop:
         """The paper's training (train.py) for all recipes at once, in one pass over the samples."""
         args, samples = self.args, self.samples
         steps, measured = args.epochs * len(samples), samples[: args.measure_samples]
-        tuners = [
-            Tuner(self.start(r), steps, r.lr or args.lr, r.bits, r.bits, r.clamped_zero_point)
-            for r in recipes
-        ]
+        tuners = [Tuner(self.start(r), steps, r.lr or args.lr) for r in recipes]
         names = json.dumps([self.file(r).name for r in recipes])
         checkpoint = self.work / f"training-{hashlib.sha256(names.encode()).hexdigest()[:12]}.pt"
-        state = load_checkpoint(checkpoint, tuners) if checkpoint.exists() else None
-        if state is None:
+        if checkpoint.exists():
+            state = load_state(checkpoint, {}, ("plan", "losses", "seconds", "initial", "tuners"))
+            for tuner, mine in zip(tuners, state.pop("tuners"), strict=True):
+                tuner.restore(mine)
+        else:
             initial = run_layers(self.model, measured, tuners).sum(1).tolist()
-            state = {"losses": [], "seconds": 0.0, "initial": initial}
+            state = {"plan": {}, "losses": [], "seconds": 0.0, "initial": initial}
         began, losses = time.monotonic() - state["seconds"], state["losses"]
         # Every process has all tuners, and writes the same files, each whole or not at all.
         name, quiet = f"training {len(recipes)}", place()[0] > 0
@@ -147,65 +153,38 @@ class Workshop:
                 tuner.step()
             state["seconds"] = time.monotonic() - began
             if (step + 1) % 64 == 0 and step + 1 < steps:
-                save_checkpoint(checkpoint, state, tuners)
+                save_state(checkpoint, {**state, "tuners": [t.state() for t in tuners]})
             bar.update()
         bar.close()
         finals = run_layers(self.model, measured, tuners).sum(1).tolist()
-        spectra = self.spectra(measured)
+        moments = self.moments(measured)
         for i, (recipe, tuner) in enumerate(zip(recipes, tuners, strict=True)):
             history = {
                 "initial": state["initial"][i],
                 "final": finals[i],
-                "floor": self.floor(spectra, recipe),
+                "floor": self.floor(moments, recipe),
                 "losses": [step_losses[i] for step_losses in losses],
                 "seconds": state["seconds"],
                 "trained_together": len(recipes),
             }
             write_json(self.file(recipe).with_suffix(".json"), history)
             tuner.factors.info["trained"] = f"{steps} steps, lr {tuner.lr:g}, batch 1"
-            cskv.save_factors(self.file(recipe), tuner.factors, self.model, torch.float32)
+            save_factors(self.file(recipe), tuner.factors, self.model, torch.float32)
         checkpoint.unlink(missing_ok=True)
 
-    @torch.no_grad()
-    def spectra(self, samples: list[Tensor]) -> Tensor:
-        """Eigenvalues [layers, 2, d_kv] of the mean k k^T and v v^T, the smallest first."""
+    def moments(self, samples: list[Tensor]) -> Tensor:
+        """Mean k k^T and v v^T over the samples' tokens, [layers, 2, d_kv, d_kv]."""
         config = self.model.config
         shape = config.num_hidden_layers, 2, config.d_kv, config.d_kv
         moments = torch.zeros(shape, dtype=torch.float64, device=self.args.device)
         run_layers(self.model, samples, [], moments=moments)
-        tokens = sum(sample.numel() for sample in samples)
-        return torch.linalg.eigvalsh(moments / tokens).clamp(min=0).cpu()
+        return moments / sum(sample.numel() for sample in samples)
 
-    def floor(self, spectra: Tensor, recipe: Recipe) -> float:
+    def floor(self, moments: Tensor, recipe: Recipe) -> float:
         """The least loss (equation 2) that factors of these ranks can have on those samples."""
         d_kv = self.model.config.d_kv
-        k, v = (d_kv - cskv.rank_for(ratio, d_kv) for ratio in (recipe.k_ratio, recipe.v_ratio))
-        return ((spectra[:, 0, :k].sum() + spectra[:, 1, :v].sum()) / d_kv).item()
-
-
-def save_checkpoint(path: Path, state: dict, tuners: list[Tuner]) -> None:
-    kept = [
-        {
-            "parameters": [p.detach() for p in tuner.parameters],
-            "optimizer": tuner.optimizer.state_dict(),
-        }
-        for tuner in tuners
-    ]
-    torch.save({**state, "tuners": kept}, buffer := io.BytesIO())
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
-
-
-@torch.no_grad()
-def load_checkpoint(path: Path, tuners: list[Tuner]) -> dict:
-    """What `save_checkpoint` wrote; puts the tuners where they were."""
-    try:
-        state = torch.load(path, weights_only=True)
-    except UNREADABLE:
-        raise UserError(f"{path} is damaged; delete it to train again") from None
-    for tuner, mine in zip(tuners, state.pop("tuners"), strict=True):
-        tuner.steps_done = len(state["losses"])
-        tuner.optimizer.load_state_dict(mine["optimizer"])
-        for parameter, value in zip(tuner.parameters, mine["parameters"], strict=True):
-            parameter.copy_(value)
-    return state
+        ranks = [rank_for(ratio, d_kv) for ratio in (recipe.k_ratio, recipe.v_ratio)]
+        floors = [
+            loss_floor(m, rank) for layer in moments for m, rank in zip(layer, ranks, strict=True)
+        ]
+        return sum(floors).item() / d_kv

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cskv import init_factors
 from experiments import baselines
 from experiments.baselines import (
     HeavyHitterCache,
@@ -20,8 +19,10 @@ from experiments.baselines import (
     low_rank_cache,
     streaming_cache,
 )
-from model import Config, LayerCache, Rope, UserError, full_cache
+from model import Config, LayerCache, Rope, full_cache
 from quant import CHANNELS, TOKENS, bits_per_element, fake_quantize
+from support.calibration import init_factors
+from support.command import UserError
 from tests.test_cskv import LargestTensor, decode_all
 from tests.tiny import naive_frequencies, naive_rotate, tiny_config, tiny_model, tiny_tokens
 

@@ -12,16 +12,17 @@ import cskv
 import quant
 from cskv import (
     BiBranchCache,
+    ChunkedBiBranchCache,
     Factors,
     LayerFactors,
     LowRank,
-    PackedLatents,
     bi_branch_cache,
-    collect_statistics,
-    init_factors,
-    rotate_values,
 )
-from model import Attention, FullCache, Rope, UserError, full_cache
+from infer import nominal_ratio
+from model import Attention, FullCache, Rope, full_cache
+from support.calibration import Statistics, calibrate, init_factors, rank_for
+from support.command import UserError
+from support.factors_file import load_factors, save_factors
 from tests.tiny import naive_forward, tiny_config, tiny_model, tiny_tokens
 
 torch.set_grad_enabled(False)
@@ -37,11 +38,12 @@ shapes = st.fixed_dictionaries(
 )
 lengths = st.integers(1, 24)
 windows = st.integers(1, 30)
+kinds = st.sampled_from([BiBranchCache, ChunkedBiBranchCache])
 
 
 def make_factors(model, k_rank, v_rank, init="optimal", seed=0):
     """Factors from statistics of random tokens, with the ranks varied from layer to layer."""
-    statistics = collect_statistics(model, [tiny_tokens(model, 2, 40, seed)])
+    statistics = calibrate(model, [tiny_tokens(model, 2, 40, seed)])
     n, most = len(model.model.layers), model.config.d_kv
     k_ranks = [max(1, min(most, k_rank + i)) for i in range(n)]
     v_ranks = [max(1, min(most, v_rank - i)) for i in range(n)]
@@ -58,23 +60,24 @@ def decode_all(model, tokens, prompt, cache):
 
 
 @quick
-@given(shapes, lengths, windows, st.integers(1, 24), st.integers(1, 3), st.integers(0, 300))
-def test_prefill_is_bit_equal_to_the_model(shape, T, window, rank, batch, expected):
+@given(shapes, lengths, windows, st.integers(1, 24), st.integers(1, 3), st.integers(0, 300), kinds)
+def test_prefill_is_bit_equal_to_the_model(shape, T, window, rank, batch, expected, kind):
     model = tiny_model(**shape)
     tokens = tiny_tokens(model, batch, T)
     factors = make_factors(model, min(rank, model.config.d_kv), 3)
     original = model(tokens)
-    assert torch.equal(model(tokens, bi_branch_cache(model, factors, window, expected)), original)
+    cache = bi_branch_cache(model, factors, window, expected, kind)
+    assert torch.equal(model(tokens, cache), original)
     assert torch.equal(model(tokens, full_cache(model, expected)), original)
 
 
 @quick
-@given(shapes, st.integers(1, 12), st.integers(1, 14), windows, st.integers(1, 5))
-def test_decode_equals_one_parallel_computation(shape, prompt, steps, window, rank):
+@given(shapes, st.integers(1, 12), st.integers(1, 14), windows, st.integers(1, 5), kinds)
+def test_decode_equals_one_parallel_computation(shape, prompt, steps, window, rank, kind):
     model = tiny_model(**shape)
     factors = make_factors(model, rank, rank + 1)
     tokens = tiny_tokens(model, 2, prompt + steps)
-    cache = bi_branch_cache(model, factors, window, k_bits=32, v_bits=32)
+    cache = bi_branch_cache(model, factors.in_bits(32, 32), window, kind=kind)
     for layer in cache:
         layer.chunk = 3  # so that a few tokens make several chunks
     logits = decode_all(model, tokens, prompt, cache)
@@ -84,14 +87,39 @@ def test_decode_equals_one_parallel_computation(shape, prompt, steps, window, ra
 
 
 @quick
+@given(
+    shapes,
+    st.integers(1, 90),
+    st.integers(1, 40),
+    windows,
+    st.sampled_from([2, 4, 16, 32]),
+    st.sampled_from([2, 3, 8, 16, 32]),
+)
+def test_the_fast_cache_equals_the_plain_one(shape, prompt, steps, window, k_bits, v_bits):
+    """Chunks, side-by-side pairs, absorbed values: other ways to the numbers of Figure 1b."""
+    model = tiny_model(**shape)
+    factors, tokens = make_factors(model, 5, 4), tiny_tokens(model, 2, prompt + steps)
+    factors = factors.in_bits(k_bits, v_bits)
+    plain = bi_branch_cache(model, factors, window, kind=BiBranchCache)
+    fast = bi_branch_cache(model, factors, window, kind=ChunkedBiBranchCache)
+    for layer in fast:
+        layer.chunk = 17
+    outs = [decode_all(model, tokens, prompt, cache) for cache in (plain, fast)]
+    torch.testing.assert_close(*outs, atol=2e-3, rtol=2e-3)
+    assert [layer.nbytes() for layer in plain] == [layer.nbytes() for layer in fast]
+
+
+@quick
 @given(shapes, st.integers(1, 12), st.integers(1, 14), windows, st.sampled_from(["svd", "optimal"]))
 def test_full_rank_equals_the_full_cache(shape, prompt, steps, window, init):
     model = tiny_model(**shape)
     d_kv = model.config.d_kv
-    statistics = collect_statistics(model, [tiny_tokens(model, 2, 40)])
+    statistics = calibrate(model, [tiny_tokens(model, 2, 40)])
     factors = init_factors(init, model, [d_kv] * 2, [d_kv] * 2, statistics)
     tokens = tiny_tokens(model, 2, prompt + steps)
-    ours = decode_all(model, tokens, prompt, bi_branch_cache(model, factors, window, 0, 32, 32))
+    ours = decode_all(
+        model, tokens, prompt, bi_branch_cache(model, factors.in_bits(32, 32), window)
+    )
     full = decode_all(model, tokens, prompt, full_cache(model))
     torch.testing.assert_close(ours, full, atol=2e-4, rtol=2e-4)
 
@@ -112,7 +140,7 @@ def test_sixteen_bit_latents_are_close():
     model = tiny_model()
     tokens, factors = tiny_tokens(model, 1, 30), make_factors(model, 8, 8)
     outs = [
-        decode_all(model, tokens, 10, bi_branch_cache(model, factors, 4, 0, bits, bits))
+        decode_all(model, tokens, 10, bi_branch_cache(model, factors.in_bits(bits, bits), 4))
         for bits in (16, 32)
     ]
     assert 0 < (outs[0] - outs[1]).abs().max() < 0.02 * outs[1].abs().max()
@@ -136,8 +164,8 @@ def test_a_sixteen_bit_model_decodes_closely(dtype, bias):
 
 
 @quick
-@given(st.integers(1, 10), st.integers(1, 30), windows)
-def test_each_token_is_attended_through_exactly_one_branch(prompt, steps, window):
+@given(st.integers(1, 10), st.integers(1, 30), windows, kinds)
+def test_each_token_is_attended_through_exactly_one_branch(prompt, steps, window, kind):
     """Token j's exact value is the unit vector e_j, its rebuilt one e_(N + j). All scores are 0, so
     the output shows the weight 1/n of each token in the channel of the branch it came through."""
     N = prompt + steps
@@ -147,9 +175,9 @@ def test_each_token_is_attended_through_exactly_one_branch(prompt, steps, window
     attention, rope = Attention(config), Rope(config)
     rope.reach(N, torch.device("cpu"))
     into_old = torch.cat([torch.zeros(N, N), torch.eye(N)], dim=1)  # [N, 2 N]
-    some = LowRank(torch.ones(N, 1), torch.zeros(1, 2 * N))
-    factors = LayerFactors(some, LowRank(torch.eye(N), into_old))
-    cache = BiBranchCache(attention, factors, window, k_bits=32, v_bits=32)
+    some = LowRank(torch.ones(N, 1), torch.zeros(1, 2 * N), bits=32)
+    factors = LayerFactors(some, LowRank(torch.eye(N), into_old, bits=32))
+    cache = kind(attention, factors, window)
     x = torch.eye(N)[None]  # [1, N, N]: token j is e_j
     zeros, v = torch.zeros(1, 1, N, 2 * N), torch.zeros(1, 1, N, 2 * N)
     v[0, 0, :, :N] = torch.eye(N)
@@ -173,7 +201,7 @@ def test_bytes_are_those_of_the_tensors(shape, T, steps, window, expected, data)
     d_kv, layers = model.config.d_kv, len(model.model.layers)
     k_rank, v_rank = data.draw(st.integers(1, d_kv)), data.draw(st.integers(1, d_kv))
     factors = init_factors("random", model, [k_rank] * layers, [v_rank] * layers)
-    cache = bi_branch_cache(model, factors, window, expected, k_bits=16, v_bits=32)
+    cache = bi_branch_cache(model, factors.in_bits(16, 32), window, expected)
     assert sum(layer.nbytes() for layer in cache) == 0
     tokens = tiny_tokens(model, 2, T + steps)
     model(tokens[:, :T], cache, logits_to_keep=1)
@@ -267,13 +295,13 @@ def test_packed_latents_are_whole_groups_older_than_the_window(T, steps, window,
     generator = torch.Generator().manual_seed(T)
     c = torch.randn(2, T + steps, rank, generator=generator) + 2
     dim = data.draw(st.sampled_from([quant.TOKENS, quant.CHANNELS]))
-    latents = PackedLatents(torch.float16, window, quant.Packed(b, dim))
+    latents = quant.Packed(b, dim, window, dtype=torch.float16)
     latents.append(c[:, :T])
     for t in range(T, T + steps):
         latents.append(c[:, t : t + 1])
     old = max(0, T + steps - window)
     expected = dequantized(c, old // 32 * 32, b, dim)
-    assert latents.length == T + steps and latents.packed.length == old // 32 * 32
+    assert latents.length == T + steps and latents.packed == old // 32 * 32
     start = data.draw(st.integers(0, T + steps - 1))
     stop = data.draw(st.integers(start + 1, T + steps))
     assert torch.equal(latents.read(start, stop).float(), expected[:, start:stop])
@@ -297,8 +325,8 @@ def test_decode_in_bits_equals_decode_with_fake_quantized_latents(
     model = tiny_model(num_hidden_layers=1, **shape)
     config, attention = model.config, model.model.layers[0].self_attn
     factors = make_factors(model, 5, 4)
-    rotated = rotate_values(factors) if v_bits < 16 else factors
-    pair, T = rotated.layers[0], prompt + steps
+    factors = factors.in_bits(k_bits, v_bits, clamped)
+    pair, T = factors.layers[0], prompt + steps
     model.rope.reach(T, torch.device("cpu"))
     x = torch.randn(2, T, config.hidden_size, generator=torch.Generator().manual_seed(prompt))
 
@@ -306,7 +334,7 @@ def test_decode_in_bits_equals_decode_with_fake_quantized_latents(
         return y.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
 
     q, k, v = (heads(p(x)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-    cache = bi_branch_cache(model, factors, window, 0, k_bits, v_bits, clamped)[0]
+    cache = bi_branch_cache(model, factors, window)[0]
     cache.chunk = 40  # not a multiple of 32
     cache.prefill(x[:, :prompt], *(y[:, :, :prompt] for y in (q, k, v)), model.rope)
     for t in range(prompt, T):
@@ -340,7 +368,8 @@ def test_bytes_in_bits_are_those_of_the_formula(T, steps, window, k_bits, v_bits
     d_kv = model.config.d_kv
     r_k, r_v = data.draw(st.integers(1, d_kv)), data.draw(st.integers(1, d_kv))
     factors = init_factors("random", model, [r_k], [r_v])
-    cache = bi_branch_cache(model, factors, window, T + steps, k_bits, v_bits)
+    factors = factors.in_bits(k_bits, v_bits)
+    cache = bi_branch_cache(model, factors, window, T + steps)
     tokens = tiny_tokens(model, 2, T + steps)
     decode_all(model, tokens, T, cache)
     packed = max(0, T + steps - window) // 32 * 32
@@ -349,18 +378,18 @@ def test_bytes_in_bits_are_those_of_the_formula(T, steps, window, k_bits, v_bits
     ring = min(T + steps, window) * 32 * 2 * d_kv
     assert 8 * cache[0].nbytes() == pytest.approx(2 * (packed * per_token + waiting + ring))
     nominal = 1 - (r_k * k_bits + r_v * v_bits) / (2 * 16 * d_kv)
-    assert cskv.nominal_ratio(model, factors, k_bits, v_bits) == pytest.approx(nominal)
+    assert nominal_ratio(model, factors) == pytest.approx(nominal)
 
 
 @quick
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 9))
-def test_rotated_values_have_the_same_product_and_latents_of_the_same_length(r_k, r_v, seed):
+@given(st.integers(1, 12), st.integers(1, 12))
+def test_rotated_values_have_the_same_product_and_latents_of_the_same_length(r_k, r_v):
     model = tiny_model()
     factors = make_factors(model, r_k, r_v)
-    rotated = rotate_values(factors, seed)
+    rotated = factors.in_bits(None, 4)
     x = torch.randn(50, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     for before, after in zip(factors.layers, rotated.layers, strict=True):
-        assert after.k is before.k
+        assert after.k.A is before.k.A and after.k.B is before.k.B
         torch.testing.assert_close(after.v.A @ after.v.B, before.v.A @ before.v.B)
         torch.testing.assert_close((x @ after.v.A).norm(dim=1), (x @ before.v.A).norm(dim=1))
 
@@ -372,7 +401,7 @@ def test_rotation_spreads_outliers():
     A[:, 0] *= 20
     plain = Factors([LayerFactors(LowRank(A, B), LowRank(A, B))])
     x, errors = torch.randn(200, 64, generator=generator), []
-    for factors in (plain, rotate_values(plain)):
+    for factors in (plain, plain.in_bits(v_bits=4)):
         pair = factors.layers[0].v
         c = x @ pair.A
         v_hat = quant.fake_quantize(c, 4, quant.CHANNELS) @ pair.B
@@ -383,12 +412,11 @@ def test_rotation_spreads_outliers():
 def test_factors_trained_in_bits_are_not_rotated_again():
     model = tiny_model()
     factors = make_factors(model, 4, 4)
-    factors.info["v_bits"] = "4"
-    cache = bi_branch_cache(model, factors, 4, 0, 4, 4)
-    assert cache[0].A_v is factors.layers[0].v.A
-    factors.info["v_bits"] = "16"
-    assert bi_branch_cache(model, factors, 4, 0, 4, 4)[0].A_v is not factors.layers[0].v.A
-    assert bi_branch_cache(model, factors, 4, 0, 4, 16)[0].A_v is factors.layers[0].v.A
+    trained = factors.in_bits(4, 4)
+    assert bi_branch_cache(model, trained.in_bits(4, 4), 4)[0].A_v is trained.layers[0].v.A
+    assert bi_branch_cache(model, trained.in_bits(2, 2), 4)[0].A_v is trained.layers[0].v.A
+    assert bi_branch_cache(model, factors.in_bits(4, 4), 4)[0].A_v is not factors.layers[0].v.A
+    assert bi_branch_cache(model, factors.in_bits(4, 16), 4)[0].A_v is factors.layers[0].v.A
 
 
 # ------------------------------------------------------------------------------- wrong handling
@@ -414,27 +442,28 @@ def test_prefill_twice_and_decode_first_are_errors():
 @pytest.mark.parametrize("arguments", [{"window": 0}, {"window": -3}, {"k_bits": 5}, {"v_bits": 1}])
 def test_bad_cache_arguments(arguments):
     model = tiny_model()
-    with pytest.raises(UserError):
-        bi_branch_cache(model, make_factors(model, 3, 3), **arguments)
+    bits = {name: arguments.pop(name) for name in list(arguments) if name != "window"}
+    with pytest.raises(ValueError, match=r"is below 1|-bit latents; choose"):
+        bi_branch_cache(model, make_factors(model, 3, 3).in_bits(**bits), **arguments)
 
 
 def test_bad_initializations():
     model = tiny_model()
     for bad in ("best", "SVD", ""):
-        with pytest.raises(UserError, match="no initialization"):
+        with pytest.raises(ValueError, match="no initialization"):
             init_factors(bad, model, [1, 1], [1, 1])
-    with pytest.raises(UserError, match="needs calibration"):
+    with pytest.raises(ValueError, match="needs calibration"):
         init_factors("optimal", model, [1, 1], [1, 1])
     for ranks in ([0, 1], [1, 13], [-1, 1]):
-        with pytest.raises(UserError, match="not in 1"):
+        with pytest.raises(ValueError, match="not in 1"):
             init_factors("svd", model, ranks, [1, 1])
-    with pytest.raises(UserError, match="ranks for 2 layers"):
+    with pytest.raises(ValueError, match="ranks for 2 layers"):
         init_factors("svd", model, [1], [1])
     for ratio in (-0.1, 1.0, math.nan):
-        with pytest.raises(UserError, match="compression ratio"):
-            cskv.rank_for(ratio, 12)
+        with pytest.raises(ValueError, match="compression ratio"):
+            rank_for(ratio, 12)
     with pytest.raises(UserError, match="no calibration text"):
-        collect_statistics(model, [])
+        calibrate(model, [])
 
 
 # -------------------------------------------------------------------------------------- factors
@@ -442,10 +471,10 @@ def test_bad_initializations():
 
 def test_rank_is_of_the_whole_layer():
     """The published code rounds down a head: int(0.2 * 64) * 3 = 36 for SmolLM2. Ours is 38."""
-    assert cskv.rank_for(0.8, 192) == 38
-    assert cskv.rank_for(0.5, 192) == 96
-    assert cskv.rank_for(0, 192) == 192
-    assert cskv.rank_for(0.999, 192) == 1
+    assert rank_for(0.8, 192) == 38
+    assert rank_for(0.5, 192) == 96
+    assert rank_for(0, 192) == 192
+    assert rank_for(0.999, 192) == 1
 
 
 def loss(x, W, pair):
@@ -536,7 +565,7 @@ def test_only_the_product_counts(rank, window, seed):
     mixed = cskv.Factors([LayerFactors(mix(f.k), mix(f.v)) for f in factors.layers])
     tokens = tiny_tokens(model, 1, 20)
     outs = [
-        decode_all(model, tokens, 8, bi_branch_cache(model, f, window, 0, 32, 32))
+        decode_all(model, tokens, 8, bi_branch_cache(model, f.in_bits(32, 32), window))
         for f in (factors, mixed)
     ]
     torch.testing.assert_close(*outs, atol=2e-3, rtol=2e-3)
@@ -562,7 +591,7 @@ def test_statistics_equal_a_naive_computation():
         layer.self_attn.register_forward_pre_hook(
             lambda _, args, i=i: inputs.setdefault(i, []).append(args[0].flatten(0, 1))
         )
-    statistics = collect_statistics(model, batches)
+    statistics = calibrate(model, batches)
     for i, layer in enumerate(model.model.layers):
         x = torch.cat(inputs[i])
         assert len(x) == 19
@@ -596,7 +625,7 @@ def test_attention_factors_where_W_O_is_singular(rank_of_W_O):
         attention.o_proj.weight[:] = torch.outer(torch.arange(64.0), torch.randn(128)) / 64
     else:
         attention.o_proj.weight.zero_()
-    statistics = collect_statistics(model, [tiny_tokens(model, 2, 100)])
+    statistics = calibrate(model, [tiny_tokens(model, 2, 100)])
     factors = init_factors("attention", model, [9], [9], statistics)
     assert all(M.isfinite().all() for pair in factors.pairs for M in (pair.A, pair.B))
     plain = init_factors("optimal", model, [9], [9], statistics)
@@ -608,7 +637,7 @@ def test_attention_factors_where_W_O_is_singular(rank_of_W_O):
 def test_weights_that_are_not_finite_are_refused():
     model = tiny_model()
     model.model.layers[1].self_attn.v_proj.weight[0, 0] = math.nan
-    with pytest.raises(UserError, match="layer 1: v_proj has weights that are not finite"):
+    with pytest.raises(ValueError, match="layer 1: v_proj has weights that are not finite"):
         init_factors("svd", model, [3, 3], [3, 3])
 
 
@@ -622,7 +651,7 @@ def test_attention_factors_are_the_best_for_the_output(H_kv, rank, seed, data):
     attention, d_kv = model.model.layers[0].self_attn, model.config.d_kv
     v = x @ attention.v_proj.weight.T
     k = x @ attention.k_proj.weight.T
-    statistics = [cskv.Statistics(x.abs().mean(0), k.T @ k / 200, v.T @ v / 200)]
+    statistics = [Statistics(x.abs().mean(0), k.T @ k / 200, v.T @ v / 200)]
     ours, plain = (
         init_factors(name, model, [rank], [rank], statistics).layers[0]
         for name in ("attention", "optimal")
@@ -650,8 +679,8 @@ def test_factors_survive_a_file(tmp_path):
     factors = make_factors(model, 3, 5)
     factors.info["data"] = "some text"
     path = tmp_path / "f.safetensors"
-    cskv.save_factors(path, factors, model, torch.float32)
-    again = cskv.load_factors(path, model)
+    save_factors(path, factors, model, torch.float32)
+    again = load_factors(path, model)
     assert again.info["init"] == "optimal" and again.info["data"] == "some text"
     for a, b in zip(factors.layers, again.layers, strict=True):
         for x, y in ((a.k, b.k), (a.v, b.v)):
@@ -662,16 +691,16 @@ def test_factors_survive_a_file(tmp_path):
 def test_factors_fit_the_same_model_in_other_bits_and_no_other(tmp_path):
     model = tiny_model()
     path = tmp_path / "f.safetensors"
-    cskv.save_factors(path, make_factors(model, 3, 5), model)
+    save_factors(path, make_factors(model, 3, 5), model)
     for dtype in (torch.float16, torch.bfloat16):
-        loaded = cskv.load_factors(path, tiny_model().to(dtype))
+        loaded = load_factors(path, tiny_model().to(dtype))
         assert loaded.layers[0].k.A.dtype == dtype
     others = [tiny_model(seed=1), tiny_model(num_hidden_layers=3), tiny_model(hidden_size=30)]
     altered = tiny_model()
     altered.model.layers[1].self_attn.v_proj.weight.data.mul_(-1)
     for other in [*others, altered]:
         with pytest.raises(UserError, match="another model"):
-            cskv.load_factors(path, other)
+            load_factors(path, other)
 
 
 def test_infinite_factors_are_not_saved(tmp_path):
@@ -679,15 +708,15 @@ def test_infinite_factors_are_not_saved(tmp_path):
     factors = make_factors(model, 3, 5)
     factors.layers[0].k.A[0, 0] = 1e6  # more than float16 holds
     with pytest.raises(UserError, match="cannot hold"):
-        cskv.save_factors(tmp_path / "f.safetensors", factors, model)
+        save_factors(tmp_path / "f.safetensors", factors, model)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nominal_ratio_counts_bits_and_ranks_of_every_layer():
     model = tiny_model()  # d_kv 12, 2 layers
     factors = init_factors("svd", model, [2, 4], [6, 12])
-    assert cskv.nominal_ratio(model, factors) == pytest.approx(1 - (2 + 4 + 6 + 12) / 48)
-    assert cskv.nominal_ratio(model, factors, 32, 16) == pytest.approx(1 - (2 * 6 + 18) / 48)
+    assert nominal_ratio(model, factors) == pytest.approx(1 - (2 + 4 + 6 + 12) / 48)
+    assert nominal_ratio(model, factors.in_bits(32, 16)) == pytest.approx(1 - (2 * 6 + 18) / 48)
 
 
 def test_equal_factors_are_equal_files(tmp_path):
@@ -695,7 +724,7 @@ def test_equal_factors_are_equal_files(tmp_path):
     model = tiny_model()
     factors = make_factors(model, 3, 4)
     for i in range(5):
-        cskv.save_factors(tmp_path / str(i), factors, model)
+        save_factors(tmp_path / str(i), factors, model)
     assert len({(tmp_path / str(i)).read_bytes() for i in range(5)}) == 1
     data = (tmp_path / "0").read_bytes()
     assert int.from_bytes(data[:8], "little") % 8 == 0  # tensors stay aligned

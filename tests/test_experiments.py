@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 
 import cskv
+import infer
 from experiments import caches, english, evaluate, longbench, measuring, speed
 from experiments.longeval import Case, make_cases
 from infer import TEACHER
-from model import Tokenizer, Transformer, UserError, full_cache, load_model, load_tokenizer
+from model import Transformer, full_cache
+from support.calibration import init_factors
+from support.checkpoint import load_model
+from support.command import UserError
+from support.factors_file import save_factors
+from support.tokenizer import Tokenizer, load_tokenizer
 from tests.test_infer import call
 from tests.tiny import naive_forward, save_checkpoint, tiny_model, tiny_tokens
 
@@ -33,7 +39,7 @@ def setup(tmp_path_factory):
     model = tiny_model()
     save_checkpoint(model, folder / "model")
     (folder / "text.txt").write_text(" ".join(f"t{i * i % 61}" for i in range(400)))
-    cskv.save_factors(folder / "f", cskv.init_factors("svd", model, [4, 4], [4, 4]), model)
+    save_factors(folder / "f", init_factors("svd", model, [4, 4], [4, 4]), model)
     record = {"input": "t7", "context": "t1 t2 t3", "answers": ["t5"], "answer_keywords": "t5"}
     write_records(folder / "data" / "triviaqa_e.jsonl", {**record, "length": 5000})
     write_records(folder / "data" / "factrecall_en_16k.jsonl", record)
@@ -88,7 +94,7 @@ def notes_beside(path):
 
 # ------------------------------------------------------------------------------- rows and columns
 
-COLUMNS = {"cache", "factors", "bits", "ratio", "nominal_ratio", "honest_ratio", "seconds"}
+COLUMNS = {"cache", "factors", "bits", "ratio", "nominal_ratio", "measured_ratio", "seconds"}
 COLUMNS |= {"cases", "tokens"}
 OWN_COLUMNS = {
     "perplexity": {"perplexity"},
@@ -128,7 +134,7 @@ def tensors_in(thing):
 
 
 @pytest.mark.parametrize("what", ["perplexity", "longeval", "longbench"])
-def test_honest_ratios_sum_live_tensors(setup, brief, tmp_path, capsys, monkeypatch, what):
+def test_measured_ratios_sum_live_tensors(setup, brief, tmp_path, capsys, monkeypatch, what):
     held = []
 
     def watch(row, cache, *rest):
@@ -144,11 +150,11 @@ def test_honest_ratios_sum_live_tensors(setup, brief, tmp_path, capsys, monkeypa
     for row in rows:
         sizes, tokens = zip(*((s, t) for name, s, t in held if name == row["cache"]), strict=True)
         full = sum(tokens) * 2 * 2 * 12 * 2  # keys and values, layers, d_kv, 16 bits
-        assert row["honest_ratio"] == pytest.approx(1 - sum(sizes) / full), row["cache"]
+        assert row["measured_ratio"] == pytest.approx(1 - sum(sizes) / full), row["cache"]
         assert row["tokens"] == pytest.approx(sum(tokens) / row["cases"])
 
 
-def test_honest_ratios_by_hand(setup, tmp_path, capsys):
+def test_measured_ratios_by_hand(setup, tmp_path, capsys):
     """49 tokens go through each cache, 40 of them in the prompt; 2 layers, d_kv 12 in 2 heads."""
     more = ["--caches", "full,streaming,cskv,kivi-4", "--batch", 3]
     rows = measured(setup, capsys, tmp_path / "rows", "perplexity", *more)
@@ -162,7 +168,9 @@ def test_honest_ratios_by_hand(setup, tmp_path, capsys):
         "kivi-4": packed + waiting,
     }
     for row in rows:
-        assert row["honest_ratio"] == pytest.approx(1 - expected[row["cache"]] / full), row["cache"]
+        assert row["measured_ratio"] == pytest.approx(1 - expected[row["cache"]] / full), row[
+            "cache"
+        ]
 
 
 def test_bits_and_inits_make_rows(setup, tmp_path, capsys):
@@ -223,7 +231,7 @@ def test_caches_hold_16_bits_in_a_model_of_32(bias):
     """Of every kind, with the logits of the model up to the rounding of keys and values."""
     model = tiny_model(attention_bias=bias)
     maker, tokens = caches.CacheMaker(model, torch.bfloat16), tiny_tokens(model, 2, 50)
-    factors = cskv.init_factors("svd", model, [12, 12], [12, 12])
+    factors = init_factors("svd", model, [12, 12], [12, 12])
     rows = [maker.full(), maker.pruned("streaming", 0.0, 99), maker.pruned("h2o", 0.0, 99)]
     rows += [maker.low_rank(factors, "", 0), maker.bi_branch(factors, "", 0, 4), maker.kivi(8)]
     expected = model(tokens)
@@ -240,11 +248,11 @@ def test_caches_hold_16_bits_in_a_model_of_32(bias):
         assert row.cache == "h2o" or torch.float32 not in kinds
         error = (logits[:, 0] - expected[:, -1]).abs().max() / expected[:, -1].abs().max()
         assert error < 0.05, row.cache
-    full = caches.full_bytes(model, 2 * 50)
-    assert caches.held_bytes(rows[0].make(50)) == 0
+    full = infer.full_bytes(model, 2 * 50)
+    assert infer.held_bytes(rows[0].make(50)) == 0
     cache = rows[0].make(50)
     model(tokens, cache)
-    assert caches.held_bytes(cache) == full
+    assert infer.held_bytes(cache) == full
 
 
 def test_equal_bytes(setup, tmp_path, capsys):
@@ -262,7 +270,7 @@ def test_equal_bytes(setup, tmp_path, capsys):
     full = 2 * 12 * 2  # bytes of a token and layer
     more_of = {"streaming": full, "h2o": full + 2 * 4, "asvd": 49 * 4, "cskv": 49 * 4}
     for row in rows:
-        spare = (row["honest_ratio"] - row["ratio"]) * 49 * full
+        spare = (row["measured_ratio"] - row["ratio"]) * 49 * full
         assert -1e-6 <= spare < more_of[row["cache"]], row
 
 
@@ -272,8 +280,8 @@ def test_equal_bytes(setup, tmp_path, capsys):
 def test_decode_nll_equals_one_parallel_computation():
     model = tiny_model()
     tokens, ranks = tiny_tokens(model, 2, 20), [5, 5]
-    factors = cskv.init_factors("svd", model, ranks, ranks)
-    cache = cskv.bi_branch_cache(model, factors, 3, 0, 32, 32)
+    factors = init_factors("svd", model, ranks, ranks)
+    cache = cskv.bi_branch_cache(model, factors.in_bits(32, 32), 3)
     logits = model(tokens[:, :8], cache, logits_to_keep=1)
     nll = evaluate.decode_nll(model, logits, tokens[:, 8:], cache)
     assert nll.shape == (2, 12)
@@ -376,7 +384,7 @@ def test_both_protocols_read_the_same_tokens():
 def test_retrieval_command_on_the_teaching_model(tmp_path, capsys, question):
     """8 cases: right with the full cache, wrong with random factors; bytes by hand."""
     model = load_model(TEACHER)
-    cskv.save_factors(tmp_path / "f", cskv.init_factors("random", model, [8] * 4, [4] * 4), model)
+    save_factors(tmp_path / "f", init_factors("random", model, [8] * 4, [4] * 4), model)
     args = ["longeval", "--model", TEACHER, "--lines", 20, "--cases", 8, "--question", question]
     args += ["--factors", tmp_path / "f", "--json", tmp_path / "r.json"]
     code, out, _ = call(evaluate, capsys, *args)
@@ -384,7 +392,7 @@ def test_retrieval_command_on_the_teaching_model(tmp_path, capsys, question):
     assert code == 0 and len(out.splitlines()) == 4
     assert full["accuracy"] > 0.8 and random["accuracy"] < 0.3
     # 16 bits, and at most the room of one answer besides
-    assert -0.05 < full["honest_ratio"] <= 0
+    assert -0.05 < full["measured_ratio"] <= 0
     assert random["nominal_ratio"] == pytest.approx(1 - 12 / 128)
 
 
@@ -392,7 +400,7 @@ def test_a_passkey_answer_has_room(setup, tmp_path, capsys):
     """Of all its tokens: a buffer that grows at the last one holds 256 that nothing needs."""
     more = ["--caches", "full", "--cache-dtype", "bfloat16"]
     (row,) = measured(setup, capsys, tmp_path / "rows", "passkey", *more)
-    assert -0.02 < row["honest_ratio"] < 0  # the last token of an answer is not fed back
+    assert -0.02 < row["measured_ratio"] < 0  # the last token of an answer is not fed back
 
 
 def test_retrieval_calibrates_on_cases_of_another_seed(setup):
@@ -488,7 +496,9 @@ def test_longbench_by_hand(setup, tmp_path, capsys, monkeypatch):
     assert prompts == [tokenizer.encode(text) for text in texts]
     lengths = [len(prompt) for prompt in prompts]
     assert rows[8]["tokens"] == pytest.approx(sum(lengths) / 5)
-    assert rows[8]["honest_ratio"] == pytest.approx(1 - 2 * (sum(lengths) + 5 * 32) / sum(lengths))
+    assert rows[8]["measured_ratio"] == pytest.approx(
+        1 - 2 * (sum(lengths) + 5 * 32) / sum(lengths)
+    )
 
 
 def test_long_prompts_lose_their_middle(setup, tmp_path, capsys, monkeypatch):
@@ -607,8 +617,8 @@ def test_notes_of_another_run_are_refused(setup, brief, tmp_path, capsys, monkey
         assert call(evaluate, capsys, *arguments(setup, *LONGEVAL, *own))[0] == 130
     (notes,) = notes_beside(path)
     if other == "the factors' content":
-        made = cskv.init_factors("svd", tiny_model(), [3, 3], [3, 3])
-        cskv.save_factors(factors, made, tiny_model())
+        made = init_factors("svd", tiny_model(), [3, 3], [3, 3])
+        save_factors(factors, made, tiny_model())
     elif other == "the model's weights":
         changed = tiny_model()
         changed.model.layers[0].self_attn.k_proj.weight *= 1.01  # still that of the factors
@@ -703,9 +713,13 @@ MISTAKES = {
     "no text": ("perplexity", ["--text", "no.txt"], "no file no.txt"),
     "unknown cache": ("longeval", ["--caches", "full,best"], "no cache 'best'"),
     "unknown init": ("perplexity", ["--inits", "svd,best"], "no initialization 'best'"),
-    "no such bits": ("perplexity", ["--bits", "4,5"], "'4,5' is not of 2,3,4,8,16,32"),
+    "no such bits": (
+        "perplexity",
+        ["--bits", "4,5"],
+        "no number of bits '5'; choose of 2,3",
+    ),
     "ratio 1": ("perplexity", ["--ratios", "0.5,1"], "'1' is not a number from 0"),
-    "a ratio twice": ("passkey", ["--ratios", "0.5,0.5"], "'0.5,0.5' has a number twice"),
+    "a ratio twice": ("passkey", ["--ratios", "0.5,0.5"], "0.5 is given twice in '0.5,0.5'"),
     "a protocol twice": ("passkey", ["--question", "decode,decode"], "'decode' is given twice"),
     "no such protocol": ("longeval", ["--question", "both"], "no protocol 'both'"),
     "no size holds it": ("longeval", [*EQUAL, 60, "--ratios", "0.99"], "no cache can hold those"),

@@ -3,16 +3,22 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import cskv
 import infer
 import train
-from model import Tokenizer as Tokenizer_
-from model import full_cache, load_model, load_tokenizer, run_command
+from cskv import Factors, LayerFactors
+from model import full_cache
+from support.calibration import CALIBRATED, INITIALIZATIONS, init_factors
+from support.checkpoint import load_model
+from support.command import run_command
+from support.factors_file import load_factors, save_factors
+from support.text import read_documents, sample_tokens
+from support.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny import save_checkpoint, tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -36,8 +42,8 @@ def setup(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     model = tiny_model()
     save_checkpoint(model, folder / "model")
-    factors = cskv.init_factors("svd", model, [4, 4], [4, 4])
-    cskv.save_factors(folder / "factors.safetensors", factors, model)
+    factors = init_factors("svd", model, [4, 4], [4, 4])
+    save_factors(folder / "factors.safetensors", factors, model)
     (folder / "text.txt").write_text(" ".join(f"t{i * i % 61}" for i in range(400)))
     return folder
 
@@ -57,7 +63,7 @@ def test_json_is_one_object_and_counts_live_bytes(setup, capsys):
     assert result["full_cache_bytes"] == 2 * 2 * 12 * 2 * tokens  # K and V, layers, d_kv, 16 bits
     ring = 2 * 5 * 12 * 4  # keys and values, window, d_kv, float32
     assert result["cache_bytes"] == 2 * (tokens * (4 + 4) * 2 + ring)
-    assert result["honest_ratio"] == pytest.approx(
+    assert result["measured_ratio"] == pytest.approx(
         1 - result["cache_bytes"] / result["full_cache_bytes"]
     )
     assert result["nominal_ratio"] == pytest.approx(1 - 4 / 12)
@@ -67,9 +73,10 @@ def test_json_is_one_object_and_counts_live_bytes(setup, capsys):
 def test_bits_are_those_of_the_factors_or_of_the_flags(setup, capsys, tmp_path):
     """A longer prompt, so that one group of 32 tokens is packed: bytes tell which bits it has."""
     model = load_model(setup / "model")
-    factors = cskv.load_factors(setup / "factors.safetensors", model)
-    factors.info |= {"k_bits": "3", "v_bits": "8"}
-    cskv.save_factors(tmp_path / "f.safetensors", factors, model)
+    factors = load_factors(setup / "factors.safetensors", model)
+    layers = [LayerFactors(replace(f.k, bits=3), replace(f.v, bits=8)) for f in factors.layers]
+    factors = Factors(layers, factors.info)
+    save_factors(tmp_path / "f.safetensors", factors, model)
     prompt = " ".join(f"t{i}" for i in range(40))
 
     def cache_bytes(*more):
@@ -115,7 +122,7 @@ def test_text_goes_to_stdout_and_notes_to_stderr(setup, capsys):
     code, out, err = call(infer, capsys, *arguments(setup))
     expected = json.loads(call(infer, capsys, *arguments(setup, "--json"))[1])
     assert code == 0 and out == expected["text"] + "\n"
-    assert "honest ratio" in err
+    assert "measured ratio" in err
 
 
 def test_compare_answers_twice(setup, capsys):
@@ -123,7 +130,7 @@ def test_compare_answers_twice(setup, capsys):
     alone = call(infer, capsys, *arguments(setup))[1]
     assert out.startswith("--- full cache, 10 tokens of prompt")
     assert f"--- cskv cache, 10 tokens of prompt\n{alone}\n" in out
-    assert out.split("honest ratio")[1].split()[0] == "-100.0%"  # the full cache, in float32 here
+    assert out.split("measured ratio")[1].split()[0] == "-100.0%"  # the full cache, in float32 here
     result = json.loads(call(infer, capsys, *arguments(setup, "--compare", "--json"))[1])
     full = json.loads(call(infer, capsys, *arguments(setup, "--cache", "full", "--json"))[1])
     assert result["full"]["tokens"] == full["tokens"]
@@ -235,13 +242,14 @@ def test_mistakes_with_the_embedded_model(capsys, more, message):
 def test_streamed_text_is_the_whole_text(setup, monkeypatch, capsys):
     """Bytes of one character arrive token by token: it is written when it is complete, or at the
     end as it stands. SentencePiece tokenizers drop the space before the first word."""
-    from tokenizers import Tokenizer, decoders, models
+    import tokenizers
+    from tokenizers import decoders, models
 
     vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"▁the": 256, "▁end": 257}
-    backend = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    backend = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    model, tokenizer = tiny_model(), Tokenizer_(backend, {}, None)
+    model, tokenizer = tiny_model(), Tokenizer(backend, {}, None)
     for text, tail in (("é🙂ß", []), ("naïve", [0xE2, 0x82])):
         ids = [256, *text.encode(), 257, *tail]
         monkeypatch.setattr(infer, "generate", lambda *a, ids=ids: iter(ids))
@@ -295,7 +303,7 @@ def damaged_factors(setup, folder, name):
         path.write_bytes(b"")
     elif name == "another model's":
         other = tiny_model(seed=5)
-        cskv.save_factors(path, cskv.init_factors("svd", other, [4, 4], [4, 4]), other)
+        save_factors(path, init_factors("svd", other, [4, 4], [4, 4]), other)
     elif name == "a newer version":
         path.write_bytes(good.replace(b'"version":"1"', b'"version":"9"'))
     elif name == "no factors":
@@ -331,17 +339,17 @@ def test_as_a_program(setup):
 # ----------------------------------------------------------------------------------- train.py
 
 
-@pytest.mark.parametrize("init", cskv.INITIALIZATIONS)
+@pytest.mark.parametrize("init", INITIALIZATIONS)
 def test_train_writes_factors_that_infer_reads(setup, tmp_path, capsys, init):
     out = tmp_path / "f.safetensors"
     base = ["--model", setup / "model", "--data", setup / "text.txt", "--init", init]
     ranks = ["--k-ratio", 0.5, "--v-rank", 2]
     code, _, err = call(train, capsys, *base, *ranks, "--epochs", 0, "--out", out)
     assert code == 0, err
-    factors = cskv.load_factors(out, load_model(setup / "model"))
+    factors = load_factors(out, load_model(setup / "model"))
     assert [(f.k.rank, f.v.rank) for f in factors.layers] == [(6, 2), (6, 2)]
     assert factors.info["init"] == init and factors.info["trained"] == "none"
-    assert factors.info.get("data") == ("text.txt" if init in cskv.CALIBRATED else None)
+    assert factors.info.get("data") == ("text.txt" if init in CALIBRATED else None)
     assert call(infer, capsys, *arguments(setup, "--factors", out))[0] == 0
 
 
@@ -349,17 +357,17 @@ def test_train_reads_documents_from_every_kind_of_file(tmp_path):
     (tmp_path / "b.txt").write_text("one\ntwo")
     (tmp_path / "a.jsonl").write_text('{"text": "x", "id": 1}\n\n{"text": "y"}\n')
     (tmp_path / "notes.md").write_text("not read")
-    assert list(train.read_documents(tmp_path)) == ["x", "y", "one\ntwo"]
+    assert list(read_documents(tmp_path)) == ["x", "y", "one\ntwo"]
 
 
 def test_samples_are_whole_documents_or_their_pieces(setup, tmp_path):
     tokenizer = load_tokenizer(setup / "model")
     lines = [" ".join(["t1"] * 3), " ".join(f"t{i}" for i in range(10)), "t4"]
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
-    samples = train.sample_tokens(tmp_path, tokenizer, 10, 4, seed=0)
+    samples = sample_tokens(tmp_path, tokenizer, 10, 4, seed=0)
     found = sorted(sample[0].tolist() for sample in samples)
     assert found == [[0, 1, 2, 3], [1, 1, 1], [4, 5, 6, 7], [8, 9]]  # one token teaches nothing
-    assert len(train.sample_tokens(tmp_path, tokenizer, 2, 4, seed=0)) == 2
+    assert len(sample_tokens(tmp_path, tokenizer, 2, 4, seed=0)) == 2
 
 
 TRAIN_MISTAKES = {

@@ -25,7 +25,8 @@ from experiments.longbench import (
     summarize,
     truncate_middle,
 )
-from model import Tokenizer, UserError
+from support.command import UserError
+from support.tokenizer import Tokenizer
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
 RECORD = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from experiments import longeval
 from experiments.longeval import make_cases, passkey_case, read_answer
-from model import UserError
+from support.command import UserError, run_command
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,7 +144,7 @@ def test_command_line(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["cases.jsonl"]
 
 
-def test_command_line_errors(tmp_path):
+def test_command_line_errors(tmp_path, capsys):
     """One line, exit code 2, no traceback, and nothing half-written."""
     result = command("--lines", "9999", "--out", str(tmp_path / "a"))
     assert result.returncode == 2
@@ -155,6 +155,7 @@ def test_command_line_errors(tmp_path):
         ["--out", str(tmp_path / "missing" / "a")],
         ["--lines", "5"],
     ):
-        with pytest.raises(UserError):
-            longeval.run(longeval.parse_arguments(arguments))
+        with pytest.raises(SystemExit) as stop:
+            run_command(lambda a=arguments: longeval.run(longeval.parse_arguments(a)))
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from experiments.longbench import f1, normalize, read_records, summarize
 from experiments.lveval import BLACKLIST, TASKS, gated_f1, keyword_recall, select
-from model import UserError
+from support.command import UserError
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
 RECORD = {

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import UserError, check_folder, full_cache, load_model, read_config
+from model import full_cache
+from support.checkpoint import load_model, read_config
+from support.command import UserError, check_writable
 from tests.tiny import naive_forward, save_checkpoint, tiny_config, tiny_model, tiny_tokens
 
 torch.set_grad_enabled(False)
@@ -263,7 +265,7 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
     file, pipe = tmp_path / "file", tmp_path / "pipe"
     file.write_text("kept")
     for path in (None, file, tmp_path / "new"):
-        check_folder(path)
+        check_writable(path)
     assert [f.name for f in tmp_path.iterdir()] == ["file"] and file.read_text() == "kept"
     os.mkfifo(pipe)  # as /dev/null is no regular file, which a rename would replace
     for path, message in {
@@ -275,7 +277,7 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
         tmp_path / ("x" * 256): "cannot be written",
     }.items():
         with pytest.raises(UserError, match=message) as caught:
-            check_folder(path)
+            check_writable(path)
         assert "\n" not in str(caught.value)
 
 
@@ -286,7 +288,7 @@ def test_a_folder_without_permission_is_known_before(tmp_path):
     if not folder.is_dir():
         pytest.skip("root, and no /proc")
     with pytest.raises(UserError, match="cannot be written"):
-        check_folder(folder / "f")
+        check_writable(folder / "f")
 
 
 # ------------------------------------------------------------------------- against transformers

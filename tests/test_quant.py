@@ -94,7 +94,7 @@ def test_packed_storage_returns_what_fake_quantization_returned(x, bits, dim, da
     """Bit for bit, whole or in pieces, however it was filled; and it costs what it should."""
     groups, clamped = x.shape[1] // GROUP, data.draw(st.booleans())
     first = data.draw(st.integers(1, groups)) * GROUP
-    storage = Packed(bits, dim, data.draw(st.integers(0, 300)), clamped)
+    storage = Packed(bits, dim, 0, data.draw(st.integers(0, 300)), clamped)
     storage.append(x[:, :first])
     for start in range(first, x.shape[1], GROUP):
         storage.append(x[:, start : start + GROUP])
@@ -132,8 +132,8 @@ def test_packed_storage_grows_rarely():
 def test_gradient_is_that_of_a_clamp_to_the_levels(x, bits, dim, clamped):
     """Straight through: finite differences of clamp(x, lowest level, highest level), in double."""
     q, n = quantize(x, bits, dim, clamped), x.shape[dim]
-    low = quant.spread(q.minimum, dim, n).double()
-    high = low + quant.spread(q.scale, dim, n).double() * (2**bits - 1)
+    low = quant.repeat_per_group(q.minimum, dim, n).double()
+    high = low + quant.repeat_per_group(q.scale, dim, n).double() * (2**bits - 1)
 
     def clamp(y):
         return torch.minimum(torch.maximum(y, low), high)
@@ -154,12 +154,12 @@ def test_clamped_zero_point_by_hand():
     """The example at the top of quant.py, and a group around zero, where both agree."""
     x = torch.tensor([[10.0], [11], [12], [13]])
     assert torch.allclose(fake_quantize(x, 2, TOKENS), x, atol=0.03)
-    assert fake_quantize(x, 2, TOKENS, clamped_zero_point=True).flatten().tolist() == [3, 3, 3, 3]
+    assert fake_quantize(x, 2, TOKENS, clamped=True).flatten().tolist() == [3, 3, 3, 3]
     x = torch.tensor([[-1.0], [0], [1], [2]])
     for clamped in (False, True):
         assert torch.allclose(fake_quantize(x, 2, TOKENS, clamped), x, atol=0.01)
     x = torch.tensor([[-7.0], [-6.0], [-5.0], [-4.0]])  # levels -3 .. 0
-    assert fake_quantize(x, 2, TOKENS, clamped_zero_point=True).flatten().tolist() == [-3] * 4
+    assert fake_quantize(x, 2, TOKENS, clamped=True).flatten().tolist() == [-3] * 4
 
 
 @pytest.mark.parametrize(("offset", "ours", "theirs"), [(5, 0.015, 0.275), (10, 0.008, 0.595)])

@@ -8,7 +8,11 @@ import torch
 
 import cskv
 from infer import generate, make_sampler
-from model import full_cache, load_model, load_tokenizer
+from model import full_cache
+from support.calibration import rank_for
+from support.checkpoint import load_model
+from support.factors_file import load_factors
+from support.tokenizer import load_tokenizer
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 FOLDER = WEIGHTS / "SmolLM2-135M-Instruct"
@@ -60,13 +64,11 @@ def test_cache_right_after_prefill(smollm2, percent):
     Keeps out what the published code does: hold the full keys and values beside the latents.
     """
     model, tokenizer = smollm2
-    factors = cskv.load_factors(
-        WEIGHTS / f"smollm2-135m-instruct.cskv-{percent}.safetensors", model
-    )
+    factors = load_factors(WEIGHTS / f"smollm2-135m-instruct.cskv-{percent}.safetensors", model)
     tokens = english(tokenizer, 1000)
     cache = cskv.bi_branch_cache(model, factors)
     assert torch.equal(model(tokens, cache), model(tokens, full_cache(model)))
-    rank = cskv.rank_for(percent / 100, 192)
+    rank = rank_for(percent / 100, 192)
     expected = 30 * (1000 * 2 * rank * 2 + 2 * 32 * 192 * 4)  # 16-bit latents, float32 ring
     assert sum(layer.nbytes() for layer in cache) == expected
 
@@ -77,7 +79,7 @@ def test_greedy_answer_at_50_percent(smollm2):
     (With the full cache it ends in Paris. So small a model may lose the fact, not the grammar.)
     """
     model, tokenizer = smollm2
-    factors = cskv.load_factors(WEIGHTS / "smollm2-135m-instruct.cskv-50.safetensors", model)
+    factors = load_factors(WEIGHTS / "smollm2-135m-instruct.cskv-50.safetensors", model)
     chat = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
     prompt, greedy = tokenizer.encode(chat, special=False), make_sampler(0, 1, 0)
     answers = [

@@ -15,7 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from experiments import longeval
-from model import UserError, load_model, load_tokenizer
+from support.checkpoint import load_model
+from support.command import UserError
+from support.tokenizer import load_tokenizer
 from weights import check_teacher, train_teacher
 from weights.train_teacher import EOS, LEVELS, Plan, Trainer, build_tokenizer, draw_batch
 

@@ -2,12 +2,14 @@
 
 import json
 import random
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import UserError, load_tokenizer
+from support.command import UserError
+from support.tokenizer import load_tokenizer
 from tests.tiny import save_checkpoint, tiny_model
 
 TEXT = (
@@ -83,19 +85,37 @@ def test_damaged_sentencepiece_model(tmp_path, sentencepiece_model, size):
         load_tokenizer(tmp_path)
 
 
-def test_unigram_and_normalizing_models_are_refused(tmp_path, sentencepiece_model):
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])  # with the normalization nmt_nfkc, the default
+def test_unigram_and_normalizing_models_equal_sentencepiece(tmp_path, kind):
     spm = pytest.importorskip("sentencepiece")
     (tmp_path / "text.txt").write_text(TEXT)
-    for options in ({"model_type": "unigram"}, {"model_type": "bpe"}):  # nmt_nfkc is the default
-        spm.SentencePieceTrainer.train(
-            input=str(tmp_path / "text.txt"),
-            model_prefix=str(tmp_path / "tokenizer"),
-            vocab_size=120,
-            minloglevel=2,
-            **options,
-        )
-        with pytest.raises(UserError, match=r"tokenizer\.model (is not|normalizes)"):
-            load_tokenizer(tmp_path)
+    spm.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=120,
+        model_type=kind,
+        minloglevel=2,
+    )
+    theirs = spm.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    ours = load_tokenizer(tmp_path)
+    for text in ("the  key", "ﬁne ①", "Numbers such as 58979", "", "漢"):
+        assert ours.encode(text, special=False) == theirs.encode(text)
+        assert ours.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text))
+
+
+def test_sentencepiece_that_is_missing_is_named(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match="needs the package sentencepiece"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_bos_token_that_is_no_piece_is_named(tmp_path, sentencepiece_model):
+    _, folder = sentencepiece_model
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<bos>"}')
+    with pytest.raises(UserError, match="bos_token '<bos>'"):
+        load_tokenizer(tmp_path)
 
 
 def test_chat_template(tmp_path):

@@ -18,10 +18,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cskv
 import quant
 import train
-from model import DTYPES, UserError, load_model, load_tokenizer
+from support import processes, text
+from support.calibration import INITIALIZATIONS, calibrate, init_factors
+from support.checkpoint import load_model
+from support.command import DTYPES, UserError
+from support.factors_file import load_factors
+from support.tokenizer import load_tokenizer
 from tests.test_infer import call
 from tests.tiny import save_checkpoint, tiny_model, tiny_tokens
 
@@ -35,11 +39,13 @@ def make_samples(model, lengths=LENGTHS):
     return [tiny_tokens(model, 1, n, seed) for seed, n in enumerate(lengths)]
 
 
-def make_factors(model, samples, init="svd", k_rank=5, v_rank=4, k_bits=16, v_bits=16):
+def make_factors(
+    model, samples, init="svd", k_rank=5, v_rank=4, k_bits=16, v_bits=16, clamped=False
+):
     n = len(model.model.layers)
-    statistics = cskv.collect_statistics(model, samples)
-    factors = cskv.init_factors(init, model, [k_rank] * n, [v_rank] * n, statistics)
-    return cskv.rotate_values(factors) if v_bits < 16 else factors
+    statistics = calibrate(model, samples)
+    factors = init_factors(init, model, [k_rank] * n, [v_rank] * n, statistics)
+    return factors.in_bits(k_bits, v_bits, clamped)
 
 
 def make_bases(model, samples, k_rank=5, v_rank=4):
@@ -101,7 +107,7 @@ def test_gradients_equal_finite_differences(bits):
     """In every direction of B: rounding happens before it, so the loss is smooth in it."""
     model = tiny_model()
     samples = make_samples(model)
-    tuner = train.Tuner(make_factors(model, samples, v_bits=bits), 1, k_bits=bits, v_bits=bits)
+    tuner = train.Tuner(make_factors(model, samples, k_bits=bits, v_bits=bits), 1)
     train.run_layers(model, samples, [tuner], train=True)
     for pair in tuner.factors.pairs:
         direction = torch.randn(pair.B.shape, generator=torch.Generator().manual_seed(0))
@@ -120,8 +126,8 @@ def test_quantized_loss_equals_a_naive_one(k_bits, v_bits, clamped):
     """Keys in groups of 32 tokens of the sample, values in groups of 32 channels."""
     model = tiny_model()
     samples = make_samples(model)
-    factors = make_factors(model, samples, v_bits=v_bits)
-    tuner = train.Tuner(factors, 1, 1e-3, k_bits, v_bits, clamped)
+    factors = make_factors(model, samples, k_bits=k_bits, v_bits=v_bits, clamped=clamped)
+    tuner = train.Tuner(factors, 1, 1e-3)
     ours = train.run_layers(model, samples, [tuner])[0]
     expected = torch.zeros(2, dtype=torch.float64)
     for sample in samples:
@@ -181,7 +187,7 @@ class Saved:
 def test_no_graph_survives_its_layer(bits):
     model = tiny_model(num_hidden_layers=5)
     samples = make_samples(model)
-    tuner = train.Tuner(make_factors(model, samples, v_bits=bits), 1, 1e-3, bits, bits)
+    tuner = train.Tuner(make_factors(model, samples, k_bits=bits, v_bits=bits), 1, 1e-3)
     boxes, counts = weakref.WeakSet(), []
 
     def pack(tensor):
@@ -232,7 +238,7 @@ def test_only_what_is_measured_is_evaluated_in_float64():
 
 @quick
 @given(
-    st.sampled_from(cskv.INITIALIZATIONS),
+    st.sampled_from(INITIALIZATIONS),
     st.integers(1, 12),
     bit_choices,
     bit_choices,
@@ -243,7 +249,7 @@ def test_no_loss_is_below_its_floor(init, rank, k_bits, v_bits, lengths):
     model = tiny_model()
     samples = make_samples(model, lengths)
     factors = make_factors(model, samples, init, rank, rank, k_bits, v_bits)
-    tuner = train.Tuner(factors, 3, 1e-2, k_bits, v_bits)
+    tuner = train.Tuner(factors, 3, 1e-2)
     bases = make_bases(model, samples, rank, rank)
     for _ in range(3):
         loss, floor, optimal, zeros = train.measure(model, tuner, samples, bases, train=True)
@@ -324,14 +330,14 @@ def test_training_with_rounding_lowers_the_loss(init, bits, clamped):
     """In 2 bits even from the optimum without bits, where rounding afterwards leaves one."""
     model = tiny_model()
     samples = make_samples(model, (64, 64))
-    factors = make_factors(model, samples, init, 9, 9, v_bits=bits)
-    tuner = train.Tuner(factors, 60, 1e-2, bits, bits, clamped)
+    factors = make_factors(model, samples, init, 9, 9, bits, bits, clamped)
+    tuner = train.Tuner(factors, 60, 1e-2)
     before = train.run_layers(model, samples, [tuner]).sum()
     for _ in range(60):
         train.run_layers(model, samples, [tuner], train=True)
         tuner.step()
     assert train.run_layers(model, samples, [tuner]).sum() < 0.93 * before
-    assert tuner.factors.info["k_bits"] == tuner.factors.info["v_bits"] == str(bits)
+    assert all(pair.bits == bits for pair in tuner.factors.pairs)
 
 
 # --------------------------------------------------------------------------- schedule and batches
@@ -360,7 +366,7 @@ def test_an_epoch_has_every_sample_once(n, size, seed):
     epochs = []
     for epoch in range(2):
         batches = [
-            train.batch_of(list(range(n)), epoch * steps + s, size, seed) for s in range(steps)
+            text.batch_of(list(range(n)), epoch * steps + s, size, seed) for s in range(steps)
         ]
         epochs.append([sample for batch in batches for sample in batch])
         assert sorted(epochs[-1]) == list(range(n))
@@ -409,11 +415,11 @@ def test_the_log_says_it_all(setup, tmp_path, capsys):
     assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(rows))
     # The summary, against factors written and begun with
     model, tokenizer = load_model(setup / "model"), load_tokenizer(setup / "model")
-    samples = train.sample_tokens(setup / "text.jsonl", tokenizer, 256, 600, 0)
-    final = cskv.load_factors(out, model)
+    samples = text.sample_tokens(setup / "text.jsonl", tokenizer, 256, 600, 0)
+    final = load_factors(out, model)
     begun = make_factors(model, samples, "svd", 6, 4, 4, 3)
     bases = make_bases(model, samples, 6, 4)
-    tuners = [train.Tuner(f, 1, 0, 4, 3) for f in (begun, final)]
+    tuners = [train.Tuner(f.in_bits(4, 3), 1, 0) for f in (begun, final)]
     first, last = (train.measure(model, t, samples, bases, False).sum(1) for t in tuners)
     assert summary["summary"] is True and summary["steps"] == 72
     assert summary["initial"] == pytest.approx(first[0].item(), rel=1e-6)
@@ -423,7 +429,7 @@ def test_the_log_says_it_all(setup, tmp_path, capsys):
     assert summary["floor"] < summary["final"] < 0.95 * summary["initial"]
     assert {"initial", "final", "floor"} <= set(summary["layers"][1])
     assert final.info["trained"] == "72 steps, lr 0.01, batch 1"
-    assert (final.info["k_bits"], final.info["v_bits"]) == ("4", "3")
+    assert {(layer.k.bits, layer.v.bits) for layer in final.layers} == {(4, 3)}
     assert final.info["data"] == "text.jsonl" and "ratio" in err
     assert sorted(f.name for f in tmp_path.iterdir()) == ["f", "log"]  # no checkpoint left
 
@@ -434,10 +440,8 @@ def test_without_steps_nothing_is_trained(setup, tmp_path, capsys, init, flags):
     args = arguments(setup, tmp_path / "f", "--init", init, *flags)
     assert call(train, capsys, *args)[0] == 0
     model = load_model(setup / "model")
-    samples = train.sample_tokens(
-        setup / "text.jsonl", load_tokenizer(setup / "model"), 256, 600, 0
-    )
-    found = cskv.load_factors(tmp_path / "f", model)
+    samples = text.sample_tokens(setup / "text.jsonl", load_tokenizer(setup / "model"), 256, 600, 0)
+    found = load_factors(tmp_path / "f", model)
     assert found.info["trained"] == "none"
     for a, b in zip(found.pairs, make_factors(model, samples, init, 6, 4).pairs, strict=True):
         assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
@@ -453,13 +457,13 @@ def test_a_log_without_steps_is_its_summary(setup, tmp_path, capsys, init):
     (row,) = rows_of(log)
     assert code == 0 and "step" not in row and row["steps"] == 0 and "ratio" in err
     model, tokenizer = load_model(setup / "model"), load_tokenizer(setup / "model")
-    samples = train.sample_tokens(setup / "text.jsonl", tokenizer, 256, 600, 0)
-    tuner = train.Tuner(make_factors(model, samples, init, 6, 4), 1, 0, 4)
+    samples = text.sample_tokens(setup / "text.jsonl", tokenizer, 256, 600, 0)
+    tuner = train.Tuner(make_factors(model, samples, init, 6, 4, k_bits=4), 1, 0)
     table = train.measure(model, tuner, samples, make_bases(model, samples, 6, 4), False).sum(1)
     expected = {"initial": table[0], "final": table[0], "floor": table[1], "optimal": table[2]}
     for name, value in expected.items():
         assert row[name] == pytest.approx(value.item(), rel=1e-6)
-    info = cskv.load_factors(tmp_path / "f", model).info
+    info = load_factors(tmp_path / "f", model).info
     assert info["trained"] == "none" and ("data" in info) == (init == "asvd")
 
 
@@ -467,7 +471,7 @@ def test_more_steps_than_the_epochs_have_is_said(setup, tmp_path, capsys):
     more = ["--steps", 99, "--epochs", 2, "--batch-size", 5]
     code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f", *more))
     assert code == 0 and "10 steps, not 99" in err
-    info = cskv.load_factors(tmp_path / "f", load_model(setup / "model")).info
+    info = load_factors(tmp_path / "f", load_model(setup / "model")).info
     assert info["trained"] == "10 steps, lr 0.01, batch 5"
     assert "not 10" not in call(train, capsys, *arguments(setup, tmp_path / "f", "--steps", 10))[2]
 
@@ -477,7 +481,7 @@ def test_log_every_and_early_stop(setup, tmp_path, capsys):
     args = ["--log", log, "--log-every", 4, "--steps", 6, "--batch-size", 5, "--epochs", 9]
     assert call(train, capsys, *arguments(setup, tmp_path / "f", *args))[0] == 0
     assert [row.get("step") for row in rows_of(log)] == [0, 4, 5, None]
-    info = cskv.load_factors(tmp_path / "f", load_model(setup / "model")).info
+    info = load_factors(tmp_path / "f", load_model(setup / "model")).info
     assert info["trained"] == "6 steps, lr 0.01, batch 5"
 
 
@@ -496,8 +500,9 @@ def test_clamped_zero_point_reaches_training(setup, tmp_path, capsys):
         args = ["--bits", 3, "--steps", 2, "--log", tmp_path / "log", *more]
         assert call(train, capsys, *arguments(setup, tmp_path / "f", *args))[0] == 0
         losses.append(rows_of(tmp_path / "log")[0]["loss"])
-        info = cskv.load_factors(tmp_path / "f", load_model(setup / "model")).info
-        assert info.get("quantizer") == ("clamped zero-point" if more else None)
+        factors = load_factors(tmp_path / "f", load_model(setup / "model"))
+        info = factors.info
+        assert all(pair.clamped == bool(more) for pair in factors.pairs)
         assert info["trained"] == "2 steps, lr 0.01, batch 1"
     assert losses[1] > losses[0]
 
@@ -507,14 +512,15 @@ def test_clamped_zero_point_reaches_training(setup, tmp_path, capsys):
 
 @pytest.mark.parametrize("how", ["nan", "huge"])
 def test_divergence_stops_and_names_step_and_layer(setup, tmp_path, capsys, monkeypatch, how):
-    real = train.Tuner.watch
+    real = train.run_layers
 
-    def watch(self, i, *args):
-        loss = real(self, i, *args)
-        bad = {"nan": math.nan, "huge": 1e5}[how]
-        return loss * bad if self.steps_done == 3 and i == 1 and args[-2] else loss
+    def run_layers(model, samples, tuners, train=False, moments=None):
+        losses = real(model, samples, tuners, train, moments)
+        if tuners[0].steps_done == 3 and train:
+            losses[0, 1] *= {"nan": math.nan, "huge": 1e5}[how]
+        return losses
 
-    monkeypatch.setattr(train.Tuner, "watch", watch)
+    monkeypatch.setattr(train, "run_layers", run_layers)
     code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f", "--checkpoint-every", 1))
     error = err.splitlines()[-1]
     assert code == 2 and error.startswith("error: step 3, layer 1: ")
@@ -634,16 +640,16 @@ def test_parquet_is_read_if_pyarrow_is_there(tmp_path, monkeypatch):
     (tmp_path / "b.txt").write_text("four")
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # importing it fails
     with pytest.raises(UserError, match=r"a\.parquet needs pyarrow; pip install pyarrow"):
-        list(train.read_documents(tmp_path))
+        list(text.read_documents(tmp_path))
     stand_in = types.SimpleNamespace(parquet=Parquet, ArrowException=ValueError)
     monkeypatch.setitem(sys.modules, "pyarrow", stand_in)
-    assert list(train.read_documents(tmp_path)) == ["one", "two", "three", "four"]
+    assert list(text.read_documents(tmp_path)) == ["one", "two", "three", "four"]
     monkeypatch.setattr(Parquet, "columns", [("text", ["one", None])])
     with pytest.raises(UserError, match="`text` holds None"):
-        list(train.read_documents(tmp_path))
+        list(text.read_documents(tmp_path))
     monkeypatch.setattr(Parquet, "columns", [("body", ["one"])])
     with pytest.raises(UserError, match="no column `text`"):
-        list(train.read_documents(tmp_path))
+        list(text.read_documents(tmp_path))
 
 
 def test_parquet_for_real(tmp_path):
@@ -652,13 +658,13 @@ def test_parquet_for_real(tmp_path):
 
     table = pyarrow.table({"text": ["one", "two"], "id": [1, 2]})
     parquet.write_table(table, tmp_path / "a.parquet")
-    assert list(train.read_documents(tmp_path / "a.parquet")) == ["one", "two"]
+    assert list(text.read_documents(tmp_path / "a.parquet")) == ["one", "two"]
     parquet.write_table(table.drop(["text"]), tmp_path / "b.parquet")
     with pytest.raises(UserError, match="no column `text`"):
-        list(train.read_documents(tmp_path / "b.parquet"))
+        list(text.read_documents(tmp_path / "b.parquet"))
     (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     with pytest.raises(UserError, match=r"c\.parquet is damaged"):
-        list(train.read_documents(tmp_path / "c.parquet"))
+        list(text.read_documents(tmp_path / "c.parquet"))
 
 
 # -------------------------------------------------------------------------- checkpoints and signals
@@ -666,15 +672,21 @@ def test_parquet_for_real(tmp_path):
 
 def interrupt_after(monkeypatch, step, number=signal.SIGINT):
     """Sends this process one signal, during a step's forward pass: a second one would kill."""
-    real, sent = train.Tuner.watch, []
+    real, sent = train.run_layers, []
 
-    def watch(self, i, *args):
-        if self.steps_done == step and not sent:
+    def run_layers(model, samples, tuners, *more, **options):
+        hook = model.model.norm.register_forward_pre_hook(lambda *_: interrupt(tuners[0]))
+        try:
+            return real(model, samples, tuners, *more, **options)
+        finally:
+            hook.remove()
+
+    def interrupt(tuner):
+        if tuner.steps_done == step and not sent:
             sent.append(number)
             signal.raise_signal(number)
-        return real(self, i, *args)
 
-    monkeypatch.setattr(train.Tuner, "watch", watch)
+    monkeypatch.setattr(train, "run_layers", run_layers)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -693,7 +705,7 @@ def test_a_signal_ends_the_step_and_resume_goes_on_exactly(
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]  # as before
     with log.open("a") as file:
         file.write('{"step": 10}\n{"step": 12, "lo')  # as a kill might leave it
-    monkeypatch.setattr(cskv, "collect_statistics", None)  # the checkpoint has all of it
+    monkeypatch.setattr(train, "calibrate", None)  # the checkpoint has all of it
     code, _, err = call(train, capsys, *args, "--resume")
     assert code == 0 and "going on after step 10" in err
     assert out.read_bytes() == whole.read_bytes()
@@ -804,14 +816,14 @@ def test_the_first_process_has_a_second_to_speak(monkeypatch, rank):
     """torchrun ends all processes when one has ended: the silent ones must not be the first."""
     slept, ended = [], []
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(train.time, "sleep", slept.append)
-    monkeypatch.setattr(train.dist, "is_torchelastic_launched", lambda: True)
-    monkeypatch.setattr(train.dist, "init_process_group", lambda backend: None)
-    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(train.dist, "destroy_process_group", lambda: ended.append(1))
+    monkeypatch.setattr(processes.time, "sleep", slept.append)
+    monkeypatch.setattr(processes.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(processes.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: ended.append(1))
     for error, code in ((UserError("x"), 2), (KeyboardInterrupt(), 130)):
         with pytest.raises((UserError, KeyboardInterrupt, SystemExit)) as caught:
-            with train.processes("cpu"):
+            with processes.processes("cpu"):
                 raise error
         assert caught.value is error if rank == "0" else caught.value.code == code
     assert slept == ([] if rank == "0" else [1, 1]) and ended == [1, 1]
@@ -864,7 +876,7 @@ def test_two_processes_equal_one(setup, tmp_path):
     assert two.exists(), done.stderr
     assert done.stderr.count("22 samples") == done.stderr.count("idle") == 1  # one process speaks
     model = load_model(setup / "model")
-    ours, theirs = (cskv.load_factors(path, model).pairs for path in (one, two))
+    ours, theirs = (load_factors(path, model).pairs for path in (one, two))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.A, b.A, rtol=0, atol=1e-6)
         torch.testing.assert_close(a.B, b.B, rtol=0, atol=1e-6)

@@ -12,18 +12,10 @@ from pathlib import Path
 
 from experiments.longeval import QUESTION, Case, is_correct, make_cases
 from infer import generate, make_sampler
-from model import (
-    Arguments,
-    Tokenizer,
-    Transformer,
-    UserError,
-    full_cache,
-    load_model,
-    load_tokenizer,
-    number,
-    replacing,
-    run_command,
-)
+from model import Transformer, full_cache
+from support.checkpoint import load_model
+from support.command import Arguments, UserError, number, replacing, run_command
+from support.tokenizer import Tokenizer, load_tokenizer
 
 UNSEEN = (  # questions in words that train_teacher.py never asks
     "\nWhich value does line {key} have?",

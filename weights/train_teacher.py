@@ -31,15 +31,8 @@ from torch import Tensor
 
 from experiments import longeval
 from experiments.longeval import QUESTION
-from model import (
-    Arguments,
-    Config,
-    Transformer,
-    UserError,
-    number,
-    replacing,
-    run_command,
-)
+from model import Config, Transformer
+from support.command import Arguments, UserError, number, replacing, run_command
 
 EOS = "<|endoftext|>"
 

@@ -1,0 +1,152 @@
+"""What command lines share: how a mistake is said, how numbers are read and files written."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+from safetensors import SafetensorError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LARGEST = 2**31  # no count of tokens, no seed needs more
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. Command lines print it as one line and exit with 2."""
+
+
+@contextmanager
+def user_values() -> Iterator[None]:
+    """A `ValueError` that the algorithm raises for a value that the user gave, as a `UserError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Runs a command line and exits: 0, or 2 with one line on standard error for a `UserError`."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory; try --dtype bfloat16 or a shorter text", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------ arguments
+
+
+class Arguments(argparse.ArgumentParser):
+    """argparse, with a mistake as one line instead of the usage text and a line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def number(kind: type, low: float, high: float = LARGEST):
+    """For argparse's `type`: an int or a float in [low, high]."""
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            word = "a whole number" if kind is int else "a number"
+            limits = f"of at least {low}" if high == LARGEST else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word} {limits}")
+        return value
+
+    return read
+
+
+def comma_list(read_one: Callable[[str], object]) -> Callable[[str], list]:
+    """For argparse's `type`: values with commas between them, each as `read_one` reads it."""
+
+    def read(text: str) -> list:
+        values = [read_one(word) for word in text.split(",")]
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise argparse.ArgumentTypeError(f"{twice[0]!r} is given twice in {text!r}")
+        return values
+
+    return read
+
+
+def one_of(known: tuple, what: str) -> Callable[[str], object]:
+    """For argparse's `type`: one of the known values. (`choices` cannot look into a list.)"""
+    by_name = {str(value): value for value in known}
+
+    def read(text: str) -> object:
+        if text not in by_name:
+            raise argparse.ArgumentTypeError(f"no {what} {text!r}; choose of {','.join(by_name)}")
+        return by_name[text]
+
+    return read
+
+
+def check_device(name: str) -> None:
+    """Raises `UserError` unless tensors can live on the device called `name`."""
+    try:
+        torch.empty(1, device=name).item()
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no device {name!r} here; use --device cpu") from None
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def check_writable(path: Path | None) -> None:
+    """Raises `UserError` if `path` cannot be written or replaced: before the work, not after."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise UserError(f"no folder {path.parent} to write {path.name} in; make it first")
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file to replace; choose another place")
+        with NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}); choose another place") from None
+
+
+def check_files(written: dict[str, Path | None], read: dict[str, Path | None]) -> None:
+    """Raises `UserError` if a file cannot be written, or is another one that is written or read.
+
+    Files by the names that a message shall give them, such as "--out".
+    """
+    taken: dict[Path, str] = {}
+    for name, path in (*read.items(), *written.items()):
+        if name in written:
+            check_writable(path)
+        if path and (other := taken.setdefault(path.resolve(), name)) != name:
+            raise UserError(f"{name} and {other} are both {path}; choose another name")
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary name to write a file under; it takes the name `path` only when it is complete."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({error}); choose another place") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()

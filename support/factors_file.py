@@ -1,0 +1,157 @@
+"""Factors in a file: safetensors, with metadata that says what they are and whose.
+
+A and B of every k_proj and v_proj are tensors, named after the projection. The metadata hold the
+format's version, the ranks, the bits, the initialization, what trained them on what, and a
+fingerprint of the projections they belong to: on another model they would give fluent nonsense.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from cskv import Factors, LayerFactors, LowRank
+from model import Transformer
+from support.command import UserError, replacing
+
+FORMAT, VERSION = "cskv-factors", "1"
+CLAMPED = "clamped zero-point"  # the quantizer of factors that were trained for it; see quant.py
+DESCRIBED = ("format", "version", "k_ranks", "v_ranks", "k_bits", "v_bits", "quantizer")
+DESCRIBED += ("fingerprint",)  # metadata that follow from factors and model; the rest is `info`
+
+
+@torch.no_grad()
+def fingerprint(model: Transformer) -> list[list[float]]:
+    """For every k_proj and v_proj: its norm, then 16 sums over all its weights, in units of it.
+
+    Not a hash, since the same model may be loaded in other bits. Rounding to 16 bits moves the sums
+    by about 0.001, 4-bit weights by 0.04; those of another model lie about 0.7 away.
+    """
+    result = []
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            W = projection.weight.float().cpu()  # [d_kv, hidden]
+            waves = [torch.outer(torch.arange(1.0, 5.0), torch.arange(n)).cos() for n in W.shape]
+            sums = waves[0] @ W @ waves[1].T / W.norm()  # [4, 4]
+            result.append([round(x, 4) for x in (W.norm().item(), *sums.flatten().tolist())])
+    return result
+
+
+def same_model(ours: list[list[float]], theirs: list[list[float]]) -> bool:
+    """Whether two fingerprints are of one model: norms within 5%, sums within 0.1 (rms).
+
+    A 4-bit copy passes, and so may a fine-tune that left these weights nearly as they were.
+    """
+    if len(ours) != len(theirs):
+        return False
+    a, b = torch.tensor(ours), torch.tensor(theirs)  # [2 * layers, 17]
+    norms = (a[:, 0] / b[:, 0]).log().abs().max()
+    return bool(norms < 0.05 and (a - b)[:, 1:].square().mean(1).sqrt().max() < 0.1)
+
+
+def save_factors(
+    path: str | Path, factors: Factors, model: Transformer, dtype: torch.dtype = torch.float16
+) -> None:
+    """Writes a safetensors file: A and B of every k_proj and v_proj, and as metadata what they are.
+
+    Raises `UserError` if the factors do not fit into `dtype` or the file cannot be written.
+    """
+    tensors = {}
+    for i, layer in enumerate(factors.layers):
+        for name, pair in (("k_proj", layer.k), ("v_proj", layer.v)):
+            prefix = f"model.layers.{i}.self_attn.{name}"
+            tensors[f"{prefix}.A"] = pair.A.detach().to("cpu", dtype).contiguous()
+            tensors[f"{prefix}.B"] = pair.B.detach().to("cpu", dtype).contiguous()
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} has values that {dtype} cannot hold; save as float32")
+    metadata = {
+        **factors.info,
+        "format": FORMAT,
+        "version": VERSION,
+        "k_ranks": json.dumps([layer.k.rank for layer in factors.layers]),
+        "v_ranks": json.dumps([layer.v.rank for layer in factors.layers]),
+        "k_bits": one_or_all([layer.k.bits for layer in factors.layers]),
+        "v_bits": one_or_all([layer.v.bits for layer in factors.layers]),
+        "fingerprint": json.dumps(fingerprint(model)),
+    }
+    if any(pair.clamped for pair in factors.pairs):
+        metadata["quantizer"] = CLAMPED
+    data = save(tensors, metadata)
+    # safetensors orders metadata by chance; sorted, equal factors are equal files.
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"))
+    header = header.encode() + b" " * (-len(header.encode()) % 8)
+    with replacing(path) as temporary:
+        temporary.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+
+
+def load_factors(path: str | Path, model: Transformer) -> Factors:
+    """Reads a factors file for `model`, on the model's device and in its precision.
+
+    Raises `UserError` if it is no factors file, is damaged, or belongs to another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"no factors file {path}; make one with train.py") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({str(error).splitlines()[0]}); make it again"
+        ) from None
+    if info.get("format") != FORMAT:
+        raise UserError(f"{path} is not a CSKV factors file; make one with train.py")
+    if info.get("version") != VERSION:
+        raise UserError(
+            f"{path} has format version {info.get('version')}, this code reads {VERSION}; make it "
+            "again with train.py"
+        )
+    layers = len(model.model.layers)
+    try:
+        theirs = json.loads(info["fingerprint"])
+        k_bits, v_bits = (for_each(json.loads(info[name]), layers) for name in ("k_bits", "v_bits"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged (metadata: {error}); make it again") from None
+
+    # A wrong model gives fluent nonsense, not an error, unless it is refused here.
+    if not same_model(fingerprint(model), theirs):
+        raise UserError(f"{path} belongs to another model; make factors for this one with train.py")
+
+    clamped = info.get("quantizer") == CLAMPED
+
+    def pair(i: int, name: str, bits: int) -> LowRank:
+        prefix = f"model.layers.{i}.self_attn.{name}"
+        A, B = tensors[f"{prefix}.A"], tensors[f"{prefix}.B"]
+        if A.shape != (model.config.hidden_size, len(B)) or B.shape[1] != model.config.d_kv:
+            raise UserError(
+                f"{path}: {prefix} has A {tuple(A.shape)} and B {tuple(B.shape)}, which do not fit "
+                f"hidden size {model.config.hidden_size} and {model.config.d_kv} channels"
+            )
+        return LowRank(A, B, bits, clamped)
+
+    try:
+        pairs = [
+            LayerFactors(pair(i, "k_proj", k_bits[i]), pair(i, "v_proj", v_bits[i]))
+            for i in range(layers)
+        ]
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}; make it again with train.py") from None
+    info = {name: value for name, value in info.items() if name not in DESCRIBED}
+    return Factors(pairs, info).to(model.lm_head.weight)
+
+
+def one_or_all(values: list[int]) -> str:
+    """A list of equal numbers as one number, any other as it is, in JSON."""
+    return json.dumps(values[0] if len(set(values)) == 1 else values)
+
+
+def for_each(value: int | list[int], count: int) -> list[int]:
+    """What `one_or_all` wrote, as a list again. Raises `ValueError` if it is anything else."""
+    values = value if isinstance(value, list) else [value] * count
+    if len(values) != count or not all(bits in (2, 3, 4, 8, 16, 32) for bits in values):
+        raise ValueError(f"{value} is no number of bits for {count} layers")
+    return values

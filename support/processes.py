@@ -1,0 +1,63 @@
+"""Several processes that torchrun started: who am I, and what is the sum over all of us."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from support.command import UserError
+
+
+def place() -> tuple[int, int]:
+    """This process's number and how many there are: (0, 1) unless torchrun started it."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+@contextmanager
+def processes(device: str) -> Iterator[str]:
+    """Joins the other processes of torchrun, if there are any. Yields the device to compute on.
+
+    A `UserError` or an interruption ends all of them, but only the first says so.
+    """
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield device
+        return
+    try:
+        if device == "cuda":
+            if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+                raise UserError(f"{torch.cuda.device_count()} GPUs here; start as many processes")
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        yield device
+        dist.barrier()  # or one takes its connections down while another still uses them
+    except (UserError, KeyboardInterrupt) as error:
+        if os.environ["RANK"] == "0":
+            raise
+        time.sleep(1)  # for the first to speak: torchrun ends all processes when one has ended
+        sys.exit(2 if isinstance(error, UserError) else 130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """`tensor`, now its sum over all processes. Raises `UserError` if one of them has ended."""
+    if place()[1] > 1:
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise UserError(f"another process has stopped ({error}); see what it said") from None
+    return tensor
+
+
+def say(message: str) -> None:
+    if place()[0] == 0:
+        print(message, file=sys.stderr)

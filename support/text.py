@@ -1,0 +1,93 @@
+"""Text files to samples of tokens."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from support.command import UserError
+from support.tokenizer import Tokenizer
+
+KINDS = (".txt", ".jsonl", ".parquet")
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """Yields the documents of a .txt file (one), a .jsonl or .parquet file (`text` of each row), or
+    a folder of these, in the order of the names. Raises `UserError` naming file and line."""
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix in KINDS)
+        if not files:
+            raise UserError(f"{path} has no .txt or .jsonl files, nor .parquet; give text to read")
+        for file in files:
+            yield from read_documents(file)
+        return
+    if path.suffix not in KINDS:
+        raise UserError(f"{path} is not a .txt or .jsonl file, nor .parquet, nor a folder of them")
+    if not path.exists():
+        raise UserError(f"no file {path}; give text to read")
+    if path.suffix == ".parquet":
+        yield from read_parquet(path)
+        return
+    try:
+        with path.open(encoding="utf-8") as lines:
+            if path.suffix == ".txt":
+                yield lines.read()
+                return
+            for i, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    text = json.loads(line)["text"]
+                except (ValueError, KeyError, TypeError):
+                    text = None
+                if not isinstance(text, str):
+                    raise UserError(f'{path}, line {i}: not a JSON object with a string "text"')
+                yield text
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None
+
+
+def read_parquet(path: Path) -> Iterator[str]:
+    """Yields the column `text` of a .parquet file, a block of rows in memory at a time."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError(f"{path} needs pyarrow; pip install pyarrow, or give .jsonl") from None
+    try:
+        file = parquet.ParquetFile(path)
+        if "text" not in file.schema_arrow.names:
+            raise UserError(f"{path} has no column `text`; it has {file.schema_arrow.names}")
+        for block in file.iter_batches(columns=["text"]):
+            for text in block.column(0).to_pylist():
+                if not isinstance(text, str):
+                    raise UserError(f"{path}: column `text` holds {text!r}, which is not text")
+                yield text
+    except (OSError, ArrowException) as error:
+        raise UserError(f"{path} is damaged ({error}); fetch it again") from None
+
+
+def sample_tokens(
+    path: Path, tokenizer: Tokenizer, samples: int, length: int, seed: int
+) -> list[Tensor]:
+    """Up to `samples` tensors [1, T] with 2 <= T <= `length`, drawn without repetition.
+
+    A sample is a whole document, or a piece of one that is longer: never two documents in one.
+    """
+    pieces = []
+    for text in read_documents(path):
+        ids = torch.tensor([tokenizer.encode(text)])  # [1, tokens]
+        pieces += [piece for piece in ids.split(length, dim=1) if piece.shape[1] > 1]
+    if not pieces:
+        raise UserError(f"{path} holds no text; give some to calibrate on")
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
+    return [pieces[i] for i in order[:samples].tolist()]
+
+
+def batch_of(samples: list[Tensor], step: int, size: int, seed: int) -> list[Tensor]:
+    """The samples of one step; every epoch has an order of its own, drawn from seed and epoch."""
+    epoch, position = divmod(step, -(-len(samples) // size))
+    generator = torch.Generator().manual_seed((seed << 32) + epoch)
+    order = torch.randperm(len(samples), generator=generator).tolist()
+    return [samples[i] for i in order[position * size : (position + 1) * size]]
