@@ -29,11 +29,12 @@ from support.command import (
     number,
     run_command,
 )
+from support.demonstration import ENGLISH, FACTORS, TEACHER, read_case, shorten
 from support.factors_file import load_factors
+from support.processes import say
+from support.text import check_prompt
 from support.tokenizer import Tokenizer, load_tokenizer
 
-# The embedded model, for retrieval only.
-TEACHER = Path(__file__).resolve().parent / "weights" / "teacher"
 KINDS = {"cskv": ChunkedBiBranchCache, "cskv-plain": BiBranchCache}
 
 
@@ -147,70 +148,38 @@ def report(results: dict[str, dict]) -> str:
 # --------------------------------------------------------------------------------- command line
 
 
-def check_prompt(text: str, prompt: list[int], model: Transformer) -> None:
-    """Raises `UserError` for a prompt, `text` in tokens, that the model cannot go on from."""
-    limit, vocabulary = model.config.context_length, model.config.vocab_size
-    if len(prompt) >= limit:
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens, the model's context {limit}; shorten it"
-        )
-    if max(prompt) >= vocabulary:
-        raise UserError(f"token {max(prompt)} is not in the model's {vocabulary}; wrong tokenizer?")
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def shorten(text: str) -> str:
-    """What matters of a LongEval case: how it begins, the line that is asked for, the question."""
-    first, *lines, last = text.strip().splitlines()
-    key = last.split(" in line ")[1].split("?")[0]
-    asked = next(line for line in lines if line.startswith(f"line {key}:"))
-    return f"{first[:76]} [...]\n[...]\n{asked}\n[...]\n{last}\n"
-
-
-ENGLISH = (
-    "The embedded model only finds numbers in its prompt, as `python infer.py` shows. For "
-    "English:\npython weights/get_smollm2.py, then --model weights/SmolLM2-135M-Instruct"
-)
-
-
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     check_device(args.device)
     text, file, compare, most = args.prompt, args.factors, args.compare, args.max_new_tokens
+    hint = ""
     if Path(args.model).resolve() == TEACHER:
-        file = file or TEACHER / "cskv-80.safetensors"
-        note_after = ENGLISH
+        file, hint = file or FACTORS, ENGLISH
         if text is None:
-            text = (TEACHER / "prompt.txt").read_text(encoding="utf-8")
-            note_after, compare, most = shorten(text), True, min(most, 8)  # a number and its end
-    else:
-        note_after = ""
+            text, compare, most = read_case(), True, min(most, 8)  # a number and its end
+            hint = shorten(text)
     if text is None:
         raise UserError('no prompt; give one: --prompt "..."')
     if not text.strip():
         raise UserError('the prompt is empty; give some text: --prompt "..."')
-    caches = (
-        [args.cache] if not compare else ["full", "cskv" if args.cache == "full" else args.cache]
-    )
+    caches = [args.cache]
+    if compare:
+        caches = ["full", "cskv" if args.cache == "full" else args.cache]
     if caches != ["full"] and file is None:
-        raise UserError(
-            f"the {caches[-1]} cache needs --factors FILE, made by train.py; or use --cache full"
-        )
+        what = f"the {caches[-1]} cache needs --factors FILE, made by train.py"
+        raise UserError(f"{what}; or use --cache full")
     model = load_model(args.model, args.device, DTYPES[args.dtype])
     tokenizer = load_tokenizer(args.model)
     prompt = tokenizer.encode_prompt(text, args.chat)
-    check_prompt(text, prompt, model)
+    check_prompt(prompt, model)
     if caches != ["full"]:
         factors = load_factors(file, model)
         factors = factors.in_bits(args.k_bits or args.bits, args.v_bits or args.bits)
-    if note_after:
-        note(note_after)
+    if hint:
+        say(hint)
     new_tokens = min(most, model.config.context_length - len(prompt))
     if new_tokens < most:
-        note(f"only {new_tokens} new tokens fit into the context")
+        say(f"only {new_tokens} new tokens fit into the context")
     expected = len(prompt) + new_tokens - 1  # the last new token is never fed back
 
     results = {}

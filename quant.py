@@ -20,8 +20,7 @@ keys and latents do, loses most of its levels, or all but one:
     with a minimum:   minimum 10   codes 0 1 2 3   ->  10 11 12 13
     with zero-point:  zero = clamp(-10, 0, 3) = 0   codes 3 3 3 3   ->  3 3 3 3
 
-`clamped` asks for this, to be measured against: very likely it is why the paper's Table 5
-finds that quantization without training leaves nothing (PTQ = 0.00).
+`clamped` asks for this, to be measured against: very likely the reason for PTQ = 0.00 in Table 5.
 """
 
 from dataclasses import dataclass
@@ -57,8 +56,7 @@ class Quantized:
 
 
 def round_down(x: Tensor) -> Tensor:
-    """x in float16, never above x, so that 16-bit limits of a group still hold all of it (as far as
-    float16 reaches, 65504)."""
+    """x in float16, never above x: 16-bit limits of a group still hold all of it, up to 65504."""
     x = x.clamp(-65504, 65504)
     half = x.half()
     lower = (half.float() - half.float().abs() / 1024 - 2**-24).clamp(min=-65504).half()
@@ -114,7 +112,6 @@ def fake_quantize(x: Tensor, bits: int, dim: int, clamped: bool = False) -> Tens
 
     Rounding has no useful gradient, so it is passed straight through (Bengio et al., 2013): as if
     this were the identity for an x within the levels of its group, and a constant for one beyond.
-    The limits count as constants, too.
     """
     with torch.no_grad():
         q = quantize(x, bits, dim, clamped)
@@ -173,10 +170,9 @@ class Packed:
                                         packed |  packed  | wait    the residual
 
     Args:
-        bits, dim: 2, 3, 4 or 8; and along what a group of 32 lies, TOKENS or CHANNELS.
+        bits, dim, clamped: 2, 3, 4 or 8; along what groups lie; see the top of this file.
         residual: newest tokens that are not packed.
         expected: final number of tokens, if known; memory is then taken once.
-        clamped: where the levels lie; see the top of this file.
         dtype: of the tokens that wait. None: as they come.
     """
 
@@ -185,11 +181,10 @@ class Packed:
 
     def __init__(self, bits, dim, residual=0, expected=0, clamped=False, dtype=None):
         self.bits, self.dim, self.residual, self.clamped = bits, dim, residual, clamped
-        self.dtype, self.expected = dtype, max(0, expected - residual)
-        # Rows of 32 tokens in each buffer: codes, scales, minima.
-        limits = 1 if dim == TOKENS else GROUP
+        self.dtype, self.room = dtype, max(0, expected - residual) // GROUP
+        limits = 1 if dim == TOKENS else GROUP  # rows of 32 tokens in codes, scales and minima:
         self.rows = GROUP * bits // 8, limits, limits
-        self.buffers: list[Tensor] = []  # each [B, T / 32 or more, the numbers of those rows]
+        self.buffers: list[Tensor] = []  # of these three, [B, T / 32 or more, their numbers]
 
     def append(self, x: Tensor) -> None:
         """x [B, n, C], the next n tokens."""
@@ -206,12 +201,11 @@ class Packed:
     def pack_groups(self, x: Tensor) -> None:
         """x [B, n, C], n a multiple of 32."""
         start, groups = self.packed // GROUP, x.shape[1] // GROUP
-        q = quantize(x, self.bits, self.dim, self.clamped)
-        parts = [pack(q.codes, self.bits), q.scale, q.minimum]
+        q, stop = quantize(x, self.bits, self.dim, self.clamped), start + groups
+        parts = pack(q.codes, self.bits), q.scale, q.minimum
         parts = [part.unflatten(1, (groups, -1)).flatten(2) for part in parts]
-        stop = start + groups
         if not self.buffers:
-            room = max(groups, self.expected // GROUP)
+            room = max(groups, self.room)
             self.buffers = [p.new_empty(len(p), room, p.shape[2]) for p in parts]
         elif stop > self.buffers[0].shape[1]:
             more = stop - self.buffers[0].shape[1] - 1 + self.grow // GROUP
@@ -236,5 +230,4 @@ class Packed:
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def tensors(self) -> list[Tensor]:
-        """The memory taken, room for tokens to come included."""
         return [*self.buffers, self.waiting] if self.length else []

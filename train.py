@@ -3,7 +3,6 @@
     python train.py --model FOLDER_OR_HUB_NAME --data TEXT --k-ratio 0.8 --v-ratio 0.8 --out FILE
     torchrun --nproc-per-node 2 -- train.py ...      the same on two GPUs (or processes of a CPU)
 
-The lone -- keeps torchrun from reading --log as short for its own --log-dir.
 The frozen model reads the text once; from what its layers saw, A and B of every layer follow in
 closed form (cskv.py, section 2.2). Then they are trained (section 2.2 and appendix B of [1]): every
 layer has a loss of its own, of how far rebuilt keys and values are off,
@@ -53,7 +52,6 @@ from support.command import (
     DTYPES,
     Arguments,
     UserError,
-    check_device,
     check_files,
     number,
     run_command,
@@ -61,7 +59,7 @@ from support.command import (
 )
 from support.factors_file import fingerprint, save_factors
 from support.processes import place, processes, say, summed
-from support.resume import Journal, load_state, write_line
+from support.resume import Journal
 from support.text import batch_of, sample_tokens
 from support.tokenizer import load_tokenizer
 
@@ -120,8 +118,6 @@ class Tuner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         self.steps_done += 1
-
-    STATE = ("step", "parameters", "optimizer")
 
     def state(self) -> dict:
         """What it takes to go on exactly, for a checkpoint."""
@@ -217,19 +213,6 @@ def measure(
     return torch.cat([losses, torch.stack(rows).view(layers, 2, 3).sum(1).T / elements])
 
 
-def check_losses(losses: Tensor, initial: Tensor, step: int, journal: Journal) -> None:
-    """Raises `UserError` if a layer's loss diverges from the `initial` table of `measure`, and
-    removes the checkpoint: to go on from that would end here again."""
-    # Losses of single batches differ, but not by a factor of 1000: neither from where the layer
-    # began, nor, where that was next to nothing, from what it would lose with zeros.
-    bad = ~(losses.isfinite() & (losses <= 1000 * initial[0].maximum(initial[3])))
-    if bad.any():
-        journal.forget()
-        i = int(bad.nonzero()[0])
-        loss = f"step {step}, layer {i}: the loss diverges ({losses[i].item():.3g})"
-        raise UserError(f"{loss}; start anew with a lower --lr, or another --dtype")
-
-
 def fine_tune(
     model: Transformer,
     tuner: Tuner,
@@ -247,36 +230,21 @@ def fine_tune(
     steps, state, bases = tuner.steps, journal.state, journal.state["bases"]
     if "initial" not in state:
         state["initial"] = measure(model, tuner, measured, bases, train=False)
-    initial = final = state["initial"]
-    check_losses(initial[0], initial, 0, journal)
+    final = state["initial"]
     with journal.open(tuner.steps_done, steps):
         while (step := tuner.steps_done) < steps:
             batch, rate = batch_of(samples, step, batch_size, seed), tuner.rate
             if step in journal.logged:
-                table = measure(model, tuner, batch, bases, train=True)
+                losses = measure(model, tuner, batch, bases, train=True)
             else:
-                table = run_layers(model, batch, [tuner], train=True)
-            check_losses(table[0], initial, step, journal)
+                losses = run_layers(model, batch, [tuner], train=True)
+            journal.check(losses[0], step)
             tuner.step()
-            columns = dict(zip(("loss", "floor", "optimal"), table[:3], strict=False))
-            loss, *floor = table[:2].sum(1).tolist()
-            shown = f"loss {loss:.4g}" + (
-                f", {loss / floor[0]:.2f} of its floor" if any(floor) else ""
-            )
-            journal.record(step, {"lr": rate}, columns, shown, tuner.state)
+            journal.record(step, rate, losses, tuner.state)
     if steps:
         final = measure(model, tuner, measured, bases, train=False)
-        check_losses(final[0], initial, steps, journal)
-    names = ("initial", "final", "floor", "optimal")
-    columns = dict(zip(names, (initial[0], *final[:3]), strict=True))
-    before, after, floor, _ = (column.sum().item() for column in columns.values())
-    ratio = after / floor if floor else None
-    losses = f"{before:.6g} before, {after:.6g} after, floor {floor:.6g}"
-    losses += f", ratio {ratio:.4f}" if floor else ""
-    say(f"loss on {len(measured)} training samples: {losses}")
-    if journal.log and journal.first:
-        row = {"summary": True, "steps": steps, "ratio": ratio, "seconds": state["seconds"]}
-        write_line(journal.log, row, columns)
+        journal.check(final[0], steps)
+    journal.summarize(steps, final, len(measured))
 
 
 # -------------------------------------------------------------------------------- command line
@@ -292,7 +260,6 @@ def run(args: argparse.Namespace) -> None:
     bits = args.k_bits, args.v_bits, args.clamped_zero_point
     files = {"--out": args.out, "--log": args.log, "the checkpoint": checkpoint}
     with processes(args.device) as device:
-        check_device(device)
         check_files(files, {"--data": args.data})
         if args.resume and args.out.exists() and not checkpoint.exists():
             say(f"{args.out} is finished; to make it again, leave out --resume")
@@ -301,57 +268,47 @@ def run(args: argparse.Namespace) -> None:
             what = f"--init {args.init} calibrates on" if calibrating else "training and --log need"
             raise UserError(f"{what} text; give some with --data")
         model = load_model(args.model, device, DTYPES[args.dtype])
-        layers, d_kv, context = (
-            len(model.model.layers),
-            model.config.d_kv,
-            model.config.context_length,
-        )
+        layers, d_kv = len(model.model.layers), model.config.d_kv
         with user_values():
             k_rank = args.k_rank or rank_for(args.k_ratio, d_kv)
             v_rank = args.v_rank or rank_for(args.v_ratio, d_kv)
             check_ranks(model, k_rank, v_rank)
         ranks, samples = ([k_rank] * layers, [v_rank] * layers), []
         if measuring or calibrating:
-            tokenizer, length = load_tokenizer(args.model), min(args.seq_len, context)
+            length, tokenizer = model.config.context_length, load_tokenizer(args.model)
+            length = min(args.seq_len, length)
             samples = sample_tokens(args.data, tokenizer, args.samples, length, args.seed)
             say(f"{len(samples)} samples, {sum(sample.numel() for sample in samples)} tokens")
         steps = args.epochs * -(-len(samples) // args.batch_size)
         if args.steps is not None and args.steps > steps:
             say(f"{steps} steps, not {args.steps}: the epochs have no more; raise --epochs")
         steps = steps if args.steps is None else min(steps, args.steps)
+
+        # A start, or what a checkpoint has of it.
         if training and args.batch_size % place()[1]:
             say(
                 f"{place()[1]} processes share batches of {args.batch_size}: some are idle at times"
             )
-
-        # A start, or what a checkpoint has of it.
         plan = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
         text = str([sample.tolist() for sample in samples]).encode()
         plan |= {"model": fingerprint(model), "data": hashlib.sha256(text).hexdigest()}
-        state, goes_on = {"plan": plan, "seconds": 0}, training and args.resume
-        if goes_on and not checkpoint.exists():
-            say(f"no checkpoint {checkpoint}; starting from the beginning")
-        goes_on = goes_on and checkpoint.exists()
-        if goes_on:
-            state = load_state(checkpoint, plan, (*state, "bases", "initial", *Tuner.STATE))
-            say(f"going on after step {state['step']}")
-            state |= {"bases": [V.to(device) for V in state["bases"]]}
-            state |= {"initial": state["initial"].to(device)}
+        every = args.checkpoint_every, args.log_every
+        journal = Journal(checkpoint, args.log, *every, plan, training and args.resume, device)
+        goes_on = "step" in journal.state
         with user_values():
             statistics = calibrate(model, samples) if samples and not goes_on else None
             init = "random" if goes_on else args.init  # what a checkpoint holds comes in its place
             factors = init_factors(init, model, *ranks, statistics, args.seed).in_bits(*bits)
             if measuring and not goes_on:
                 best = init_factors("optimal", model, *ranks, statistics)
-                state["bases"] = [pair.B.T for pair in best.pairs]  # V_r [d_kv, r]
+                journal.state["bases"] = [pair.B.T for pair in best.pairs]  # V_r [d_kv, r]
         trained = f"{steps} steps, lr {args.lr:g}, batch {args.batch_size}" if training else "none"
         factors.info.update(init=args.init, trained=trained)
         if training or calibrating:
             factors.info["data"] = args.data.name
         tuner = Tuner(factors, steps, args.lr)
         if goes_on:
-            tuner.restore({name: state.pop(name) for name in Tuner.STATE})
-        journal = Journal(checkpoint, args.checkpoint_every, args.log, args.log_every, state)
+            tuner.restore(journal.state)
         if measuring:
             measured = samples[: args.measure_samples]
             fine_tune(model, tuner, samples, measured, journal, args.batch_size, args.seed)

@@ -40,7 +40,6 @@ from experiments.evaluate import PROTOCOLS, flags, perplexity_cases, retrieval_c
 from experiments.longeval import make_cases
 from experiments.measuring import Case, forget, measure, table, with_score, write_json
 from experiments.workshop import LINES, Recipe, Workshop
-from infer import TEACHER
 from support.calibration import INITIALIZATIONS, rank_for
 from support.command import (
     DTYPES,
@@ -53,6 +52,7 @@ from support.command import (
     replacing,
     run_command,
 )
+from support.demonstration import TEACHER
 from support.processes import place, processes
 
 PAPER_LR = 5e-5

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from support.command import UserError
+from support.command import UserError, check_device
 
 
 def place() -> tuple[int, int]:
@@ -22,11 +22,13 @@ def place() -> tuple[int, int]:
 
 @contextmanager
 def processes(device: str) -> Iterator[str]:
-    """Joins the other processes of torchrun, if there are any. Yields the device to compute on.
+    """Joins the other processes of torchrun, if there are any. Yields the device to compute on,
+    after a check that there is one of that name.
 
     A `UserError` or an interruption ends all of them, but only the first says so.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
+        check_device(device)
         yield device
         return
     try:
@@ -35,6 +37,7 @@ def processes(device: str) -> Iterator[str]:
                 raise UserError(f"{torch.cuda.device_count()} GPUs here; start as many processes")
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
+        check_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         yield device
         dist.barrier()  # or one takes its connections down while another still uses them

@@ -48,28 +48,45 @@ def load_state(path: Path, plan: dict, names: tuple[str, ...]) -> dict:
 class Journal:
     """The checkpoint, the log and the progress bar of one training.
 
+    Its `state` is what a checkpoint holds besides what `record` is given: "plan", "seconds",
+    "initial" (the table of `train.measure` before the first step) and what the caller puts there.
+    If it goes on from a checkpoint, all of that checkpoint, with "step" in it.
+
     Args:
         checkpoint: its file; written every `checkpoint_every` steps, after the last one, and when
             Ctrl-C or SIGTERM ends the training after the step that it is in.
         log: JSON lines, one for every `log_every`-th step and the last one; None for no log.
-        state: what the checkpoint holds besides what `record` is given. It has "seconds".
+        plan: arguments that must be the same to go on.
+        resume: whether to go on from the checkpoint, if there is one.
     """
 
     def __init__(
         self,
         checkpoint: Path,
-        checkpoint_every: int,
         log: Path | None,
+        checkpoint_every: int,
         log_every: int,
-        state: dict,
+        plan: dict,
+        resume: bool,
+        device: str,
     ):
         self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
-        self.log, self.log_every, self.state = log, log_every, state
+        self.log, self.log_every = log, log_every
         self.first = place()[0] == 0  # of the processes: the one that writes
+        self.state = {"plan": plan, "seconds": 0}
+        if resume and checkpoint.exists():
+            names = (*self.state, "initial", "bases", "step", "parameters", "optimizer")
+            self.state = load_state(checkpoint, plan, names)
+            self.state["bases"] = [V.to(device) for V in self.state["bases"]]
+            self.state["initial"] = self.state["initial"].to(device)
+            say(f"going on after step {self.state['step']}")
+        elif resume:
+            say(f"no checkpoint {checkpoint}; starting from the beginning")
 
     @contextmanager
     def open(self, done: int, steps: int) -> Iterator[None]:
         """Around the steps `done` .. `steps` - 1; log lines of these from before are dropped."""
+        self.check(self.state["initial"][0], 0)
         self.steps = steps
         self.logged = {*range(0, steps, self.log_every), *range(steps)[-1:]} if self.log else set()
         if self.log and self.first:
@@ -80,22 +97,35 @@ class Journal:
         with self.bar, interruptible() as self.signals:
             yield
 
-    def record(
-        self, step: int, row: dict, columns: dict[str, Tensor], shown: str, training: Callable
-    ) -> None:
-        """Notes a finished step: `row` and `columns` (`write_line`) in the log, `shown` beside the
-        bar, and `training()`, what it takes to go on, in the checkpoint.
+    def check(self, losses: Tensor, step: int) -> None:
+        """Raises `UserError` if a layer's loss diverges from "initial", and removes the checkpoint:
+        to go on from that would end here again."""
+        # Losses of single batches differ, but not by a factor of 1000: neither from where the layer
+        # began, nor, where that was next to nothing, from what it would lose with zeros.
+        began, _, _, zeros = self.state["initial"]
+        bad = ~(losses.isfinite() & (losses <= 1000 * began.maximum(zeros)))
+        if bad.any():
+            self.forget()
+            i = int(bad.nonzero()[0])
+            loss = f"step {step}, layer {i}: the loss diverges ({losses[i].item():.3g})"
+            raise UserError(f"{loss}; start anew with a lower --lr, or another --dtype")
+
+    def record(self, step: int, rate: float, losses: Tensor, training: Callable[[], dict]) -> None:
+        """Notes a finished step: its learning rate and losses (rows "loss", and of a logged step
+        "floor" and "optimal") in the log, and `training()` in the checkpoint.
 
         Raises `KeyboardInterrupt` after a signal, with the checkpoint written.
         """
         self.state["seconds"] = time.monotonic() - self.began
         if self.first and step in self.logged:
-            row = {"step": step, **row, "seconds": self.state["seconds"]}
-            write_line(self.log, row, columns)
-        self.bar.set_postfix_str(shown, refresh=False)
+            row = {"step": step, "lr": rate, "seconds": self.state["seconds"]}
+            write_line(self.log, row, ("loss", "floor", "optimal"), losses[:3])
+        loss, *floor = losses[:2].sum(1).tolist()
+        ratio = f", {loss / floor[0]:.2f} of its floor" if any(floor) else ""
+        self.bar.set_postfix_str(f"loss {loss:.4g}{ratio}", refresh=False)
         self.bar.update()
         # A signal may reach one process a step before another, but they must stop together.
-        stopped = summed(next(iter(columns.values())).new_tensor(len(self.signals))).item() > 0
+        stopped = summed(losses.new_tensor(len(self.signals))).item() > 0
         due = step + 1 == self.steps or (step + 1) % self.checkpoint_every == 0
         if self.first and (stopped or due):
             save_state(self.checkpoint, {**self.state, **training()})
@@ -103,6 +133,19 @@ class Journal:
             say(f"\n{step + 1} of {self.steps} steps are in {self.checkpoint}")
             say("go on with the same command and --resume")
             raise KeyboardInterrupt
+
+    def summarize(self, steps: int, final: Tensor, samples: int) -> None:
+        """Says and logs the losses on `samples` texts before and after, and their floor."""
+        columns = torch.stack([self.state["initial"][0], *final[:3]])
+        before, after, floor, _ = columns.sum(1).tolist()
+        ratio = after / floor if floor else None
+        losses = f"{before:.6g} before, {after:.6g} after, floor {floor:.6g}"
+        losses += f", ratio {ratio:.4f}" if floor else ""
+        say(f"loss on {samples} training samples: {losses}")
+        if self.log and self.first:
+            row = {"summary": True, "steps": steps, "ratio": ratio}
+            row["seconds"] = self.state["seconds"]
+            write_line(self.log, row, ("initial", "final", "floor", "optimal"), columns)
 
     def forget(self) -> None:
         """Removes the checkpoint."""
@@ -134,11 +177,10 @@ def start_log(log: Path, lines: int) -> None:
         temporary.write_text("".join(old.splitlines(True)[:lines]), encoding="utf-8")
 
 
-def write_line(log: Path, row: dict, columns: dict[str, Tensor]) -> None:
-    """Appends `row`, the sums of `columns` (each [layers]) by name, and these layer by layer."""
-    values = {name: column.tolist() for name, column in columns.items()}
-    sums = {name: column.sum().item() for name, column in columns.items()}
-    layers = [dict(zip(values, layer, strict=True)) for layer in zip(*values.values(), strict=True)]
+def write_line(log: Path, row: dict, names: tuple[str, ...], columns: Tensor) -> None:
+    """Appends `row`, sums of `columns` [names, layers] by name, and these by layer."""
+    sums = dict(zip(names, columns.sum(1).tolist(), strict=True))
+    layers = [dict(zip(names, values, strict=True)) for values in columns.T.tolist()]
     try:
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**row, **sums, "layers": layers}) + "\n")

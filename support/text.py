@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model import Transformer
 from support.command import UserError
 from support.tokenizer import Tokenizer
 
@@ -91,3 +92,14 @@ def batch_of(samples: list[Tensor], step: int, size: int, seed: int) -> list[Ten
     generator = torch.Generator().manual_seed((seed << 32) + epoch)
     order = torch.randperm(len(samples), generator=generator).tolist()
     return [samples[i] for i in order[position * size : (position + 1) * size]]
+
+
+def check_prompt(prompt: list[int], model: Transformer) -> None:
+    """Raises `UserError` for a prompt that is too long for the model, or not in its tokens."""
+    limit, vocabulary = model.config.context_length, model.config.vocab_size
+    if len(prompt) >= limit:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens, the model's context {limit}; shorten it"
+        )
+    if max(prompt) >= vocabulary:
+        raise UserError(f"token {max(prompt)} is not in the model's {vocabulary}; wrong tokenizer?")

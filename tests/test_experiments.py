@@ -18,11 +18,11 @@ import cskv
 import infer
 from experiments import caches, english, evaluate, longbench, measuring, speed
 from experiments.longeval import Case, make_cases
-from infer import TEACHER
 from model import Transformer, full_cache
 from support.calibration import init_factors
 from support.checkpoint import load_model
 from support.command import UserError
+from support.demonstration import TEACHER
 from support.factors_file import save_factors
 from support.tokenizer import Tokenizer, load_tokenizer
 from tests.test_infer import call

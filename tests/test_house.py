@@ -1,0 +1,58 @@
+"""The shape of the project: which file may import which, and where the README says things stand."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = {"quant", "model", "cskv", "train", "infer", "support", "experiments", "course", "weights"}
+ARROWS = {  # what each of them may import of ours; itself is always allowed
+    "quant": set(),
+    "model": set(),
+    "cskv": {"quant", "model"},
+    "support": {"quant", "model", "cskv"},
+    "train": {"quant", "model", "cskv", "support"},
+    "infer": {"quant", "model", "cskv", "support"},
+    "experiments": {"quant", "model", "cskv", "support", "train", "infer"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    """The first parts of the names of all modules that a file imports, wherever it does."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("part", ARROWS)
+def test_imports_run_one_way(part):
+    files = sorted((ROOT / part).glob("*.py")) or [ROOT / f"{part}.py"]
+    for file in files:
+        wrong = (imported(file) & OURS) - ARROWS[part] - {part}
+        assert not wrong, f"{file.name} imports {wrong}"
+
+
+def test_the_readme_says_where_things_stand():
+    """Each name in a row of the reading order is defined between the lines that the row gives."""
+    rows = re.findall(
+        r"^\| \d+ \| \[`([\w.]+)`\][^|]*\| ([^|]*) \|[^|]*\| (\d+)-(\d+) \|$",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        flags=re.M,
+    )
+    assert len(rows) >= 9
+    for name, text, first, last in rows:
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        assert int(last) <= len(lines)
+        part = "\n".join(lines[int(first) - 1 : int(last)])
+        for thing in re.findall(r"`([\w.]+)`", text):
+            assert re.search(rf"^\s*(def|class) {thing.split('.')[-1]}\b", part, re.M), (
+                name,
+                thing,
+            )
