@@ -23,8 +23,15 @@ from model import Config, LayerCache, Rope, full_cache
 from quant import CHANNELS, TOKENS, bits_per_element, fake_quantize
 from support.calibration import init_factors
 from support.command import UserError
-from tests.test_cskv import LargestTensor, decode_all
-from tests.tiny import naive_frequencies, naive_rotate, tiny_config, tiny_model, tiny_tokens
+from tests.helpers import (
+    LargestTensor,
+    decode_all,
+    naive_frequencies,
+    naive_rotate,
+    tiny_config,
+    tiny_model,
+    tiny_tokens,
+)
 
 torch.set_grad_enabled(False)
 quick = settings(max_examples=25, deadline=None, derandomize=True)

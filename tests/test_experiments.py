@@ -25,8 +25,7 @@ from support.command import UserError
 from support.demonstration import TEACHER
 from support.factors_file import save_factors
 from support.tokenizer import Tokenizer, load_tokenizer
-from tests.test_infer import call
-from tests.tiny import naive_forward, save_checkpoint, tiny_model, tiny_tokens
+from tests.helpers import call, naive_forward, save_checkpoint, tiny_model, tiny_tokens
 
 ROOT = Path(__file__).parent.parent
 ALL = ",".join(caches.NAMES)

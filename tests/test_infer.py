@@ -15,25 +15,13 @@ from cskv import Factors, LayerFactors
 from model import full_cache
 from support.calibration import CALIBRATED, INITIALIZATIONS, init_factors
 from support.checkpoint import load_model
-from support.command import run_command
 from support.factors_file import load_factors, save_factors
 from support.text import read_documents, sample_tokens
 from support.tokenizer import Tokenizer, load_tokenizer
-from tests.tiny import save_checkpoint, tiny_model
+from tests.helpers import call, save_checkpoint, tiny_model
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "t5 t17 t30 t2 t44 t9 t21 t3 t50 t11"
-
-
-def call(module, capsys, *arguments):
-    """Runs a command line in this process: (exit code, standard output, standard error)."""
-    code = 0
-    try:
-        run_command(lambda: module.run(module.parse_arguments([str(a) for a in arguments])))
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model import full_cache
 from support.checkpoint import load_model, read_config
 from support.command import UserError, check_writable
-from tests.tiny import naive_forward, save_checkpoint, tiny_config, tiny_model, tiny_tokens
+from tests.helpers import naive_forward, save_checkpoint, tiny_config, tiny_model, tiny_tokens
 
 torch.set_grad_enabled(False)
 

@@ -12,8 +12,7 @@ from experiments import evaluate, paper, workshop
 from experiments.workshop import Recipe, Workshop
 from support.calibration import INITIALIZATIONS, layer_hooks, rank_for
 from support.command import UserError
-from tests.test_infer import call
-from tests.tiny import save_checkpoint, tiny_model
+from tests.helpers import call, save_checkpoint, tiny_model
 
 ROOT = Path(__file__).parent.parent
 

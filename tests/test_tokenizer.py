@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from support.command import UserError
 from support.tokenizer import load_tokenizer
-from tests.tiny import save_checkpoint, tiny_model
+from tests.helpers import save_checkpoint, tiny_model
 
 TEXT = (
     """The key and value caches grow with every token that a language model reads and writes.

@@ -1,15 +1,21 @@
-"""Tiny random models for the tests, on disk and in memory, and a naive forward pass."""
+"""What tests share: tiny random models, on disk and in memory, a naive forward pass, strategies."""
 
 import json
 import math
 from pathlib import Path
 
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cskv import Factors
+import quant
+from cskv import BiBranchCache, ChunkedBiBranchCache, Factors
 from model import Config, Transformer
+from support.calibration import calibrate, init_factors
+from support.command import run_command
 
 
 def tiny_config(**changes) -> Config:
@@ -158,3 +164,83 @@ def naive_forward(
         gate = linear(h, f"{mlp}.gate_proj")
         x = x + linear(gate * gate.sigmoid() * linear(h, f"{mlp}.up_proj"), f"{mlp}.down_proj")
     return linear(norm(x, w["model.norm.weight"]), "lm_head")
+
+
+# --------------------------------------------------------------------------- caches and commands
+
+quick = settings(max_examples=25, deadline=None, derandomize=True)
+
+shapes = st.fixed_dictionaries(
+    {
+        "num_attention_heads": st.sampled_from([4]),
+        "num_key_value_heads": st.sampled_from([1, 2, 4]),
+        "attention_bias": st.booleans(),
+        "sliding_window": st.sampled_from([None, None, 3, 9]),
+    }
+)
+
+lengths = st.integers(1, 24)
+windows = st.integers(1, 30)
+kinds = st.sampled_from([BiBranchCache, ChunkedBiBranchCache])
+bits = st.sampled_from([2, 3, 4, 8])
+
+
+def make_factors(model, k_rank, v_rank, init="optimal", seed=0):
+    """Factors from statistics of random tokens, with the ranks varied from layer to layer."""
+    statistics = calibrate(model, [tiny_tokens(model, 2, 40, seed)])
+    n, most = len(model.model.layers), model.config.d_kv
+    k_ranks = [max(1, min(most, k_rank + i)) for i in range(n)]
+    v_ranks = [max(1, min(most, v_rank - i)) for i in range(n)]
+    return init_factors(init, model, k_ranks, v_ranks, statistics)
+
+
+def decode_all(model, tokens, prompt, cache):
+    """Logits [B, T, vocab]: the first `prompt` tokens as a prompt, the others one by one."""
+    steps = [tokens[:, :prompt]] + [tokens[:, i : i + 1] for i in range(prompt, tokens.shape[1])]
+    return torch.cat([model(step, cache) for step in steps], dim=1)
+
+
+def dequantized(c, quantized, b, dim, clamped=False):
+    """What a cache reads back of the latents c [B, T, r]: the first `quantized` tokens in b bits,
+    the others in 16, as the cache first gets them all."""
+    c = c.half().float()
+    if b == 16 or not quantized:
+        return c
+    return torch.cat([quant.fake_quantize(c[:, :quantized], b, dim, clamped), c[:, quantized:]], 1)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest memory that any operation takes, `known` tensors aside."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.largest = {t.untyped_storage().data_ptr() for t in known}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            storage = out.untyped_storage()
+            if storage.data_ptr() not in self.known:
+                self.largest = max(self.largest, storage.nbytes())
+        return out
+
+
+def call(module, capsys, *arguments):
+    """Runs a command line in this process: (exit code, standard output, standard error)."""
+    code = 0
+    try:
+        run_command(lambda: module.run(module.parse_arguments([str(a) for a in arguments])))
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def arguments(setup, out, *more):
+    base = ["--model", setup / "model", "--data", setup / "text.jsonl", "--out", out]
+    base += ["--init", "svd", "--k-ratio", 0.5, "--v-rank", 4, "--lr", 1e-2]
+    return [str(a) for a in (*base, "--save-dtype", "float32", *more)]
+
+
+def rows_of(log):
+    return [json.loads(line) for line in log.read_text().splitlines()]

@@ -1,0 +1,303 @@
+"""Factors: the initializations against what they minimize, bits, and their files."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cskv
+import quant
+from cskv import (
+    Factors,
+    LayerFactors,
+    LowRank,
+    bi_branch_cache,
+)
+from support.calibration import Statistics, calibrate, init_factors, rank_for
+from support.command import UserError
+from support.factors_file import load_factors, save_factors
+from tests.helpers import (
+    make_factors,
+    quick,
+    tiny_model,
+    tiny_tokens,
+)
+
+torch.set_grad_enabled(False)
+
+
+@quick
+@given(st.integers(1, 12), st.integers(1, 12))
+def test_rotated_values_have_the_same_product_and_latents_of_the_same_length(r_k, r_v):
+    model = tiny_model()
+    factors = make_factors(model, r_k, r_v)
+    rotated = factors.in_bits(None, 4)
+    x = torch.randn(50, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    for before, after in zip(factors.layers, rotated.layers, strict=True):
+        assert after.k.A is before.k.A and after.k.B is before.k.B
+        torch.testing.assert_close(after.v.A @ after.v.B, before.v.A @ before.v.B)
+        torch.testing.assert_close((x @ after.v.A).norm(dim=1), (x @ before.v.A).norm(dim=1))
+
+
+def test_rotation_spreads_outliers():
+    """What it is for: one large channel no longer sets the step for the 31 others of its group."""
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(64, 32, generator=generator), torch.randn(32, 48, generator=generator)
+    A[:, 0] *= 20
+    plain = Factors([LayerFactors(LowRank(A, B), LowRank(A, B))])
+    x, errors = torch.randn(200, 64, generator=generator), []
+    for factors in (plain, plain.in_bits(v_bits=4)):
+        pair = factors.layers[0].v
+        c = x @ pair.A
+        v_hat = quant.fake_quantize(c, 4, quant.CHANNELS) @ pair.B
+        errors.append((v_hat - c @ pair.B).square().mean().item())
+    assert errors[1] < errors[0] / 2
+
+
+def test_factors_trained_in_bits_are_not_rotated_again():
+    model = tiny_model()
+    factors = make_factors(model, 4, 4)
+    trained = factors.in_bits(4, 4)
+    assert bi_branch_cache(model, trained.in_bits(4, 4), 4)[0].A_v is trained.layers[0].v.A
+    assert bi_branch_cache(model, trained.in_bits(2, 2), 4)[0].A_v is trained.layers[0].v.A
+    assert bi_branch_cache(model, factors.in_bits(4, 4), 4)[0].A_v is not factors.layers[0].v.A
+    assert bi_branch_cache(model, factors.in_bits(4, 16), 4)[0].A_v is factors.layers[0].v.A
+
+
+def test_bad_initializations():
+    model = tiny_model()
+    for bad in ("best", "SVD", ""):
+        with pytest.raises(ValueError, match="no initialization"):
+            init_factors(bad, model, [1, 1], [1, 1])
+    with pytest.raises(ValueError, match="needs calibration"):
+        init_factors("optimal", model, [1, 1], [1, 1])
+    for ranks in ([0, 1], [1, 13], [-1, 1]):
+        with pytest.raises(ValueError, match="not in 1"):
+            init_factors("svd", model, ranks, [1, 1])
+    with pytest.raises(ValueError, match="ranks for 2 layers"):
+        init_factors("svd", model, [1], [1])
+    for ratio in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match="compression ratio"):
+            rank_for(ratio, 12)
+    with pytest.raises(UserError, match="no calibration text"):
+        calibrate(model, [])
+
+
+def test_rank_is_of_the_whole_layer():
+    """The published code rounds down a head: int(0.2 * 64) * 3 = 36 for SmolLM2. Ours is 38."""
+    assert rank_for(0.8, 192) == 38
+    assert rank_for(0.5, 192) == 96
+    assert rank_for(0, 192) == 192
+    assert rank_for(0.999, 192) == 1
+
+
+def loss(x, W, pair):
+    """The paper's equation 1, as a mean over tokens of the squared distance."""
+    return (x @ W - x @ pair.A @ pair.B).square().sum(1).mean()
+
+
+data = st.tuples(st.integers(3, 12), st.integers(2, 10), st.integers(20, 40), st.integers(0, 10**6))
+
+
+def random_problem(hidden, d_kv, tokens, seed):
+    """Inputs x with channels of very different sizes, and a weight W."""
+    g = torch.Generator().manual_seed(seed)
+    spread = torch.exp(2 * torch.randn(hidden, generator=g, dtype=torch.float64))
+    x = torch.randn(tokens, hidden, generator=g, dtype=torch.float64) * spread
+    return x, torch.randn(hidden, d_kv, generator=g, dtype=torch.float64), g
+
+
+@quick
+@given(data, st.data())
+def test_optimal_loses_the_dropped_eigenvalues_and_nothing_goes_below(problem, draw):
+    x, W, g = random_problem(*problem)
+    rank = draw.draw(st.integers(1, min(W.shape)))
+    moment = (x @ W).T @ (x @ W) / len(x)
+    dropped = torch.linalg.eigvalsh(moment)[: W.shape[1] - rank].clamp(min=0).sum()
+    scale = moment.trace()
+
+    def double(pair):
+        return LowRank(pair.A.double(), pair.B.double())
+
+    best = loss(x, W, double(cskv.optimal_factors(W, rank, moment)))
+    assert abs(best - dropped) < 1e-10 * scale
+    others = [
+        cskv.svd_factors(W, rank),
+        cskv.asvd_factors(W, rank, x.abs().mean(0)),
+        double(cskv.random_factors(W, rank, torch.Generator().manual_seed(0))),
+    ]
+    optimum = cskv.optimal_factors(W, rank, moment)
+    for size in (1e-3, 1e-1):  # and no step away from it, which is what training takes
+        noise = [
+            size * torch.randn(m.shape, generator=g, dtype=torch.float64) * m.std()
+            for m in (optimum.A, optimum.B)
+        ]
+        others.append(LowRank(optimum.A + noise[0], optimum.B + noise[1]))
+    others.append(LowRank(optimum.A * 1.001, optimum.B))
+    for other in others:
+        assert loss(x, W, double(other)) >= best - 1e-10 * scale
+
+
+@quick
+@given(data, st.data())
+def test_svd_is_the_best_for_the_weight_alone(problem, draw):
+    _, W, _ = random_problem(*problem)
+    rank = draw.draw(st.integers(1, min(W.shape)))
+    pair = cskv.svd_factors(W, rank)
+    dropped = torch.linalg.svdvals(W)[rank:].square().sum()
+    torch.testing.assert_close((W - pair.A @ pair.B).square().sum(), dropped, atol=1e-9, rtol=1e-6)
+
+
+def test_asvd_by_hand():
+    """W = diag(3, 1), one direction kept, which plain SVD takes from the first channel.
+
+    S = diag(mean |x|^0.5): for (1, 4), S W = diag(3, 2), the first still; for (1, 16), diag(3, 4).
+    """
+    W, first, second = torch.diag(torch.tensor([3.0, 1.0])), [[3.0, 0.0]], [[0.0, 1.0]]
+    for x_abs, kept in (((1.0, 4.0), first), ((1.0, 16.0), second)):
+        pair = cskv.asvd_factors(W, 1, torch.tensor(x_abs))
+        expected = torch.zeros(2, 2)
+        expected[int(kept is second)] = torch.tensor(kept[0])
+        torch.testing.assert_close(pair.A @ pair.B, expected, atol=1e-4, rtol=1e-4)
+    dead = cskv.asvd_factors(torch.eye(2), 1, torch.tensor([0.0, 1.0]))  # a channel always 0
+    assert (dead.A @ dead.B).isfinite().all()
+
+
+def test_statistics_equal_a_naive_computation():
+    """Both moments and the absolute mean, over batches of different shapes, biases left out."""
+    model = tiny_model(attention_bias=True)
+    batches = [tiny_tokens(model, 2, 7, 1), tiny_tokens(model, 1, 5, 2)]
+    inputs = {}
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, i=i: inputs.setdefault(i, []).append(args[0].flatten(0, 1))
+        )
+    statistics = calibrate(model, batches)
+    for i, layer in enumerate(model.model.layers):
+        x = torch.cat(inputs[i])
+        assert len(x) == 19
+        k = (x @ layer.self_attn.k_proj.weight.T).double()
+        torch.testing.assert_close(
+            statistics[i].x_abs, x.double().abs().mean(0), rtol=1e-5, atol=1e-6
+        )
+        moment = torch.einsum("ti,tj->ij", k, k) / 19  # k itself is rounded in float32
+        torch.testing.assert_close(statistics[i].k_moment, moment, rtol=1e-5, atol=1e-5)
+
+
+def output_error(model, layer, pair, x):
+    """Mean square of what the values' error adds to the layer's output, head by head, in double."""
+    c, attention = model.config, model.model.layers[layer].self_attn
+    error = x.double() @ (attention.v_proj.weight.T.double() - pair.A.double() @ pair.B.double())
+    total, group = 0.0, c.num_attention_heads // c.num_key_value_heads
+    for head in range(c.num_attention_heads):
+        mine = slice(head * c.head_dim, (head + 1) * c.head_dim)
+        shared = slice(head // group * c.head_dim, (head // group + 1) * c.head_dim)
+        W_O = attention.o_proj.weight[:, mine].T.double()  # [D, hidden]
+        total += (error[:, shared] @ W_O).square().sum(1).mean().item()
+    return total
+
+
+@pytest.mark.parametrize("rank_of_W_O", [0, 1])
+def test_attention_factors_where_W_O_is_singular(rank_of_W_O):
+    """Keeps out a metric in float32, whose rounding is larger than what makes it invertible."""
+    model = tiny_model(hidden_size=64, num_key_value_heads=2, head_dim=32, num_hidden_layers=1)
+    attention = model.model.layers[0].self_attn
+    if rank_of_W_O:
+        attention.o_proj.weight[:] = torch.outer(torch.arange(64.0), torch.randn(128)) / 64
+    else:
+        attention.o_proj.weight.zero_()
+    statistics = calibrate(model, [tiny_tokens(model, 2, 100)])
+    factors = init_factors("attention", model, [9], [9], statistics)
+    assert all(M.isfinite().all() for pair in factors.pairs for M in (pair.A, pair.B))
+    plain = init_factors("optimal", model, [9], [9], statistics)
+    x = torch.randn(50, 64)
+    ours, theirs = (output_error(model, 0, f.layers[0].v, x) for f in (factors, plain))
+    assert ours <= theirs + 1e-6
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = tiny_model()
+    model.model.layers[1].self_attn.v_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="layer 1: v_proj has weights that are not finite"):
+        init_factors("svd", model, [3, 3], [3, 3])
+
+
+@quick
+@given(st.sampled_from([1, 2, 4]), st.integers(1, 5), st.integers(0, 20), st.data())
+def test_attention_factors_are_the_best_for_the_output(H_kv, rank, seed, data):
+    """No factors of that rank, `optimal` or disturbed ones, err less in what W_O makes of values;
+    and what they err is the sum of the dropped eigenvalues of the weighed moment."""
+    model = tiny_model(seed, num_key_value_heads=H_kv, num_hidden_layers=1)
+    x = torch.randn(200, model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+    attention, d_kv = model.model.layers[0].self_attn, model.config.d_kv
+    v = x @ attention.v_proj.weight.T
+    k = x @ attention.k_proj.weight.T
+    statistics = [Statistics(x.abs().mean(0), k.T @ k / 200, v.T @ v / 200)]
+    ours, plain = (
+        init_factors(name, model, [rank], [rank], statistics).layers[0]
+        for name in ("attention", "optimal")
+    )
+    torch.testing.assert_close(ours.k.A @ ours.k.B, plain.k.A @ plain.k.B)
+    least = output_error(model, 0, ours.v, x)
+    assert least <= output_error(model, 0, plain.v, x) * (1 + 1e-4)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    for size in (1e-3, 1e-1):
+        moved = [
+            M + size * M.std() * torch.randn(M.shape, generator=generator)
+            for M in (ours.v.A, ours.v.B)
+        ]
+        assert least <= output_error(model, 0, LowRank(*moved), x) * (1 + 1e-4)
+    M = cskv.output_metric(attention).double()
+    weighed = torch.linalg.eigvals(statistics[0].v_moment.double() @ M).real.sort().values
+    assert least == pytest.approx(weighed[: d_kv - rank].sum().item(), rel=1e-3)
+
+
+def test_factors_survive_a_file(tmp_path):
+    model = tiny_model()
+    factors = make_factors(model, 3, 5)
+    factors.info["data"] = "some text"
+    path = tmp_path / "f.safetensors"
+    save_factors(path, factors, model, torch.float32)
+    again = load_factors(path, model)
+    assert again.info["init"] == "optimal" and again.info["data"] == "some text"
+    for a, b in zip(factors.layers, again.layers, strict=True):
+        for x, y in ((a.k, b.k), (a.v, b.v)):
+            assert torch.equal(x.A, y.A) and torch.equal(x.B, y.B)
+    assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
+
+
+def test_factors_fit_the_same_model_in_other_bits_and_no_other(tmp_path):
+    model = tiny_model()
+    path = tmp_path / "f.safetensors"
+    save_factors(path, make_factors(model, 3, 5), model)
+    for dtype in (torch.float16, torch.bfloat16):
+        loaded = load_factors(path, tiny_model().to(dtype))
+        assert loaded.layers[0].k.A.dtype == dtype
+    others = [tiny_model(seed=1), tiny_model(num_hidden_layers=3), tiny_model(hidden_size=30)]
+    altered = tiny_model()
+    altered.model.layers[1].self_attn.v_proj.weight.data.mul_(-1)
+    for other in [*others, altered]:
+        with pytest.raises(UserError, match="another model"):
+            load_factors(path, other)
+
+
+def test_infinite_factors_are_not_saved(tmp_path):
+    model = tiny_model()
+    factors = make_factors(model, 3, 5)
+    factors.layers[0].k.A[0, 0] = 1e6  # more than float16 holds
+    with pytest.raises(UserError, match="cannot hold"):
+        save_factors(tmp_path / "f.safetensors", factors, model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_factors_are_equal_files(tmp_path):
+    """Keeps out the random order that safetensors gives to metadata."""
+    model = tiny_model()
+    factors = make_factors(model, 3, 4)
+    for i in range(5):
+        save_factors(tmp_path / str(i), factors, model)
+    assert len({(tmp_path / str(i)).read_bytes() for i in range(5)}) == 1
+    data = (tmp_path / "0").read_bytes()
+    assert int.from_bytes(data[:8], "little") % 8 == 0  # tensors stay aligned

@@ -1,0 +1,270 @@
+"""Trainings that are killed, interrupted, short of disk, or several processes go on exactly."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from support import processes
+from support.checkpoint import load_model
+from support.command import UserError
+from support.factors_file import load_factors
+from tests.helpers import arguments, call, rows_of, save_checkpoint, tiny_model
+
+ROOT = Path(__file__).parent.parent
+
+
+def interrupt_after(monkeypatch, step, number=signal.SIGINT):
+    """Sends this process one signal, during a step's forward pass: a second one would kill."""
+    real, sent = train.run_layers, []
+
+    def run_layers(model, samples, tuners, *more, **options):
+        hook = model.model.norm.register_forward_pre_hook(lambda *_: interrupt(tuners[0]))
+        try:
+            return real(model, samples, tuners, *more, **options)
+        finally:
+            hook.remove()
+
+    def interrupt(tuner):
+        if tuner.steps_done == step and not sent:
+            sent.append(number)
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(train, "run_layers", run_layers)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_resume_goes_on_exactly(
+    setup, tmp_path, capsys, monkeypatch, number
+):
+    more = ["--epochs", 2, "--batch-size", 3, "--bits", 4, "--log-every", 2]
+    whole, out, log = tmp_path / "whole", tmp_path / "f", tmp_path / "log"
+    args = arguments(setup, out, *more, "--log", log)
+    assert call(train, capsys, *arguments(setup, whole, *more, "--log", tmp_path / "w"))[0] == 0
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 9, number)
+        code, _, err = call(train, capsys, *args)
+    assert code == 130 and "10 of 16 steps" in err and "--resume" in err and not out.exists()
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]  # as before
+    with log.open("a") as file:
+        file.write('{"step": 10}\n{"step": 12, "lo')  # as a kill might leave it
+    monkeypatch.setattr(train, "calibrate", None)  # the checkpoint has all of it
+    code, _, err = call(train, capsys, *args, "--resume")
+    assert code == 0 and "going on after step 10" in err
+    assert out.read_bytes() == whole.read_bytes()
+    ours, theirs = rows_of(log), rows_of(tmp_path / "w")
+    for row in (*ours, *theirs):
+        del row["seconds"]
+    assert ours == theirs
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["f", "log", "w", "whole"]
+
+
+def test_resume_after_the_last_step(setup, tmp_path, capsys, monkeypatch):
+    """Interrupted in the last of 6 steps: what is left is to measure and to write."""
+    log = tmp_path / "log"
+    args = arguments(setup, tmp_path / "f", "--steps", 6, "--log", log, "--log-every", 4)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        assert call(train, capsys, *args)[0] == 130
+    assert call(train, capsys, *args, "--resume", "--checkpoint-every", 7)[0] == 0
+    assert [row.get("step") for row in rows_of(log)] == [0, 4, 5, None]
+    assert call(train, capsys, *arguments(setup, tmp_path / "g", "--steps", 6))[0] == 0
+    assert (tmp_path / "f").read_bytes() == (tmp_path / "g").read_bytes()
+
+
+def test_resume_without_a_checkpoint_starts(setup, tmp_path, capsys):
+    code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f", "--resume", "--steps", 2))
+    assert code == 0 and "no checkpoint" in err and (tmp_path / "f").exists()
+
+
+def test_resume_of_a_finished_training_does_nothing(setup, tmp_path, capsys, monkeypatch):
+    args = arguments(setup, tmp_path / "f", "--steps", 2, "--log", tmp_path / "log")
+    assert call(train, capsys, *args)[0] == 0
+    before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_model", None)
+        code, _, err = call(train, capsys, *args, "--resume")
+    assert code == 0 and "is finished" in err
+    assert before == [(f.stat().st_mtime_ns, f.read_bytes()) for f in tmp_path.iterdir()]
+    assert call(train, capsys, *args)[0] == 0  # but without --resume it starts again
+
+
+@pytest.fixture
+def interrupted(setup, tmp_path, capsys, monkeypatch):
+    """Arguments of a training that was interrupted after 4 of 24 steps."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        assert call(train, capsys, *arguments(setup, tmp_path / "f"))[0] == 130
+    return arguments(setup, tmp_path / "f", "--resume")
+
+
+OTHERS = {
+    "lr": 1e-3,
+    "k-bits": 8,
+    "v-rank": 3,
+    "samples": 9,
+    "init": "asvd",
+    "seed": 1,
+    "batch-size": 2,
+    "steps": 9,
+}
+
+
+def test_resume_with_other_arguments_is_refused(interrupted, setup, tmp_path, capsys):
+    for name, value in OTHERS.items():
+        code, _, err = call(train, capsys, *interrupted, f"--{name}", value)
+        assert code == 2 and f"was made with another --{name};" in err.splitlines()[-1]
+    text = (setup / "text.jsonl").read_text()
+    (tmp_path / "text.jsonl").write_text(text.replace("t1 ", "t2 "))
+    _, _, err = call(train, capsys, *interrupted, "--data", tmp_path / "text.jsonl")
+    assert "was made with another --data;" in err
+    save_checkpoint(tiny_model(seed=1), tmp_path / "model")
+    _, _, err = call(train, capsys, *interrupted, "--model", tmp_path / "model")
+    assert "was made with another --model;" in err and not (tmp_path / "f").exists()
+    assert call(train, capsys, *interrupted, "--save-dtype", "bfloat16")[0] == 0  # no matter
+
+
+def test_a_damaged_checkpoint_is_refused(interrupted, tmp_path, capsys):
+    file = tmp_path / "f.checkpoint"
+    data = file.read_bytes()
+    for damaged in (b"", b"x" * 99, data[: len(data) // 2], data[:-30]):
+        file.write_bytes(damaged)
+        code, _, err = call(train, capsys, *interrupted)
+        assert code == 2 and "f.checkpoint is damaged" in err.splitlines()[-1]
+    torch.save({"plan": {}}, file)
+    assert "f.checkpoint is damaged" in call(train, capsys, *interrupted)[2]
+
+
+@pytest.mark.parametrize("full", ["before", "midway"])
+def test_a_full_disk_leaves_the_old_checkpoint(interrupted, tmp_path, capsys, monkeypatch, full):
+    file = tmp_path / "f.checkpoint"
+    before, real = file.read_bytes(), Path.write_bytes
+
+    def write_bytes(path, data):
+        if full == "midway":
+            real(path, bytes(data)[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    code, _, err = call(train, capsys, *interrupted, "--checkpoint-every", 1)
+    assert code == 2 and "cannot be written" in err.splitlines()[-1] and "No space" in err
+    assert [f.name for f in tmp_path.iterdir()] == ["f.checkpoint"]
+    assert file.read_bytes() == before
+    monkeypatch.undo()
+    assert call(train, capsys, *interrupted)[0] == 0
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_process_has_a_second_to_speak(monkeypatch, rank):
+    """torchrun ends all processes when one has ended: the silent ones must not be the first."""
+    slept, ended = [], []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(processes.time, "sleep", slept.append)
+    monkeypatch.setattr(processes.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(processes.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: ended.append(1))
+    for error, code in ((UserError("x"), 2), (KeyboardInterrupt(), 130)):
+        with pytest.raises((UserError, KeyboardInterrupt, SystemExit)) as caught:
+            with processes.processes("cpu"):
+                raise error
+        assert caught.value is error if rank == "0" else caught.value.code == code
+    assert slept == ([] if rank == "0" else [1, 1]) and ended == [1, 1]
+
+
+def wait_for_lines(log, lines, process):
+    deadline = time.monotonic() + 60
+    while not log.exists() or log.read_text().count("\n") < lines:
+        assert process.poll() is None and time.monotonic() < deadline, "it never came that far"
+        time.sleep(0.001)
+
+
+def test_killed_at_a_random_step_resume_is_exact(setup, tmp_path):
+    """The process gets no chance to clean up; checkpoints are written every second step."""
+    more = ["--bits", 4, "--epochs", 8, "--checkpoint-every", 2]
+    log, steps = tmp_path / "log", random.randint(1, 120)
+    args = arguments(setup, tmp_path / "killed", *more, "--log", log, "--resume")
+    command = [sys.executable, "train.py", *args]
+    killed = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_for_lines(log, steps, killed)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL and not (tmp_path / "killed").exists()
+    # All of them in processes of their own: another number of threads rounds differently.
+    whole = [sys.executable, "train.py", *arguments(setup, tmp_path / "whole", *more)]
+    runs = [subprocess.Popen(c, cwd=ROOT, stderr=subprocess.DEVNULL) for c in (command, whole)]
+    assert [run.wait() for run in runs] == [0, 0]
+    ours, theirs = ((tmp_path / name).read_bytes() for name in ("killed", "whole"))
+    assert ours == theirs, f"another file after a kill at step {steps}"
+    assert [row.get("step") for row in rows_of(log)] == [*range(192), None]
+
+
+def torchrun(arguments):
+    """What starts two processes. The -- keeps torchrun from reading --log as its --log-dir."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return {"args": [*command, "--", "train.py", *arguments], "cwd": ROOT, "text": True}
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(setup, tmp_path):
+    """Batches of 3: the second process has one sample of them, and none of the last. From `asvd`,
+    whose start depends on the text that the two have read together."""
+    more = ["--batch-size", 3, "--samples", 22, "--epochs", 2, "--lr", 1e-3, "--init", "asvd"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = [sys.executable, "train.py", *arguments(setup, one, *more, "--log", tmp_path / "1")]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun's processes have
+    subprocess.run(alone, cwd=ROOT, env=one_thread, check=True, capture_output=True)
+    command = torchrun(arguments(setup, two, *more, "--log", tmp_path / "2"))
+    done = subprocess.run(**command, capture_output=True)
+    # Not its exit status: gloo's threads may abort a process that has already finished.
+    assert two.exists(), done.stderr
+    assert done.stderr.count("22 samples") == done.stderr.count("idle") == 1  # one process speaks
+    model = load_model(setup / "model")
+    ours, theirs = (load_factors(path, model).pairs for path in (one, two))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.A, b.A, rtol=0, atol=1e-6)
+        torch.testing.assert_close(a.B, b.B, rtol=0, atol=1e-6)
+    for a, b in zip(rows_of(tmp_path / "1"), rows_of(tmp_path / "2"), strict=True):
+        for name in {"loss", "floor", "optimal", "initial", "final"} & set(a):
+            assert a[name] == pytest.approx(b[name], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_error_of_the_first_process_alone_is_one_line(setup, tmp_path):
+    """The first cannot write its log any more: the second must neither hang nor print a traceback
+    of its broken connection. (Those of torchrun itself stay.)"""
+    log = tmp_path / "log"
+    command = torchrun(arguments(setup, tmp_path / "f", "--epochs", 999, "--log", log))
+    process = subprocess.Popen(**command, stderr=subprocess.PIPE)
+    wait_for_lines(log, 3, process)
+    log.unlink()
+    log.mkdir()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and not (tmp_path / "f").exists()
+    assert err.count("error: ") == 1 and f"error: {log} cannot be written" in err
+    assert 'train.py"' not in err and "gloo" not in err and "stopped" not in err
+
+
+@pytest.mark.slow
+def test_two_interrupted_processes_resume_exactly(setup, tmp_path):
+    more = ["--batch-size", 3, "--epochs", 20, "--lr", 1e-3, "--bits", 4]
+    whole, out, log = tmp_path / "whole", tmp_path / "f", tmp_path / "log"
+    subprocess.run(**torchrun(arguments(setup, whole, *more)), check=True, capture_output=True)
+    command = torchrun(arguments(setup, out, *more, "--log", log, "--resume"))
+    process = subprocess.Popen(**command, stderr=subprocess.PIPE, start_new_session=True)
+    wait_for_lines(log, 7, process)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and not out.exists()
+    assert err.count("of 160 steps are in") == 1 and err.count("interrupted\n") == 1
+    done = subprocess.run(**command, capture_output=True)
+    assert out.exists() and done.stderr.count("going on after step") == 1, done.stderr
+    assert out.read_bytes() == whole.read_bytes()
+    assert [row.get("step") for row in rows_of(log)] == [*range(160), None]
