@@ -158,10 +158,9 @@ def run(args: argparse.Namespace) -> None:
         if text is None:
             text, compare, most = read_case(), True, min(most, 8)  # a number and its end
             hint = shorten(text)
-    if text is None:
-        raise UserError('no prompt; give one: --prompt "..."')
-    if not text.strip():
-        raise UserError('the prompt is empty; give some text: --prompt "..."')
+    if not (text or "").strip():
+        what = "no prompt" if text is None else "the prompt is empty"
+        raise UserError(f'{what}; give some text: --prompt "..."')
     caches = [args.cache]
     if compare:
         caches = ["full", "cskv" if args.cache == "full" else args.cache]
@@ -207,8 +206,7 @@ def run(args: argparse.Namespace) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
     add, bits = parser.add_argument, {"type": int, "choices": [2, 3, 4, 8, 16, 32]}
-    default = "default, without --model: a LongEval case"
-    add("--prompt", help=f"text to answer or to continue ({default})")
+    add("--prompt", help="text to answer or to continue (without --model: a LongEval case)")
     add("--model", default=TEACHER, help="checkpoint folder or hub name (the embedded model)")
     add("--factors", help="factors file for this model, made by train.py")
     add("--cache", choices=[*KINDS, "full"], default="cskv", help="cskv-plain: the class to read")
@@ -219,13 +217,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--k-bits", **bits, help="bits for keys alone")
     add("--v-bits", **bits, help="bits for values alone")
     add("--max-new-tokens", type=number(int, 1), default=128, help="end the answer there (128)")
-    heat = "above 0, sample: higher is more surprising (0, greedy)"
-    add("--temperature", type=number(float, 0, 100), default=0.0, help=heat)
+    add("--temperature", type=number(float, 0, 100), default=0.0, help="sample, if above 0 (0)")
     nucleus = "sample from the likeliest tokens of this probability in all (1)"
     add("--top-p", type=number(float, 1e-6, 1), default=1.0, help=nucleus)
     add("--seed", type=number(int, 0), default=0, help="another seed samples another text (0)")
-    chat = "wrap the prompt in the model's chat template (if it has one)"
-    add("--chat", action=argparse.BooleanOptionalAction, help=chat)
+    add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (if any)")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     add("--dtype", choices=DTYPES, default="float32", help="precision of the model (float32)")
     add("--json", action="store_true", help="print one JSON object instead of streaming text")

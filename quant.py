@@ -48,8 +48,6 @@ def bits_per_element(bits: int, size: int = GROUP) -> float:
 
 @dataclass
 class Quantized:
-    """Codes and what they mean."""
-
     codes: Tensor  # [..., T, C] uint8, each below 2^bits
     scale: Tensor  # float16; the grouped dimension is that of `codes` divided by 32, rounded up
     minimum: Tensor  # likewise
@@ -135,8 +133,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     A byte holds codes of one channel, in 4 bits those of the tokens i and i + 16 of a block of 32:
 
-        row 0 of the block's 16:   token 16, token 0       bits 7654 and 3210
-        row 1                  :   token 17, token 1       ...
+        row 0 of the block's 16:   token 16, token 0       bits 7654 and 3210; row 1: 17 and 1, ...
     """
     blocks = codes.unflatten(TOKENS, (-1, GROUP))  # [..., T / 32, 32, C]
     rows = []

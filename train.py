@@ -27,7 +27,6 @@ Sources:
 """
 
 import argparse
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,10 +41,9 @@ from support.calibration import (
     CALIBRATED,
     INITIALIZATIONS,
     calibrate,
-    check_ranks,
+    equal_ranks,
     init_factors,
     layer_hooks,
-    rank_for,
 )
 from support.checkpoint import load_model
 from support.command import (
@@ -57,9 +55,9 @@ from support.command import (
     run_command,
     user_values,
 )
-from support.factors_file import fingerprint, save_factors
+from support.factors_file import save_factors
 from support.processes import place, processes, say, summed
-from support.resume import Journal
+from support.resume import Journal, make_plan, restore
 from support.text import batch_of, sample_tokens
 from support.tokenizer import load_tokenizer
 
@@ -78,11 +76,6 @@ def layer_loss(pair: LowRank, x: Tensor, k: Tensor, dim: int, dtype=torch.float3
     return F.mse_loss(c.to(dtype) @ pair.B.to(dtype), k.to(dtype))
 
 
-def own(M: Tensor) -> Tensor:
-    """A float32 copy. Contiguous, for products round otherwise in another layout."""
-    return M.detach().float().clone(memory_format=torch.contiguous_format)
-
-
 class Tuner:
     """One set of factors in training: a float32 copy of them, AdamW [3], and its learning rate.
 
@@ -99,7 +92,9 @@ class Tuner:
 
     def __init__(self, factors: Factors, steps: int, lr: float = 5e-5):
         self.steps, self.lr, self.steps_done = steps, lr, 0
-        self.factors = factors.map(lambda pair: replace(pair, A=own(pair.A), B=own(pair.B)))
+        # Contiguous: products round otherwise in another layout, and a restored one would differ.
+        own = {"dtype": torch.float32, "copy": True, "memory_format": torch.contiguous_format}
+        self.factors = factors.map(lambda p: replace(p, A=p.A.to(**own), B=p.B.to(**own)))
         self.parameters = [M for pair in self.factors.pairs for M in (pair.A, pair.B)]
         for parameter in self.parameters:
             parameter.requires_grad_().grad = torch.zeros_like(parameter)
@@ -118,19 +113,6 @@ class Tuner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         self.steps_done += 1
-
-    def state(self) -> dict:
-        """What it takes to go on exactly, for a checkpoint."""
-        parameters = [parameter.detach() for parameter in self.parameters]
-        optimizer = self.optimizer.state_dict()
-        return {"step": self.steps_done, "parameters": parameters, "optimizer": optimizer}
-
-    @torch.no_grad()
-    def restore(self, state: dict) -> None:
-        self.steps_done = state["step"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, value in zip(self.parameters, state["parameters"], strict=True):
-            parameter.copy_(value)
 
 
 @torch.no_grad()
@@ -240,7 +222,7 @@ def fine_tune(
                 losses = run_layers(model, batch, [tuner], train=True)
             journal.check(losses[0], step)
             tuner.step()
-            journal.record(step, rate, losses, tuner.state)
+            journal.record(step, rate, losses, tuner)
     if steps:
         final = measure(model, tuner, measured, bases, train=False)
         journal.check(final[0], steps)
@@ -248,9 +230,6 @@ def fine_tune(
 
 
 # -------------------------------------------------------------------------------- command line
-
-# Arguments that may change when a training is resumed; model and data are compared by content.
-MAY_CHANGE = ("out", "log", "checkpoint_every", "resume", "device", "save_dtype", "model", "data")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -268,16 +247,14 @@ def run(args: argparse.Namespace) -> None:
             what = f"--init {args.init} calibrates on" if calibrating else "training and --log need"
             raise UserError(f"{what} text; give some with --data")
         model = load_model(args.model, device, DTYPES[args.dtype])
-        layers, d_kv = len(model.model.layers), model.config.d_kv
         with user_values():
-            k_rank = args.k_rank or rank_for(args.k_ratio, d_kv)
-            v_rank = args.v_rank or rank_for(args.v_ratio, d_kv)
-            check_ranks(model, k_rank, v_rank)
-        ranks, samples = ([k_rank] * layers, [v_rank] * layers), []
+            k_ranks = equal_ranks(model, args.k_rank, args.k_ratio)
+            v_ranks = equal_ranks(model, args.v_rank, args.v_ratio)
+        ranks, samples = (k_ranks, v_ranks), []
         if measuring or calibrating:
-            length, tokenizer = model.config.context_length, load_tokenizer(args.model)
-            length = min(args.seq_len, length)
-            samples = sample_tokens(args.data, tokenizer, args.samples, length, args.seed)
+            tokenizer, length = load_tokenizer(args.model), model.config.context_length
+            sizes = args.samples, min(args.seq_len, length)
+            samples = sample_tokens(args.data, tokenizer, *sizes, args.seed)
             say(f"{len(samples)} samples, {sum(sample.numel() for sample in samples)} tokens")
         steps = args.epochs * -(-len(samples) // args.batch_size)
         if args.steps is not None and args.steps > steps:
@@ -289,9 +266,7 @@ def run(args: argparse.Namespace) -> None:
             say(
                 f"{place()[1]} processes share batches of {args.batch_size}: some are idle at times"
             )
-        plan = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
-        text = str([sample.tolist() for sample in samples]).encode()
-        plan |= {"model": fingerprint(model), "data": hashlib.sha256(text).hexdigest()}
+        plan = make_plan(vars(args), model, samples)
         every = args.checkpoint_every, args.log_every
         journal = Journal(checkpoint, args.log, *every, plan, training and args.resume, device)
         goes_on = "step" in journal.state
@@ -308,13 +283,13 @@ def run(args: argparse.Namespace) -> None:
             factors.info["data"] = args.data.name
         tuner = Tuner(factors, steps, args.lr)
         if goes_on:
-            tuner.restore(journal.state)
+            restore(tuner, journal.state)
         if measuring:
             measured = samples[: args.measure_samples]
             fine_tune(model, tuner, samples, measured, journal, args.batch_size, args.seed)
         if place()[0] == 0:
             save_factors(args.out, tuner.factors, model, DTYPES[args.save_dtype])
-            shape = f"ranks {k_rank} (keys) and {v_rank} (values) of {d_kv}"
+            shape = f"ranks {k_ranks[0]} (keys) and {v_ranks[0]} (values) of {model.config.d_kv}"
             size = f"{args.out.stat().st_size / 1e6:.2f} MB"
             say(f"{args.out}: {args.init}, trained: {trained}, {shape}, {size}")
         if training:

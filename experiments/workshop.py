@@ -25,7 +25,7 @@ from support.checkpoint import load_model
 from support.command import DTYPES, UserError, user_values
 from support.factors_file import fingerprint, load_factors, save_factors
 from support.processes import place
-from support.resume import load_state, save_state
+from support.resume import load_state, restore, save_state, state_of
 from support.text import batch_of, sample_tokens
 from support.tokenizer import load_tokenizer
 from train import Tuner, loss_floor, run_layers
@@ -135,7 +135,7 @@ class Workshop:
         if checkpoint.exists():
             state = load_state(checkpoint, {}, ("plan", "losses", "seconds", "initial", "tuners"))
             for tuner, mine in zip(tuners, state.pop("tuners"), strict=True):
-                tuner.restore(mine)
+                restore(tuner, mine)
         else:
             initial = run_layers(self.model, measured, tuners).sum(1).tolist()
             state = {"plan": {}, "losses": [], "seconds": 0.0, "initial": initial}
@@ -153,7 +153,7 @@ class Workshop:
                 tuner.step()
             state["seconds"] = time.monotonic() - began
             if (step + 1) % 64 == 0 and step + 1 < steps:
-                save_state(checkpoint, {**state, "tuners": [t.state() for t in tuners]})
+                save_state(checkpoint, {**state, "tuners": [state_of(t) for t in tuners]})
             bar.update()
         bar.close()
         finals = run_layers(self.model, measured, tuners).sum(1).tolist()

@@ -110,6 +110,14 @@ def check_ranks(model: Transformer, *ranks: int) -> None:
             raise ValueError(f"rank {rank} is not in 1 .. {most}, the channels of this model")
 
 
+def equal_ranks(model: Transformer, rank: int | None, ratio: float) -> list[int]:
+    """`rank`, or without one the rank of `ratio`, for every layer. Raises `ValueError` if it does
+    not fit: before a long calibration, not after."""
+    rank = rank or rank_for(ratio, model.config.d_kv)
+    check_ranks(model, rank)
+    return [rank] * len(model.model.layers)
+
+
 @torch.no_grad()
 def init_factors(
     name: str,

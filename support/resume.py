@@ -1,10 +1,11 @@
 """What a long training leaves behind: checkpoints to go on from exactly, and a log."""
 
+import hashlib
 import io
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model import Transformer
 from support.checkpoint import UNREADABLE
 from support.command import UserError, replacing
+from support.factors_file import fingerprint
 from support.processes import place, say, summed
 
 
@@ -43,6 +46,33 @@ def load_state(path: Path, plan: dict, names: tuple[str, ...]) -> dict:
         flag = "--" + other[0].replace("_", "-")
         raise UserError(f"{path} was made with another {flag}; give the same, or another --out")
     return state
+
+
+# Arguments that may change when a training is resumed; model and data are compared by content.
+MAY_CHANGE = ("out", "log", "checkpoint_every", "resume", "device", "save_dtype", "model", "data")
+
+
+def make_plan(arguments: dict, model: Transformer, samples: list[Tensor]) -> dict:
+    """All that must be the same to go on with a training."""
+    plan = {name: str(value) for name, value in arguments.items() if name not in MAY_CHANGE}
+    text = str([sample.tolist() for sample in samples]).encode()
+    return plan | {"model": fingerprint(model), "data": hashlib.sha256(text).hexdigest()}
+
+
+def state_of(tuner) -> dict:
+    """What it takes to go on exactly with a `train.Tuner`."""
+    parameters = [parameter.detach() for parameter in tuner.parameters]
+    optimizer = tuner.optimizer.state_dict()
+    return {"step": tuner.steps_done, "parameters": parameters, "optimizer": optimizer}
+
+
+@torch.no_grad()
+def restore(tuner, state: dict) -> None:
+    """Puts a `train.Tuner` where it was when `state_of` was called."""
+    tuner.steps_done = state["step"]
+    tuner.optimizer.load_state_dict(state["optimizer"])
+    for parameter, value in zip(tuner.parameters, state["parameters"], strict=True):
+        parameter.copy_(value)
 
 
 class Journal:
@@ -110,9 +140,9 @@ class Journal:
             loss = f"step {step}, layer {i}: the loss diverges ({losses[i].item():.3g})"
             raise UserError(f"{loss}; start anew with a lower --lr, or another --dtype")
 
-    def record(self, step: int, rate: float, losses: Tensor, training: Callable[[], dict]) -> None:
+    def record(self, step: int, rate: float, losses: Tensor, tuner) -> None:
         """Notes a finished step: its learning rate and losses (rows "loss", and of a logged step
-        "floor" and "optimal") in the log, and `training()` in the checkpoint.
+        "floor" and "optimal") in the log, and the tuner in the checkpoint.
 
         Raises `KeyboardInterrupt` after a signal, with the checkpoint written.
         """
@@ -128,7 +158,7 @@ class Journal:
         stopped = summed(losses.new_tensor(len(self.signals))).item() > 0
         due = step + 1 == self.steps or (step + 1) % self.checkpoint_every == 0
         if self.first and (stopped or due):
-            save_state(self.checkpoint, {**self.state, **training()})
+            save_state(self.checkpoint, {**self.state, **state_of(tuner)})
         if stopped:
             say(f"\n{step + 1} of {self.steps} steps are in {self.checkpoint}")
             say("go on with the same command and --resume")
