@@ -76,9 +76,6 @@ def generate(
         tokens = torch.tensor([[token]], device=device)
 
 
-# ------------------------------------------------------------------------------------- measures
-
-
 def nominal_ratio(model: Transformer, factors: Factors) -> float:
     """The paper's compression ratio: 1 - density * bits / 16, nothing but latents counted."""
     kept = sum(pair.rank * pair.bits for pair in factors.pairs)

@@ -18,8 +18,6 @@ are rounded on the way: quantization-aware training (appendix C.4, quant.py).
 What training can reach is known: no A B of rank r, quantized or not, loses less on a text than the
 dropped eigenvalues of its K^T K [2]. Losses are reported beside this floor.
 
-Shapes as in model.py, and r the rank.
-
 Sources:
     [1] Wang et al., "CSKV", 2024
     [2] Eckart and Young, "The approximation of one matrix by another of lower rank", 1936
@@ -123,11 +121,9 @@ def run_layers(
     train: bool = False,
     moments: Tensor | None = None,
 ) -> Tensor:
-    """Equation 2, layer by layer: runs the frozen model once over `samples` [1, T], shared out
-    among the processes.
-
-    Returns the loss of every tuner and layer, [tuners, layers], a mean over all tokens. `train`
-    adds gradients. `moments` [layers, 2, d_kv, d_kv], float64, gets k^T k and v^T v added. Losses
+    """Equation 2, layer by layer: the frozen model runs once over `samples` [1, T], shared out
+    among the processes. Returns the loss of every tuner and layer, [tuners, layers], a mean over
+    all tokens. `train` adds gradients. `moments` [layers, 2, d_kv, d_kv], float64, gets k^T k and v^T v added. Losses
     of `train` without `moments` are meant for no floor, and have the rounding of float32; others
     are in float64, for rounding could take a nearly optimal loss below its floor.
     """
@@ -199,17 +195,18 @@ def fine_tune(
     model: Transformer,
     tuner: Tuner,
     samples: list[Tensor],
-    measured: list[Tensor],
     journal: Journal,
+    measure_samples: int = 32,
     batch_size: int = 1,
     seed: int = 0,
 ) -> None:
-    """Takes the steps that `tuner` has left, and measures before and after on `measured`.
+    """Takes the steps that `tuner` has left; measures the first samples before and after.
 
     `journal.state` has the "bases" that `measure` wants. Raises `UserError` when a loss diverges,
     and after a signal, with the checkpoint written, `KeyboardInterrupt`.
     """
     steps, state, bases = tuner.steps, journal.state, journal.state["bases"]
+    measured = samples[:measure_samples]
     if "initial" not in state:
         state["initial"] = measure(model, tuner, measured, bases, train=False)
     final = state["initial"]
@@ -250,11 +247,11 @@ def run(args: argparse.Namespace) -> None:
         with user_values():
             k_ranks = equal_ranks(model, args.k_rank, args.k_ratio)
             v_ranks = equal_ranks(model, args.v_rank, args.v_ratio)
-        ranks, samples = (k_ranks, v_ranks), []
+        samples = []
         if measuring or calibrating:
             tokenizer, length = load_tokenizer(args.model), model.config.context_length
-            sizes = args.samples, min(args.seq_len, length)
-            samples = sample_tokens(args.data, tokenizer, *sizes, args.seed)
+            sizes = args.samples, min(args.seq_len, length), args.seed
+            samples = sample_tokens(args.data, tokenizer, *sizes)
             say(f"{len(samples)} samples, {sum(sample.numel() for sample in samples)} tokens")
         steps = args.epochs * -(-len(samples) // args.batch_size)
         if args.steps is not None and args.steps > steps:
@@ -263,9 +260,7 @@ def run(args: argparse.Namespace) -> None:
 
         # A start, or what a checkpoint has of it.
         if training and args.batch_size % place()[1]:
-            say(
-                f"{place()[1]} processes share batches of {args.batch_size}: some are idle at times"
-            )
+            say(f"batches of {args.batch_size}: some of {place()[1]} processes are idle at times")
         plan = make_plan(vars(args), model, samples)
         every = args.checkpoint_every, args.log_every
         journal = Journal(checkpoint, args.log, *every, plan, training and args.resume, device)
@@ -273,20 +268,19 @@ def run(args: argparse.Namespace) -> None:
         with user_values():
             statistics = calibrate(model, samples) if samples and not goes_on else None
             init = "random" if goes_on else args.init  # what a checkpoint holds comes in its place
-            factors = init_factors(init, model, *ranks, statistics, args.seed).in_bits(*bits)
+            factors = init_factors(init, model, k_ranks, v_ranks, statistics, args.seed)
             if measuring and not goes_on:
-                best = init_factors("optimal", model, *ranks, statistics)
+                best = init_factors("optimal", model, k_ranks, v_ranks, statistics)
                 journal.state["bases"] = [pair.B.T for pair in best.pairs]  # V_r [d_kv, r]
         trained = f"{steps} steps, lr {args.lr:g}, batch {args.batch_size}" if training else "none"
-        factors.info.update(init=args.init, trained=trained)
-        if training or calibrating:
-            factors.info["data"] = args.data.name
-        tuner = Tuner(factors, steps, args.lr)
+        data = {"data": args.data.name} if training or calibrating else {}
+        factors.info.update(init=args.init, trained=trained, **data)
+        tuner = Tuner(factors.in_bits(*bits), steps, args.lr)
         if goes_on:
             restore(tuner, journal.state)
         if measuring:
-            measured = samples[: args.measure_samples]
-            fine_tune(model, tuner, samples, measured, journal, args.batch_size, args.seed)
+            sizes = args.measure_samples, args.batch_size, args.seed
+            fine_tune(model, tuner, samples, journal, *sizes)
         if place()[0] == 0:
             save_factors(args.out, tuner.factors, model, DTYPES[args.save_dtype])
             shape = f"ranks {k_ranks[0]} (keys) and {v_ranks[0]} (values) of {model.config.d_kv}"
@@ -302,8 +296,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, help="checkpoint folder or hub name")
     add("--data", type=Path, help=".txt, .jsonl or .parquet (field `text`), or a folder of them")
     add("--out", type=Path, required=True, help="factors file to write")
-    inits = "random: a control; svd: of the weights alone; asvd: the paper's; optimal (default): "
-    inits += "the closed-form minimum of the paper's loss; attention: this, for the layer's output"
+    inits = "where factors start; optimal (default) is the minimum of the paper's loss (cskv.py)"
     add("--init", choices=INITIALIZATIONS, default="optimal", help=inits)
     bits = {"type": int, "choices": (2, 3, 4, 8, 16)}
     add("--bits", **bits, default=16, help="of the latents, rounded in training (default: 16, not)")
@@ -311,8 +304,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{name}-ratio", type=float, default=0.8, help=f"of {what} channels removed (0.8)")
         add(f"--{name}-rank", type=count, help=f"{what} channels kept, instead of a ratio")
         add(f"--{name}-bits", **bits, help=f"of the latents of {what}s, if other than --bits")
-    published = "round as the paper's published code does, to see what it costs (quant.py)"
-    add("--clamped-zero-point", action="store_true", help=published)
+    add("--clamped-zero-point", action="store_true", help="round as the published code (quant.py)")
     add("--samples", type=count, default=256, help="of text, to learn from (default: 256)")
     add("--seq-len", type=number(int, 2), default=1024, help="tokens a sample at most (1024)")
     add("--epochs", type=number(int, 0), default=1, help="over the samples (1); 0: no training")
