@@ -123,9 +123,9 @@ def run_layers(
 ) -> Tensor:
     """Equation 2, layer by layer: the frozen model runs once over `samples` [1, T], shared out
     among the processes. Returns the loss of every tuner and layer, [tuners, layers], a mean over
-    all tokens. `train` adds gradients. `moments` [layers, 2, d_kv, d_kv], float64, gets k^T k and v^T v added. Losses
-    of `train` without `moments` are meant for no floor, and have the rounding of float32; others
-    are in float64, for rounding could take a nearly optimal loss below its floor.
+    all tokens. `train` adds gradients. `moments` [layers, 2, d_kv, d_kv], float64, gets k^T k and
+    v^T v added. Losses of `train` without `moments` have the rounding of float32; others are in
+    float64, for rounding could take a nearly optimal loss below its floor.
     """
     (rank, count), device = place(), model.lm_head.weight.device
     losses = torch.zeros(len(tuners), len(model.model.layers), dtype=torch.float64, device=device)
