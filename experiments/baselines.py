@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cskv import ChunkedBiBranchCache, Factors, LayerFactors
-from model import Attention, Config, LayerCache, Rope, Transformer, causal_attention, reserve
+from cskv import ChunkedBiBranchCache, LayerFactors
+from model import Attention, Config, LayerCache, Rope, causal_attention, reserve
 from quant import BITS, CHANNELS, TOKENS, Packed
 from support.command import UserError
 
@@ -379,37 +379,3 @@ class LowRankCache(ChunkedBiBranchCache):
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """One new token; its k and v are replaced."""
         return super().decode(x, q, *self.project(x), rope)
-
-
-# -------------------------------------------------------------------------- for a whole model
-
-
-def streaming_cache(
-    model: Transformer, ratio: float = 0.0, expected: int = 0, budget: int | None = None
-) -> list[LayerCache]:
-    """A `StreamingCache` for every layer of `model`; the arguments are those of `PrunedCache`."""
-    return [StreamingCache(model.config, ratio, expected, budget) for _ in model.model.layers]
-
-
-def heavy_hitter_cache(
-    model: Transformer, ratio: float = 0.0, expected: int = 0, budget: int | None = None
-) -> list[LayerCache]:
-    """A `HeavyHitterCache` for every layer of `model`; the arguments are those of `PrunedCache`."""
-    return [HeavyHitterCache(model.config, ratio, expected, budget) for _ in model.model.layers]
-
-
-def kivi_cache(
-    model: Transformer, bits: int = 4, residual: int = 32, expected: int = 0
-) -> list[LayerCache]:
-    """A `KiviCache` for every layer of `model`; the arguments are those of the class."""
-    return [KiviCache(model.config, bits, residual, expected) for _ in model.model.layers]
-
-
-def low_rank_cache(
-    model: Transformer, factors: Factors, expected: int = 0, bits: int = 16
-) -> list[LayerCache]:
-    """A `LowRankCache` for every layer of `model`; the arguments are those of the class."""
-    return [
-        LowRankCache(layer.self_attn, f, expected, bits)
-        for layer, f in zip(model.model.layers, factors.layers, strict=True)
-    ]

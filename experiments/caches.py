@@ -1,71 +1,110 @@
-"""The caches that are compared, by name: the paper's Table 1, KIVI, and the full cache.
+"""The registry of caches that are compared, and the rows of a table that they fill.
 
     full        every key and value
-    streaming   StreamingLLM: 4 sinks and the newest tokens          1 - ratio of the tokens
-    h2o         H2O: the newest tokens and the most attended         1 - ratio of the tokens
-    asvd        factors in the place of W_K and W_V themselves       1 - ratio of the channels
-    cskv        factors beside W_K and W_V, and a window             1 - ratio of the channels
+    streaming   StreamingLLM: 4 sinks and the newest tokens          a ratio removes tokens
+    h2o         H2O: the newest tokens and the most attended         a ratio removes tokens
+    asvd        factors in the place of W_K and W_V themselves       a ratio removes channels
+    cskv        factors beside W_K and W_V, and a window             a ratio removes channels
+    cskv-plain  the same, computed step by step as in Figure 1       a ratio removes channels
     kivi-4      KIVI in 4 bits (2, 3 and 8 as well)                  every token and channel
 
-A `Choice` is a row of a table: how to make that cache, empty, for one more sequence. All of them
-hold 16-bit numbers unless told otherwise, in whatever precision the model computes, so that their
-bytes compare.
+A `Kind` says how a cache of that name is made; a `Row` is one of them with its settings. All hold
+16-bit numbers unless told otherwise, in whatever precision the model computes, so that their bytes
+compare. experiments/README.md, "Add a cache", adds one.
 """
 
-import argparse
-import functools
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import cskv
 import quant
-from experiments.baselines import heavy_hitter_cache, kivi_cache, low_rank_cache, streaming_cache
+from cskv import BiBranchCache, ChunkedBiBranchCache, Factors, LayerFactors, LowRank
+from experiments.baselines import HeavyHitterCache, KiviCache, LowRankCache, StreamingCache
 from infer import full_bytes, nominal_ratio
-from model import LayerCache, Rope, Transformer, full_cache
-from support.calibration import CALIBRATED, INITIALIZATIONS, calibrate, init_factors, rank_for
-from support.command import DTYPES, UserError, comma_list, number, one_of
-from support.factors_file import load_factors
+from model import Attention, FullCache, LayerCache, Rope, Transformer
+from support.calibration import init_factors, rank_for
+from support.command import UserError
 from support.processes import say
 
-PRUNED = {"streaming": streaming_cache, "h2o": heavy_hitter_cache}
-KIVI = {f"kivi-{bits}": bits for bits in quant.BITS}
-LEAST = 5  # tokens to keep at least, when they are chosen by bytes: StreamingLLM's; H2O needs 2
-NAMES = ("full", *PRUNED, "asvd", "cskv", *KIVI)
+TOKENS, CHANNELS = "tokens", "channels"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A cache to measure. `make(expected)` gives an empty one for a final length in tokens."""
+class Row:
+    """A row of a table: a cache with its settings."""
 
-    cache: str
-    make: Callable[[int], list[LayerCache]]
+    cache: str  # a name in CACHES
     ratio: float = 0.0  # that was asked for
     nominal_ratio: float = 0.0  # of channels, tokens and bits together, as the paper counts
-    factors: str = ""  # what they are: an initialization, or a file
-    bits: str = "16"  # of a stored number: "4", or "3/8" for keys and values
+    factors: Factors | None = None
+    origin: str = ""  # of the factors: an initialization, or a file
+    window: int = 32  # newest tokens in full precision, of cskv and kivi
+    budget: int | None = None  # tokens to keep, in the place of a ratio of them
+    dtype: torch.dtype = torch.float32  # of the numbers that the cache holds
 
     COLUMNS = ("cache", "factors", "bits", "ratio", "nominal_ratio")  # of the table; not a field
 
     @property
+    def bits(self) -> str:
+        """Of a stored number: "4", or "3/8" for keys and values, the mean over the layers."""
+        if self.factors is None:
+            return str(CACHES[self.cache].bits)
+        pairs, layers = self.factors.pairs, len(self.factors.layers)
+        k, v = (f"{sum(pair.bits for pair in pairs[i::2]) / layers:.3g}" for i in (0, 1))
+        clamped = any(pair.clamped and pair.bits < 16 for pair in pairs)
+        return (k if k == v else f"{k}/{v}") + (", clamped zero-point" if clamped else "")
+
+    @property
     def columns(self) -> dict:
-        """The part of a row that says what was measured."""
-        return {name: getattr(self, name) for name in self.COLUMNS}
+        """The part of a table's row that says what was measured."""
+        columns = {name: getattr(self, name) for name in self.COLUMNS}
+        return columns | {"factors": self.origin}
 
     @property
     def label(self) -> str:
-        parts = [self.cache, self.factors, f"{self.ratio:.0%}" if self.ratio else ""]
-        parts.append(f"{self.bits} bits" if self.cache == "cskv" and self.bits != "16" else "")
+        parts = [self.cache, self.origin, f"{self.ratio:.0%}" if self.ratio else ""]
+        parts.append(f"{self.bits} bits" if self.factors and self.bits != "16" else "")
         return " ".join(part for part in parts if part)
 
 
-class Held(LayerCache):
-    """`cache`, fed with numbers of `dtype` and so holding such, in a model that computes in others.
+@dataclass(frozen=True)
+class Kind:
+    """How one layer's cache is made: `make(attention, factors, row, expected)`."""
+
+    make: Callable[[Attention, LayerFactors | None, Row, int], LayerCache]
+    shrinks: str | None = None  # what a ratio removes: TOKENS, CHANNELS (which takes factors)
+    bits: int = 16
+    colour: str | None = None  # in figures; without one matplotlib chooses
+
+
+CACHES = {
+    "full": Kind(lambda a, f, row, n: FullCache(a.config, n), colour="black"),
+    "streaming": Kind(
+        lambda a, f, row, n: StreamingCache(a.config, row.ratio, n, row.budget), TOKENS, 16, "gray"
+    ),
+    "h2o": Kind(
+        lambda a, f, row, n: HeavyHitterCache(a.config, row.ratio, n, row.budget),
+        TOKENS,
+        colour="tab:brown",
+    ),
+    "asvd": Kind(lambda a, f, row, n: LowRankCache(a, f, n), CHANNELS, colour="tab:orange"),
+    "cskv": Kind(
+        lambda a, f, row, n: ChunkedBiBranchCache(a, f, row.window, n), CHANNELS, 16, "tab:blue"
+    ),
+    "cskv-plain": Kind(lambda a, f, row, n: BiBranchCache(a, f, row.window, n), CHANNELS),
+}
+for _bits, _colour in zip(quant.BITS, ("limegreen", None, "tab:green", None), strict=True):
+    CACHES[f"kivi-{_bits}"] = Kind(
+        lambda a, f, row, n, bits=_bits: KiviCache(a.config, bits, row.window, n),
+        bits=_bits,
+        colour=_colour,
+    )
+
+
+class Rounded(LayerCache):
+    """`cache`, given numbers of `dtype` and so holding such, in a model that computes in others.
 
     A CPU without instructions for 16-bit floats multiplies them several times slower than 32-bit
     ones; so only what the cache does, attention above all, works in `dtype`. A prefill is exact
@@ -89,223 +128,150 @@ class Held(LayerCache):
         return self.cache.tensors()
 
 
-class CacheMaker:
-    """Makes a `Choice` of every kind for one model, its caches holding numbers of `dtype`."""
-
-    def __init__(self, model: Transformer, dtype: torch.dtype):
-        self.model, self.weight = model, model.lm_head.weight
-        self.dtype = dtype
-
-    def choice(self, cache: str, make: Callable[[int], list[LayerCache]], *columns) -> Choice:
-        """A `Choice` of what `make(expected)` makes; `columns` are its other fields in order."""
-        if self.dtype == self.weight.dtype:
-            return Choice(cache, make, *columns)
-        return Choice(cache, lambda n: [Held(one, self.dtype) for one in make(n)], *columns)
-
-    def full(self) -> Choice:
-        return self.choice("full", partial(full_cache, self.model))
-
-    def pruned(self, name: str, ratio: float, budget: int | None = None) -> Choice:
-        """StreamingLLM or H2O, by `name`: 1 - `ratio` of a prompt's tokens, or `budget` tokens."""
-        make = partial(PRUNED[name], self.model, ratio, budget=budget)
-        return self.choice(name, lambda n: make(expected=n), ratio, ratio)
-
-    def kivi(self, bits: int, residual: int = 32) -> Choice:
-        make = partial(kivi_cache, self.model, bits, residual)
-        return self.choice(f"kivi-{bits}", make, 0.0, 1 - bits / 16, "", str(bits))
-
-    def low_rank(self, factors: cskv.Factors, name: str, ratio: float) -> Choice:
-        """Channel shrinking alone, with factors called `name`."""
-        make = partial(low_rank_cache, self.model, self.in_dtype(factors))
-        return self.choice("asvd", make, ratio, nominal_ratio(self.model, factors), name)
-
-    def bi_branch(
-        self,
-        factors: cskv.Factors,
-        name: str,
-        ratio: float | None = None,
-        window: int = 32,
-        k_bits: int | None = None,
-        v_bits: int | None = None,
-        clamped_zero_point: bool = False,
-    ) -> Choice:
-        """CSKV with these factors, in their own bits and quantizer unless others are given."""
-        if ratio is None:
-            ratio = nominal_ratio(self.model, factors)
-        factors = factors.in_bits(k_bits, v_bits, clamped_zero_point)  # before they are rounded
-        held = self.in_dtype(factors)
-
-        def make(expected: int) -> list[LayerCache]:
-            return cskv.bi_branch_cache(self.model, held, window, expected)
-
-        k, v = factors.layers[0].k, factors.layers[0].v
-        shown = str(k.bits) if k.bits == v.bits else f"{k.bits}/{v.bits}"
-        shown += ", clamped zero-point" if k.clamped and min(k.bits, v.bits) < 16 else ""
-        nominal = nominal_ratio(self.model, factors)
-        return self.choice("cskv", make, ratio, nominal, name, shown)
-
-    def in_dtype(self, factors: cskv.Factors) -> cskv.Factors:
-        return factors.to(torch.empty(0, dtype=self.dtype, device=self.weight.device))
-
-    # --------------------------------------------------------------------------- equal bytes
-
-    def layer_bytes(self, choice: Choice, tokens: int) -> int:
-        """Bytes that one layer of the cache really holds after a text of `tokens`."""
-        config, rope = self.model.config, self.model.rope
-        rope.reach(tokens, self.weight.device)
-        cache = choice.make(tokens)[0]
-        x = self.weight.new_zeros(1, tokens, config.hidden_size)
-        q, k, v = (
-            self.weight.new_zeros(1, heads, tokens, config.head_dim)
-            for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)
+def make_row(
+    model: Transformer,
+    cache: str,
+    ratio: float | None = None,
+    factors: Factors | None = None,
+    dtype: torch.dtype = torch.float32,
+    **settings,
+) -> Row:
+    """A `Row` with its nominal ratio, its factors on the model's device; `settings` are `Row`'s."""
+    if factors is not None:
+        nominal = nominal_ratio(model, factors)
+        factors = factors.to(torch.empty(0, dtype=dtype, device=model.lm_head.weight.device))
+        return Row(
+            cache, nominal if ratio is None else ratio, nominal, factors, dtype=dtype, **settings
         )
-        cache.prefill(x, q, k, v, rope)
-        return cache.nbytes()
-
-    def size_for(
-        self, ratio: float, tokens: int, of_size: Callable[[int], Choice], most: int
-    ) -> int | None:
-        """The largest size in 1 .. `most` that holds no more than 1 - `ratio` of a full cache's
-        bytes, both after `tokens`. None if no size does, or if even the largest holds far less.
-        """
-        limit = (1 - ratio) * full_bytes(self.model, tokens) / len(self.model.model.layers)
-        low, high = 0, most + 1  # low fits, high does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            fits = self.layer_bytes(of_size(middle), tokens) <= limit
-            low, high = (middle, high) if fits else (low, middle)
-        if low == most and self.layer_bytes(of_size(low), tokens) < 0.98 * limit:
-            return None
-        return low or None
+    nominal = ratio if CACHES[cache].shrinks else 1 - CACHES[cache].bits / 16
+    return Row(cache, ratio or 0.0, nominal, dtype=dtype, **settings)
 
 
-def choices(
-    args: argparse.Namespace, model: Transformer, calibration: Callable[[], list[Tensor]]
-) -> list[Choice]:
-    """The rows that the flags of `add_arguments` ask for, in the order of `--caches`.
+def make_cache(model: Transformer, row: Row, expected: int) -> list[LayerCache]:
+    """An empty cache for one batch of sequences, `expected` tokens long in the end."""
+    make, layers = CACHES[row.cache].make, model.model.layers
+    factors = row.factors.layers if row.factors else [None] * len(layers)
+    caches = [
+        make(layer.self_attn, f, row, expected) for layer, f in zip(layers, factors, strict=True)
+    ]
+    if row.dtype == model.lm_head.weight.dtype:
+        return caches
+    return [Rounded(cache, row.dtype) for cache in caches]
 
-    Factors come from `--factors`, or are made by `--inits` from `calibration()`: samples [1, T],
-    asked for only if an initialization needs them. Raises `UserError` if two rows would be alike.
+
+# --------------------------------------------------------------------------------- equal bytes
+
+
+def layer_bytes(model: Transformer, row: Row, tokens: int) -> int:
+    """Bytes that one layer of the cache really holds after a text of `tokens`."""
+    config, weight = model.config, model.lm_head.weight
+    model.rope.reach(tokens, weight.device)
+    cache = make_cache(model, row, tokens)[0]
+    heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+    q, k, v = (weight.new_zeros(1, n, tokens, config.head_dim) for n in heads)
+    cache.prefill(weight.new_zeros(1, tokens, config.hidden_size), q, k, v, model.rope)
+    return cache.nbytes()
+
+
+def largest_row(
+    model: Transformer, ratio: float, tokens: int, of_size: Callable[[int], Row], most: int
+) -> tuple[int, Row] | None:
+    """The largest size in 1 .. `most` whose row `of_size(size)` holds no more than 1 - `ratio` of a
+    full cache's bytes, both after `tokens`. None if no size does, or if even the largest holds far
+    less."""
+    limit = (1 - ratio) * full_bytes(model, tokens) / len(model.model.layers)
+    low, high = 0, most + 1  # low fits, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = layer_bytes(model, of_size(middle), tokens) <= limit
+        low, high = (middle, high) if fits else (low, middle)
+    if not low or (low == most and layer_bytes(model, of_size(low), tokens) < 0.98 * limit):
+        say(f"{of_size(most).label}: no size holds those bytes; left out")
+        return None
+    return low, of_size(low)
+
+
+# ----------------------------------------------------------------------------------- many rows
+
+
+def make_rows(
+    model: Transformer,
+    names: list[str],
+    ratios: list[float],
+    make_factors: Callable[[str, int], Factors],
+    *,
+    files: Sequence[tuple[str, Factors]] = (),
+    inits: Sequence[str] = (),
+    bits: list[int] | None = None,
+    clamped: bool = False,
+    window: int = 32,
+    dtype: torch.dtype = torch.float32,
+    equal: int | None = None,
+) -> list[Row]:
+    """The rows of a table, in the order of `names`, of `ratios`, of factors and of `bits`.
+
+    Args:
+        names: of CACHES. What a ratio shrinks has a row for each ratio.
+        make_factors: gives factors for an initialization and a rank.
+        files: further factors and their names; they have ranks of their own.
+        inits: initializations for cskv.
+        bits: of cskv's latents; None takes those of the factors. `clamped`: see quant.py.
+        equal: a number of tokens, at which `ratios` are of bytes really held: the size of each
+            cache, tokens kept or rank, is the largest that holds no more.
     """
-    maker, d_kv, tokens = CacheMaker(model, DTYPES[args.cache_dtype]), model.config.d_kv, args.equal
-    files = [(Path(file).stem, load_factors(file, model)) for file in args.factors]
-    inits = args.inits or ([] if files else ["optimal"])
-    window, clamped = args.window, args.clamped_zero_point
-    if tokens and tokens > model.config.context_length:
-        raise UserError(f"--equal {tokens} exceeds the context of {model.config.context_length}")
-    statistics = functools.cache(lambda: calibrate(model, calibration()))
+    most = min(model.config.d_kv, model.config.hidden_size)
 
-    @functools.cache
-    def make_factors(init: str, rank: int) -> cskv.Factors:
-        ranks = [rank] * len(model.model.layers)
-        seen = statistics() if init in CALIBRATED else None
-        return init_factors(init, model, ranks, ranks, seen, args.seed)
+    def row(cache: str, ratio: float | None = None, factors: Factors | None = None, **more) -> Row:
+        return make_row(model, cache, ratio, factors, dtype, window=window, **more)
 
-    def sizes(ratio: float, of_size: Callable[[int], Choice], most: int) -> list[int]:
-        """With `--equal`: the size that holds the bytes asked for, or none."""
-        size = maker.size_for(ratio, tokens, of_size, most)
-        if size is None:
-            say(f"{of_size(most).label}: no size holds those bytes; left out")
-        return [size] if size else []
+    def token_rows(name: str, ratio: float) -> list[Row]:
+        if not equal:
+            return [row(name, ratio)]
 
-    def pruned(name: str, ratio: float) -> list[Choice]:
-        if not tokens:
-            return [maker.pruned(name, ratio)]
+        def keeping(budget: int) -> Row:
+            budget = max(5, budget)  # fewer tokens are no StreamingLLM
+            return replace(row(name, ratio, budget=budget), nominal_ratio=1 - budget / equal)
 
-        def of_size(budget: int) -> Choice:
-            choice = maker.pruned(name, ratio, max(LEAST, budget))
-            return replace(choice, nominal_ratio=1 - budget / tokens)
+        found = largest_row(model, ratio, equal, keeping, equal)
+        return [found[1]] if found else []
 
-        return [of_size(budget) for budget in sizes(ratio, of_size, tokens)]
+    def channel_rows(name: str, ratio: float, init: str, width: int | None) -> list[Row]:
+        def shrunk(factors: Factors) -> Row:
+            return row(name, ratio, factors.in_bits(width, width, clamped), origin=init)
 
-    def shrunk(init: str, ratio: float, row: Callable[[cskv.Factors], Choice]) -> list[Choice]:
-        """`row` of factors with the rank that the ratio asks for."""
-        if not tokens:
-            return [row(make_factors(init, rank_for(ratio, d_kv)))]
-        most = min(d_kv, model.config.hidden_size)
-        ranks = [most] * len(model.model.layers)
-        whole = init_factors("random", model, ranks, ranks)  # of any values, to count bytes
+        if not equal:
+            return [shrunk(make_factors(init, rank_for(ratio, model.config.d_kv)))]
+        # Of any values, to count bytes.
+        whole = init_factors("random", model, *[[most] * len(model.model.layers)] * 2)
 
-        def of_rank(rank: int) -> Choice:
-            return row(whole.map(lambda p: cskv.LowRank(p.A[:, :rank], p.B[:rank])))
+        def of_rank(rank: int) -> Row:
+            return shrunk(whole.map(lambda pair: LowRank(pair.A[:, :rank], pair.B[:rank])))
 
-        return [row(make_factors(init, rank)) for rank in sizes(ratio, of_rank, most)]
+        found = largest_row(model, ratio, equal, of_rank, most)
+        return [shrunk(make_factors(init, found[0]))] if found else []
 
     rows = []
-    for name in args.caches:
-        if name == "full":
-            rows.append(maker.full())
-        elif name in KIVI:
-            rows.append(maker.kivi(KIVI[name], window))
-        elif name in PRUNED:
-            rows += [row for ratio in args.ratios for row in pruned(name, ratio)]
-        elif name == "asvd":
-            for ratio in args.ratios:
-                rows += shrunk("asvd", ratio, lambda f, r=ratio: maker.low_rank(f, "asvd", r))
-        else:
-            widths = args.bits or [None]  # None: those of the factors
+    for name in names:
+        if CACHES[name].shrinks is None:
+            rows.append(row(name))
+            continue
+        if CACHES[name].shrinks == CHANNELS and name != "asvd":
             for file, factors in files:
-                options = file, None, window
-                rows += [maker.bi_branch(factors, *options, b, b, clamped) for b in widths]
-            for ratio, init, bits in itertools.product(args.ratios, inits, widths):
-                options = init, ratio, window, bits, bits, clamped
-                rows += shrunk(init, ratio, lambda f, o=options: maker.bi_branch(f, *o))
+                for width in bits or [None]:
+                    own = factors.in_bits(width, width, clamped)
+                    rows.append(row(name, nominal_ratio(model, factors), own, origin=file))
+        for ratio in ratios:
+            if CACHES[name].shrinks == TOKENS:
+                rows += token_rows(name, ratio)
+            elif name == "asvd":
+                rows += channel_rows(name, ratio, "asvd", 16)
+            else:
+                pairs = [(init, width) for init in inits for width in bits or [None]]
+                rows += [row for pair in pairs for row in channel_rows(name, ratio, *pair)]
     if not rows:
         raise UserError("no cache can hold those bytes; choose other --ratios, or a longer --equal")
-    for i, row in enumerate(rows):
-        if row.columns in [other.columns for other in rows[:i]]:
+    shown = [row.columns for row in rows]
+    for row in rows:
+        if shown.count(row.columns) > 1:
             raise UserError(f"two rows for {row.label}; give each once, and each file its own name")
     return rows
-
-
-some_bits = comma_list(one_of((*quant.BITS, 16, 32), "number of bits"))
-
-
-def add_arguments(p: argparse.ArgumentParser, caches: str = "full,cskv") -> None:
-    """The flags that choose caches, for the command lines of this folder."""
-
-    p.add_argument(
-        "--caches",
-        type=comma_list(one_of(NAMES, "cache")),
-        default=caches.split(","),
-        help=f"of {','.join(NAMES)} (default: {caches})",
-    )
-    p.add_argument(
-        "--ratios",
-        type=comma_list(number(float, 0, 0.9999)),
-        default=[0.5, 0.8],
-        help="share removed, of channels or of tokens (default: 0.5,0.8)",
-    )
-    p.add_argument("--factors", type=Path, nargs="*", default=[], help="factors files for cskv")
-    p.add_argument(
-        "--inits",
-        type=comma_list(one_of(INITIALIZATIONS, "initialization")),
-        help="factors to make for cskv: svd,asvd,optimal (default: optimal, without --factors)",
-    )
-    p.add_argument(
-        "--bits", type=some_bits, help="of cskv's latents: 16,4 (default: those of the factors)"
-    )
-    p.add_argument(
-        "--clamped-zero-point",
-        action="store_true",
-        help="quantize cskv's latents as the paper's published code does; see quant.py",
-    )
-    p.add_argument(
-        "--window",
-        type=number(int, 1),
-        default=32,
-        help="newest tokens in full precision, of cskv and kivi (default: 32)",
-    )
-    p.add_argument(
-        "--equal",
-        type=number(int, 1),
-        metavar="TOKENS",
-        help="take --ratios as measured ones: streaming, h2o, asvd and cskv of --inits get the "
-        "size, tokens kept or rank, at which they hold that much less than a full cache of TOKENS",
-    )
-    p.add_argument(
-        "--cache-dtype",
-        choices=DTYPES,
-        default="bfloat16",
-        help="of what caches hold; 16 bits, the default, are what measured ratios count with",
-    )

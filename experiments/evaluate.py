@@ -21,19 +21,26 @@ With `--json FILE` a run that was interrupted goes on where it stopped (experime
 """
 
 import argparse
+import functools
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cskv import Factors
 from experiments import longbench, longeval, lveval
-from experiments.caches import add_arguments, choices
+from experiments.caches import make_rows
 from experiments.longeval import is_correct, make_cases
-from experiments.measuring import Case, Text, forget, measure, table, with_score, write_json
+from experiments.measuring import COLUMNS, Case, measure, with_score
+from experiments.options import add_options
 from infer import generate, make_sampler
 from model import LayerCache, Transformer
+from support.calibration import CALIBRATED, calibrate, init_factors
 from support.checkpoint import find_checkpoint, load_model
 from support.command import (
     DTYPES,
@@ -41,14 +48,13 @@ from support.command import (
     UserError,
     check_device,
     check_writable,
-    comma_list,
-    number,
-    one_of,
     run_command,
     user_values,
 )
-from support.factors_file import fingerprint
+from support.factors_file import fingerprint, load_factors
+from support.notes import delete_notes
 from support.processes import place, processes
+from support.tables import table, write_json
 from support.text import read_documents, sample_tokens
 from support.tokenizer import Tokenizer, load_tokenizer
 
@@ -57,7 +63,7 @@ ANSWER_TOKENS = {"longeval": 100, "passkey": 10}
 # Tokens to make room for: those of a number. A wordier answer to LongEval makes the buffers grow.
 ANSWER_ROOM = {"longeval": 8, "passkey": 10}
 
-PROTOCOLS = ("prefill", "decode")
+BENCHMARKS = {"longbench": longbench, "lveval": lveval}
 
 # LongEval asks LongChat, whose checkpoint brings no template, in Vicuna's (FastChat, vicuna_v1.1).
 VICUNA = (
@@ -67,6 +73,16 @@ VICUNA = (
 )
 
 # ---------------------------------------------------------------------------------- perplexity
+
+
+@dataclass(frozen=True)
+class Passages(Case):
+    """A batch of passages; the score of each is its mean negative log likelihood."""
+
+    following: Tensor  # [B, steps], the tokens to predict
+
+    def score(self, model: Transformer, logits: Tensor, cache: list[LayerCache]) -> list[float]:
+        return decode_nll(model, logits, self.following.to(logits.device), cache).mean(1).tolist()
 
 
 @torch.no_grad()
@@ -92,27 +108,38 @@ def passages(ids: list[int], count: int, length: int) -> Tensor:
 
 
 def perplexity_cases(
-    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer
-) -> list[Case]:
-    """A case is a batch of passages; the score of each, its mean negative log likelihood."""
-    length = args.context + args.steps
+    model: Transformer,
+    tokenizer: Tokenizer,
+    text: Path,
+    context: int = 1024,
+    steps: int = 256,
+    count: int = 16,
+    batch: int = 8,
+) -> list[Passages]:
+    """`count` passages of a text, `batch` of them a case: `context` tokens, then `steps`."""
+    length = context + steps
     if length > model.config.context_length:
         raise UserError(f"{length} tokens do not fit into {model.config.context_length} of context")
-    text = "\n\n".join(read_documents(args.text))
-    tokens = passages(tokenizer.encode(text), args.passages, length).to(args.device)
-
-    def text_of(batch: Tensor) -> Text:
-        prompt, rest = batch.split([args.context, args.steps], dim=1)
-
-        def score(logits: Tensor, cache: list[LayerCache]) -> list[float]:
-            return decode_nll(model, logits, rest, cache).mean(1).tolist()
-
-        return Text(prompt, length - 1, score)  # the last token is not fed to the cache
-
-    return [({}, lambda batch=batch: text_of(batch)) for batch in tokens.split(args.batch)]
+    tokens = passages(tokenizer.encode("\n\n".join(read_documents(text))), count, length)
+    # The last token is not fed to the cache.
+    return [Passages({}, t[:, :context], length - 1, t[:, context:]) for t in tokens.split(batch)]
 
 
 # ----------------------------------------------------------------------------------- retrieval
+
+
+@dataclass(frozen=True)
+class Question(Case):
+    """A prompt [1, T] whose answer is generated, and judged from 0 to 1."""
+
+    question: list[int]  # tokens that are decoded one by one before the answer
+    max_new_tokens: int
+    tokenizer: Tokenizer
+    judge: Callable[[str], float]  # of the answer's text
+
+    def score(self, model: Transformer, logits: Tensor, cache: list[LayerCache]) -> list[float]:
+        answer = greedy_answer(model, logits, self.question, cache, self.max_new_tokens)
+        return [float(self.judge(self.tokenizer.decode(answer)))]
 
 
 @torch.no_grad()
@@ -134,7 +161,6 @@ def split_prompt(
 ) -> tuple[list[int], list[int]]:
     """A case's tokens as (prefilled, decoded), the same ones in both protocols; in the chat
     template of a model that has one, unless `chat` is False."""
-
     within = None if chat else False  # the template, if there is one
     ids, context = (tokenizer.encode_prompt(text, within) for text in (case.prompt, case.context))
     if question == "prefill":
@@ -146,88 +172,75 @@ def split_prompt(
 
 
 def retrieval_cases(
-    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer
-) -> list[Case]:
-    """LongEval or passkey cases of every length; the score is 1 for a right answer, else 0.
+    model: Transformer,
+    tokenizer: Tokenizer,
+    task: str,
+    protocols: list[str],
+    lines: list[int],
+    count: int,
+    seed: int = 0,
+    spelled: bool = False,
+) -> list[Question]:
+    """`count` LongEval or passkey cases of every length; the score is 1 for a right answer, else 0.
 
     A passkey prompt is a text to continue, so it goes into no chat template. Raises `UserError` for
     a case that leaves no room for a number in the model's context.
     """
-    passkey, limit = args.what == "passkey", model.config.context_length
-    room = ANSWER_ROOM[args.what]
-
-    def text_of(case: longeval.Case, protocol: str) -> Text:
-        prompt, question = split_prompt(tokenizer, case, protocol, chat=not passkey)
-        length = len(prompt) + len(question)
-        if length + room > limit:
-            raise UserError(
-                f"a case of {length} tokens leaves no room in a context of {limit}; shorten it "
-                "with --lines"
-            )
-        most = min(ANSWER_TOKENS[args.what], limit - length)
-
-        def score(logits: Tensor, cache: list[LayerCache]) -> list[float]:
-            output = tokenizer.decode(greedy_answer(model, logits, question, cache, most))
-            return [float(is_correct(output, case.answer, first=passkey))]
-
-        return Text(torch.tensor([prompt], device=args.device), length + room, score)
-
-    texts = [
-        ({"question": protocol, "lines": lines}, text_of(case, protocol))
-        for protocol in args.question
-        for lines in args.lines
-        for case in make_cases(args.what, lines, args.cases, args.seed, args.spelled)
-    ]
-    return [(columns, lambda text=text: text) for columns, text in texts]
+    passkey, limit, room = task == "passkey", model.config.context_length, ANSWER_ROOM[task]
+    cases = []
+    for protocol in protocols:
+        for n in lines:
+            for case in make_cases(task, n, count, seed, spelled):
+                prompt, question = split_prompt(tokenizer, case, protocol, chat=not passkey)
+                length = len(prompt) + len(question)
+                if length + room > limit:
+                    raise UserError(
+                        f"a case of {length} tokens leaves no room in a context of {limit}; "
+                        "shorten it with --lines"
+                    )
+                columns = {"question": protocol, "lines": n}
+                most = min(ANSWER_TOKENS[task], limit - length)
+                judge = partial(is_correct, answer=case.answer, first=passkey)
+                own = columns, torch.tensor([prompt]), length + room, question, most
+                cases.append(Question(*own, tokenizer, judge))
+    return cases
 
 
 # --------------------------------------------------------------------- LongBench-E and LV-Eval
 
 
 def benchmark_cases(
-    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer
-) -> list[Case]:
-    """LongBench-E or LV-Eval records; a case's score is its task's, from 0 to 1."""
-    benchmark, limit = BENCHMARKS[args.what], model.config.context_length
-    chat = tokenizer.template is not None
-
-    def text_of(task: longbench.Task, record: dict) -> Text:
+    model: Transformer,
+    tokenizer: Tokenizer,
+    benchmark: str,
+    names: list[str] | None = None,
+    folder: Path | None = None,
+    count: int | None = None,
+    max_length: int | None = None,
+) -> list[Question]:
+    """The first `count` records of each set; a case's score is its task's, from 0 to 1."""
+    module, limit = BENCHMARKS[benchmark], model.config.context_length
+    cases = []
+    for task in module.select(list(dict.fromkeys(names or module.TASKS))):
         # Room for the answer, and for what the seam and a chat template may add.
         room = limit - task.max_new_tokens - 64
-        most = max(2, min(args.max_length or benchmark.MAX_LENGTH, room))
-        prompt = longbench.prompt_ids(task, record, tokenizer, most, chat)
-        length = len(prompt) + task.max_new_tokens
-        if length > limit:
-            raise UserError(
-                f"{task.name}: a prompt of {len(prompt)} tokens and an answer of "
-                f"{task.max_new_tokens} do not fit into a context of {limit}; choose other "
-                "--sets, or a lower --max-length"
-            )
+        most = max(2, min(max_length or module.MAX_LENGTH, room))
+        for record in longbench.read_records(task, folder)[:count]:
+            chat = tokenizer.template is not None
+            prompt = longbench.prompt_ids(task, record, tokenizer, most, chat)
+            length = len(prompt) + task.max_new_tokens
+            if length > limit:
+                raise UserError(
+                    f"{task.name}: a prompt of {len(prompt)} tokens and an answer of "
+                    f"{task.max_new_tokens} do not fit into a context of {limit}; choose other "
+                    "--sets, or a lower --max-length"
+                )
+            columns = {"set": task.name, "bucket": task.bucket(record)}
+            judge = partial(task.score, record=record)
+            own = columns, torch.tensor([prompt]), length, [], task.max_new_tokens
+            cases.append(Question(*own, tokenizer, judge))
+    return cases
 
-        def score(logits: Tensor, cache: list[LayerCache]) -> list[float]:
-            output = greedy_answer(model, logits, [], cache, task.max_new_tokens)
-            return [task.score(tokenizer.decode(output), record)]
-
-        return Text(torch.tensor([prompt], device=args.device), length, score)
-
-    return [
-        (
-            {"set": task.name, "bucket": task.bucket(record)},
-            lambda task=task, record=record: text_of(task, record),
-        )
-        for task in benchmark.select(list(dict.fromkeys(args.sets or benchmark.TASKS)))
-        for record in longbench.read_records(task, args.data)[: args.cases]
-    ]
-
-
-BENCHMARKS = {"longbench": longbench, "lveval": lveval}
-CASES = {
-    "perplexity": perplexity_cases,
-    "longeval": retrieval_cases,
-    "passkey": retrieval_cases,
-    "longbench": benchmark_cases,
-    "lveval": benchmark_cases,
-}
 
 # -------------------------------------------------------------------------------- command line
 
@@ -244,32 +257,79 @@ def contents(path: Path) -> str:
 SMALL = (".json", ".jinja", ".model")  # a checkpoint's files that are not its weights
 
 
-def flags(args: argparse.Namespace, model: Transformer) -> dict:
-    """The arguments that must be the same to go on with noted cases; files by their contents."""
+def all_that_counts(options: dict, model: Transformer, path: str) -> dict:
+    """What must be the same to go on with noted cases: the command's options by name, files by
+    their contents, and the checkpoint at `path`."""
 
     def shown(value: object) -> object:
         if isinstance(value, list):
             return [shown(item) for item in value]
         return contents(value) if isinstance(value, Path) else str(value)
 
-    named = {name: shown(v) for name, v in vars(args).items() if name not in ("json", "device")}
-    folder = find_checkpoint(args.model)
-    small = [contents(file) for file in sorted(folder.iterdir()) if file.suffix in SMALL]
+    named = {name: shown(v) for name, v in options.items() if name not in ("json", "device")}
+    files = sorted(find_checkpoint(path).iterdir())
+    small = [contents(file) for file in files if file.suffix in SMALL]
     return {**named, "model": [fingerprint(model), small]}
 
 
-def calibration_samples(
-    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer
-) -> list[Tensor]:
-    """Samples [1, T] of `--calibrate`; without it, retrieval takes cases of another seed."""
-    length = min(args.seq_len, model.config.context_length)
-    if args.calibrate:
-        return sample_tokens(args.calibrate, tokenizer, args.samples, length, args.seed)
-    if CASES[args.what] is not retrieval_cases:
-        raise UserError("factors for cskv and asvd are made from text; give --calibrate TEXT")
-    lines, count = max(args.lines), min(args.samples, 64)
-    cases = make_cases(args.what, lines, count, args.seed + 10**9, args.spelled)
-    return [torch.tensor([tokenizer.encode(case.text)[:length]]) for case in cases]
+def evaluate(args: argparse.Namespace) -> None:
+    """Measures as the arguments say, and prints and writes the table."""
+    check_device(args.device)
+    check_writable(args.json)
+    model = load_model(args.model, args.device, DTYPES[args.dtype])
+    tokenizer, limit = load_tokenizer(args.model), model.config.context_length
+    if args.vicuna:
+        tokenizer.template = VICUNA
+    if args.what == "perplexity":
+        sizes = args.context, args.steps, args.passages, args.batch
+        cases = perplexity_cases(model, tokenizer, args.text, *sizes)
+    elif args.what in BENCHMARKS:
+        sizes = args.cases, args.max_length
+        cases = benchmark_cases(model, tokenizer, args.what, args.sets, args.data, *sizes)
+    else:
+        drawn = args.lines, args.cases, args.seed, args.spelled
+        cases = retrieval_cases(model, tokenizer, args.what, args.question, *drawn)
+    if args.equal and args.equal > limit:
+        raise UserError(f"--equal {args.equal} exceeds the context of {limit}")
+
+    @functools.cache
+    def statistics() -> list:
+        length = min(args.seq_len, limit)
+        if args.calibrate:
+            text = args.calibrate, tokenizer, args.samples, length, args.seed
+            return calibrate(model, sample_tokens(*text))
+        if args.what not in ANSWER_TOKENS:
+            raise UserError("factors for cskv and asvd are made from text; give --calibrate TEXT")
+        drawn = [max(args.lines)], min(args.samples, 64), args.seed, args.spelled
+        return calibrate(model, longeval.samples(tokenizer, length, args.what, *drawn))
+
+    @functools.cache
+    def make_factors(init: str, rank: int) -> Factors:
+        ranks = [rank] * len(model.model.layers)
+        seen = statistics() if init in CALIBRATED else None
+        return init_factors(init, model, ranks, ranks, seen, args.seed)
+
+    with user_values():
+        rows = make_rows(
+            model,
+            args.caches,
+            args.ratios,
+            make_factors,
+            files=[(file.stem, load_factors(file, model)) for file in args.factors],
+            inits=args.inits or ([] if args.factors else ["optimal"]),
+            bits=args.bits,
+            clamped=args.clamped_zero_point,
+            window=args.window,
+            dtype=DTYPES[args.cache_dtype],
+            equal=args.equal,
+        )
+    counts = all_that_counts(vars(args), model, args.model) if args.json else None
+    rows = with_score(args.what, measure(model, rows, cases, args.json, counts))
+    if place()[0] == 0:
+        print(table(rows, COLUMNS))
+        write_json(args.json, rows)
+        if args.json:
+            delete_notes(args.json)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -278,82 +338,23 @@ def run(args: argparse.Namespace) -> None:
         evaluate(args)
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Measures as the arguments say, and prints and writes the table."""
-    check_device(args.device)
-    check_writable(args.json)
-    model = load_model(args.model, args.device, DTYPES[args.dtype])
-    tokenizer = load_tokenizer(args.model)
-    if args.vicuna:
-        tokenizer.template = VICUNA
-    cases = CASES[args.what](args, model, tokenizer)
-    with user_values():
-        rows = choices(args, model, lambda: calibration_samples(args, model, tokenizer))
-    rows = measure(model, rows, cases, args.json, flags(args, model) if args.json else None)
-    rows = with_score(args.what, rows)
-    if place()[0] == 0:
-        print(table(rows))
-        write_json(args.json, rows)
-        if args.json:
-            forget(args.json)
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    shared = p = Arguments(add_help=False)
-    p.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    add_arguments(p)
-    p.add_argument(
-        "--calibrate",
-        type=Path,
-        help="text to make factors from (default, for retrieval: cases of another seed)",
-    )
-    p.add_argument("--samples", type=number(int, 1), default=256, help="calibration samples")
-    p.add_argument("--seq-len", type=number(int, 2), default=1024, help="tokens of a sample")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of the samples and the cases")
-    p.add_argument("--device", default="cpu")
-    p.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="to compute in (default: float32)"
-    )
-    p.add_argument(
-        "--vicuna", action="store_true", help="ask in Vicuna's chat template, as LongChat wants it"
-    )
-    p.add_argument("--json", type=Path, help="write the rows to this file; resume from beside it")
-
+    shared = Arguments(add_help=False)
+    add_options(shared, "model caches ratios inits factors bits clamped-zero-point window equal")
+    add_options(shared, "cache-dtype calibrate samples seq-len seed device dtype vicuna json")
     parser = Arguments(description=__doc__.splitlines()[0])
     what = parser.add_subparsers(dest="what", required=True, parser_class=Arguments)
-    p = what.add_parser(
-        "perplexity", parents=[shared], help="of held-out text, decoded token by token"
-    )
-    p.add_argument("--text", type=Path, required=True, help="held-out .txt or .jsonl")
-    p.add_argument("--context", type=number(int, 1), default=1024, help="tokens prefilled")
-    p.add_argument("--steps", type=number(int, 1), default=256, help="tokens measured, one by one")
-    p.add_argument("--passages", type=number(int, 1), default=16, help="of the held-out text")
-    p.add_argument("--batch", type=number(int, 1), default=8, help="passages at a time")
-    for task, unit in (("longeval", "lines of a record"), ("passkey", "repetitions of the filler")):
-        p = what.add_parser(task, parents=[shared], help=f"retrieval, {task} cases from a seed")
-        p.add_argument(
-            "--lines", type=comma_list(number(int, 1)), default=[50], help=f"{unit}: 10,30,100"
-        )
-        p.add_argument("--cases", type=number(int, 1), default=50, help="of each length")
-        p.add_argument(
-            "--question",
-            type=comma_list(one_of(PROTOCOLS, "protocol")),
-            default=["prefill"],
-            help="prefill (default), decode, or prefill,decode: the protocols, see above",
-        )
-        p.add_argument("--spelled", action="store_true", help="keys of made-up words")
-    for task, module in BENCHMARKS.items():
-        p = what.add_parser(task, parents=[shared], help=module.__doc__.splitlines()[0])
-        p.add_argument("--data", type=Path, help="folder of .jsonl files (default: from the hub)")
-        p.add_argument(
-            "--sets", type=lambda text: text.split(","), help=f"of {', '.join(module.TASKS)}"
-        )
-        p.add_argument("--cases", type=number(int, 1), help="of each set (default: all)")
-        p.add_argument(
-            "--max-length",
-            type=number(int, 2),
-            help=f"tokens of a prompt, its middle cut out (default: {module.MAX_LENGTH})",
-        )
+
+    def add(name: str, help: str, names: str, **defaults) -> None:
+        add_options(what.add_parser(name, parents=[shared], help=help), names, **defaults)
+
+    text = "of held-out text, decoded token by token"
+    add("perplexity", text, "text context steps passages batch")
+    for task in ANSWER_TOKENS:
+        own = {"lines": [50], "cases": 50, "question": ["prefill"]}
+        add(task, f"retrieval, {task} cases from a seed", "lines cases question spelled", **own)
+    for name, module in BENCHMARKS.items():
+        add(name, module.__doc__.splitlines()[0], "data sets cases max-length")
     return parser.parse_args(argv)
 
 

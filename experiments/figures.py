@@ -3,26 +3,28 @@
 Each function gets the rows of a table, or what a figure needs, and writes one PNG.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 from torch import Tensor
 
+from experiments.caches import CACHES
 from support.command import UserError, replacing
 
 COLOURS = {
-    "full": "black",
-    "streaming": "tab:gray",
-    "h2o": "tab:brown",
-    "asvd": "tab:orange",
-    "cskv": "tab:blue",
-    "kivi-4": "tab:green",
-    "kivi-2": "limegreen",
     "random": "tab:gray",
     "svd": "tab:red",
+    "asvd": "tab:orange",
     "optimal": "tab:blue",
     "attention": "tab:purple",
 }
 LABELS = {"accuracy": "LongEval, share answered right", "perplexity": "perplexity"}
+PROTOCOL = {
+    "prefill": "question prefilled with the text",
+    "decode": "question decoded after compression",
+    "": "",
+}
 
 
 def pyplot():
@@ -37,187 +39,146 @@ def pyplot():
     return pyplot
 
 
-def save(figure, path: Path) -> None:
+def draw(panels: dict, fill: Callable, path: Path, **settings) -> None:
+    """One panel beside the other: `fill(axis, key, content)` draws the lines of each item of
+    `panels`, `settings` are those of matplotlib's axes. The legend stands at the right."""
+    size = 5.6 * len(panels), 4.4
+    figure, axes = pyplot().subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
+    for axis, (key, content) in zip(axes[0], panels.items(), strict=True):
+        axis.set(**settings)
+        axis.grid(alpha=0.3)
+        fill(axis, key, content)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
     pyplot().close(figure)
 
 
-def panels(rows: list[dict], key: str) -> dict:
-    """Rows by the value of `key`, in the order of their first appearance; one panel each."""
+def grouped(rows: list[dict], *keys: str) -> dict:
+    """Rows by the value of a key, or the values of several, in the order of first appearance."""
     result: dict = {}
     for row in rows:
-        result.setdefault(row.get(key, ""), []).append(row)
+        values = tuple(row.get(key, "") for key in keys)
+        result.setdefault(values if len(keys) > 1 else values[0], []).append(row)
     return result
 
 
-def measured(rows: list[dict]) -> str:
+def score_of(rows: list[dict]) -> str:
     return "perplexity" if "perplexity" in rows[0] else "accuracy"
-
-
-def subplots(count: int, height: float = 4.2):
-    figure, axes = pyplot().subplots(
-        1, count, figsize=(5.6 * count, height), squeeze=False, sharey=True
-    )
-    return figure, axes[0]
-
-
-def start_panel(axis, title: str, x: str, y: str) -> None:
-    axis.set_title(title, fontsize=11)
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-    axis.grid(alpha=0.3)
-
-
-PROTOCOL = {
-    "prefill": "question prefilled with the text",
-    "decode": "question decoded after compression",
-    "": "",
-}
 
 
 def accuracy_against_bytes(rows: list[dict], path: Path) -> None:
     """Every method in one picture: the score against the bytes really held, a panel a protocol."""
-    score, by_question = measured(rows), panels(rows, "question")
-    figure, axes = subplots(len(by_question), 4.8)
-    for axis, (question, some) in zip(axes, by_question.items(), strict=True):
-        start_panel(
-            axis,
-            PROTOCOL[question],
-            "measured compression ratio, means over the lengths",
-            LABELS[score],
-        )
-        lines: dict = {}
-        for row in some:  # the mean over lengths, at the mean ratio
-            label = ", ".join(part for part in (row["cache"], row["factors"]) if part)
-            label = label.replace(" in 4 bits", "") if row["cache"] == "cskv" else label
-            lines.setdefault(label, {}).setdefault((row["ratio"], row["bits"]), []).append(row)
-        for label, points in lines.items():
-            cache, *kind = label.split(", ", 1)
-            means = sorted(
-                tuple(
-                    sum(r[name] for r in group) / len(group) for name in ("measured_ratio", score)
-                )
-                for group in points.values()
-            )
+    score = score_of(rows)
+
+    def fill(axis, question: str, some: list[dict]) -> None:
+        axis.set_title(PROTOCOL[question], fontsize=11)
+        kinds = [{**row, "kind": row["factors"].replace(" in 4 bits", "")} for row in some]
+        for (cache, kind), own in grouped(kinds, "cache", "kind").items():
+            points = [
+                [fmean(row[name] for row in group) for name in ("measured_ratio", score)]
+                for group in grouped(own, "ratio", "bits").values()  # the mean over lengths
+            ]
             axis.plot(
-                *zip(*means, strict=True),
-                "o" if cache != "asvd" else "s",
-                linestyle="--" if kind and "optimal" in kind[0] else "-",
-                color=COLOURS[cache],
-                label=label,
-                markersize=6,
+                *zip(*sorted(points), strict=True),
+                "s" if cache == "asvd" else "o",
+                linestyle="--" if "optimal" in kind else "-",
+                color=CACHES[cache].colour,
+                label=f"{cache}, {kind}" if kind else cache,
                 alpha=0.85,
             )
-    axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    save(figure, path)
+
+    x = "measured compression ratio, means over the lengths"
+    draw(grouped(rows, "question"), fill, path, xlabel=x, ylabel=LABELS[score])
 
 
-def score_against(rows: list[dict], name: str, path: Path) -> None:
-    """The score against a power of two, such as the window: a line for each kind of factors."""
-    score, by_question = measured(rows), panels(rows, "question")
-    figure, axes = subplots(len(by_question))
-    for axis, (question, some) in zip(axes, by_question.items(), strict=True):
-        start_panel(axis, PROTOCOL[question], f"{name}, tokens", LABELS[score])
+def score_against_window(rows: list[dict], path: Path) -> None:
+    """The score against the window: a panel a protocol, a line for each kind of factors."""
+    score = score_of(rows)
+
+    def fill(axis, question: str, some: list[dict]) -> None:
+        axis.set_title(PROTOCOL[question], fontsize=11)
         axis.set_xscale("log", base=2)
-        for factors, line in panels(some, "factors").items():
-            x, y = [row[name] for row in line], [row[score] for row in line]
+        for factors, line in grouped(some, "factors").items():
+            x, y = [row["window"] for row in line], [row[score] for row in line]
             colour = COLOURS[factors.split(",")[0]]
             axis.plot(x, y, "o-", color=colour, label=f"cskv, {factors}")
             if score == "accuracy":
                 low, high = zip(*(row["interval"] for row in line), strict=True)
                 axis.fill_between(x, low, high, color=colour, alpha=0.12)
-        paper = [(row[name], float(row["paper"])) for row in some if row["paper"]]
+        paper = [(row["window"], float(row["paper"])) for row in some if row["paper"]]
         if paper and score == "accuracy":
             axis.plot(*zip(*paper, strict=True), "k:", label="the paper, LongChat-7B")
-        axis.legend(fontsize=9)
-    save(figure, path)
+
+    draw(grouped(rows, "question"), fill, path, xlabel="window, tokens", ylabel=LABELS[score])
 
 
 def score_against_split(rows: list[dict], path: Path) -> None:
     """The score against the share of the kept channels that keys get: a panel for each ratio, a
     line for each kind of factors and each protocol."""
-    score, by_ratio = measured(rows), panels(rows, "ratio")
+    score = score_of(rows)
 
     def points(line: list[dict], of: str) -> list[tuple[float, float]]:
         return sorted((r["kept_k"] / (r["kept_k"] + r["kept_v"]), float(r[of])) for r in line)
 
-    figure, axes = subplots(len(by_ratio))
-    for axis, (ratio, some) in zip(axes, by_ratio.items(), strict=True):
-        start_panel(axis, f"{ratio:.0%} removed", "keys' share of the kept channels", LABELS[score])
+    def fill(axis, ratio: float, some: list[dict]) -> None:
+        axis.set_title(f"{ratio:.0%} removed", fontsize=11)
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-        for question, own in panels(some, "question").items():
-            for factors, line in panels(own, "factors").items():
-                axis.plot(
-                    *zip(*points(line, score), strict=True),
-                    "o--" if question == "decode" else "o-",
-                    color=COLOURS[factors.split(",")[0]],
-                    label=", ".join(part for part in (f"cskv, {factors}", question) if part),
-                    alpha=0.8,
-                )
-        paper = [row for row in own if row["paper"]]
+        for (question, factors), line in grouped(some, "question", "factors").items():
+            axis.plot(
+                *zip(*points(line, score), strict=True),
+                "o--" if question == "decode" else "o-",
+                color=COLOURS[factors.split(",")[0]],
+                label=", ".join(part for part in (f"cskv, {factors}", question) if part),
+                alpha=0.8,
+            )
+        paper = list(grouped([row for row in some if row["paper"]], "question").values())
         if paper and score == "accuracy":
-            line = points(paper, "paper")
+            line = points(paper[0], "paper")
             axis.plot(*zip(*line, strict=True), "k:", label="the paper,\nprinted shares as kept")
-    axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    save(figure, path)
+
+    x = "keys' share of the kept channels"
+    draw(grouped(rows, "ratio"), fill, path, xlabel=x, ylabel=LABELS[score])
 
 
 def singular_values(values: Tensor, path: Path) -> None:
     """values [layers, 2, d_kv], largest first, of keys and values; each layer's largest is 1."""
-    figure, axes = subplots(2)
-    colours = pyplot().get_cmap("viridis")
-    for j, (axis, name) in enumerate(zip(axes, ("keys", "values"), strict=True)):
-        start_panel(
-            axis, f"{name}, before RoPE", "singular value, in order", "relative to the first"
-        )
-        axis.set_yscale("log")
-        for i, line in enumerate(values[:, j]):
-            shade = colours(i / max(1, len(values) - 1))
-            few = len(values) <= 8 or i in (0, len(values) // 2, len(values) - 1)
-            label = f"layer {i}" if few else None
-            y = (line / line[0]).clamp(min=1e-4)
-            axis.plot(range(1, len(line) + 1), y, color=shade, label=label, alpha=0.8)
+    layers, _, d_kv = values.shape
+    shades = pyplot().get_cmap("viridis")
+
+    def fill(axis, name: str, lines: Tensor) -> None:
+        axis.set_title(f"{name}, before RoPE", fontsize=11)
+        for i, line in enumerate(lines):
+            few = layers <= 8 or i in (0, layers // 2, layers - 1)
+            y, label = (line / line[0]).clamp(min=1e-4), f"layer {i}" if few else None
+            axis.plot(range(1, d_kv + 1), y, color=shades(i / max(1, layers - 1)), label=label)
         for removed in (0.5, 0.8):
-            axis.axvline((1 - removed) * values.shape[2], color="tab:red", linestyle=":")
-            axis.annotate(
-                f"{removed:.0%} removed ",
-                ((1 - removed) * values.shape[2], axis.get_ylim()[0]),
-                rotation=90,
-                ha="right",
-                va="bottom",
-                fontsize=8,
-                color="tab:red",
-            )
-        axis.legend(fontsize=9)
-    save(figure, path)
+            kept = (1 - removed) * d_kv
+            axis.axvline(kept, color="tab:red", linestyle=":")
+            text = {"rotation": 90, "ha": "right", "va": "bottom", "color": "tab:red"}
+            axis.annotate(f"{removed:.0%} removed ", (kept, 1e-4), fontsize=8, **text)
+
+    labels = {"xlabel": "singular value, in order", "ylabel": "relative to the first"}
+    panels = {"keys": values[:, 0], "values": values[:, 1]}
+    draw(panels, fill, path, yscale="log", **labels)
 
 
 def loss_curves(curves: list[dict], path: Path) -> None:
     """Losses of every step, smoothed, over the floor; a panel for each ratio."""
-    by_ratio = panels(curves, "ratio")
-    figure, axes = subplots(len(by_ratio))
-    for axis, (ratio, some) in zip(axes, by_ratio.items(), strict=True):
-        start_panel(axis, f"{ratio:.0%} of the channels removed", "step", "loss (equation 2)")
-        axis.set_yscale("log")
+    slowest = min(curve["lr"] for curve in curves)
+
+    def fill(axis, ratio: float, some: list[dict]) -> None:
+        axis.set_title(f"{ratio:.0%} of the channels removed", fontsize=11)
         for curve in some:
             losses, width = curve["losses"], max(1, len(curve["losses"]) // 50)
-            smooth = [
-                sum(losses[max(0, i - width) : i + 1]) / len(losses[max(0, i - width) : i + 1])
-                for i in range(len(losses))
-            ]
-            slow = curve["lr"] == min(other["lr"] for other in some)
             axis.plot(
-                smooth,
+                [fmean(losses[max(0, i - width) : i + 1]) for i in range(len(losses))],
                 color=COLOURS[curve["init"]],
-                linestyle="--" if slow else "-",
+                linestyle="--" if curve["lr"] == slowest else "-",
                 label=f"{curve['init']}, lr {curve['lr']:g}",
             )
-        axis.axhline(
-            some[0]["floor"],
-            color="black",
-            linestyle=":",
-            label="floor of the samples\nmeasured before and after",
-        )
-    axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    save(figure, path)
+        floor = "floor of the samples\nmeasured before and after"
+        axis.axhline(some[0]["floor"], color="black", linestyle=":", label=floor)
+
+    labels = {"xlabel": "step", "ylabel": "loss (equation 2)"}
+    draw(grouped(curves, "ratio"), fill, path, yscale="log", **labels)

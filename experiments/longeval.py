@@ -21,7 +21,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from support.command import Arguments, UserError, number, replacing, run_command
+from support.tokenizer import Tokenizer
 
 PREAMBLE = (
     "Below is a record of lines I want you to remember. "
@@ -149,6 +153,24 @@ def make_cases(
     rng = random.Random(f"{task} {lines} {spelled} {seed}")
     for _ in range(cases):
         yield longeval_case(rng, lines, spelled) if task == "longeval" else passkey_case(rng, lines)
+
+
+def samples(
+    tokenizer: Tokenizer,
+    length: int,
+    task: str,
+    lines: list[int],
+    count: int,
+    seed: int,
+    spelled: bool = False,
+) -> list[Tensor]:
+    """`count` cases as token ids [1, T], T up to `length`, to calibrate or to train on: never those
+    that are measured with the same seed. One of each number of `lines` in turn, so that the first
+    are like all."""
+    share = -(-count // len(lines))
+    of_each = [make_cases(task, n, share, seed + 10**9, spelled) for n in lines]
+    cases = [case for group in zip(*of_each, strict=True) for case in group]
+    return [torch.tensor([tokenizer.encode(case.text)[:length]]) for case in cases[:count]]
 
 
 # ------------------------------------------------------------------------------------- scoring

@@ -23,147 +23,143 @@ The paper's numbers, in the column `paper`, are of LongChat-7B on LongEval with 
 """
 
 import argparse
-import functools
 import shlex
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
 import torch
 
 import quant
-from experiments import figures
-from experiments.caches import PRUNED, CacheMaker, Choice
-from experiments.evaluate import PROTOCOLS, flags, perplexity_cases, retrieval_cases
-from experiments.longeval import make_cases
-from experiments.measuring import Case, forget, measure, table, with_score, write_json
-from experiments.workshop import LINES, Recipe, Workshop
+from experiments import figures, longeval, measuring
+from experiments.caches import CACHES, TOKENS, Row, make_row
+from experiments.evaluate import all_that_counts, perplexity_cases, retrieval_cases
+from experiments.factors import FactorStore, Recipe
+from experiments.measuring import Case, measure, with_score
+from experiments.options import PROTOCOLS, add_options
 from support.calibration import INITIALIZATIONS, rank_for
+from support.checkpoint import load_model
 from support.command import (
     DTYPES,
     Arguments,
     UserError,
     check_device,
-    comma_list,
-    number,
-    one_of,
     replacing,
     run_command,
 )
 from support.demonstration import TEACHER
+from support.notes import delete_notes
 from support.processes import place, processes
+from support.tables import table, write_json
+from support.text import sample_tokens
+from support.tokenizer import load_tokenizer
 
 PAPER_LR = 5e-5
+LINES = [25, 50, 100]  # of the LongEval cases that factors are fitted to, and of table 1
+SCORES = ["accuracy", "interval", "perplexity", "nominal_ratio", "measured_ratio"]
+FOUR, WHOLE_PERCENT = "{:.4g}".format, "{:.0%}".format
+COLUMNS = {
+    **measuring.COLUMNS,
+    "accuracy": "{:.2f}".format,
+    **dict.fromkeys((*PROTOCOLS,), "{:.2f}".format),
+    **dict.fromkeys(("paper", "window", "mode", "layer", "of", "init", "trained_together"), str),
+    **dict.fromkeys(("kept_k", "kept_v"), "{:.1%}".format),
+    **dict.fromkeys(("left_out_50%", "left_out_80%"), "{:.2%}".format),
+    **dict.fromkeys(("loss", "initial", "final", "floor"), FOUR),
+    "lr": "{:g}".format,
+}
 
 # ---------------------------------------------------------------------------------- measuring
 
 
-class Experiment(Workshop):
-    """A workshop that also measures what it makes."""
+@dataclass
+class Experiment:
+    """What a table is made of: a model and its factors, cases, and a place for the results."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.began = time.monotonic()
-        super().__init__(args)
-        self.maker = CacheMaker(self.model, DTYPES[args.cache_dtype])
+    store: FactorStore
+    cases: list[Case]
+    what: str  # is measured: "longeval" or "perplexity"
+    ratios: list[float]
+    inits: list[str]
+    bits: list[int]
+    longest: int  # tokens of the longest case, about
+    dtype: torch.dtype  # of what caches hold
+    out: Path  # of the table and the figure, without a suffix
+    notes: Path
+    arguments: dict  # that must be the same to go on with the notes
+    began: float = field(default_factory=time.monotonic)
 
-    def choice(self, recipe: Recipe, ratio: float | None = None, **options) -> Choice:
-        """CSKV with the recipe's factors. `options` are those of `CacheMaker.bi_branch`."""
-        (factors,) = self.factors(recipe)
+    def plain(self, cache: str, ratio: float | None = None) -> Row:
+        """A cache that needs no factors."""
+        return make_row(self.store.model, cache, ratio, dtype=self.dtype)
+
+    def cskv(self, recipe: Recipe, ratio: float | None = None, window: int = 32, **bits) -> Row:
+        """CSKV with the recipe's factors; `bits` are those of `Factors.in_bits`."""
+        (factors,) = self.store.factors(recipe)
         name = recipe.init + (", trained" if recipe.trained else "")
         name += f" in {recipe.bits} bits" if recipe.trained and recipe.bits < 16 else ""
         name += f", lr {recipe.lr:g}" if recipe.lr else ""
-        return self.maker.bi_branch(
-            factors, name, recipe.k_ratio if ratio is None else ratio, **options
-        )
+        ratio = recipe.k_ratio if ratio is None else ratio
+        settings = {"dtype": self.dtype, "origin": name, "window": window}
+        return make_row(self.store.model, "cskv", ratio, factors.in_bits(**bits), **settings)
 
-    def scores(self, rows: list[Choice], by_lines: bool = False) -> list[dict]:
+    def scores(self, rows: list[Row], by_lines: bool = False) -> list[dict]:
         """Rows of `measure`: of perplexity, or of LongEval in each protocol. `by_lines` keeps the
         lengths apart; else a row is the average over them, as the paper's `Avg. Acc`."""
-        args, what = self.args, "perplexity" if self.args.text else "longeval"
-        named = argparse.Namespace(**{**vars(args), "out": None, "work": None})
-        given = {**flags(named, self.model), "samples": self.key}
         cases = self.cases
-        if not args.text and not by_lines:
-            cases = [({"question": columns["question"]}, text) for columns, text in cases]
-        return with_score(what, measure(self.model, rows, cases, self.notes, given))
+        if self.what == "longeval" and not by_lines:
+            cases = [replace(c, columns={"question": c.columns["question"]}) for c in cases]
+        given = {**self.arguments, "samples": self.store.key}
+        return with_score(self.what, measure(self.store.model, rows, cases, self.notes, given))
 
-    @functools.cached_property
-    def cases(self) -> list[Case]:
-        if self.args.text:
-            return perplexity_cases(self.args, self.model, self.tokenizer)
-        asked = argparse.Namespace(**{**vars(self.args), "what": "longeval"})
-        return retrieval_cases(asked, self.model, self.tokenizer)
-
-    @property
-    def notes(self) -> Path:
-        return self.work / f"{self.args.what}.json"
-
-    def write(self, rows: list[dict], columns: dict) -> None:
+    def write(self, rows: list[dict], columns: list[str]) -> None:
         """Prints a table and writes it, as Markdown and as JSON. Of rows of several protocols it is
         `side_by_side`, and the file has all rows as well."""
         if place()[0]:
             return
-        out, whole = self.args.out / self.args.what, table(rows, columns)
-        text = table(*side_by_side(rows, columns))
+        whole = table(rows, {name: COLUMNS[name] for name in columns})
+        merged, shown = side_by_side(rows, columns)
+        text = table(merged, {name: COLUMNS[name] for name in shown})
         print(text)
-        write_json(out.with_suffix(".json"), rows)
-        command = f"`python -m experiments.paper {shlex.join(sys.argv[1:]) or self.args.what}`"
-        minutes = (time.monotonic() - self.began) / 60
-        made = f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, "
-        made += (
-            f"{torch.get_num_threads()} threads, {minutes:.1f} minutes since it was started last"
+        write_json(self.out.with_suffix(".json"), rows)
+        command = f"`python -m experiments.paper {shlex.join(sys.argv[1:]) or self.out.name}`"
+        made = (
+            f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, "
+            f"{torch.get_num_threads()} threads, {(time.monotonic() - self.began) / 60:.1f} "
+            "minutes since it was started last"
         )
         parts = [command, text, made] + [whole] * (whole != text)
-        with replacing(out.with_suffix(".md")) as temporary:
+        with replacing(self.out.with_suffix(".md")) as temporary:
             temporary.write_text("\n\n".join(parts) + "\n")
 
     @property
     def picture(self) -> Path:
-        return self.args.out / f"{self.args.what}.png"
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest case that is measured, about."""
-        if self.args.text:
-            return self.args.context + self.args.steps
-        case = next(make_cases("longeval", max(self.args.lines), 1, self.args.seed))
-        return len(self.tokenizer.encode(case.text))
+        return self.out.with_suffix(".png")
 
 
-def side_by_side(rows: list[dict], columns: dict) -> tuple[list[dict], dict]:
+def side_by_side(rows: list[dict], columns: list[str]) -> tuple[list[dict], list[str]]:
     """Rows and columns with a column of accuracies for each protocol; these and measured ratios are
     means over the lengths."""
-    keys = [name for name in columns if name not in ("question", "lines", *SCORES)]
-    questions = dict.fromkeys(row["question"] for row in rows if "question" in row)
+    questions = list(dict.fromkeys(row["question"] for row in rows if "question" in row))
     if not questions:
         return rows, columns
+    keys = [name for name in columns if name not in ("question", "lines", *SCORES)]
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        key = tuple(row[name] for name in (*keys, "nominal_ratio"))
-        groups.setdefault(key, []).append(row)
+        groups.setdefault(tuple(row[name] for name in (*keys, "nominal_ratio")), []).append(row)
     merged = []
     for group in groups.values():
         scores = {q: fmean(r["accuracy"] for r in group if r["question"] == q) for q in questions}
         measured = fmean(row["measured_ratio"] for row in group)
         merged.append({**group[0], **scores, "measured_ratio": measured})
-    shown = {name: columns[name] for name in keys if name != "paper"}
-    shown |= {name: SCORES[name] for name in ("nominal_ratio", "measured_ratio")}
-    shown |= dict.fromkeys(questions, SCORES["accuracy"])
-    return merged, shown | ({"paper": str} if "paper" in columns else {})
+    shown = [name for name in keys if name != "paper"]
+    shown += ["nominal_ratio", "measured_ratio", *questions]
+    return merged, shown + ["paper"] * ("paper" in columns)
 
 
 # ------------------------------------------------------------------------------------- tables
-
-SCORES = {
-    "accuracy": "{:.2f}".format,
-    "interval": lambda pair: "[{:.2f}, {:.2f}]".format(*pair),
-    "perplexity": "{:.2f}".format,
-    "nominal_ratio": "{:.1%}".format,
-    "measured_ratio": "{:.1%}".format,
-}
-PERCENT = "{:.0%}".format
 
 
 def paper_number(numbers: dict, *key) -> str:
@@ -204,183 +200,188 @@ TABLE_5 |= {(0.5, "none"): 0.95, (0.5, "ptq"): 0.00, (0.5, "qat"): 0.96}
 TABLE_5 |= {(0.8, "none"): 0.92, (0.8, "ptq"): 0.00, (0.8, "qat"): 0.90}
 
 
-def table1(shop: Experiment) -> None:
+def table1(e: Experiment) -> None:
     """All methods. `cskv, asvd, trained` is the paper's; `cskv, optimal` needs no training."""
-    maker, inits, rows = shop.maker, shop.args.inits, [shop.maker.full()]
-    recipes = [Recipe(init, r, r, init == "asvd") for r in shop.args.ratios for init in inits]
+    pruning = [name for name, kind in CACHES.items() if kind.shrinks == TOKENS]
+    recipes = [Recipe(init, r, r, init == "asvd") for r in e.ratios for init in e.inits]
     in_bits = Recipe("asvd", 0.8, 0.8, True, 4)
-    shop.factors(*recipes, *[in_bits] * ("asvd" in inits))
-    for ratio in shop.args.ratios:
-        rows += [maker.pruned(name, ratio) for name in PRUNED]
-        for init in inits:
-            rows.append(maker.low_rank(*shop.factors(Recipe(init, ratio, ratio)), init, ratio))
-        rows += [shop.choice(recipe) for recipe in recipes if recipe.k_ratio == ratio]
-    rows += [maker.kivi(4), maker.kivi(2)]
+    e.store.factors(*recipes, *[in_bits] * ("asvd" in e.inits))
+    rows = [e.plain("full")]
+    for ratio in e.ratios:
+        rows += [e.plain(name, ratio) for name in pruning]
+        for init in e.inits:
+            (factors,) = e.store.factors(Recipe(init, ratio, ratio))
+            rows.append(make_row(e.store.model, "asvd", ratio, factors, e.dtype, origin=init))
+        rows += [e.cskv(recipe) for recipe in recipes if recipe.k_ratio == ratio]
+    rows += [e.plain("kivi-4"), e.plain("kivi-2")]
     # 95%: four bits on top of 80%; of the tokens, a twentieth.
-    rows += [maker.pruned(name, 0.95) for name in PRUNED if 0.95 not in shop.args.ratios]
-    if "asvd" in inits:
-        rows.append(shop.choice(in_bits, 0.95))
-    if "optimal" in inits:
-        rows.append(shop.choice(Recipe("optimal", 0.8, 0.8), 0.95, k_bits=4, v_bits=4))
+    rows += [e.plain(name, 0.95) for name in pruning if 0.95 not in e.ratios]
+    if "asvd" in e.inits:
+        rows.append(e.cskv(in_bits, 0.95))
+    if "optimal" in e.inits:
+        rows.append(e.cskv(Recipe("optimal", 0.8, 0.8), 0.95, k_bits=4, v_bits=4))
 
-    result = shop.scores(rows, by_lines=True)
+    result = e.scores(rows, by_lines=True)
     for row in result:
         theirs = row["factors"].startswith("asvd") or not row["factors"]
         row["paper"] = paper_number(TABLE_1, row["cache"], row["ratio"]) if theirs else ""
-    columns = {"question": str, "lines": str, "cache": str, "factors": str, "bits": str}
-    columns |= {"ratio": PERCENT, **SCORES, "paper": str}
-    shop.write(result, columns)
-    figures.accuracy_against_bytes(result, shop.picture)
+    own = ["question", "lines", "cache", "factors", "bits", "ratio"]
+    e.write(result, [*own, *SCORES, "paper"])
+    figures.accuracy_against_bytes(result, e.picture)
 
 
-def trainings(shop: Experiment) -> list[Recipe]:
+def trainings(e: Experiment) -> list[Recipe]:
     """Every initialization at every ratio, at the paper's learning rate and at ours."""
-    rates = sorted({PAPER_LR, shop.args.lr})
-    return [
-        Recipe(init, ratio, ratio, True, lr=lr)
-        for ratio in shop.args.ratios
-        for init in INITIALIZATIONS
-        for lr in rates
-    ]
+    rates = sorted({PAPER_LR, e.store.lr})
+    pairs = [(ratio, init) for ratio in e.ratios for init in INITIALIZATIONS]
+    return [Recipe(init, ratio, ratio, True, lr=lr) for ratio, init in pairs for lr in rates]
 
 
-def table2(shop: Experiment) -> None:
+def table2(e: Experiment) -> None:
     """Initializations before and after the paper's training, with their losses and the floor."""
-    trained = trainings(shop)
-    shop.factors(*trained)
+    trained = trainings(e)
+    e.store.factors(*trained)
     recipes = [r for t in trained for r in (replace(t, trained=False, lr=None), t)]
     recipes = list(dict.fromkeys(recipes))
-    result = shop.scores([shop.choice(recipe) for recipe in recipes])
+    result = e.scores([e.cskv(recipe) for recipe in recipes])
     for i, row in enumerate(result):
         recipe = recipes[i % len(recipes)]
-        history = shop.history(replace(recipe, trained=True, lr=recipe.lr or PAPER_LR))
+        history = e.store.history(replace(recipe, trained=True, lr=recipe.lr or PAPER_LR))
         row |= {"loss": history["final" if recipe.trained else "initial"]}
         row |= {"floor": history["floor"], "paper": ""}
         if recipe.lr == PAPER_LR:
             row["paper"] = paper_number(TABLE_2, recipe.init, recipe.k_ratio)
-    columns = {"question": str, "ratio": PERCENT, "factors": str, "loss": "{:.4g}".format}
-    shop.write(result, columns | {"floor": "{:.4g}".format, **SCORES, "paper": str})
+    e.write(result, ["question", "ratio", "factors", "loss", "floor", *SCORES, "paper"])
 
 
-def table3(shop: Experiment) -> None:
+def table3(e: Experiment) -> None:
     """The window, at the highest of the ratios."""
-    ratio = max(shop.args.ratios)
-    recipes = [Recipe(init, ratio, ratio, init == "asvd") for init in shop.args.inits]
-    windows = [w for w in (1, *TABLE_3) if w < shop.longest]
-    rows, widths = [], []
-    for recipe in recipes:
-        for window in windows:
-            rows.append(shop.choice(recipe, window=window))
-            widths.append(window)
-    result = shop.scores(rows)
+    ratio = max(e.ratios)
+    windows = [w for w in (1, *TABLE_3) if w < e.longest]
+    recipes = [Recipe(init, ratio, ratio, init == "asvd") for init in e.inits]
+    result = e.scores([e.cskv(recipe, window=w) for recipe in recipes for w in windows])
     for i, row in enumerate(result):
-        row["window"] = widths[i % len(widths)]
+        row["window"] = windows[i % len(windows)]
         row["paper"] = paper_number(TABLE_3, row["window"]) if "asvd" in row["factors"] else ""
-    columns = {"question": str, "factors": str, "window": str, "ratio": PERCENT}
-    shop.write(result, columns | SCORES | {"paper": str})
-    figures.score_against(result, "window", shop.picture)
+    e.write(result, ["question", "factors", "window", "ratio", *SCORES, "paper"])
+    figures.score_against_window(result, e.picture)
 
 
-def table4(shop: Experiment) -> None:
+def table4(e: Experiment) -> None:
     """Channels shared between keys and values, as kept shares, half and a quarter of all."""
     splits = list(TABLE_4)
-    recipes = [
-        Recipe(init, 1 - k, 1 - v, init == "asvd") for init in shop.args.inits for k, v in splits
-    ]
-    shop.factors(*recipes)
-    result = shop.scores([shop.choice(r, 1 - (2 - r.k_ratio - r.v_ratio) / 2) for r in recipes])
+    recipes = [Recipe(init, 1 - k, 1 - v, init == "asvd") for init in e.inits for k, v in splits]
+    e.store.factors(*recipes)
+    result = e.scores([e.cskv(r, 1 - (2 - r.k_ratio - r.v_ratio) / 2) for r in recipes])
     for i, row in enumerate(result):
-        row["kept_k"], row["kept_v"] = splits[i % len(splits)]
-        row["paper"] = ""
-        if "asvd" in row["factors"]:
-            row["paper"] = paper_number(TABLE_4, row["kept_k"], row["kept_v"])
-    columns = {"question": str, "factors": str, "ratio": PERCENT}
-    columns |= {"kept_k": "{:.1%}".format, "kept_v": "{:.1%}".format}
-    shop.write(result, columns | SCORES | {"paper": str})
-    figures.score_against_split(result, shop.picture)
+        row["kept_k"], row["kept_v"] = kept = splits[i % len(splits)]
+        row["paper"] = paper_number(TABLE_4, *kept) if "asvd" in row["factors"] else ""
+    e.write(result, ["question", "factors", "ratio", "kept_k", "kept_v", *SCORES, "paper"])
+    figures.score_against_split(result, e.picture)
 
 
-def table5(shop: Experiment) -> None:
+def table5(e: Experiment) -> None:
     """Latents in fewer bits, without (ptq) and with (qat) training for it, by two quantizers; and,
     at about the bytes of 80% in 16 bits, half of the key channels with all value channels in 3
     bits, and KIVI. The clamped zero-point is trained for at the largest of the bits, the paper's.
     """
-    inits, ratios = shop.args.inits, shop.args.ratios
-    starts = [Recipe(init, r, r, init == "asvd") for init in inits for r in ratios]
-    rows: list[tuple[str, Recipe, dict]] = []  # mode, factors, options
-    for start in starts:
+    rows: list[tuple[str, Recipe, dict]] = []  # mode, factors, bits
+    for start in (Recipe(init, r, r, init == "asvd") for init in e.inits for r in e.ratios):
         rows.append(("none", start, {}))
-        for bits in shop.args.bits:
+        for bits in e.bits:
             for clamped in (False, True):
-                options = {"k_bits": bits, "v_bits": bits, "clamped_zero_point": clamped}
+                options = {"k_bits": bits, "v_bits": bits, "clamped": clamped}
                 rows.append(("ptq", start, options))
-                if not clamped or bits == max(shop.args.bits):
-                    aware = replace(start, trained=True, bits=bits, clamped_zero_point=clamped)
+                if not clamped or bits == max(e.bits):
+                    aware = replace(start, trained=True, bits=bits, clamped=clamped)
                     rows.append(("qat", aware, options))
-    shop.factors(*(recipe for _, recipe, _ in rows))
+    e.store.factors(*(recipe for _, recipe, _ in rows))
     modes = ["none", *(mode for mode, _, _ in rows), *["ptq"] * 3]
-    choices = [shop.maker.full()]
-    choices += [shop.choice(recipe, **options) for _, recipe, options in rows]
-    choices.append(shop.choice(Recipe("optimal", 0.5, 0.0), 0.25, k_bits=3, v_bits=3))
-    choices += [shop.maker.kivi(4), shop.maker.kivi(2)]
-    result = shop.scores(choices)
+    shown = [e.plain("full"), *(e.cskv(recipe, **options) for _, recipe, options in rows)]
+    shown.append(e.cskv(Recipe("optimal", 0.5, 0.0), 0.25, k_bits=3, v_bits=3))
+    result = e.scores([*shown, e.plain("kivi-4"), e.plain("kivi-2")])
     for i, row in enumerate(result):
         row["mode"] = modes[i % len(modes)]
         theirs = "asvd" in row["factors"] and row["bits"].split(",")[0] in ("16", "4")
         row["paper"] = paper_number(TABLE_5, row["ratio"], row["mode"]) if theirs else ""
-    columns = {"question": str, "cache": str, "ratio": PERCENT, "factors": str, "bits": str}
-    shop.write(result, columns | {"mode": str, **SCORES, "paper": str})
+    own = ["question", "cache", "ratio", "factors", "bits", "mode"]
+    e.write(result, [*own, *SCORES, "paper"])
 
 
-def figure3(shop: Experiment) -> None:
+def figure3(e: Experiment) -> None:
     """Singular values of keys and values, layer by layer."""
-    moments = shop.moments(shop.samples[: shop.args.measure_samples])
-    spectra = torch.linalg.eigvalsh(moments).clamp(min=0).cpu().flip(-1)
+    spectra = torch.linalg.eigvalsh(e.store.moments()).clamp(min=0).cpu().flip(-1)
     shares = spectra.cumsum(-1) / spectra.sum(-1, keepdim=True)  # [layers, 2, d_kv]
-    d_kv = shop.model.config.d_kv
-    rows = [
-        {
-            "layer": i,
-            "of": "values" if j else "keys",
-            **{
-                f"left_out_{r:.0%}": 1 - shares[i, j, rank_for(r, d_kv) - 1].item()
-                for r in (0.5, 0.8)
-            },
-        }
-        for i in range(len(spectra))
-        for j in (0, 1)
-    ]
-    shop.write(
-        rows,
-        {
-            "layer": str,
-            "of": str,
-            **dict.fromkeys(("left_out_50%", "left_out_80%"), "{:.2%}".format),
-        },
-    )
-    figures.singular_values(spectra.sqrt(), shop.picture)
+    rows = []
+    for layer, both in enumerate(shares):
+        for of, share in zip(("keys", "values"), both, strict=True):
+            row = {"layer": layer, "of": of}
+            for ratio in (0.5, 0.8):
+                kept = share[rank_for(ratio, len(share)) - 1].item()
+                row[f"left_out_{ratio:.0%}"] = 1 - kept
+            rows.append(row)
+    e.write(rows, ["layer", "of", "left_out_50%", "left_out_80%"])
+    figures.singular_values(spectra.sqrt(), e.picture)
 
 
-def figure4(shop: Experiment) -> None:
+def figure4(e: Experiment) -> None:
     """Loss curves of the initializations, with the least loss that is possible."""
-    rows, curves = [], []
-    shop.factors(*trainings(shop))
-    for recipe in trainings(shop):
-        row = {"ratio": recipe.k_ratio, "init": recipe.init, "lr": recipe.lr}
-        history = shop.history(recipe)
-        kept = ("initial", "final", "floor", "seconds", "trained_together")
-        rows.append({**row, **{name: history[name] for name in kept}})
-        curves.append({**row, **history})
-    four = "{:.4g}".format
-    columns = {"ratio": PERCENT, "init": str, "lr": "{:g}".format}
-    columns |= {"initial": four, "final": four, "floor": four, "seconds": "{:.0f}".format}
-    shop.write(rows, columns | {"trained_together": str})
-    figures.loss_curves(curves, shop.picture)
+    e.store.factors(*trainings(e))
+    curves = [
+        {"ratio": r.k_ratio, "init": r.init, "lr": r.lr, **e.store.history(r)} for r in trainings(e)
+    ]
+    columns = ["ratio", "init", "lr", "initial", "final", "floor", "seconds", "trained_together"]
+    e.write([{name: curve[name] for name in columns} for curve in curves], columns)
+    figures.loss_curves(curves, e.picture)
 
 
 COMMANDS = {f.__name__: f for f in (table1, table2, table3, table4, table5, figure3, figure4)}
 
 # -------------------------------------------------------------------------------- command line
+
+
+def make_experiment(args: argparse.Namespace) -> Experiment:
+    """What the arguments ask for. Raises `UserError` for a case that does not fit, now and not
+    after the training."""
+    model = load_model(args.model, args.device, DTYPES[args.dtype])
+    tokenizer, limit = load_tokenizer(args.model), model.config.context_length
+    work = args.work / Path(args.model).name
+    for folder in (work, args.out):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made ({error}); choose another") from None
+    if args.calibrate:
+        length = min(args.seq_len, limit)
+        samples = sample_tokens(args.calibrate, tokenizer, args.samples, length, args.seed)
+    elif args.text:
+        raise UserError("factors are made from text; give some with --calibrate")
+    else:
+        drawn = "longeval", LINES, args.samples, args.seed
+        samples = longeval.samples(tokenizer, limit, *drawn)
+    training = args.measure_samples, args.epochs, args.lr, args.seed
+    what, cases = "perplexity" if args.text else "longeval", []
+    if args.what.startswith("table"):
+        if args.text:
+            sizes = args.context, args.steps, args.passages, args.batch
+            cases = perplexity_cases(model, tokenizer, args.text, *sizes)
+        else:
+            drawn = args.question, args.lines, args.cases, args.seed
+            cases = retrieval_cases(model, tokenizer, "longeval", *drawn)
+    options = {**vars(args), "out": None, "work": None}
+    return Experiment(
+        FactorStore(model, samples, work, *training),
+        cases,
+        what,
+        args.ratios,
+        args.inits,
+        args.bits,
+        max((case.length for case in cases), default=0),
+        DTYPES[args.cache_dtype],
+        args.out / args.what,
+        work / f"{args.what}.json",
+        all_that_counts(options, model, args.model),
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -391,66 +392,26 @@ def run(args: argparse.Namespace) -> None:
     if args.text and not args.text.exists():
         raise UserError(f"no file {args.text}; give held-out text")
     with processes(args.device) as args.device:
-        shop = Experiment(args)
-        if args.what.startswith("table"):
-            shop.cases  # noqa: B018  (a case that does not fit says so now, not after the training)
-        COMMANDS[args.what](shop)
+        experiment = make_experiment(args)
+        COMMANDS[args.what](experiment)
         if place()[0] == 0:
-            forget(shop.notes)
+            delete_notes(experiment.notes)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("what", choices=COMMANDS)
-    add("--model", default=TEACHER, help="default: the embedded teaching model")
-    add("--out", type=Path, default=Path("runs/paper"), help="folder for tables and figures")
-    add("--work", type=Path, default=Path("runs/factors"), help="folder for factors in the making")
-    add(
-        "--ratios",
-        type=comma_list(number(float, 0, 0.9999)),
-        default=[0.5, 0.8],
-        help="default: 0.5,0.8",
-    )
-    inits = comma_list(one_of(INITIALIZATIONS, "initialization"))
-    add("--inits", type=inits, default=["asvd", "optimal"], help="default: asvd,optimal")
-    widths = comma_list(one_of(quant.BITS, "number of bits"))
-    add("--bits", type=widths, default=[4, 3, 2], help="of table5 (default: 4,3,2)")
-    add("--samples", type=number(int, 1), default=1024, help="to calibrate and train on")
-    add("--seq-len", type=number(int, 2), default=1024, help="tokens of a sample, at most")
-    add("--epochs", type=number(int, 1), default=1)
-    add(
-        "--lr",
-        type=number(float, 0),
-        default=5e-3,
-        help="of the training (default: 0.005); table2 and figure4 have the paper's 5e-5 as well",
-    )
-    add("--measure-samples", type=number(int, 1), default=32, help="to measure losses on")
-    add("--seed", type=number(int, 0), default=0)
-    add(
-        "--lines",
-        type=comma_list(number(int, 1)),
-        help="of LongEval (default: 25,50,100 in table1, else 50)",
-    )
-    add("--cases", type=number(int, 1), default=100, help="of each length (default: 100)")
-    add(
-        "--question",
-        type=comma_list(one_of(PROTOCOLS, "protocol")),
-        default=PROTOCOLS,
-        help="default: both",
-    )
-    add("--calibrate", type=Path, help="text to fit on (default: LongEval cases of another seed)")
-    add("--text", type=Path, help="held-out text: measure perplexity, not LongEval")
-    add("--context", type=number(int, 1), default=1024, help="tokens prefilled")
-    add("--steps", type=number(int, 1), default=256, help="tokens measured, one by one")
-    add("--passages", type=number(int, 1), default=8, help="of the held-out text")
-    add("--batch", type=number(int, 1), default=8, help="passages at a time")
-    add("--device", default="cpu")
-    add("--dtype", choices=DTYPES, default="float32", help="to compute in (default: float32)")
-    add("--cache-dtype", choices=DTYPES, default="bfloat16", help="of caches (default: bfloat16)")
+    parser.add_argument("what", choices=COMMANDS)
+    out = {"out": Path("runs/paper"), "work": Path("runs/factors")}
+    add_options(parser, "model out work", model=TEACHER, **out)
+    inits = ["asvd", "optimal"]
+    add_options(parser, "ratios inits bits cache-dtype", inits=inits, bits=[4, 3, 2])
+    add_options(parser, "calibrate samples seq-len epochs lr measure-samples seed", samples=1024)
+    add_options(parser, "lines cases question", cases=100, question=PROTOCOLS)
+    add_options(parser, "text context steps passages batch device dtype", text=None, passages=8)
     args = parser.parse_args(argv)
     args.lines = args.lines or (LINES if args.what == "table1" else [50])
-    args.spelled = False
+    if not set(args.bits) <= set(quant.BITS):
+        parser.error(f"--bits are of {','.join(map(str, quant.BITS))}, in table5 only")
     return args
 
 

@@ -16,11 +16,11 @@ weights too, and cskv and asvd their A and B; rotating keys and unpacking bits a
 
 import argparse
 import random
-import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -28,23 +28,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from experiments.caches import KIVI, NAMES, PRUNED, CacheMaker, some_bits
-from experiments.measuring import clock, table, write_json
+from cskv import Factors
+from experiments.caches import make_cache, make_rows
+from experiments.measuring import clock
+from experiments.options import add_options
 from infer import held_bytes
 from model import Transformer
-from support.calibration import init_factors, rank_for
+from support.calibration import init_factors
 from support.checkpoint import load_model
-from support.command import (
-    DTYPES,
-    Arguments,
-    UserError,
-    check_device,
-    check_writable,
-    comma_list,
-    number,
-    one_of,
-    run_command,
-)
+from support.command import DTYPES, Arguments, UserError, check_device, check_writable, run_command
+from support.tables import table, write_json
 
 # A runner makes an empty cache; `run(tokens, cache)` feeds it and returns the last logits.
 Runner = tuple[Callable[[], object], Callable[[Tensor, object], Tensor]]
@@ -64,95 +57,86 @@ def transformers_runner(path: str, device: str, dtype: torch.dtype) -> Runner | 
     return DynamicCache, run
 
 
-def timed(function: Callable[[], object], device: str) -> float:
-    """Seconds that `function` takes, its work on a GPU included."""
-    start = clock(device)
-    function()
-    return clock(device) - start
+def our_runners(
+    model: Transformer, names: list[str], ratios: list[float], bits: list[int], window: int, n: int
+) -> dict[str, Runner]:
+    """A runner for each cache of up to `n` tokens, by its label; caches hold numbers of the
+    model's type."""
 
-
-@torch.no_grad()
-def measure(
-    runners: dict[str, Runner], vocab: int, length: int, args: argparse.Namespace
-) -> list[dict]:
-    """Rows (cache, length, prefill and decode seconds as medians, and their ratio to `full`)."""
-    g = torch.Generator().manual_seed(0)
-    prompt = torch.randint(vocab, (1, length), generator=g).to(args.device)
-    one = prompt[:, :1]
-    prefill, decode = {name: [] for name in runners}, {name: [] for name in runners}
-    caches = {}
-
-    def steps(name: str) -> None:
-        for _ in range(args.steps):
-            runners[name][1](one, caches[name])
-
-    bar = tqdm(total=2 * (args.rounds + 1) * len(runners), desc=f"{length} tokens", leave=False)
-    names, order = list(runners), random.Random(0)
-    for i in range(args.rounds + 1):  # the first round warms up
-        for name in order.sample(names, len(names)):  # no one always runs behind the same one
-            make, run = runners[name]
-            caches.pop(name, None)  # its memory is free before the next one takes some
-            caches[name] = make()
-            seconds = timed(lambda run=run, name=name: run(prompt, caches[name]), args.device)
-            prefill[name] += [seconds] if i else []
-            bar.update()
-    for i in range(args.rounds + 1):
-        for name in order.sample(names, len(names)):
-            seconds = timed(lambda name=name: steps(name), args.device)
-            decode[name] += [seconds / args.steps] if i else []
-            bar.update()
-    bar.close()
-    median = statistics.median
-    rows = [
-        {
-            "cache": name,
-            "tokens": length,
-            "prefill_s": median(prefill[name]),
-            "prefill_ratio": median(prefill[name]) / median(prefill["full"]),
-            "decode_ms": 1e3 * median(decode[name]),
-            "decode_ratio": median(decode[name]) / median(decode["full"]),
-            "cache_mb": None,
-            "mflop": None,
-        }
-        for name in runners
-    ]
-    for row in rows:
-        cache = caches[row["cache"]]
-        if isinstance(cache, list):  # ours
-            row["cache_mb"] = held_bytes(cache) / 1e6
-            # The plain form of attention is one whose products can be counted.
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                runners[row["cache"]][1](one, cache)
-            row["mflop"] = counter.get_total_flops() / 1e6
-    return rows
-
-
-def our_runners(model: Transformer, length: int, args: argparse.Namespace) -> dict[str, Runner]:
-    """A runner for each cache, by its label; caches hold numbers of the model's type."""
-    expected = length + (args.rounds + 1) * args.steps + 1
-    layers, d_kv = len(model.model.layers), model.config.d_kv
-    maker, rows = CacheMaker(model, model.lm_head.weight.dtype), []
-    for name in dict.fromkeys(["full", *args.caches]):
-        if name == "full":
-            rows.append(maker.full())
-        elif name in KIVI:
-            rows.append(maker.kivi(KIVI[name], args.window))
-        for ratio in args.ratios:
-            if name in PRUNED:
-                rows.append(maker.pruned(name, ratio))
-            elif name in ("asvd", "cskv"):
-                ranks = [rank_for(ratio, d_kv)] * layers
-                factors = init_factors("svd", model, ranks, ranks)
-                if name == "asvd":
-                    rows.append(maker.low_rank(factors, "", ratio))
-                    continue
-                for bits in args.bits:
-                    rows.append(maker.bi_branch(factors, "", ratio, args.window, bits, bits))
+    def svd(_: str, rank: int) -> Factors:
+        return init_factors("svd", model, *[[rank] * len(model.model.layers)] * 2)
 
     def run(tokens: Tensor, cache: object) -> Tensor:
         return model(tokens, cache, logits_to_keep=1)
 
-    return {row.label: (partial(row.make, expected), run) for row in rows}
+    names, settings = list(dict.fromkeys(["full", *names])), {"inits": ["svd"], "bits": bits}
+    dtype = model.lm_head.weight.dtype
+    rows = make_rows(model, names, ratios, svd, **settings, window=window, dtype=dtype)
+    return {replace(r, origin="").label: (partial(make_cache, model, r, n), run) for r in rows}
+
+
+def timed(device: str, function: Callable, *args: object) -> float:
+    """Seconds that `function` takes, its work on a GPU included."""
+    start = clock(device)
+    function(*args)
+    return clock(device) - start
+
+
+@torch.no_grad()
+def compare(runners: dict[str, Runner], prompt: Tensor, rounds: int, steps: int) -> list[dict]:
+    """A row for each runner: seconds to prefill `prompt` [1, T] and milliseconds of a decode step
+    as medians, and their ratios to those of "full"."""
+    device, one, caches = prompt.device, prompt[:, :1], {}
+    prefill, decode = ({name: [] for name in runners} for _ in range(2))
+
+    def decode_steps(name: str) -> None:
+        for _ in range(steps):
+            runners[name][1](one, caches[name])
+
+    bar = tqdm(total=2 * (rounds + 1) * len(runners), desc=f"{prompt.shape[1]} tokens", leave=False)
+    order = random.Random(0)  # no one always runs behind the same one
+    for _ in range(rounds + 1):
+        for name in order.sample(list(runners), len(runners)):
+            caches.pop(name, None)  # its memory is free before the next one takes some
+            caches[name] = runners[name][0]()
+            prefill[name].append(timed(device, runners[name][1], prompt, caches[name]))
+            bar.update()
+    for _ in range(rounds + 1):
+        for name in order.sample(list(runners), len(runners)):
+            decode[name].append(timed(device, decode_steps, name) / steps)
+            bar.update()
+    bar.close()
+    rows = []
+    for name in runners:
+        (p, d), (full_p, full_d) = (
+            (median(times[one][1:]) for times in (prefill, decode))  # the first round warms up
+            for one in (name, "full")
+        )
+        row = {
+            "cache": name,
+            "tokens": prompt.shape[1],
+            "prefill_s": p,
+            "prefill_ratio": p / full_p,
+        }
+        row |= {"decode_ms": 1e3 * d, "decode_ratio": d / full_d, "cache_mb": None, "mflop": None}
+        if isinstance(caches[name], list):  # ours
+            row["cache_mb"] = held_bytes(caches[name]) / 1e6
+            # The plain form of attention is one whose products can be counted.
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                runners[name][1](one, caches[name])
+            row["mflop"] = counter.get_total_flops() / 1e6
+        rows.append(row)
+    return rows
+
+
+def short(value: float | None) -> str:  # transformers does not say
+    return "" if value is None else f"{value:.4g}"
+
+
+COLUMNS = {"cache": str, "tokens": str}
+COLUMNS |= dict.fromkeys(("prefill_s", "prefill_ratio"), "{:.2f}".format)
+COLUMNS |= {"decode_ms": "{:.1f}".format, "decode_ratio": "{:.2f}".format}
+COLUMNS |= {"cache_mb": short, "mflop": short}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -162,62 +146,32 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype]
     model = load_model(args.model, args.device, dtype)
-    longest = max(args.lengths) + (args.rounds + 1) * args.steps + 1  # one more is counted
-    if longest > model.config.context_length:
-        raise UserError(f"{longest} tokens exceed the context of {model.config.context_length}")
+    more = (args.rounds + 1) * args.steps + 1  # one more is counted
+    if max(args.lengths) + more > model.config.context_length:
+        raise UserError(
+            f"{max(args.lengths) + more} tokens exceed the context of {model.config.context_length}"
+        )
     theirs = transformers_runner(args.model, args.device, dtype)
     if theirs is None:
         print("transformers is not installed: ours only", file=sys.stderr)
-    rows = []
+    rows, generator = [], torch.Generator()
     for length in args.lengths:
-        runners = our_runners(model, length, args)
+        settings = args.caches, args.ratios, args.bits, args.window, length + more
+        runners = our_runners(model, *settings)
         if theirs:
             runners["transformers, DynamicCache"] = theirs
-        rows += measure(runners, model.config.vocab_size, length, args)
-    columns = {"cache": str, "tokens": str, "prefill_s": "{:.2f}".format}
-    columns |= {"prefill_ratio": "{:.2f}".format, "decode_ms": "{:.1f}".format}
-    columns |= {"decode_ratio": "{:.2f}".format}
-
-    def short(value: float | None) -> str:  # transformers does not say
-        return "" if value is None else f"{value:.4g}"
-
-    print(table(rows, columns | {"cache_mb": short, "mflop": short}))
+        drawn = torch.randint(
+            model.config.vocab_size, (1, length), generator=generator.manual_seed(0)
+        )
+        rows += compare(runners, drawn.to(args.device), args.rounds, args.steps)
+    print(table(rows, COLUMNS))
     write_json(args.json, rows)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    parser.add_argument(
-        "--lengths",
-        type=comma_list(number(int, 1)),
-        default=[2048],
-        help="of the prompt: 2048,8000",
-    )
-    parser.add_argument(
-        "--ratios",
-        type=comma_list(number(float, 0, 0.9999)),
-        default=[0.5, 0.8],
-        help="default: 0.5,0.8",
-    )
-    parser.add_argument(
-        "--caches",
-        type=comma_list(one_of(NAMES, "cache")),
-        default=["full", "cskv"],
-        help=f"of {','.join(NAMES)} (default: full,cskv)",
-    )
-    parser.add_argument(
-        "--bits", type=some_bits, default=[16, 4], help="of cskv's latents (default: 16,4)"
-    )
-    parser.add_argument(
-        "--rounds", type=number(int, 1), default=5, help="timed rounds (default: 5)"
-    )
-    parser.add_argument("--steps", type=number(int, 1), default=8, help="decode steps of a round")
-    parser.add_argument("--window", type=number(int, 1), default=32, help="full-precision tokens")
-    parser.add_argument("--threads", type=number(int, 1), default=2, help="default: 2")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
+    add_options(parser, "model lengths caches ratios bits window", bits=[16, 4])
+    add_options(parser, "rounds steps threads device dtype json", steps=8)
     return parser.parse_args(argv)
 
 

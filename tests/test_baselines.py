@@ -14,10 +14,6 @@ from experiments.baselines import (
     KiviCache,
     LowRankCache,
     StreamingCache,
-    heavy_hitter_cache,
-    kivi_cache,
-    low_rank_cache,
-    streaming_cache,
 )
 from model import Config, LayerCache, Rope, full_cache
 from quant import CHANNELS, TOKENS, bits_per_element, fake_quantize
@@ -39,6 +35,23 @@ quick = settings(max_examples=25, deadline=None, derandomize=True)
 heads = st.sampled_from([1, 2, 4])  # key/value heads, of 4 query heads
 prompts, steps = st.integers(1, 20), st.integers(1, 12)
 seeds = st.integers(0, 10**6)
+
+
+def for_each_layer(kind):
+    """A function that makes a cache of this class for every layer of a model."""
+    return lambda model, *args, **more: [
+        kind(model.config, *args, **more) for _ in model.model.layers
+    ]
+
+
+streaming_cache = for_each_layer(StreamingCache)
+heavy_hitter_cache = for_each_layer(HeavyHitterCache)
+kivi_cache = for_each_layer(KiviCache)
+
+
+def low_rank_cache(model, factors, *args, **more):
+    pairs = zip(model.model.layers, factors.layers, strict=True)
+    return [LowRankCache(layer.self_attn, f, *args, **more) for layer, f in pairs]
 
 
 class Sequence:

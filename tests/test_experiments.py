@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,18 @@ import cskv
 import infer
 from experiments import caches, english, evaluate, longbench, measuring, speed
 from experiments.longeval import Case, make_cases
-from model import Transformer, full_cache
+from model import FullCache, Transformer, full_cache
 from support.calibration import init_factors
 from support.checkpoint import load_model
 from support.command import UserError
 from support.demonstration import TEACHER
 from support.factors_file import save_factors
+from support.tables import table
 from support.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers import call, naive_forward, save_checkpoint, tiny_model, tiny_tokens
 
 ROOT = Path(__file__).parent.parent
-ALL = ",".join(caches.NAMES)
+ALL = ",".join(caches.CACHES)
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +107,11 @@ OWN_COLUMNS = {
 @pytest.mark.parametrize("what", OWN_COLUMNS)
 def test_every_cache_in_every_command(setup, brief, tmp_path, capsys, what):
     rows = measured(setup, capsys, tmp_path / "rows", what, "--caches", ALL)
-    assert list(dict.fromkeys(row["cache"] for row in rows)) == list(caches.NAMES)
+    assert list(dict.fromkeys(row["cache"] for row in rows)) == list(caches.CACHES)
     assert all(set(row) == COLUMNS | OWN_COLUMNS[what] for row in rows)
     by_name = {row["cache"]: row for row in rows}
-    nominal = {"full": 0, "streaming": 0.5, "h2o": 0.5, "asvd": 0.5, "cskv": 0.5, "kivi-2": 7 / 8}
-    nominal |= {"kivi-3": 13 / 16, "kivi-4": 3 / 4, "kivi-8": 1 / 2}
+    nominal = {"full": 0, "streaming": 0.5, "h2o": 0.5, "asvd": 0.5, "cskv": 0.5, "cskv-plain": 0.5}
+    nominal |= {"kivi-2": 7 / 8, "kivi-3": 13 / 16, "kivi-4": 3 / 4, "kivi-8": 1 / 2}
     assert {name: row["nominal_ratio"] for name, row in by_name.items()} == nominal
     assert [by_name[name]["bits"] for name in ("full", "cskv", "kivi-3")] == ["16", "16", "3"]
     assert [by_name[name]["factors"] for name in ("h2o", "asvd", "cskv")] == ["", "asvd", "optimal"]
@@ -136,15 +136,15 @@ def tensors_in(thing):
 def test_measured_ratios_sum_live_tensors(setup, brief, tmp_path, capsys, monkeypatch, what):
     held = []
 
-    def watch(row, cache, *rest):
-        result = real(row, cache, *rest)
+    def counted(model, row, cache, *rest):
+        result = real(model, row, cache, *rest)
         storages = {t.untyped_storage().data_ptr(): t for t in tensors_in(cache)}
         size = sum(t.untyped_storage().nbytes() for t in storages.values())
         held.append((row.cache, size, cache[0].length * len(result["scores"])))
         return result
 
     real = measuring.run_cache
-    monkeypatch.setattr(measuring, "run_cache", watch)
+    monkeypatch.setattr(measuring, "run_cache", counted)
     rows = measured(setup, capsys, tmp_path / "rows", what, "--caches", ALL)
     for row in rows:
         sizes, tokens = zip(*((s, t) for name, s, t in held if name == row["cache"]), strict=True)
@@ -204,7 +204,7 @@ def test_together_equals_alone(setup, brief, tmp_path, capsys):
         together = measured(setup, capsys, tmp_path / "all", what, "--caches", ALL)
         alone = [
             row
-            for name in caches.NAMES
+            for name in caches.CACHES
             for row in measured(setup, capsys, tmp_path / "one", what, "--caches", name)
         ]
         assert without_seconds(together) == without_seconds(alone)
@@ -220,7 +220,7 @@ def test_the_prompt_is_read_once_by_all_but_asvd(setup, brief, tmp_path, capsys,
     monkeypatch.setattr(Transformer, "forward", forward)
     more = ["--caches", ALL, "--inits", "svd", "--calibrate", setup / "text.txt"]
     rows = measured(setup, capsys, tmp_path / "rows", "longeval", *more)
-    assert len(rows) == len(caches.NAMES)
+    assert len(rows) == len(caches.CACHES)
     prompts = [length for length in lengths if 70 < length < 400]  # 400: the calibration text
     assert len(prompts) == 2 * 2  # two cases, twice each
 
@@ -229,14 +229,18 @@ def test_the_prompt_is_read_once_by_all_but_asvd(setup, brief, tmp_path, capsys,
 def test_caches_hold_16_bits_in_a_model_of_32(bias):
     """Of every kind, with the logits of the model up to the rounding of keys and values."""
     model = tiny_model(attention_bias=bias)
-    maker, tokens = caches.CacheMaker(model, torch.bfloat16), tiny_tokens(model, 2, 50)
-    factors = init_factors("svd", model, [12, 12], [12, 12])
-    rows = [maker.full(), maker.pruned("streaming", 0.0, 99), maker.pruned("h2o", 0.0, 99)]
-    rows += [maker.low_rank(factors, "", 0), maker.bi_branch(factors, "", 0, 4), maker.kivi(8)]
+    tokens, factors = tiny_tokens(model, 2, 50), init_factors("svd", model, [12, 12], [12, 12])
+
+    def row(name, *args, **more):
+        return caches.make_row(model, name, *args, dtype=torch.bfloat16, **more)
+
+    rows = [row("full"), row("streaming", 0.0, budget=99), row("h2o", 0.0, budget=99)]
+    rows += [row("asvd", 0, factors), row("cskv", 0, factors, window=4), row("kivi-8")]
+    rows.append(row("cskv-plain", 0, factors, window=4))
     expected = model(tokens)
     assert {t.dtype for layer in full_cache(model) for t in layer.tensors()} <= {torch.float32}
     for row in rows:
-        cache = row.make(50)
+        cache = caches.make_cache(model, row, 50)
         model(tokens[:, :40], cache)
         for t in range(40, 50):
             logits = model(tokens[:, t : t + 1], cache)
@@ -248,8 +252,8 @@ def test_caches_hold_16_bits_in_a_model_of_32(bias):
         error = (logits[:, 0] - expected[:, -1]).abs().max() / expected[:, -1].abs().max()
         assert error < 0.05, row.cache
     full = infer.full_bytes(model, 2 * 50)
-    assert infer.held_bytes(rows[0].make(50)) == 0
-    cache = rows[0].make(50)
+    cache = caches.make_cache(model, rows[0], 50)
+    assert infer.held_bytes(cache) == 0
     model(tokens, cache)
     assert infer.held_bytes(cache) == full
 
@@ -344,21 +348,19 @@ def test_answers_and_scores_of_both_protocols(setup, tmp_path, capsys, monkeypat
         ids = [int(word[1:]) for word in (context + asked).split()]
         cases.append(Case(context, asked, greedy(model, ids, limit)[-1] + error))
     monkeypatch.setattr(evaluate, "make_cases", lambda *_: cases)
-    prefills = []
+    prefills, real = [], FullCache.prefill
 
-    def watch(model, expected):
-        cache = full_cache(model, expected)
-        prefill = cache[0].prefill
-        cache[0].prefill = lambda x, *rest: prefills.append(x.shape[1]) or prefill(x, *rest)
-        return cache
+    def prefill(cache, x, *rest):
+        prefills.append(x.shape[1])
+        return real(cache, x, *rest)
 
-    monkeypatch.setattr(caches, "full_cache", watch)
+    monkeypatch.setattr(FullCache, "prefill", prefill)
     more = ["--caches", "full", "--question", question]
     (row,) = measured(setup, capsys, tmp_path / "rows", "longeval", *more)
     assert (row["accuracy"], row["cases"]) == (2 / 3, 3)
     assert row["interval"] == pytest.approx(measuring.wilson(2, 3))
     assert row["tokens"] == 23 + limit - 1  # the last new token is not fed back
-    assert prefills == [20 if question == "decode" else 23] * 3
+    assert prefills == [20 if question == "decode" else 23] * 3 * 2  # the layers
 
 
 def test_both_protocols_read_the_same_tokens():
@@ -402,17 +404,27 @@ def test_a_passkey_answer_has_room(setup, tmp_path, capsys):
     assert -0.02 < row["measured_ratio"] < 0  # the last token of an answer is not fed back
 
 
-def test_retrieval_calibrates_on_cases_of_another_seed(setup):
-    args = evaluate.parse_arguments(
-        [str(a) for a in arguments(setup, "longeval", "--lines", "2,9", "--seq-len", 30)]
-    )
-    model, tokenizer = tiny_model(), load_tokenizer(setup / "model")
-    seen = []
-    real, tokenizer.encode = tokenizer.encode, lambda text: seen.append(text) or real(text)
-    samples = evaluate.calibration_samples(args, model, tokenizer)
+def test_retrieval_calibrates_on_cases_of_another_seed(setup, brief, tmp_path, capsys, monkeypatch):
+    """On the longest ones, with their answers, cut to --seq-len tokens."""
+    samples, texts = [], []
+    calibrate, encode = evaluate.calibrate, Tokenizer.encode
+
+    def seen_by_calibrate(model, given):
+        samples.extend(given)
+        return calibrate(model, given)
+
+    def seen_by_encode(self, text, special=True):
+        texts.append(text)
+        return encode(self, text, special)
+
+    monkeypatch.setattr(evaluate, "calibrate", seen_by_calibrate)
+    monkeypatch.setattr(Tokenizer, "encode", seen_by_encode)
+    measured(setup, capsys, tmp_path / "r", "longeval", "--lines", "2,9", "--seq-len", 30)
     assert [sample.shape for sample in samples] == [(1, 30)] * 8
+    seen = [text for text in texts if re.search(r"need the number\. \d+$", text)]
+    assert len(seen) == 8
     assert all(len(re.findall(r"REGISTER_CONTENT is <", text)) == 9 for text in seen)
-    assert not set(seen) & {case.text for case in make_cases("longeval", 9, 8, args.seed)}
+    assert not set(seen) & {case.text for case in make_cases("longeval", 9, 8, 0)}
 
 
 def test_vicuna_is_the_template_of_longchat(setup, brief, tmp_path, capsys, monkeypatch):
@@ -436,19 +448,22 @@ def test_vicuna_is_the_template_of_longchat(setup, brief, tmp_path, capsys, monk
 
 def scripted(monkeypatch, answers):
     """The model reads its prompt, but says what `answers` has for the words of the question."""
-    prompts, real = [], longbench.prompt_ids
+    prompts, said = [], []
+    make_prompt, score = longbench.prompt_ids, evaluate.Question.score
 
     def prompt_ids(*arguments):
-        prompts.append(real(*arguments))
+        prompts.append(make_prompt(*arguments))
         return prompts[-1]
 
-    def greedy_answer(*_):
-        text = " ".join(f"t{i}" for i in prompts[-1])
+    def score_of_script(case, *arguments):
+        text = " ".join(f"t{i}" for i in case.prompt[0].tolist())
         asked = next(words for words in answers if words in text)
-        return [int(word[1:]) for word in answers[asked].split()]
+        said.append([int(word[1:]) for word in answers[asked].split()])
+        return score(case, *arguments)
 
     monkeypatch.setattr(longbench, "prompt_ids", prompt_ids)
-    monkeypatch.setattr(evaluate, "greedy_answer", greedy_answer)
+    monkeypatch.setattr(evaluate.Question, "score", score_of_script)
+    monkeypatch.setattr(evaluate, "greedy_answer", lambda *_: said[-1])
     return prompts
 
 
@@ -544,11 +559,11 @@ def interrupt_after(monkeypatch, count):
     those begun."""
     begun, real = [], measuring.run_cache
 
-    def run_cache(row, *rest):
+    def run_cache(model, row, *rest):
         begun.append(row.label)
         if len(begun) > count:
             raise KeyboardInterrupt
-        return real(row, *rest)
+        return real(model, row, *rest)
 
     monkeypatch.setattr(measuring, "run_cache", run_cache)
     return begun
@@ -677,7 +692,7 @@ def test_two_processes_print_the_table_of_one(setup, tmp_path, capsys, monkeypat
     assert done.stderr.count("4 runs of a cache on a case are done already") == 1
     rows = json.loads(path.read_text())
     assert without_seconds(rows) == without_seconds(expected)
-    assert done.stdout == measuring.table(rows) + "\n"
+    assert done.stdout == table(rows, measuring.COLUMNS) + "\n"
     assert not notes_beside(path)
 
 
@@ -764,10 +779,9 @@ def test_a_mistake_is_one_line(setup, tmp_path, capsys, mistake):
 def test_a_cache_that_refuses_the_model_does_so_first(tmp_path, monkeypatch):
     """Before an hour of other caches: H2O does not know what to keep under a sliding window."""
     model, begun = tiny_model(sliding_window=9), interrupt_after(monkeypatch, 0)
-    prune = partial(caches.heavy_hitter_cache, model, 0.5)
-    rows = [caches.Choice("full", partial(full_cache, model)), caches.Choice("h2o", prune)]
+    rows = [caches.make_row(model, "full"), caches.make_row(model, "h2o", 0.5)]
     with pytest.raises(UserError, match="sliding_window"):
-        measuring.measure(model, rows, [({}, None)])
+        measuring.measure(model, rows, [measuring.Case({}, tiny_tokens(model, 1, 5), 5)])
     assert not begun
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import evaluate, paper, workshop
-from experiments.workshop import Recipe, Workshop
+from experiments import evaluate, factors, paper
+from experiments.factors import Recipe
 from support.calibration import INITIALIZATIONS, layer_hooks, rank_for
 from support.command import UserError
 from tests.helpers import call, save_checkpoint, tiny_model
@@ -38,6 +38,11 @@ def text_flags(setup, what, out, *more):
 
 def lines_flags(setup, what, out, *more):
     return flags(setup, what, out, "--lines", "2,3", "--cases", 2, *more)
+
+
+def factor_store(flags):
+    """The factors of a command with these flags."""
+    return paper.make_experiment(paper.parse_arguments([str(flag) for flag in flags])).store
 
 
 def read(out, what):
@@ -76,17 +81,17 @@ def test_every_command_writes_its_table(setup, tmp_path, capsys, monkeypatch, wh
 def test_protocols_stand_side_by_side():
     """Accuracies and measured ratios are means over the lengths, by hand."""
 
-    def row(question, lines, cache, accuracy, honest):
+    def row(question, lines, cache, accuracy, removed):
         score = {"question": question, "lines": lines, "accuracy": accuracy, "paper": "0.5"}
-        return {"cache": cache, "nominal_ratio": 0.8, "measured_ratio": honest, **score}
+        return {"cache": cache, "nominal_ratio": 0.8, "measured_ratio": removed, **score}
 
     rows = [row("prefill", 25, "a", 0.8, 0.7), row("prefill", 50, "a", 0.6, 0.72)]
     rows += [row("decode", 25, "a", 0.5, 0.7), row("decode", 50, "a", 0.4, 0.76)]
     rows += [row(q, n, "b", 1.0, 0.5) for q in ("prefill", "decode") for n in (25, 50)]
-    columns = {"question": str, "lines": str, "cache": str, **paper.SCORES, "paper": str}
+    columns = ["question", "lines", "cache", *paper.SCORES, "paper"]
     merged, shown = paper.side_by_side(rows, columns)
     names = ["cache", "nominal_ratio", "measured_ratio", "prefill", "decode", "paper"]
-    assert list(shown) == names
+    assert shown == names
     assert [[r[name] for name in names] for r in merged] == [
         ["a", 0.8, pytest.approx(0.72), pytest.approx(0.7), pytest.approx(0.45), "0.5"],
         ["b", 0.8, 0.5, 1.0, 1.0, "0.5"],
@@ -100,19 +105,17 @@ def test_losses_and_floors(setup, tmp_path, capsys):
     assert call(paper, capsys, *text_flags(setup, "figure4", tmp_path, "--epochs", 4))[0] == 0
     rows = read(tmp_path, "figure4")
     assert len(rows) == 2 * 2 * len(INITIALIZATIONS)  # ratios, learning rates
-    args = paper.parse_arguments([str(a) for a in text_flags(setup, "figure4", tmp_path)])
-    shop = Workshop(args)
-    moments = {}
+    store, moments = factor_store(text_flags(setup, "figure4", tmp_path)), {}
 
     def see(i, x, k, v):
         for name, y in (("k", k), ("v", v)):
             y = y.flatten(0, 1).double()
             moments[i, name] = moments.get((i, name), 0) + y.T @ y
 
-    measured = shop.samples[:3]
-    with layer_hooks(shop.model, see), torch.no_grad():
+    measured = store.samples[:3]
+    with layer_hooks(store.model, see), torch.no_grad():
         for sample in measured:
-            shop.model(sample)
+            store.model(sample)
     elements = sum(sample.numel() for sample in measured) * 12
     for row in rows:
         rank = rank_for(row["ratio"], 12)
@@ -126,13 +129,13 @@ def test_losses_and_floors(setup, tmp_path, capsys):
 def test_training_together_equals_training_alone_and_resumes(setup, tmp_path, monkeypatch):
     """Two recipes in one pass, interrupted after its checkpoint, end where each alone ends."""
 
-    def shop(name):
-        arguments = text_flags(setup, "figure4", tmp_path / name, "--samples", 70, "--seq-len", 12)
-        return Workshop(paper.parse_arguments([str(a) for a in arguments]))
+    def store(name):
+        few = "--samples", 70, "--seq-len", 12
+        return factor_store(text_flags(setup, "figure4", tmp_path / name, *few))
 
     recipes = Recipe("svd", 0.5, 0.5, True), Recipe("optimal", 0.75, 0.5, True, 4)
-    alone = [shop("alone").factors(recipe)[0] for recipe in recipes]
-    together, real, steps = shop("together"), workshop.run_layers, []
+    alone = [store("alone").factors(recipe)[0] for recipe in recipes]
+    together, real, steps = store("together"), factors.run_layers, []
 
     def interrupted(*args, train=False, **more):
         steps.append(train)
@@ -140,7 +143,7 @@ def test_training_together_equals_training_alone_and_resumes(setup, tmp_path, mo
             raise KeyboardInterrupt
         return real(*args, train=train, **more)
 
-    monkeypatch.setattr(workshop, "run_layers", interrupted)
+    monkeypatch.setattr(factors, "run_layers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         together.factors(*recipes)
     steps.clear()
@@ -181,6 +184,6 @@ def test_perplexity_without_calibration_text_is_refused(setup, tmp_path, capsys)
 
 
 def test_choice_of_unknown_recipe_is_refused(setup, tmp_path):
-    shop = Workshop(paper.parse_arguments([str(a) for a in lines_flags(setup, "table1", tmp_path)]))
+    store = factor_store(lines_flags(setup, "table1", tmp_path))
     with pytest.raises(UserError, match="no initialization 'best'"):
-        shop.factors(Recipe("best", 0.5, 0.5))
+        store.factors(Recipe("best", 0.5, 0.5))

@@ -1,0 +1,97 @@
+"""The options of the command lines of this folder: each is described once, and means the same."""
+
+import argparse
+from pathlib import Path
+
+import quant
+from experiments.caches import CACHES
+from support.calibration import INITIALIZATIONS
+from support.command import DTYPES, comma_list, number, one_of
+
+PROTOCOLS = ("prefill", "decode")
+
+count, counts = number(int, 1), comma_list(number(int, 1))
+flag = {"action": "store_true"}
+
+OPTIONS = {
+    "model": dict(required=True, help="checkpoint folder or hub name"),
+    "device": dict(default="cpu"),
+    "dtype": dict(choices=DTYPES, default="float32", help="to compute in"),
+    "threads": dict(type=count, default=2, help="of the processor"),
+    "json": dict(type=Path, help="write the rows to this file; evaluate resumes from beside it"),
+    # caches
+    "caches": dict(
+        type=comma_list(one_of(tuple(CACHES), "cache")), help=f"of {','.join(CACHES)}",
+        default=["full", "cskv"],
+    ),
+    "ratios": dict(
+        type=comma_list(number(float, 0, 0.9999)), default=[0.5, 0.8],
+        help="shares removed, of channels or of tokens",
+    ),
+    "inits": dict(
+        type=comma_list(one_of(INITIALIZATIONS, "initialization")),
+        help="factors to make for cskv; without --factors: optimal",
+    ),
+    "factors": dict(type=Path, nargs="*", default=[], help="factors files for cskv"),
+    "bits": dict(
+        type=comma_list(one_of((*quant.BITS, 16, 32), "number of bits")),
+        help="of cskv's latents: 16,4; without it those of the factors",
+    ),
+    "clamped-zero-point": dict(
+        help="quantize cskv's latents as the paper's published code does; see quant.py", **flag
+    ),
+    "window": dict(type=count, default=32, help="newest tokens in full precision, cskv and kivi"),
+    "equal": dict(
+        type=count, metavar="TOKENS",
+        help="take --ratios as measured ones: streaming, h2o, asvd and cskv of --inits get the "
+        "size, tokens kept or rank, at which they hold that much less than a full cache of TOKENS",
+    ),
+    "cache-dtype": dict(
+        choices=DTYPES, default="bfloat16",
+        help="of what caches hold; 16 bits are what measured ratios count with",
+    ),
+    # factors
+    "calibrate": dict(type=Path, help="text to fit on, else LongEval cases of another seed"),
+    "samples": dict(type=count, default=256, help="to calibrate and to train on"),
+    "seq-len": dict(type=number(int, 2), default=1024, help="tokens of a sample, at most"),
+    "seed": dict(type=number(int, 0), default=0, help="of the samples and the cases"),
+    "epochs": dict(type=count, default=1, help="of the training"),
+    "lr": dict(
+        type=number(float, 0), default=5e-3,
+        help="of the training; table2 and figure4 have the paper's 5e-5 as well",
+    ),
+    "measure-samples": dict(type=count, default=32, help="to measure losses on"),
+    # cases
+    "text": dict(type=Path, required=True, help="held-out .txt or .jsonl, for perplexity"),
+    "context": dict(type=count, default=1024, help="tokens prefilled"),
+    "steps": dict(type=count, default=256, help="tokens that are decoded one by one"),
+    "passages": dict(type=count, default=16, help="of the held-out text"),
+    "batch": dict(type=count, default=8, help="passages at a time"),
+    "lines": dict(type=counts, help="of a LongEval record, or repetitions of passkey filler"),
+    "cases": dict(type=count, help="of each length or set"),
+    "question": dict(
+        type=comma_list(one_of(PROTOCOLS, "protocol")), help="prefill, decode, or both protocols"
+    ),
+    "spelled": dict(help="keys of made-up words", **flag),
+    "vicuna": dict(help="ask in Vicuna's chat template, as LongChat wants it", **flag),
+    "data": dict(type=Path, help="folder of the benchmark's files, else from the hub"),
+    "sets": dict(type=lambda text: text.split(","), help="of the benchmark, else all"),
+    "max-length": dict(type=number(int, 2), help="tokens of a prompt, its middle cut out"),
+    # runs
+    "lengths": dict(type=counts, default=[2048], help="of the prompt: 2048,8000"),
+    "rounds": dict(type=count, default=5, help="timed rounds"),
+    "out": dict(type=Path, help="folder for tables and figures"),
+    "work": dict(type=Path, help="folder for factors in the making"),
+}  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser, names: str, **defaults) -> None:
+    """Adds the options `names` to a command line, some with other defaults."""
+    for name in names.split():
+        option = dict(OPTIONS[name])
+        if (key := name.replace("-", "_")) in defaults:
+            option |= {"default": defaults[key], "required": False}
+        if (default := option.get("default")) not in (None, []):
+            shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else default
+            option["help"] = f"{option.get('help', '')} (default: {shown})".strip()
+        parser.add_argument(f"--{name}", **option)

@@ -1,0 +1,69 @@
+"""What a long run of many cases has finished, kept in files, so that it goes on where it stopped.
+
+A file for each process, JSON lines: the arguments, then a line for each finished case. A run that
+is killed leaves half a line at the most: that case does not count as finished.
+"""
+
+import json
+from pathlib import Path
+
+from support.command import UserError
+from support.processes import say
+
+
+def note_files(notes: Path) -> list[Path]:
+    return sorted(f for f in notes.parent.iterdir() if f.name.startswith(f"{notes.name}.cases-"))
+
+
+def read_notes(notes: Path, arguments: dict | None) -> dict[tuple[int, int], dict]:
+    """The finished cases of an earlier run, by row and case. Raises `UserError` for a run with
+    other arguments, naming one, and for a damaged file."""
+    arguments = json.loads(json.dumps(arguments or {}))  # as they come back from a file
+    done, other = {}, None
+    for file in note_files(notes):
+        try:
+            lines = file.read_text().splitlines(keepends=True)
+            theirs, *results = [json.loads(line) for line in lines if line.endswith("\n")] or [None]
+            if theirs is not None and theirs != arguments:
+                both = {**theirs, **arguments}
+                other = next(name for name in both if theirs.get(name, 0) != arguments.get(name, 0))
+            done |= {(result.pop("row"), result.pop("case")): result for result in results}
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise UserError(f"{file} is damaged ({error}); delete it to start again") from None
+        if other:
+            flag = "command" if other == "what" else "--" + other.replace("_", "-")
+            raise UserError(
+                f"{file} has cases of a run with another {flag}; delete it to start again, or "
+                "write to another place"
+            )
+    if done:
+        say(f"{len(done)} runs of a cache on a case are done already")
+    return done
+
+
+def start_notes(notes: Path, rank: int, arguments: dict | None) -> Path:
+    """The notes of this process, with the arguments in them and without half a line at the end."""
+    file = notes.with_name(f"{notes.name}.cases-{rank}")
+    try:
+        with file.open("a+b") as lines:
+            lines.seek(0)
+            end = lines.read().rfind(b"\n") + 1
+            lines.truncate(end)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error}); choose another place") from None
+    if not end:
+        write_note(file, arguments or {})
+    return file
+
+
+def write_note(file: Path, note: dict) -> None:
+    try:
+        with file.open("a") as lines:
+            lines.write(json.dumps(note) + "\n")
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error}); choose another place") from None
+
+
+def delete_notes(notes: Path) -> None:
+    for file in note_files(notes):
+        file.unlink()
