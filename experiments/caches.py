@@ -13,6 +13,7 @@ A `Kind` says how a cache of that name is made; a `Row` is one of them with its 
 compare. experiments/README.md, "Add a cache", adds one.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,8 @@ from experiments.baselines import HeavyHitterCache, KiviCache, LowRankCache, Str
 from infer import full_bytes, nominal_ratio
 from model import Attention, FullCache, LayerCache, Rope, Transformer
 from support.calibration import init_factors, rank_for
-from support.command import UserError
+from support.command import UserError, comma_list, one_of
+from support.options import add_option, add_options
 from support.processes import say
 
 TOKENS, CHANNELS = "tokens", "channels"
@@ -275,3 +277,10 @@ def make_rows(
         if shown.count(row.columns) > 1:
             raise UserError(f"two rows for {row.label}; give each once, and each file its own name")
     return rows
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """The options that choose caches, of `evaluate` and `speed`."""
+    names, default = comma_list(one_of(tuple(CACHES), "cache")), ["full", "cskv"]
+    add_option(parser, "caches", f"of {','.join(CACHES)}", type=names, default=default)
+    add_options(parser, "ratios window")

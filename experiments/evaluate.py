@@ -22,7 +22,6 @@ With `--json FILE` a run that was interrupted goes on where it stopped (experime
 
 import argparse
 import functools
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -34,14 +33,13 @@ from torch import Tensor
 
 from cskv import Factors
 from experiments import longbench, longeval, lveval
-from experiments.caches import make_rows
+from experiments.caches import add_cache_options, make_rows
 from experiments.longeval import is_correct, make_cases
 from experiments.measuring import COLUMNS, Case, measure, with_score
-from experiments.options import add_options
 from infer import generate, make_sampler
 from model import LayerCache, Transformer
 from support.calibration import CALIBRATED, calibrate, init_factors
-from support.checkpoint import find_checkpoint, load_model
+from support.checkpoint import load_model
 from support.command import (
     DTYPES,
     Arguments,
@@ -51,9 +49,11 @@ from support.command import (
     run_command,
     user_values,
 )
-from support.factors_file import fingerprint, load_factors
-from support.notes import delete_notes
+from support.factors_file import load_factors
+from support.notes import all_that_counts, delete_notes
+from support.options import add_options
 from support.processes import place, processes
+from support.records import read_records
 from support.tables import table, write_json
 from support.text import read_documents, sample_tokens
 from support.tokenizer import Tokenizer, load_tokenizer
@@ -225,7 +225,7 @@ def benchmark_cases(
         # Room for the answer, and for what the seam and a chat template may add.
         room = limit - task.max_new_tokens - 64
         most = max(2, min(max_length or module.MAX_LENGTH, room))
-        for record in longbench.read_records(task, folder)[:count]:
+        for record in read_records(task, folder)[:count]:
             chat = tokenizer.template is not None
             prompt = longbench.prompt_ids(task, record, tokenizer, most, chat)
             length = len(prompt) + task.max_new_tokens
@@ -243,33 +243,6 @@ def benchmark_cases(
 
 
 # -------------------------------------------------------------------------------- command line
-
-
-def contents(path: Path) -> str:
-    """A digest of a file, or of all files in a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-SMALL = (".json", ".jinja", ".model")  # a checkpoint's files that are not its weights
-
-
-def all_that_counts(options: dict, model: Transformer, path: str) -> dict:
-    """What must be the same to go on with noted cases: the command's options by name, files by
-    their contents, and the checkpoint at `path`."""
-
-    def shown(value: object) -> object:
-        if isinstance(value, list):
-            return [shown(item) for item in value]
-        return contents(value) if isinstance(value, Path) else str(value)
-
-    named = {name: shown(v) for name, v in options.items() if name not in ("json", "device")}
-    files = sorted(find_checkpoint(path).iterdir())
-    small = [contents(file) for file in files if file.suffix in SMALL]
-    return {**named, "model": [fingerprint(model), small]}
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -340,7 +313,8 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     shared = Arguments(add_help=False)
-    add_options(shared, "model caches ratios inits factors bits clamped-zero-point window equal")
+    add_cache_options(shared)
+    add_options(shared, "model inits factors bits clamped-zero-point equal")
     add_options(shared, "cache-dtype calibrate samples seq-len seed device dtype vicuna json")
     parser = Arguments(description=__doc__.splitlines()[0])
     what = parser.add_subparsers(dest="what", required=True, parser_class=Arguments)

@@ -2,8 +2,8 @@
 
 Questions about long documents, a summary and a few-shot task, in English. A record is a JSON object
 with `input` (the question), `context`, `answers` (any is right) and `length` (in words). The
-prompts are LongBench's, word for word. What LV-Eval needs too (a `Task`, reading, truncation, token
-F1, the table of means) is here, and `experiments/lveval.py` adds its sets.
+prompts, in `experiments/prompts/`, are LongBench's word for word. What LV-Eval needs too (a `Task`,
+truncation, token F1, the table of means) is here, and `experiments/lveval.py` adds its sets.
 
     task = TASKS["hotpotqa_e"]
     for record in read_records(task, folder):  # or without a folder, from the hub
@@ -20,17 +20,13 @@ Sources:
         summaries; and the PyPI package rouge 1.0.1, which LongBench scores with
 """
 
-import json
 import re
 import string
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import IO
 
 from support.command import UserError
 from support.tokenizer import Tokenizer
@@ -58,9 +54,6 @@ class Task:
         return self.template.format(context=record["context"], input=record["input"])
 
 
-# ------------------------------------------------------------------------------------- records
-
-
 def choose(names: list[str], tasks: dict[str, Task]) -> list[Task]:
     """The tasks of these names. Raises `UserError` for a name that is not in `tasks`."""
     for name in names:
@@ -69,75 +62,12 @@ def choose(names: list[str], tasks: dict[str, Task]) -> list[Task]:
     return [tasks[name] for name in names]
 
 
-def read_records(task: Task, folder: Path | None = None) -> list[dict]:
-    """The records of a task, from its file in `folder` or one folder below, or from the hub.
-
-    Raises `UserError` if there is no such file, or for the first line that is not such a record.
-    """
-    file = f"{task.name}.jsonl"
-    source = find_file(folder, file) if folder is not None else fetch(task)
-    try:
-        if folder is not None:
-            with source.open("rb") as lines:
-                return parse_records(task, source, lines)
-        with zipfile.ZipFile(source) as archive:
-            members = [name for name in archive.namelist() if name.split("/")[-1] == file]
-            if not members:
-                raise UserError(f"{source} has no {file}; give a folder that has it")
-            with archive.open(members[0]) as lines:
-                return parse_records(task, f"{source}, {file}", lines)
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{source} cannot be read ({error}); fetch it again") from None
-
-
-def find_file(folder: Path, file: str) -> Path:
-    """`folder/file`, or `folder/x/file`: the archives unpack into a folder each."""
-    found = [*folder.glob(file), *sorted(folder.glob(f"*/{file}"))]
-    if not found:
-        raise UserError(f"no file {folder / file}; give the folder of the benchmark's .jsonl files")
-    return found[0]
-
-
-def fetch(task: Task) -> Path:
-    """The task's archive from the hub's cache, downloaded if it is not there."""
-    from huggingface_hub import hf_hub_download  # slow to import, and not needed for a folder
-
-    try:
-        return Path(hf_hub_download(task.repository, task.archive, repo_type="dataset"))
-    except Exception as error:  # the hub client raises many kinds, all of which mean the same here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"the hub did not give {task.archive} of {task.repository} ({reason}); give a folder "
-            f"that has {task.name}.jsonl"
-        ) from None
-
-
-def parse_records(task: Task, source: Path | str, lines: IO[bytes]) -> list[dict]:
-    """Records from JSON lines. Raises `UserError` that names `source`, the line and the field."""
-    records = []
-    for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{source}, line {i}: not JSON ({error}); fetch it again") from None
-        for field, kind in task.fields.items():
-            value = record.get(field) if isinstance(record, dict) else None
-            if not isinstance(value, kind):
-                raise UserError(
-                    f"{source}, line {i}: no {field!r} of type {kind.__name__}; fetch it again"
-                )
-        answers = record["answers"]
-        if not answers or not all(isinstance(answer, str) for answer in answers):
-            raise UserError(f"{source}, line {i}: 'answers' is no list of texts; fetch it again")
-        records.append(record)
-    if not records:
-        raise UserError(f"{source} has no records; fetch it again")
-    return records
-
-
 # ------------------------------------------------------------------------------------- prompts
+
+
+def read_prompt(name: str) -> str:
+    """A benchmark's own prompt, with the fields {context} and {input}."""
+    return (Path(__file__).parent / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
 
 
 def truncate_middle(ids: list[int], max_length: int) -> tuple[list[int], list[int]]:
@@ -267,46 +197,11 @@ def summarize(rows: list[dict]) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------- sets
 
-ONLY = (
-    "Answer the question based on the given passages. Only give me the answer and do not output "
-    "any other words."
-)
-CONCISELY = (
-    "as concisely as you can, using a single phrase or sentence if possible. If the question "
-    'cannot be answered based on the information in the article, write "unanswerable". If the '
-    'question is a yes/no question, answer "yes", "no", or "unanswerable". Do not provide any '
-    "explanation."
-)
-PROMPTS = {
-    "hotpotqa_e": (
-        f"{ONLY}\n\nThe following are given passages.\n{{context}}\n\n{ONLY}\n\n"
-        "Question: {input}\nAnswer:"
-    ),
-    "multifieldqa_en_e": (
-        "Read the following text and answer briefly.\n\n{context}\n\nNow, answer the following "
-        "question based on the above text, only give me the answer and do not output any other "
-        "words.\n\nQuestion: {input}\nAnswer:"
-    ),
-    "gov_report_e": (
-        "You are given a report by a government agency. Write a one-page summary of the report."
-        "\n\nReport:\n{context}\n\nNow, write a one-page summary of the report.\n\nSummary:"
-    ),
-    "triviaqa_e": (
-        "Answer the question based on the given passage. Only give me the answer and do not output "
-        "any other words. The following are some examples.\n\n{context}\n\n{input}"
-    ),
-    "qasper_e": (  # the space before the second "Answer" is LongBench's
-        f"You are given a scientific article and a question. Answer the question {CONCISELY}\n\n"
-        "Article: {context}\n\n Answer the question based on the above article "
-        f"{CONCISELY}\n\nQuestion: {{input}}\n\nAnswer:"
-    ),
-}
-
 
 def make_task(name: str, max_new_tokens: int, score: Callable, chat: bool = True) -> Task:
     fields = {"input": str, "context": str, "answers": list, "length": int}
     place = ("THUDM/LongBench", "data.zip")
-    return Task(name, *place, PROMPTS[name], max_new_tokens, score, length_bucket, fields, chat)
+    return Task(name, *place, read_prompt(name), max_new_tokens, score, length_bucket, fields, chat)
 
 
 TASKS = {

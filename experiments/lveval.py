@@ -13,13 +13,21 @@ Sources:
 
 from collections import Counter
 
-from experiments.longbench import ALL, Task, choose, f1, normalize
+from experiments.longbench import ALL, Task, choose, f1, normalize, read_prompt
 from support.command import UserError
 
 MAX_LENGTH = 15_500  # tokens of a prompt in [1] by default
 LEVEL = "16k"
 GATE = 0.2  # recall of the keywords under which an answer counts nothing
 
+ENGLISH = (
+    "hotpotwikiqa_mixup",
+    "loogle_SD_mixup",
+    "loogle_CR_mixup",
+    "loogle_MIR_mixup",
+    "multifieldqa_en_mixup",
+    "factrecall_en",
+)
 CHINESE = ("multifieldqa_zh_mixup", "cmrc_mixup", "lic_mixup", "dureader_mixup", "factrecall_zh")
 
 BLACKLIST = """
@@ -59,33 +67,6 @@ def plain_f1(output: str, record: dict) -> float:
 # ---------------------------------------------------------------------------------------- sets
 
 
-def passages_prompt(opening: str, relevant: str) -> str:
-    rules = (
-        f"Questions and answers are only relevant to {relevant}. Only give me the answer and do "
-        "not output any other explanation and evidence."
-    )
-    return (
-        f"{opening} based on the given passages. {rules}\n\nArticle: {{context}}\n\n"
-        f"Please answer the following question based on the above passages. {rules}\n\n"
-        "Question: {input}\nAnswer:"
-    )
-
-
-ONE_PASSAGE = passages_prompt("Please answer the following question", "one passage")
-PROMPTS = {
-    "hotpotwikiqa_mixup": passages_prompt("Answer the question", "some passages"),
-    "loogle_SD_mixup": ONE_PASSAGE,
-    "loogle_CR_mixup": ONE_PASSAGE,
-    "loogle_MIR_mixup": ONE_PASSAGE,
-    "multifieldqa_en_mixup": ONE_PASSAGE,
-    "factrecall_en": (
-        "Please answer the following questions based on the given article.\n\nArticle: {context}"
-        "\n\nPlease answer the following questions based on the above article.\n\n"
-        "Question: {input}\nAnswer:"
-    ),
-}
-
-
 def make_task(name: str) -> Task:
     fields = {"input": str, "context": str, "answers": list}
     if name == "factrecall_en":
@@ -97,7 +78,7 @@ def make_task(name: str) -> Task:
         name=f"{name}_{LEVEL}",
         repository="Infinigence/LVEval",
         archive=f"{name}.zip",
-        template=PROMPTS[name],
+        template=read_prompt(name),
         max_new_tokens=max_new_tokens,
         score=score,
         bucket=lambda record: ALL,  # one length, one column
@@ -105,7 +86,7 @@ def make_task(name: str) -> Task:
     )
 
 
-TASKS = {task.name: task for task in map(make_task, PROMPTS)}
+TASKS = {task.name: task for task in map(make_task, ENGLISH)}
 
 
 def select(names: list[str]) -> list[Task]:

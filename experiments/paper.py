@@ -23,6 +23,7 @@ The paper's numbers, in the column `paper`, are of LongChat-7B on LongEval with 
 """
 
 import argparse
+import json
 import shlex
 import sys
 import time
@@ -35,10 +36,9 @@ import torch
 import quant
 from experiments import figures, longeval, measuring
 from experiments.caches import CACHES, TOKENS, Row, make_row
-from experiments.evaluate import all_that_counts, perplexity_cases, retrieval_cases
+from experiments.evaluate import perplexity_cases, retrieval_cases
 from experiments.factors import FactorStore, Recipe
 from experiments.measuring import Case, measure, with_score
-from experiments.options import PROTOCOLS, add_options
 from support.calibration import INITIALIZATIONS, rank_for
 from support.checkpoint import load_model
 from support.command import (
@@ -50,7 +50,8 @@ from support.command import (
     run_command,
 )
 from support.demonstration import TEACHER
-from support.notes import delete_notes
+from support.notes import all_that_counts, delete_notes
+from support.options import PROTOCOLS, add_options
 from support.processes import place, processes
 from support.tables import table, write_json
 from support.text import sample_tokens
@@ -162,42 +163,16 @@ def side_by_side(rows: list[dict], columns: list[str]) -> tuple[list[dict], list
 # ------------------------------------------------------------------------------------- tables
 
 
-def paper_number(numbers: dict, *key) -> str:
-    found = numbers.get(key if len(key) > 1 else key[0])
-    return "" if found is None else f"{found:.2f}"
+NUMBERS = json.loads((Path(__file__).parent / "results" / "paper.json").read_text())
 
 
-# LongChat-7B, LongEval, averages over 4k to 10k.
-TABLE_1 = {
-    ("full", 0.0): fmean([1.00, 1.00, 0.98, 0.98]),
-    ("streaming", 0.5): fmean([0.12, 0.16, 0.06, 0.20]),
-    ("h2o", 0.5): fmean([0.62, 0.56, 0.52, 0.50]),
-    ("asvd", 0.5): fmean([0.92, 0.96, 0.92, 0.94]),
-    ("cskv", 0.5): fmean([0.98, 0.94, 0.96, 0.94]),
-    ("streaming", 0.8): fmean([0.06, 0.06, 0.02, 0.02]),
-    ("h2o", 0.8): fmean([0.18, 0.24, 0.26, 0.10]),
-    ("asvd", 0.8): fmean([0.26, 0.12, 0.06, 0.04]),
-    ("cskv", 0.8): fmean([0.92, 0.94, 0.94, 0.90]),
-}
-TABLE_2 = {
-    ("random", 0.5): 0.00, ("svd", 0.5): 0.94, ("asvd", 0.5): 0.95,
-    ("random", 0.6): 0.00, ("svd", 0.6): 0.93, ("asvd", 0.6): 0.94,
-    ("random", 0.7): 0.00, ("svd", 0.7): 0.89, ("asvd", 0.7): 0.93,
-    ("random", 0.8): 0.00, ("svd", 0.8): 0.87, ("asvd", 0.8): 0.92,
-}  # fmt: skip
-TABLE_3 = {2: 0.77, 4: 0.83, 8: 0.85, 16: 0.88, 32: 0.92, 64: 0.93, 128: 0.94, 256: 0.94}
-TABLE_3 |= {512: 0.94, 1024: 0.95, 2048: 0.96, 4096: 0.96}
-# By the shares of K and V as printed, taken as kept shares; 12.5% and 87.5% are printed as 75%.
-TABLE_4 = {
-    (0.875, 0.125): 0.97, (0.75, 0.25): 0.98, (0.625, 0.375): 0.96, (0.5, 0.5): 0.95,
-    (0.375, 0.625): 0.95, (0.25, 0.75): 0.94, (0.125, 0.875): 0.80,
-    (0.4375, 0.0625): 0.73, (0.375, 0.125): 0.89, (0.3125, 0.1875): 0.95, (0.25, 0.25): 0.93,
-    (0.1875, 0.3125): 0.88, (0.125, 0.375): 0.80, (0.0625, 0.4375): 0.43,
-}  # fmt: skip
-TABLE_5 = {(0.6, "none"): 0.94, (0.6, "ptq"): 0.00, (0.6, "qat"): 0.94}
-TABLE_5 |= {(0.7, "none"): 0.93, (0.7, "ptq"): 0.00, (0.7, "qat"): 0.92}
-TABLE_5 |= {(0.5, "none"): 0.95, (0.5, "ptq"): 0.00, (0.5, "qat"): 0.96}
-TABLE_5 |= {(0.8, "none"): 0.92, (0.8, "ptq"): 0.00, (0.8, "qat"): 0.90}
+def paper_number(table: str, **row) -> str:
+    """The paper's accuracy in the row of its table that has these values, "" if it has none."""
+    for theirs in NUMBERS[table]:
+        if all(theirs[name] == value for name, value in row.items()):
+            values = theirs["accuracy"]
+            return f"{fmean(values) if isinstance(values, list) else values:.2f}"
+    return ""
 
 
 def table1(e: Experiment) -> None:
@@ -224,7 +199,9 @@ def table1(e: Experiment) -> None:
     result = e.scores(rows, by_lines=True)
     for row in result:
         theirs = row["factors"].startswith("asvd") or not row["factors"]
-        row["paper"] = paper_number(TABLE_1, row["cache"], row["ratio"]) if theirs else ""
+        row["paper"] = (
+            paper_number("table1", cache=row["cache"], ratio=row["ratio"]) if theirs else ""
+        )
     own = ["question", "lines", "cache", "factors", "bits", "ratio"]
     e.write(result, [*own, *SCORES, "paper"])
     figures.accuracy_against_bytes(result, e.picture)
@@ -250,32 +227,33 @@ def table2(e: Experiment) -> None:
         row |= {"loss": history["final" if recipe.trained else "initial"]}
         row |= {"floor": history["floor"], "paper": ""}
         if recipe.lr == PAPER_LR:
-            row["paper"] = paper_number(TABLE_2, recipe.init, recipe.k_ratio)
+            row["paper"] = paper_number("table2", init=recipe.init, ratio=recipe.k_ratio)
     e.write(result, ["question", "ratio", "factors", "loss", "floor", *SCORES, "paper"])
 
 
 def table3(e: Experiment) -> None:
     """The window, at the highest of the ratios."""
     ratio = max(e.ratios)
-    windows = [w for w in (1, *TABLE_3) if w < e.longest]
+    windows = [w for w in (1, *(row["window"] for row in NUMBERS["table3"])) if w < e.longest]
     recipes = [Recipe(init, ratio, ratio, init == "asvd") for init in e.inits]
     result = e.scores([e.cskv(recipe, window=w) for recipe in recipes for w in windows])
     for i, row in enumerate(result):
-        row["window"] = windows[i % len(windows)]
-        row["paper"] = paper_number(TABLE_3, row["window"]) if "asvd" in row["factors"] else ""
+        row["window"] = w = windows[i % len(windows)]
+        row["paper"] = paper_number("table3", window=w) if "asvd" in row["factors"] else ""
     e.write(result, ["question", "factors", "window", "ratio", *SCORES, "paper"])
     figures.score_against_window(result, e.picture)
 
 
 def table4(e: Experiment) -> None:
     """Channels shared between keys and values, as kept shares, half and a quarter of all."""
-    splits = list(TABLE_4)
+    splits = [(row["kept_k"], row["kept_v"]) for row in NUMBERS["table4"]]
     recipes = [Recipe(init, 1 - k, 1 - v, init == "asvd") for init in e.inits for k, v in splits]
     e.store.factors(*recipes)
     result = e.scores([e.cskv(r, 1 - (2 - r.k_ratio - r.v_ratio) / 2) for r in recipes])
     for i, row in enumerate(result):
-        row["kept_k"], row["kept_v"] = kept = splits[i % len(splits)]
-        row["paper"] = paper_number(TABLE_4, *kept) if "asvd" in row["factors"] else ""
+        kept = dict(zip(("kept_k", "kept_v"), splits[i % len(splits)], strict=True))
+        paper = paper_number("table4", **kept) if "asvd" in row["factors"] else ""
+        row |= {**kept, "paper": paper}
     e.write(result, ["question", "factors", "ratio", "kept_k", "kept_v", *SCORES, "paper"])
     figures.score_against_split(result, e.picture)
 
@@ -303,7 +281,9 @@ def table5(e: Experiment) -> None:
     for i, row in enumerate(result):
         row["mode"] = modes[i % len(modes)]
         theirs = "asvd" in row["factors"] and row["bits"].split(",")[0] in ("16", "4")
-        row["paper"] = paper_number(TABLE_5, row["ratio"], row["mode"]) if theirs else ""
+        row["paper"] = (
+            paper_number("table5", ratio=row["ratio"], mode=row["mode"]) if theirs else ""
+        )
     own = ["question", "cache", "ratio", "factors", "bits", "mode"]
     e.write(result, [*own, *SCORES, "paper"])
 

@@ -29,14 +29,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from cskv import Factors
-from experiments.caches import make_cache, make_rows
+from experiments.caches import add_cache_options, make_cache, make_rows
 from experiments.measuring import clock
-from experiments.options import add_options
 from infer import held_bytes
 from model import Transformer
 from support.calibration import init_factors
 from support.checkpoint import load_model
 from support.command import DTYPES, Arguments, UserError, check_device, check_writable, run_command
+from support.options import add_options
 from support.tables import table, write_json
 
 # A runner makes an empty cache; `run(tokens, cache)` feeds it and returns the last logits.
@@ -170,7 +170,8 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    add_options(parser, "model lengths caches ratios bits window", bits=[16, 4])
+    add_cache_options(parser)
+    add_options(parser, "model lengths bits", bits=[16, 4])
     add_options(parser, "rounds steps threads device dtype json", steps=8)
     return parser.parse_args(argv)
 

@@ -4,10 +4,14 @@ A file for each process, JSON lines: the arguments, then a line for each finishe
 is killed leaves half a line at the most: that case does not count as finished.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
+from model import Transformer
+from support.checkpoint import find_checkpoint
 from support.command import UserError
+from support.factors_file import fingerprint
 from support.processes import say
 
 
@@ -67,3 +71,30 @@ def write_note(file: Path, note: dict) -> None:
 def delete_notes(notes: Path) -> None:
     for file in note_files(notes):
         file.unlink()
+
+
+def contents(path: Path) -> str:
+    """A digest of a file, or of all files in a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+SMALL = (".json", ".jinja", ".model")  # a checkpoint's files that are not its weights
+
+
+def all_that_counts(options: dict, model: Transformer, path: str) -> dict:
+    """What must be the same to go on with noted cases: the command's options by name, files by
+    their contents, and the checkpoint at `path`."""
+
+    def shown(value: object) -> object:
+        if isinstance(value, list):
+            return [shown(item) for item in value]
+        return contents(value) if isinstance(value, Path) else str(value)
+
+    named = {name: shown(v) for name, v in options.items() if name not in ("json", "device")}
+    files = sorted(find_checkpoint(path).iterdir())
+    small = [contents(file) for file in files if file.suffix in SMALL]
+    return {**named, "model": [fingerprint(model), small]}

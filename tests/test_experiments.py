@@ -15,9 +15,10 @@ from torch import Tensor
 
 import cskv
 import infer
-from experiments import caches, english, evaluate, longbench, measuring, speed
+from experiments import caches, evaluate, longbench, measuring, speed
 from experiments.longeval import Case, make_cases
 from model import FullCache, Transformer, full_cache
+from support import english
 from support.calibration import init_factors
 from support.checkpoint import load_model
 from support.command import UserError

@@ -19,13 +19,13 @@ from experiments.longbench import (
     lcs,
     normalize,
     prompt_ids,
-    read_records,
     rouge_l,
     select,
     summarize,
     truncate_middle,
 )
 from support.command import UserError
+from support.records import read_records
 from support.tokenizer import Tokenizer
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)

@@ -1,10 +1,9 @@
-"""The options of the command lines of this folder: each is described once, and means the same."""
+"""What the command lines of `experiments/` may be told, each option described once."""
 
 import argparse
 from pathlib import Path
 
 import quant
-from experiments.caches import CACHES
 from support.calibration import INITIALIZATIONS
 from support.command import DTYPES, comma_list, number, one_of
 
@@ -20,10 +19,6 @@ OPTIONS = {
     "threads": dict(type=count, default=2, help="of the processor"),
     "json": dict(type=Path, help="write the rows to this file; evaluate resumes from beside it"),
     # caches
-    "caches": dict(
-        type=comma_list(one_of(tuple(CACHES), "cache")), help=f"of {','.join(CACHES)}",
-        default=["full", "cskv"],
-    ),
     "ratios": dict(
         type=comma_list(number(float, 0, 0.9999)), default=[0.5, 0.8],
         help="shares removed, of channels or of tokens",
@@ -91,7 +86,12 @@ def add_options(parser: argparse.ArgumentParser, names: str, **defaults) -> None
         option = dict(OPTIONS[name])
         if (key := name.replace("-", "_")) in defaults:
             option |= {"default": defaults[key], "required": False}
-        if (default := option.get("default")) not in (None, []):
-            shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else default
-            option["help"] = f"{option.get('help', '')} (default: {shown})".strip()
-        parser.add_argument(f"--{name}", **option)
+        add_option(parser, name, **option)
+
+
+def add_option(parser: argparse.ArgumentParser, name: str, help: str = "", **option) -> None:
+    """Adds an option whose help ends with its default."""
+    if (default := option.get("default")) not in (None, []):
+        shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else default
+        help = f"{help} (default: {shown})".strip()
+    parser.add_argument(f"--{name}", help=help, **option)

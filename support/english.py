@@ -1,6 +1,6 @@
 """English text that every machine with Python and PyTorch has already, to calibrate and to measure.
 
-    python -m experiments.english --out runs/english
+    python -m support.english --out runs/english
 
 writes `calibration.txt`, the language reference that comes with Python (package `pydoc_data`) and
 the docstrings of its standard library, and `heldout.txt`, the docstrings of PyTorch. Technical
