@@ -16,15 +16,16 @@ compare. experiments/README.md, "Add a cache", adds one.
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-import quant
-from cskv import BiBranchCache, ChunkedBiBranchCache, Factors, LayerFactors, LowRank
+from cskv import BiBranchCache, ChunkedBiBranchCache, Factors, LowRank
 from experiments.baselines import HeavyHitterCache, KiviCache, LowRankCache, StreamingCache
 from infer import full_bytes, nominal_ratio
-from model import Attention, FullCache, LayerCache, Rope, Transformer
+from model import FullCache, LayerCache, Rope, Transformer
 from support.calibration import init_factors, rank_for
 from support.command import UserError, comma_list, one_of
 from support.options import add_option, add_options
@@ -73,36 +74,46 @@ class Row:
 
 @dataclass(frozen=True)
 class Kind:
-    """How one layer's cache is made: `make(attention, factors, row, expected)`."""
+    """How a cache is made for one layer, what makes it smaller, and its colour in figures.
 
-    make: Callable[[Attention, LayerFactors | None, Row, int], LayerCache]
-    shrinks: str | None = None  # what a ratio removes: TOKENS, CHANNELS (which takes factors)
+    `make` gets the settings of a `Row` as attributes, with the layer's own `factors`, its
+    `attention` and the model's `config`, and the `expected` tokens in the end.
+    """
+
+    make: Callable[[SimpleNamespace], LayerCache]
+    shrinks: str | None = None  # what a ratio removes: TOKENS or CHANNELS, which takes factors
+    colour: str | None = None  # None: matplotlib chooses
     bits: int = 16
-    colour: str | None = None  # in figures; without one matplotlib chooses
+
+
+def kivi(bits: int, colour: str | None = None) -> Kind:
+    return Kind(lambda s: KiviCache(s.config, bits, s.window, s.expected), colour=colour, bits=bits)
 
 
 CACHES = {
-    "full": Kind(lambda a, f, row, n: FullCache(a.config, n), colour="black"),
+    "full": Kind(lambda s: FullCache(s.config, s.expected), colour="black"),
     "streaming": Kind(
-        lambda a, f, row, n: StreamingCache(a.config, row.ratio, n, row.budget), TOKENS, 16, "gray"
+        lambda s: StreamingCache(s.config, s.ratio, s.expected, s.budget), TOKENS, "tab:gray"
     ),
     "h2o": Kind(
-        lambda a, f, row, n: HeavyHitterCache(a.config, row.ratio, n, row.budget),
-        TOKENS,
-        colour="tab:brown",
+        lambda s: HeavyHitterCache(s.config, s.ratio, s.expected, s.budget), TOKENS, "tab:brown"
     ),
-    "asvd": Kind(lambda a, f, row, n: LowRankCache(a, f, n), CHANNELS, colour="tab:orange"),
+    "asvd": Kind(
+        lambda s: LowRankCache(s.attention, s.factors, s.expected), CHANNELS, "tab:orange"
+    ),
     "cskv": Kind(
-        lambda a, f, row, n: ChunkedBiBranchCache(a, f, row.window, n), CHANNELS, 16, "tab:blue"
+        lambda s: ChunkedBiBranchCache(s.attention, s.factors, s.window, s.expected),
+        CHANNELS,
+        "tab:blue",
     ),
-    "cskv-plain": Kind(lambda a, f, row, n: BiBranchCache(a, f, row.window, n), CHANNELS),
+    "cskv-plain": Kind(
+        lambda s: BiBranchCache(s.attention, s.factors, s.window, s.expected), CHANNELS
+    ),
+    "kivi-2": kivi(2, "limegreen"),
+    "kivi-3": kivi(3),
+    "kivi-4": kivi(4, "tab:green"),
+    "kivi-8": kivi(8),
 }
-for _bits, _colour in zip(quant.BITS, ("limegreen", None, "tab:green", None), strict=True):
-    CACHES[f"kivi-{_bits}"] = Kind(
-        lambda a, f, row, n, bits=_bits: KiviCache(a.config, bits, row.window, n),
-        bits=_bits,
-        colour=_colour,
-    )
 
 
 class Rounded(LayerCache):
@@ -131,31 +142,26 @@ class Rounded(LayerCache):
 
 
 def make_row(
-    model: Transformer,
-    cache: str,
-    ratio: float | None = None,
-    factors: Factors | None = None,
-    dtype: torch.dtype = torch.float32,
-    **settings,
+    model: Transformer, cache: str, ratio: float = 0.0, factors: Factors | None = None, **settings
 ) -> Row:
     """A `Row` with its nominal ratio, its factors on the model's device; `settings` are `Row`'s."""
+    row = Row(cache, ratio, ratio, factors, **settings)
     if factors is not None:
+        like = torch.empty(0, dtype=row.dtype, device=model.lm_head.weight.device)
         nominal = nominal_ratio(model, factors)
-        factors = factors.to(torch.empty(0, dtype=dtype, device=model.lm_head.weight.device))
-        return Row(
-            cache, nominal if ratio is None else ratio, nominal, factors, dtype=dtype, **settings
-        )
-    nominal = ratio if CACHES[cache].shrinks else 1 - CACHES[cache].bits / 16
-    return Row(cache, ratio or 0.0, nominal, dtype=dtype, **settings)
+        return replace(row, factors=factors.to(like), nominal_ratio=nominal)
+    kind = CACHES[cache]
+    return row if kind.shrinks else replace(row, nominal_ratio=1 - kind.bits / 16)
 
 
 def make_cache(model: Transformer, row: Row, expected: int) -> list[LayerCache]:
     """An empty cache for one batch of sequences, `expected` tokens long in the end."""
-    make, layers = CACHES[row.cache].make, model.model.layers
-    factors = row.factors.layers if row.factors else [None] * len(layers)
-    caches = [
-        make(layer.self_attn, f, row, expected) for layer, f in zip(layers, factors, strict=True)
-    ]
+    caches = []
+    for i, layer in enumerate(model.model.layers):
+        own = {"attention": layer.self_attn, "config": model.config, "expected": expected}
+        if row.factors:
+            own["factors"] = row.factors.layers[i]
+        caches.append(CACHES[row.cache].make(SimpleNamespace(**{**vars(row), **own})))
     if row.dtype == model.lm_head.weight.dtype:
         return caches
     return [Rounded(cache, row.dtype) for cache in caches]
@@ -175,12 +181,11 @@ def layer_bytes(model: Transformer, row: Row, tokens: int) -> int:
     return cache.nbytes()
 
 
-def largest_row(
+def largest_size(
     model: Transformer, ratio: float, tokens: int, of_size: Callable[[int], Row], most: int
-) -> tuple[int, Row] | None:
+) -> int:
     """The largest size in 1 .. `most` whose row `of_size(size)` holds no more than 1 - `ratio` of a
-    full cache's bytes, both after `tokens`. None if no size does, or if even the largest holds far
-    less."""
+    full cache's bytes, both after `tokens`. 0 if none does, or if even `most` holds far less."""
     limit = (1 - ratio) * full_bytes(model, tokens) / len(model.model.layers)
     low, high = 0, most + 1  # low fits, high does not
     while high - low > 1:
@@ -189,8 +194,8 @@ def largest_row(
         low, high = (middle, high) if fits else (low, middle)
     if not low or (low == most and layer_bytes(model, of_size(low), tokens) < 0.98 * limit):
         say(f"{of_size(most).label}: no size holds those bytes; left out")
-        return None
-    return low, of_size(low)
+        return 0
+    return low
 
 
 # ----------------------------------------------------------------------------------- many rows
@@ -221,55 +226,50 @@ def make_rows(
         equal: a number of tokens, at which `ratios` are of bytes really held: the size of each
             cache, tokens kept or rank, is the largest that holds no more.
     """
-    most = min(model.config.d_kv, model.config.hidden_size)
+    d_kv, layers, widths = model.config.d_kv, len(model.model.layers), bits or [None]
+    most = min(d_kv, model.config.hidden_size)  # the highest rank
 
-    def row(cache: str, ratio: float | None = None, factors: Factors | None = None, **more) -> Row:
-        return make_row(model, cache, ratio, factors, dtype, window=window, **more)
+    def row(cache: str, ratio: float = 0.0, factors: Factors | None = None, **more) -> Row:
+        return make_row(model, cache, ratio, factors, window=window, dtype=dtype, **more)
 
-    def token_rows(name: str, ratio: float) -> list[Row]:
-        if not equal:
-            return [row(name, ratio)]
-
+    def token_row(name: str, ratio: float) -> Row | None:
         def keeping(budget: int) -> Row:
             budget = max(5, budget)  # fewer tokens are no StreamingLLM
             return replace(row(name, ratio, budget=budget), nominal_ratio=1 - budget / equal)
 
-        found = largest_row(model, ratio, equal, keeping, equal)
-        return [found[1]] if found else []
+        if not equal:
+            return row(name, ratio)
+        budget = largest_size(model, ratio, equal, keeping, equal)
+        return keeping(budget) if budget else None
 
-    def channel_rows(name: str, ratio: float, init: str, width: int | None) -> list[Row]:
+    def channel_row(name: str, ratio: float, init: str, width: int | None) -> Row | None:
         def shrunk(factors: Factors) -> Row:
             return row(name, ratio, factors.in_bits(width, width, clamped), origin=init)
-
-        if not equal:
-            return [shrunk(make_factors(init, rank_for(ratio, model.config.d_kv)))]
-        # Of any values, to count bytes.
-        whole = init_factors("random", model, *[[most] * len(model.model.layers)] * 2)
 
         def of_rank(rank: int) -> Row:
             return shrunk(whole.map(lambda pair: LowRank(pair.A[:, :rank], pair.B[:rank])))
 
-        found = largest_row(model, ratio, equal, of_rank, most)
-        return [shrunk(make_factors(init, found[0]))] if found else []
+        rank = rank_for(ratio, d_kv)
+        if equal:
+            whole = init_factors("random", model, *[[most] * layers] * 2)  # to count bytes with
+            rank = largest_size(model, ratio, equal, of_rank, most)
+        return shrunk(make_factors(init, rank)) if rank else None
 
     rows = []
     for name in names:
-        if CACHES[name].shrinks is None:
+        shrinks = CACHES[name].shrinks
+        if shrinks is None:
             rows.append(row(name))
-            continue
-        if CACHES[name].shrinks == CHANNELS and name != "asvd":
-            for file, factors in files:
-                for width in bits or [None]:
-                    own = factors.in_bits(width, width, clamped)
-                    rows.append(row(name, nominal_ratio(model, factors), own, origin=file))
-        for ratio in ratios:
-            if CACHES[name].shrinks == TOKENS:
-                rows += token_rows(name, ratio)
-            elif name == "asvd":
-                rows += channel_rows(name, ratio, "asvd", 16)
-            else:
-                pairs = [(init, width) for init in inits for width in bits or [None]]
-                rows += [row for pair in pairs for row in channel_rows(name, ratio, *pair)]
+        elif shrinks == TOKENS:
+            rows += [token_row(name, ratio) for ratio in ratios]
+        elif name == "asvd":
+            rows += [channel_row(name, ratio, "asvd", 16) for ratio in ratios]
+        else:
+            for (file, own), width in product(files, widths):
+                ratio = nominal_ratio(model, own)
+                rows.append(row(name, ratio, own.in_bits(width, width, clamped), origin=file))
+            rows += [channel_row(name, *options) for options in product(ratios, inits, widths)]
+    rows = [row for row in rows if row]
     if not rows:
         raise UserError("no cache can hold those bytes; choose other --ratios, or a longer --equal")
     shown = [row.columns for row in rows]

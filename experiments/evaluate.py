@@ -245,70 +245,67 @@ def benchmark_cases(
 # -------------------------------------------------------------------------------- command line
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Measures as the arguments say, and prints and writes the table."""
-    check_device(args.device)
-    check_writable(args.json)
-    model = load_model(args.model, args.device, DTYPES[args.dtype])
-    tokenizer, limit = load_tokenizer(args.model), model.config.context_length
-    if args.vicuna:
-        tokenizer.template = VICUNA
-    if args.what == "perplexity":
-        sizes = args.context, args.steps, args.passages, args.batch
-        cases = perplexity_cases(model, tokenizer, args.text, *sizes)
-    elif args.what in BENCHMARKS:
-        sizes = args.cases, args.max_length
-        cases = benchmark_cases(model, tokenizer, args.what, args.sets, args.data, *sizes)
-    else:
-        drawn = args.lines, args.cases, args.seed, args.spelled
-        cases = retrieval_cases(model, tokenizer, args.what, args.question, *drawn)
-    if args.equal and args.equal > limit:
-        raise UserError(f"--equal {args.equal} exceeds the context of {limit}")
-
-    @functools.cache
-    def statistics() -> list:
-        length = min(args.seq_len, limit)
-        if args.calibrate:
-            text = args.calibrate, tokenizer, args.samples, length, args.seed
-            return calibrate(model, sample_tokens(*text))
-        if args.what not in ANSWER_TOKENS:
-            raise UserError("factors for cskv and asvd are made from text; give --calibrate TEXT")
-        drawn = [max(args.lines)], min(args.samples, 64), args.seed, args.spelled
-        return calibrate(model, longeval.samples(tokenizer, length, args.what, *drawn))
-
-    @functools.cache
-    def make_factors(init: str, rank: int) -> Factors:
-        ranks = [rank] * len(model.model.layers)
-        seen = statistics() if init in CALIBRATED else None
-        return init_factors(init, model, ranks, ranks, seen, args.seed)
-
-    with user_values():
-        rows = make_rows(
-            model,
-            args.caches,
-            args.ratios,
-            make_factors,
-            files=[(file.stem, load_factors(file, model)) for file in args.factors],
-            inits=args.inits or ([] if args.factors else ["optimal"]),
-            bits=args.bits,
-            clamped=args.clamped_zero_point,
-            window=args.window,
-            dtype=DTYPES[args.cache_dtype],
-            equal=args.equal,
-        )
-    counts = all_that_counts(vars(args), model, args.model) if args.json else None
-    rows = with_score(args.what, measure(model, rows, cases, args.json, counts))
-    if place()[0] == 0:
-        print(table(rows, COLUMNS))
-        write_json(args.json, rows)
-        if args.json:
-            delete_notes(args.json)
-
-
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
-    with processes(args.device) as args.device:
-        evaluate(args)
+    with processes(args.device) as device:
+        check_device(args.device)
+        check_writable(args.json)
+        model = load_model(args.model, device, DTYPES[args.dtype])
+        tokenizer, limit = load_tokenizer(args.model), model.config.context_length
+        if args.vicuna:
+            tokenizer.template = VICUNA
+        if args.what == "perplexity":
+            sizes = args.context, args.steps, args.passages, args.batch
+            cases = perplexity_cases(model, tokenizer, args.text, *sizes)
+        elif args.what in BENCHMARKS:
+            sizes = args.cases, args.max_length
+            cases = benchmark_cases(model, tokenizer, args.what, args.sets, args.data, *sizes)
+        else:
+            drawn = args.lines, args.cases, args.seed, args.spelled
+            cases = retrieval_cases(model, tokenizer, args.what, args.question, *drawn)
+        if args.equal and args.equal > limit:
+            raise UserError(f"--equal {args.equal} exceeds the context of {limit}")
+
+        @functools.cache
+        def statistics() -> list:
+            length = min(args.seq_len, limit)
+            if args.calibrate:
+                text = args.calibrate, tokenizer, args.samples, length, args.seed
+                return calibrate(model, sample_tokens(*text))
+            if args.what not in ANSWER_TOKENS:
+                raise UserError(
+                    "factors for cskv and asvd are made from text; give --calibrate TEXT"
+                )
+            drawn = [max(args.lines)], min(args.samples, 64), args.seed, args.spelled
+            return calibrate(model, longeval.samples(tokenizer, length, args.what, *drawn))
+
+        @functools.cache
+        def make_factors(init: str, rank: int) -> Factors:
+            ranks = [rank] * len(model.model.layers)
+            seen = statistics() if init in CALIBRATED else None
+            return init_factors(init, model, ranks, ranks, seen, args.seed)
+
+        with user_values():
+            rows = make_rows(
+                model,
+                args.caches,
+                args.ratios,
+                make_factors,
+                files=[(file.stem, load_factors(file, model)) for file in args.factors],
+                inits=args.inits or ([] if args.factors else ["optimal"]),
+                bits=args.bits,
+                clamped=args.clamped_zero_point,
+                window=args.window,
+                dtype=DTYPES[args.cache_dtype],
+                equal=args.equal,
+            )
+        counts = all_that_counts(vars(args), model, args.model) if args.json else None
+        rows = with_score(args.what, measure(model, rows, cases, args.json, counts))
+        if place()[0] == 0:
+            print(table(rows, COLUMNS))
+            write_json(args.json, rows)
+            if args.json:
+                delete_notes(args.json)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

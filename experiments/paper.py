@@ -46,6 +46,7 @@ from support.command import (
     Arguments,
     UserError,
     check_device,
+    make_folder,
     replacing,
     run_command,
 )
@@ -81,63 +82,62 @@ class Experiment:
 
     store: FactorStore
     cases: list[Case]
-    what: str  # is measured: "longeval" or "perplexity"
     ratios: list[float]
     inits: list[str]
     bits: list[int]
-    longest: int  # tokens of the longest case, about
     dtype: torch.dtype  # of what caches hold
     out: Path  # of the table and the figure, without a suffix
     notes: Path
     arguments: dict  # that must be the same to go on with the notes
     began: float = field(default_factory=time.monotonic)
 
-    def plain(self, cache: str, ratio: float | None = None) -> Row:
+    @property
+    def picture(self) -> Path:
+        return self.out.with_suffix(".png")
+
+    def plain(self, cache: str, ratio: float = 0.0) -> Row:
         """A cache that needs no factors."""
         return make_row(self.store.model, cache, ratio, dtype=self.dtype)
 
     def cskv(self, recipe: Recipe, ratio: float | None = None, window: int = 32, **bits) -> Row:
         """CSKV with the recipe's factors; `bits` are those of `Factors.in_bits`."""
-        (factors,) = self.store.factors(recipe)
         name = recipe.init + (", trained" if recipe.trained else "")
         name += f" in {recipe.bits} bits" if recipe.trained and recipe.bits < 16 else ""
         name += f", lr {recipe.lr:g}" if recipe.lr else ""
-        ratio = recipe.k_ratio if ratio is None else ratio
+        (factors,) = self.store.factors(recipe)
         settings = {"dtype": self.dtype, "origin": name, "window": window}
+        ratio = recipe.k_ratio if ratio is None else ratio
         return make_row(self.store.model, "cskv", ratio, factors.in_bits(**bits), **settings)
 
-    def scores(self, rows: list[Row], by_lines: bool = False) -> list[dict]:
-        """Rows of `measure`: of perplexity, or of LongEval in each protocol. `by_lines` keeps the
-        lengths apart; else a row is the average over them, as the paper's `Avg. Acc`."""
-        cases = self.cases
-        if self.what == "longeval" and not by_lines:
+    def scores(self, rows: list[Row], more: list[dict], by_lines: bool = False) -> list[dict]:
+        """Rows of `measure`, with what `more` has for each: of perplexity, or of LongEval in each
+        protocol. `by_lines` keeps the lengths apart; else a row is the average over them, as the
+        paper's `Avg. Acc`."""
+        cases, what = self.cases, "longeval" if "lines" in self.cases[0].columns else "perplexity"
+        if what == "longeval" and not by_lines:
             cases = [replace(c, columns={"question": c.columns["question"]}) for c in cases]
-        given = {**self.arguments, "samples": self.store.key}
-        return with_score(self.what, measure(self.store.model, rows, cases, self.notes, given))
+        measured = measure(self.store.model, rows, cases, self.notes, self.arguments)
+        return [{**row, **more[i % len(rows)]} for i, row in enumerate(with_score(what, measured))]
 
     def write(self, rows: list[dict], columns: list[str]) -> None:
         """Prints a table and writes it, as Markdown and as JSON. Of rows of several protocols it is
         `side_by_side`, and the file has all rows as well."""
         if place()[0]:
             return
-        whole = table(rows, {name: COLUMNS[name] for name in columns})
         merged, shown = side_by_side(rows, columns)
-        text = table(merged, {name: COLUMNS[name] for name in shown})
+        text, whole = (
+            table(some, {name: COLUMNS[name] for name in names})
+            for some, names in ((merged, shown), (rows, columns))
+        )
         print(text)
         write_json(self.out.with_suffix(".json"), rows)
         command = f"`python -m experiments.paper {shlex.join(sys.argv[1:]) or self.out.name}`"
-        made = (
-            f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, "
-            f"{torch.get_num_threads()} threads, {(time.monotonic() - self.began) / 60:.1f} "
-            "minutes since it was started last"
-        )
+        made = f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, "
+        made += f"{torch.get_num_threads()} threads, {(time.monotonic() - self.began) / 60:.1f} "
+        made += "minutes since it was started last"
         parts = [command, text, made] + [whole] * (whole != text)
         with replacing(self.out.with_suffix(".md")) as temporary:
             temporary.write_text("\n\n".join(parts) + "\n")
-
-    @property
-    def picture(self) -> Path:
-        return self.out.with_suffix(".png")
 
 
 def side_by_side(rows: list[dict], columns: list[str]) -> tuple[list[dict], list[str]]:
@@ -186,7 +186,8 @@ def table1(e: Experiment) -> None:
         rows += [e.plain(name, ratio) for name in pruning]
         for init in e.inits:
             (factors,) = e.store.factors(Recipe(init, ratio, ratio))
-            rows.append(make_row(e.store.model, "asvd", ratio, factors, e.dtype, origin=init))
+            settings = {"origin": init, "dtype": e.dtype}
+            rows.append(make_row(e.store.model, "asvd", ratio, factors, **settings))
         rows += [e.cskv(recipe) for recipe in recipes if recipe.k_ratio == ratio]
     rows += [e.plain("kivi-4"), e.plain("kivi-2")]
     # 95%: four bits on top of 80%; of the tokens, a twentieth.
@@ -195,13 +196,12 @@ def table1(e: Experiment) -> None:
         rows.append(e.cskv(in_bits, 0.95))
     if "optimal" in e.inits:
         rows.append(e.cskv(Recipe("optimal", 0.8, 0.8), 0.95, k_bits=4, v_bits=4))
-
-    result = e.scores(rows, by_lines=True)
-    for row in result:
-        theirs = row["factors"].startswith("asvd") or not row["factors"]
-        row["paper"] = (
-            paper_number("table1", cache=row["cache"], ratio=row["ratio"]) if theirs else ""
-        )
+    theirs = [row.origin.startswith("asvd") or not row.origin for row in rows]
+    paper = [
+        paper_number("table1", cache=row.cache, ratio=row.ratio) if own else ""
+        for row, own in zip(rows, theirs, strict=True)
+    ]
+    result = e.scores(rows, [{"paper": number} for number in paper], by_lines=True)
     own = ["question", "lines", "cache", "factors", "bits", "ratio"]
     e.write(result, [*own, *SCORES, "paper"])
     figures.accuracy_against_bytes(result, e.picture)
@@ -219,41 +219,42 @@ def table2(e: Experiment) -> None:
     trained = trainings(e)
     e.store.factors(*trained)
     recipes = [r for t in trained for r in (replace(t, trained=False, lr=None), t)]
-    recipes = list(dict.fromkeys(recipes))
-    result = e.scores([e.cskv(recipe) for recipe in recipes])
-    for i, row in enumerate(result):
-        recipe = recipes[i % len(recipes)]
-        history = e.store.history(replace(recipe, trained=True, lr=recipe.lr or PAPER_LR))
-        row |= {"loss": history["final" if recipe.trained else "initial"]}
-        row |= {"floor": history["floor"], "paper": ""}
-        if recipe.lr == PAPER_LR:
-            row["paper"] = paper_number("table2", init=recipe.init, ratio=recipe.k_ratio)
+    recipes, more = list(dict.fromkeys(recipes)), []
+    for r in recipes:
+        history = e.store.history(replace(r, trained=True, lr=r.lr or PAPER_LR))
+        loss = history["final" if r.trained else "initial"]
+        number = paper_number("table2", init=r.init, ratio=r.k_ratio) if r.lr == PAPER_LR else ""
+        more.append({"loss": loss, "floor": history["floor"], "paper": number})
+    result = e.scores([e.cskv(recipe) for recipe in recipes], more)
     e.write(result, ["question", "ratio", "factors", "loss", "floor", *SCORES, "paper"])
 
 
 def table3(e: Experiment) -> None:
     """The window, at the highest of the ratios."""
-    ratio = max(e.ratios)
-    windows = [w for w in (1, *(row["window"] for row in NUMBERS["table3"])) if w < e.longest]
-    recipes = [Recipe(init, ratio, ratio, init == "asvd") for init in e.inits]
-    result = e.scores([e.cskv(recipe, window=w) for recipe in recipes for w in windows])
-    for i, row in enumerate(result):
-        row["window"] = w = windows[i % len(windows)]
-        row["paper"] = paper_number("table3", window=w) if "asvd" in row["factors"] else ""
+    ratio, longest = max(e.ratios), max(case.length for case in e.cases)
+    windows = [1, *(row["window"] for row in NUMBERS["table3"])]
+    rows, more = [], []
+    for init in e.inits:
+        for window in (w for w in windows if w < longest):
+            rows.append(e.cskv(Recipe(init, ratio, ratio, init == "asvd"), window=window))
+            number = paper_number("table3", window=window) if init == "asvd" else ""
+            more.append({"window": window, "paper": number})
+    result = e.scores(rows, more)
     e.write(result, ["question", "factors", "window", "ratio", *SCORES, "paper"])
     figures.score_against_window(result, e.picture)
 
 
 def table4(e: Experiment) -> None:
     """Channels shared between keys and values, as kept shares, half and a quarter of all."""
-    splits = [(row["kept_k"], row["kept_v"]) for row in NUMBERS["table4"]]
-    recipes = [Recipe(init, 1 - k, 1 - v, init == "asvd") for init in e.inits for k, v in splits]
+    recipes, more = [], []
+    for init in e.inits:
+        for split in NUMBERS["table4"]:
+            kept = {name: split[name] for name in ("kept_k", "kept_v")}
+            recipes.append(Recipe(init, *(1 - share for share in kept.values()), init == "asvd"))
+            more.append({**kept, "paper": paper_number("table4", **kept) * (init == "asvd")})
     e.store.factors(*recipes)
-    result = e.scores([e.cskv(r, 1 - (2 - r.k_ratio - r.v_ratio) / 2) for r in recipes])
-    for i, row in enumerate(result):
-        kept = dict(zip(("kept_k", "kept_v"), splits[i % len(splits)], strict=True))
-        paper = paper_number("table4", **kept) if "asvd" in row["factors"] else ""
-        row |= {**kept, "paper": paper}
+    rows = [e.cskv(r, 1 - (2 - r.k_ratio - r.v_ratio) / 2) for r in recipes]
+    result = e.scores(rows, more)
     e.write(result, ["question", "factors", "ratio", "kept_k", "kept_v", *SCORES, "paper"])
     figures.score_against_split(result, e.picture)
 
@@ -263,27 +264,26 @@ def table5(e: Experiment) -> None:
     at about the bytes of 80% in 16 bits, half of the key channels with all value channels in 3
     bits, and KIVI. The clamped zero-point is trained for at the largest of the bits, the paper's.
     """
-    rows: list[tuple[str, Recipe, dict]] = []  # mode, factors, bits
+    kinds: list[tuple[str, Recipe, dict]] = []  # mode, factors, bits
     for start in (Recipe(init, r, r, init == "asvd") for init in e.inits for r in e.ratios):
-        rows.append(("none", start, {}))
+        kinds.append(("none", start, {}))
         for bits in e.bits:
             for clamped in (False, True):
                 options = {"k_bits": bits, "v_bits": bits, "clamped": clamped}
-                rows.append(("ptq", start, options))
+                kinds.append(("ptq", start, options))
                 if not clamped or bits == max(e.bits):
                     aware = replace(start, trained=True, bits=bits, clamped=clamped)
-                    rows.append(("qat", aware, options))
-    e.store.factors(*(recipe for _, recipe, _ in rows))
-    modes = ["none", *(mode for mode, _, _ in rows), *["ptq"] * 3]
-    shown = [e.plain("full"), *(e.cskv(recipe, **options) for _, recipe, options in rows)]
-    shown.append(e.cskv(Recipe("optimal", 0.5, 0.0), 0.25, k_bits=3, v_bits=3))
-    result = e.scores([*shown, e.plain("kivi-4"), e.plain("kivi-2")])
-    for i, row in enumerate(result):
-        row["mode"] = modes[i % len(modes)]
-        theirs = "asvd" in row["factors"] and row["bits"].split(",")[0] in ("16", "4")
-        row["paper"] = (
-            paper_number("table5", ratio=row["ratio"], mode=row["mode"]) if theirs else ""
-        )
+                    kinds.append(("qat", aware, options))
+    e.store.factors(*(recipe for _, recipe, _ in kinds))
+    rows, more = [e.plain("full")], [{"mode": "none", "paper": ""}]
+    for mode, recipe, options in kinds:
+        rows.append(e.cskv(recipe, **options))
+        theirs = recipe.init == "asvd" and options.get("k_bits", 4) == 4
+        number = paper_number("table5", ratio=recipe.k_ratio, mode=mode) if theirs else ""
+        more.append({"mode": mode, "paper": number})
+    rows.append(e.cskv(Recipe("optimal", 0.5, 0.0), 0.25, k_bits=3, v_bits=3))
+    rows += [e.plain("kivi-4"), e.plain("kivi-2")]
+    result = e.scores(rows, more + [{"mode": "ptq", "paper": ""}] * 3)
     own = ["question", "cache", "ratio", "factors", "bits", "mode"]
     e.write(result, [*own, *SCORES, "paper"])
 
@@ -320,59 +320,50 @@ COMMANDS = {f.__name__: f for f in (table1, table2, table3, table4, table5, figu
 # -------------------------------------------------------------------------------- command line
 
 
-def make_experiment(args: argparse.Namespace) -> Experiment:
-    """What the arguments ask for. Raises `UserError` for a case that does not fit, now and not
-    after the training."""
-    model = load_model(args.model, args.device, DTYPES[args.dtype])
-    tokenizer, limit = load_tokenizer(args.model), model.config.context_length
-    work = args.work / Path(args.model).name
-    for folder in (work, args.out):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be made ({error}); choose another") from None
-    if args.calibrate:
-        length = min(args.seq_len, limit)
-        samples = sample_tokens(args.calibrate, tokenizer, args.samples, length, args.seed)
-    elif args.text:
-        raise UserError("factors are made from text; give some with --calibrate")
-    else:
-        drawn = "longeval", LINES, args.samples, args.seed
-        samples = longeval.samples(tokenizer, limit, *drawn)
-    training = args.measure_samples, args.epochs, args.lr, args.seed
-    what, cases = "perplexity" if args.text else "longeval", []
-    if args.what.startswith("table"):
-        if args.text:
-            sizes = args.context, args.steps, args.passages, args.batch
-            cases = perplexity_cases(model, tokenizer, args.text, *sizes)
-        else:
-            drawn = args.question, args.lines, args.cases, args.seed
-            cases = retrieval_cases(model, tokenizer, "longeval", *drawn)
-    options = {**vars(args), "out": None, "work": None}
-    return Experiment(
-        FactorStore(model, samples, work, *training),
-        cases,
-        what,
-        args.ratios,
-        args.inits,
-        args.bits,
-        max((case.length for case in cases), default=0),
-        DTYPES[args.cache_dtype],
-        args.out / args.what,
-        work / f"{args.what}.json",
-        all_that_counts(options, model, args.model),
-    )
-
-
 def run(args: argparse.Namespace) -> None:
-    """The command line, with arguments already parsed."""
+    """The command line, with arguments already parsed. A case that does not fit is refused before
+    the training, and not after it."""
     check_device(args.device)
     if args.what not in ("table2", "table5"):
         figures.pyplot()  # if it is missing, that is known before the work and not after
     if args.text and not args.text.exists():
         raise UserError(f"no file {args.text}; give held-out text")
-    with processes(args.device) as args.device:
-        experiment = make_experiment(args)
+    with processes(args.device) as device:
+        model = load_model(args.model, device, DTYPES[args.dtype])
+        tokenizer, limit = load_tokenizer(args.model), model.config.context_length
+        work = args.work / Path(args.model).name
+        for folder in (work, args.out):
+            make_folder(folder)
+        if args.calibrate:
+            drawn = args.samples, min(args.seq_len, limit), args.seed
+            samples = sample_tokens(args.calibrate, tokenizer, *drawn)
+        elif args.text:
+            raise UserError("factors are made from text; give some with --calibrate")
+        else:
+            drawn = "longeval", LINES, args.samples, args.seed
+            samples = longeval.samples(tokenizer, limit, *drawn)
+        cases = []
+        if args.what.startswith("table"):
+            if args.text:
+                sizes = args.context, args.steps, args.passages, args.batch
+                cases = perplexity_cases(model, tokenizer, args.text, *sizes)
+            else:
+                drawn = args.question, args.lines, args.cases, args.seed
+                cases = retrieval_cases(model, tokenizer, "longeval", *drawn)
+        training = args.measure_samples, args.epochs, args.lr, args.seed
+        store = FactorStore(model, samples, work, *training)
+        counts = {**vars(args), "out": None, "work": None, "samples": store.key}
+        experiment = Experiment(
+            store=store,
+            cases=cases,
+            ratios=args.ratios,
+            inits=args.inits,
+            bits=args.bits,
+            dtype=DTYPES[args.cache_dtype],
+            out=args.out / args.what,
+            notes=work / f"{args.what}.json",
+            arguments=all_that_counts(counts, model, args.model),
+        )
         COMMANDS[args.what](experiment)
         if place()[0] == 0:
             delete_notes(experiment.notes)

@@ -125,6 +125,14 @@ def check_writable(path: Path | None) -> None:
         raise UserError(f"{path} cannot be written ({error}); choose another place") from None
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, if it is not there. Raises `UserError` if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made ({error}); choose another") from None
+
+
 def check_files(written: dict[str, Path | None], read: dict[str, Path | None]) -> None:
     """Raises `UserError` if a file cannot be written, or is another one that is written or read.
 

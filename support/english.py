@@ -17,7 +17,7 @@ from pydoc_data.topics import topics
 
 import torch
 
-from support.command import Arguments, UserError, replacing, run_command
+from support.command import Arguments, make_folder, replacing, run_command
 
 MODULES = (torch.nn, torch.optim, torch.nn.functional, torch.utils.data, torch.distributions, torch)
 
@@ -60,10 +60,7 @@ def heldout_text(shortest: int = 800) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{args.out} cannot be made ({error}); choose another folder") from None
+    make_folder(args.out)
     for name, text in (("calibration", calibration_text()), ("heldout", heldout_text())):
         file = args.out / f"{name}.txt"
         with replacing(file) as temporary:

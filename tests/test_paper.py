@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from experiments import evaluate, factors, paper
-from experiments.factors import Recipe
+from experiments.factors import FactorStore, Recipe
 from support.calibration import INITIALIZATIONS, layer_hooks, rank_for
 from support.command import UserError
+from support.text import sample_tokens
+from support.tokenizer import load_tokenizer
 from tests.helpers import call, save_checkpoint, tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -40,9 +42,12 @@ def lines_flags(setup, what, out, *more):
     return flags(setup, what, out, "--lines", "2,3", "--cases", 2, *more)
 
 
-def factor_store(flags):
-    """The factors of a command with these flags."""
-    return paper.make_experiment(paper.parse_arguments([str(flag) for flag in flags])).store
+def factor_store(setup, folder, samples=6, length=40):
+    """The factors of a command with the flags of `text_flags`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(setup / "tiny")
+    text = sample_tokens(setup / "text.txt", tokenizer, samples, length, 0)
+    return FactorStore(tiny_model(), text, folder, measured=3)
 
 
 def read(out, what):
@@ -105,7 +110,7 @@ def test_losses_and_floors(setup, tmp_path, capsys):
     assert call(paper, capsys, *text_flags(setup, "figure4", tmp_path, "--epochs", 4))[0] == 0
     rows = read(tmp_path, "figure4")
     assert len(rows) == 2 * 2 * len(INITIALIZATIONS)  # ratios, learning rates
-    store, moments = factor_store(text_flags(setup, "figure4", tmp_path)), {}
+    store, moments = factor_store(setup, tmp_path / "again"), {}
 
     def see(i, x, k, v):
         for name, y in (("k", k), ("v", v)):
@@ -130,8 +135,7 @@ def test_training_together_equals_training_alone_and_resumes(setup, tmp_path, mo
     """Two recipes in one pass, interrupted after its checkpoint, end where each alone ends."""
 
     def store(name):
-        few = "--samples", 70, "--seq-len", 12
-        return factor_store(text_flags(setup, "figure4", tmp_path / name, *few))
+        return factor_store(setup, tmp_path / name, 70, 12)
 
     recipes = Recipe("svd", 0.5, 0.5, True), Recipe("optimal", 0.75, 0.5, True, 4)
     alone = [store("alone").factors(recipe)[0] for recipe in recipes]
@@ -184,6 +188,6 @@ def test_perplexity_without_calibration_text_is_refused(setup, tmp_path, capsys)
 
 
 def test_choice_of_unknown_recipe_is_refused(setup, tmp_path):
-    store = factor_store(lines_flags(setup, "table1", tmp_path))
+    store = factor_store(setup, tmp_path / "factors")
     with pytest.raises(UserError, match="no initialization 'best'"):
         store.factors(Recipe("best", 0.5, 0.5))
