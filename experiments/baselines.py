@@ -32,8 +32,6 @@ from model import Attention, Config, LayerCache, Rope, causal_attention, reserve
 from quant import BITS, CHANNELS, TOKENS, Packed
 from support.command import UserError
 
-# -------------------------------------------------------------------------------- token pruning
-
 
 class PrunedCache(LayerCache):
     """What the two token-pruning caches share: a budget of tokens, kept whole; the rest is gone.
@@ -99,10 +97,8 @@ class StreamingCache(PrunedCache):
     sinks = 4
     least = sinks + 1
 
-    def __init__(
-        self, config: Config, ratio: float = 0.0, expected: int = 0, budget: int | None = None
-    ):
-        super().__init__(config, ratio, expected, budget)
+    def __init__(self, config: Config, *args, **more):
+        super().__init__(config, *args, **more)
         if config.sliding_window is not None and config.sliding_window < self.least:
             raise UserError(
                 f"a sliding window of {config.sliding_window} has no room for {self.sinks} sinks "
@@ -196,10 +192,8 @@ class HeavyHitterCache(PrunedCache):
 
     least = 2
 
-    def __init__(
-        self, config: Config, ratio: float = 0.0, expected: int = 0, budget: int | None = None
-    ):
-        super().__init__(config, ratio, expected, budget)
+    def __init__(self, config: Config, *args, **more):
+        super().__init__(config, *args, **more)
         if config.sliding_window is not None:
             raise UserError(
                 f"H2O keeps tokens of any age, but this model sees the last {config.sliding_window}"
@@ -261,9 +255,6 @@ class HeavyHitterCache(PrunedCache):
 
     def tensors(self) -> list[Tensor]:
         return [self.k, self.v, self.scores] if self.length else []
-
-
-# --------------------------------------------------------------------------------- quantization
 
 
 class KiviCache(LayerCache):
@@ -339,9 +330,6 @@ class KiviCache(LayerCache):
 
     def tensors(self) -> list[Tensor]:
         return [*self.k.tensors(), *self.v.tensors()] if self.length else []
-
-
-# ---------------------------------------------------------------------------- channel shrinking
 
 
 class LowRankCache(ChunkedBiBranchCache):

@@ -167,9 +167,6 @@ def make_cache(model: Transformer, row: Row, expected: int) -> list[LayerCache]:
     return [Rounded(cache, row.dtype) for cache in caches]
 
 
-# --------------------------------------------------------------------------------- equal bytes
-
-
 def layer_bytes(model: Transformer, row: Row, tokens: int) -> int:
     """Bytes that one layer of the cache really holds after a text of `tokens`."""
     config, weight = model.config, model.lm_head.weight
@@ -196,9 +193,6 @@ def largest_size(
         say(f"{of_size(most).label}: no size holds those bytes; left out")
         return 0
     return low
-
-
-# ----------------------------------------------------------------------------------- many rows
 
 
 def make_rows(

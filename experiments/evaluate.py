@@ -35,20 +35,13 @@ from cskv import Factors
 from experiments import longbench, longeval, lveval
 from experiments.caches import add_cache_options, make_rows
 from experiments.longeval import is_correct, make_cases
-from experiments.measuring import COLUMNS, Case, measure, with_score
+from experiments.measuring import Case, measure, with_score
+from experiments.prompts import read_prompt
 from infer import generate, make_sampler
 from model import LayerCache, Transformer
 from support.calibration import CALIBRATED, calibrate, init_factors
 from support.checkpoint import load_model
-from support.command import (
-    DTYPES,
-    Arguments,
-    UserError,
-    check_device,
-    check_writable,
-    run_command,
-    user_values,
-)
+from support.command import DTYPES, Arguments, UserError, check_writable, run_command, user_values
 from support.factors_file import load_factors
 from support.notes import all_that_counts, delete_notes
 from support.options import add_options
@@ -66,11 +59,7 @@ ANSWER_ROOM = {"longeval": 8, "passkey": 10}
 BENCHMARKS = {"longbench": longbench, "lveval": lveval}
 
 # LongEval asks LongChat, whose checkpoint brings no template, in Vicuna's (FastChat, vicuna_v1.1).
-VICUNA = (
-    "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. The "
-    "assistant gives helpful, detailed, and polite answers to the user's questions. "
-    "USER: {{ messages[0]['content'] }} ASSISTANT:"
-)
+VICUNA = read_prompt("vicuna")
 
 # ---------------------------------------------------------------------------------- perplexity
 
@@ -242,13 +231,9 @@ def benchmark_cases(
     return cases
 
 
-# -------------------------------------------------------------------------------- command line
-
-
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     with processes(args.device) as device:
-        check_device(args.device)
         check_writable(args.json)
         model = load_model(args.model, device, DTYPES[args.dtype])
         tokenizer, limit = load_tokenizer(args.model), model.config.context_length
@@ -300,9 +285,9 @@ def run(args: argparse.Namespace) -> None:
                 equal=args.equal,
             )
         counts = all_that_counts(vars(args), model, args.model) if args.json else None
-        rows = with_score(args.what, measure(model, rows, cases, args.json, counts))
+        rows = with_score(measure(model, rows, cases, args.json, counts))
         if place()[0] == 0:
-            print(table(rows, COLUMNS))
+            print(table(rows))
             write_json(args.json, rows)
             if args.json:
                 delete_notes(args.json)

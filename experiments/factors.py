@@ -156,18 +156,14 @@ class FactorStore:
     def moments(self) -> Tensor:
         """Mean k k^T and v v^T over the tokens that are measured, [layers, 2, d_kv, d_kv]."""
         config, samples = self.model.config, self.samples[: self.measured]
-        shape = config.num_hidden_layers, 2, config.d_kv, config.d_kv
-        moments = torch.zeros(shape, dtype=torch.float64, device=self.model.lm_head.weight.device)
+        like = self.model.lm_head.weight.new_empty(0, dtype=torch.float64)
+        moments = like.new_zeros(config.num_hidden_layers, 2, config.d_kv, config.d_kv)
         run_layers(self.model, samples, [], moments=moments)
         return moments / sum(sample.numel() for sample in samples)
 
     def floor(self, moments: Tensor, recipe: Recipe) -> float:
         """The least loss (equation 2) that factors of these ranks can have on those samples."""
-        pairs = zip(moments, *recipe.ranks(self.model), strict=True)
-        return (
-            sum(
-                loss_floor(k_moment, k) + loss_floor(v_moment, v)
-                for (k_moment, v_moment), k, v in pairs
-            ).item()
-            / self.model.config.d_kv
-        )
+        total = 0.0
+        for both, *ranks in zip(moments, *recipe.ranks(self.model), strict=True):
+            total += sum(loss_floor(m, rank).item() for m, rank in zip(both, ranks, strict=True))
+        return total / self.model.config.d_kv

@@ -3,14 +3,14 @@
 Each function gets the rows of a table, or what a figure needs, and writes one PNG.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
 from torch import Tensor
 
 from experiments.caches import CACHES
-from support.command import UserError, replacing
+from support.pictures import draw, pyplot
+from support.tables import grouped
 
 COLOURS = {
     "random": "tab:gray",
@@ -27,118 +27,78 @@ PROTOCOL = {
 }
 
 
-def pyplot():
-    """matplotlib's pyplot, drawing to files. Raises `UserError` if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("figures need matplotlib; pip install -r requirements-extra.txt") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def draw_scores(rows: list[dict], panel: str, titles: dict, paper: str, path: Path, **axes) -> None:
+    """Accuracy or perplexity against `x`: a panel for each value of `panel`, a line for each
+    `label`, with its `colour` and its `marks`; and the paper's own line, called `paper`."""
+    score = "perplexity" if "perplexity" in rows[0] else "accuracy"
 
-    return pyplot
+    def fill(axis, key: object, some: list[dict]) -> None:
+        axis.set_title(titles.get(key, key), fontsize=11)
+        if axes.get("xscale") == "log":
+            axis.set_xscale("log", base=2)
+        for label, line in grouped(some, "label").items():
+            line = sorted(line, key=lambda row: row["x"])
+            x, y = [row["x"] for row in line], [row[score] for row in line]
+            colour = line[0]["colour"]
+            axis.plot(x, y, line[0]["marks"], color=colour, label=label, alpha=0.85)
+            if "interval" in line[0]:
+                axis.fill_between(
+                    x,
+                    *zip(*(row["interval"] for row in line), strict=True),
+                    color=colour,
+                    alpha=0.08,
+                )
+        theirs = sorted({(row["x"], float(row["paper"])) for row in some if row["paper"]})
+        if paper and theirs and score == "accuracy":
+            axis.plot(*zip(*theirs, strict=True), "k:", label=paper)
 
-
-def draw(panels: dict, fill: Callable, path: Path, **settings) -> None:
-    """One panel beside the other: `fill(axis, key, content)` draws the lines of each item of
-    `panels`, `settings` are those of matplotlib's axes. The legend stands at the right."""
-    size = 5.6 * len(panels), 4.4
-    figure, axes = pyplot().subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
-    for axis, (key, content) in zip(axes[0], panels.items(), strict=True):
-        axis.set(**settings)
-        axis.grid(alpha=0.3)
-        fill(axis, key, content)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
-    pyplot().close(figure)
-
-
-def grouped(rows: list[dict], *keys: str) -> dict:
-    """Rows by the value of a key, or the values of several, in the order of first appearance."""
-    result: dict = {}
-    for row in rows:
-        values = tuple(row.get(key, "") for key in keys)
-        result.setdefault(values if len(keys) > 1 else values[0], []).append(row)
-    return result
-
-
-def score_of(rows: list[dict]) -> str:
-    return "perplexity" if "perplexity" in rows[0] else "accuracy"
+    draw(grouped(rows, panel), fill, path, ylabel=LABELS[score], **axes)
 
 
 def accuracy_against_bytes(rows: list[dict], path: Path) -> None:
     """Every method in one picture: the score against the bytes really held, a panel a protocol."""
-    score = score_of(rows)
+    lines = []
+    for group in grouped(rows, "question", "cache", "factors", "ratio", "bits").values():
+        row, kind = group[0], group[0]["factors"].replace(" in 4 bits", "")
+        means = {
+            name: fmean(one[name] for one in group)
+            for name in ("measured_ratio", "accuracy", "perplexity")
+            if name in row
+        }  # over the lengths
+        marks = ("s" if row["cache"] == "asvd" else "o") + ("--" if "optimal" in kind else "-")
+        label = f"{row['cache']}, {kind}" if kind else row["cache"]
+        own = {"question": row.get("question", ""), "x": means["measured_ratio"], "paper": ""}
+        own |= {"colour": CACHES[row["cache"]].colour, "label": label, "marks": marks}
+        lines.append({**means, **own})
+    xlabel = "measured compression ratio, means over the lengths"
+    draw_scores(lines, "question", PROTOCOL, "", path, xlabel=xlabel)
 
-    def fill(axis, question: str, some: list[dict]) -> None:
-        axis.set_title(PROTOCOL[question], fontsize=11)
-        kinds = [{**row, "kind": row["factors"].replace(" in 4 bits", "")} for row in some]
-        for (cache, kind), own in grouped(kinds, "cache", "kind").items():
-            points = [
-                [fmean(row[name] for row in group) for name in ("measured_ratio", score)]
-                for group in grouped(own, "ratio", "bits").values()  # the mean over lengths
-            ]
-            axis.plot(
-                *zip(*sorted(points), strict=True),
-                "s" if cache == "asvd" else "o",
-                linestyle="--" if "optimal" in kind else "-",
-                color=CACHES[cache].colour,
-                label=f"{cache}, {kind}" if kind else cache,
-                alpha=0.85,
-            )
 
-    x = "measured compression ratio, means over the lengths"
-    draw(grouped(rows, "question"), fill, path, xlabel=x, ylabel=LABELS[score])
+def of_factors(row: dict, x: float, marks: str, label: str = "") -> dict:
+    """A row of CSKV as a point of `draw_scores`."""
+    name = ", ".join(part for part in ("cskv", row["factors"], label) if part)
+    colour = COLOURS[row["factors"].split(",")[0]]
+    return {**row, "x": x, "label": name, "colour": colour, "marks": marks}
 
 
 def score_against_window(rows: list[dict], path: Path) -> None:
     """The score against the window: a panel a protocol, a line for each kind of factors."""
-    score = score_of(rows)
-
-    def fill(axis, question: str, some: list[dict]) -> None:
-        axis.set_title(PROTOCOL[question], fontsize=11)
-        axis.set_xscale("log", base=2)
-        for factors, line in grouped(some, "factors").items():
-            x, y = [row["window"] for row in line], [row[score] for row in line]
-            colour = COLOURS[factors.split(",")[0]]
-            axis.plot(x, y, "o-", color=colour, label=f"cskv, {factors}")
-            if score == "accuracy":
-                low, high = zip(*(row["interval"] for row in line), strict=True)
-                axis.fill_between(x, low, high, color=colour, alpha=0.12)
-        paper = [(row["window"], float(row["paper"])) for row in some if row["paper"]]
-        if paper and score == "accuracy":
-            axis.plot(*zip(*paper, strict=True), "k:", label="the paper, LongChat-7B")
-
-    draw(grouped(rows, "question"), fill, path, xlabel="window, tokens", ylabel=LABELS[score])
+    lines = [of_factors(row, row["window"], "o-") for row in rows]
+    axes = {"xlabel": "window, tokens", "xscale": "log"}
+    draw_scores(lines, "question", PROTOCOL, "the paper, LongChat-7B", path, **axes)
 
 
 def score_against_split(rows: list[dict], path: Path) -> None:
     """The score against the share of the kept channels that keys get: a panel for each ratio, a
     line for each kind of factors and each protocol."""
-    score = score_of(rows)
-
-    def points(line: list[dict], of: str) -> list[tuple[float, float]]:
-        return sorted((r["kept_k"] / (r["kept_k"] + r["kept_v"]), float(r[of])) for r in line)
-
-    def fill(axis, ratio: float, some: list[dict]) -> None:
-        axis.set_title(f"{ratio:.0%} removed", fontsize=11)
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-        for (question, factors), line in grouped(some, "question", "factors").items():
-            axis.plot(
-                *zip(*points(line, score), strict=True),
-                "o--" if question == "decode" else "o-",
-                color=COLOURS[factors.split(",")[0]],
-                label=", ".join(part for part in (f"cskv, {factors}", question) if part),
-                alpha=0.8,
-            )
-        paper = list(grouped([row for row in some if row["paper"]], "question").values())
-        if paper and score == "accuracy":
-            line = points(paper[0], "paper")
-            axis.plot(*zip(*line, strict=True), "k:", label="the paper,\nprinted shares as kept")
-
-    x = "keys' share of the kept channels"
-    draw(grouped(rows, "ratio"), fill, path, xlabel=x, ylabel=LABELS[score])
+    lines = []
+    for row in rows:
+        share, question = row["kept_k"] / (row["kept_k"] + row["kept_v"]), row.get("question", "")
+        marks = "o--" if question == "decode" else "o-"
+        lines.append(of_factors(row, 100 * share, marks, question))
+    titles = {row["ratio"]: f"{row['ratio']:.0%} removed" for row in rows}
+    paper, xlabel = "the paper,\nprinted shares as kept", "keys' share of the kept channels, %"
+    draw_scores(lines, "ratio", titles, paper, path, xlabel=xlabel)
 
 
 def singular_values(values: Tensor, path: Path) -> None:

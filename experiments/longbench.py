@@ -25,9 +25,9 @@ import string
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
+from experiments.prompts import read_prompt
 from support.command import UserError
 from support.tokenizer import Tokenizer
 
@@ -62,14 +62,6 @@ def choose(names: list[str], tasks: dict[str, Task]) -> list[Task]:
     return [tasks[name] for name in names]
 
 
-# ------------------------------------------------------------------------------------- prompts
-
-
-def read_prompt(name: str) -> str:
-    """A benchmark's own prompt, with the fields {context} and {input}."""
-    return (Path(__file__).parent / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
-
-
 def truncate_middle(ids: list[int], max_length: int) -> tuple[list[int], list[int]]:
     """Up to `max_length` tokens as (all, none); of more, the first half and the last half of
     `max_length`: instructions and question stand at the ends. [0 .. 9] and 5 give [0, 1], [8, 9].
@@ -93,9 +85,6 @@ def prompt_ids(
     if tail:
         text = tokenizer.decode(head) + tokenizer.decode(tail)
     return tokenizer.encode_prompt(text, chat and task.chat)
-
-
-# ------------------------------------------------------------------------------------- scoring
 
 
 def normalize(text: str) -> list[str]:
@@ -193,9 +182,6 @@ def summarize(rows: list[dict]) -> list[dict]:
             mean = {"set": "average", "bucket": bucket, "cases": sum(m["cases"] for m in column)}
             means.append({**mean, "score": fmean(m["score"] for m in column)})
     return means
-
-
-# ---------------------------------------------------------------------------------------- sets
 
 
 def make_task(name: str, max_new_tokens: int, score: Callable, chat: bool = True) -> Task:

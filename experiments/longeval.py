@@ -24,47 +24,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from experiments.prompts import read_prompt
 from support.command import Arguments, UserError, number, replacing, run_command
+from support.options import add_options
 from support.tokenizer import Tokenizer
 
-PREAMBLE = (
-    "Below is a record of lines I want you to remember. "
-    "Each line begins with 'line <line index>' and contains a '<REGISTER_CONTENT>' at the end of "
-    "the line as a numerical value. For each line index, memorize its corresponding "
-    "<REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding "
-    "<REGISTER_CONTENT> of a certain line index. Now the record start:\n\n"
-)
+PREAMBLE = read_prompt("longeval_preamble")
 LINE = "line {key}: REGISTER_CONTENT is <{number}>\n"
-QUESTION = (
-    "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line {key}? "
-    "I need the number."
-)
+QUESTION = read_prompt("longeval_question")
 LARGEST = 50_000  # numbers are uniform in 1 .. LARGEST
 
-PASSKEY_PREAMBLE = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
-    "I will quiz you about the important information there.\n\n"
-)
-PASSKEY_FILLER = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-)
+PASSKEY_PREAMBLE = read_prompt("passkey_preamble")
+PASSKEY_FILLER = read_prompt("passkey_filler")
 PASSKEY_LINE = "The pass key is {number}. Remember it. {number} is the pass key. "
 PASSKEY_QUESTION = "\n\nWhat is the pass key? The pass key is"
 
-ADJECTIVES = """
-    amber ancient bitter bold brave brief bright broad calm clever cold crisp curious damp dark
-    deep dizzy dusty eager early empty faint fancy fierce fresh gentle giant golden grand happy
-    heavy hollow honest humble icy jolly kind lazy light little lonely loud lucky merry misty
-    modest noisy plain polite proud quick quiet rapid rare rough round royal rusty shy silver
-    simple sleepy smooth solid
-""".split()  # noqa: SIM905 (else a line for each word)
-NOUNS = """
-    acorn anchor apple arrow badger banjo barrel basket beacon bell berry bridge bucket butter
-    cabin camel candle canyon carpet castle cherry circle cloud coral cradle desert dragon eagle
-    engine falcon feather fiddle forest fossil garden glacier hammer harbor island jacket kettle
-    ladder lantern lemon lizard magnet marble meadow mirror needle oyster paddle pepper pillow
-    planet rabbit river saddle spider temple ticket tunnel violin window
-""".split()  # noqa: SIM905 (else a line for each word)
+ADJECTIVES = read_prompt("longeval_adjectives").split()
+NOUNS = read_prompt("longeval_nouns").split()
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
 
 
@@ -84,9 +60,6 @@ class Case:
     def text(self) -> str:
         """Prompt and answer as running text, to train or to calibrate on."""
         return f"{self.prompt} {self.answer}"
-
-
-# --------------------------------------------------------------------------------------- cases
 
 
 def spell(rng: random.Random) -> str:
@@ -173,9 +146,6 @@ def samples(
     return [torch.tensor([tokenizer.encode(case.text)[:length]]) for case in cases[:count]]
 
 
-# ------------------------------------------------------------------------------------- scoring
-
-
 def read_answer(output: str, first: bool = False) -> int | None:
     """The last run of digits, LongEval's rule, or the `first`, as an integer; None if there is
     none."""
@@ -185,9 +155,6 @@ def read_answer(output: str, first: bool = False) -> int | None:
 
 def is_correct(output: str, answer: int, first: bool = False) -> bool:
     return read_answer(output, first) == answer
-
-
-# -------------------------------------------------------------------------------- command line
 
 
 def run(args: argparse.Namespace) -> None:
@@ -202,17 +169,9 @@ def run(args: argparse.Namespace) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=("longeval", "passkey"), default="longeval")
-    parser.add_argument(
-        "--lines",
-        type=number(int, 1),
-        default=50,
-        help="lines of a record; of a passkey case, repetitions of the filler text (default: 50)",
-    )
-    parser.add_argument("--cases", type=number(int, 1), default=1000)
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other cases")
-    parser.add_argument(
-        "--spelled", action="store_true", help="keys of made-up words that are in no word list"
-    )
+    help = "lines of a record; of a passkey case, repetitions of the filler text (default: 50)"
+    parser.add_argument("--lines", type=number(int, 1), default=50, help=help)
+    add_options(parser, "cases seed spelled", cases=1000)
     parser.add_argument("--out", type=Path, required=True, help="the JSON lines file to write")
     return parser.parse_args(argv)
 

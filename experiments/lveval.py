@@ -13,7 +13,8 @@ Sources:
 
 from collections import Counter
 
-from experiments.longbench import ALL, Task, choose, f1, normalize, read_prompt
+from experiments.longbench import ALL, Task, choose, f1, normalize
+from experiments.prompts import read_prompt
 from support.command import UserError
 
 MAX_LENGTH = 15_500  # tokens of a prompt in [1] by default
@@ -34,9 +35,6 @@ BLACKLIST = """
     about and are as at be because being but by does for from had has have he her his in is it of on
     or she that their they this to was were what when which who with
 """.split()  # noqa: SIM905 (else a line for each word)
-
-
-# ------------------------------------------------------------------------------------- scoring
 
 
 def keyword_recall(output: str, keywords: str) -> float:
@@ -62,9 +60,6 @@ def gated_f1(output: str, record: dict) -> float:
 
 def plain_f1(output: str, record: dict) -> float:
     return f1(output, record["answers"][0])
-
-
-# ---------------------------------------------------------------------------------------- sets
 
 
 def make_task(name: str) -> Task:

@@ -11,14 +11,12 @@ processes as one likes.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,7 +26,8 @@ from infer import full_bytes, held_bytes
 from model import LayerCache, Rope, Transformer
 from support.command import UserError
 from support.notes import read_notes, start_notes, write_note
-from support.processes import place
+from support.processes import gathered, patient_group, place
+from support.tables import grouped
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,6 @@ class Case:
         """A score for each sequence. `logits` [B, 1, vocab] are those of the prompt's last token;
         the cache holds the prompt, and the case goes on with it as it likes."""
         raise NotImplementedError
-
-
-# ---------------------------------------------------------------------------------- measuring
 
 
 class SharedPrefill(LayerCache):
@@ -77,10 +73,8 @@ def measure(
         make_cache(model, row, 0)  # one that refuses this model does so now, not after hours
     rank, count = place()
     done = read_notes(notes, arguments) if notes else {}
-    if count > 1:
-        # On the CPU, and patient: one process may have finished hours before another.
-        group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-        dist.barrier(group)  # before anyone writes notes, all have read the same
+    group = patient_group()
+    gathered(None, group)  # before anyone writes notes, all have read the same
     file = start_notes(notes, rank, arguments) if notes else None
 
     left = {c: [r for r in range(len(rows)) if (r, c) not in done] for c in range(len(cases))}
@@ -95,13 +89,10 @@ def measure(
                     write_note(file, {"row": r, "case": c, **result})
     except UserError as error:
         failure = error
-    if count > 1:
-        parts = [None] * count
-        dist.all_gather_object(parts, (done, failure), group)
-        done = {key: result for part, _ in parts for key, result in part.items()}
-        failure = next((error for _, error in parts if error), None)
-    if failure:
-        raise failure
+    for part, error in gathered((done, failure), group):
+        if error:
+            raise error
+        done |= part
 
     groups: dict[tuple, list[int]] = {}
     for c, case in enumerate(cases):
@@ -170,9 +161,6 @@ def summary(model: Transformer, results: list[dict]) -> dict:
     }
 
 
-# -------------------------------------------------------------------------------------- tables
-
-
 def wilson(right: float, cases: int, z: float = 1.96) -> tuple[float, float]:
     """The 95% interval of a share, by Wilson (1927): right near 0 and 1, where it matters here."""
     p, n = right / cases, cases
@@ -181,27 +169,25 @@ def wilson(right: float, cases: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def with_score(what: str, rows: list[dict]) -> list[dict]:
-    """The rows of `measure` with, for their `scores`, what the benchmark `what` shows of them."""
+def with_score(rows: list[dict]) -> list[dict]:
+    """The rows of `measure` with, for their `scores`, what the benchmark shows of them."""
     if "set" in rows[0]:
         return benchmark_rows(rows)
     for row in rows:
         scores = row.pop("scores")
-        if what == "perplexity":
-            row["perplexity"] = math.exp(fmean(scores))
-        else:
+        if "question" in row:
             row |= {"accuracy": fmean(scores), "interval": wilson(sum(scores), len(scores))}
+        else:
+            row["perplexity"] = math.exp(fmean(scores))
     return rows
 
 
 def benchmark_rows(rows: list[dict]) -> list[dict]:
     """For each cache the means that `longbench.summarize` makes, in percent: a row for each set and
     bucket, for each set, and over the sets."""
-    caches: dict[tuple, list[dict]] = {}
-    for row in rows:
-        caches.setdefault(tuple((name, row[name]) for name in Row.COLUMNS), []).append(row)
     shown = []
-    for columns, own in caches.items():
+    for own in grouped(rows, *Row.COLUMNS).values():
+        columns = {name: own[0][name] for name in Row.COLUMNS}
         scores = [
             {"set": row["set"], "bucket": row["bucket"], "score": score}
             for row in own
@@ -218,21 +204,5 @@ def benchmark_rows(rows: list[dict]) -> list[dict]:
             removed = sum(row["measured_ratio"] * row["tokens"] * row["cases"] for row in counted)
             total = {"tokens": tokens / mean["cases"], "measured_ratio": removed / tokens}
             seconds = sum(row["seconds"] for row in counted)
-            shown.append({**dict(columns), **mean, **total, "seconds": seconds})
+            shown.append({**columns, **mean, **total, "seconds": seconds})
     return shown
-
-
-WHOLE_PERCENT, PERCENT, TWO = "{:.0%}".format, "{:.1%}".format, "{:.2f}".format
-COLUMNS: dict[str, Callable] = {
-    **dict.fromkeys(("question", "cache", "factors", "bits"), str),
-    "ratio": WHOLE_PERCENT,
-    **dict.fromkeys(("set", "bucket", "lines", "cases"), str),
-    "tokens": "{:.0f}".format,
-    "accuracy": "{:.3f}".format,
-    "interval": lambda pair: "[{:.2f}, {:.2f}]".format(*pair),
-    "score": TWO,
-    "perplexity": TWO,
-    "nominal_ratio": PERCENT,
-    "measured_ratio": PERCENT,
-    "seconds": "{:.0f}".format,
-}

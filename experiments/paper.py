@@ -34,46 +34,25 @@ from statistics import fmean
 import torch
 
 import quant
-from experiments import figures, longeval, measuring
+from experiments import figures, longeval
 from experiments.caches import CACHES, TOKENS, Row, make_row
 from experiments.evaluate import perplexity_cases, retrieval_cases
 from experiments.factors import FactorStore, Recipe
 from experiments.measuring import Case, measure, with_score
 from support.calibration import INITIALIZATIONS, rank_for
 from support.checkpoint import load_model
-from support.command import (
-    DTYPES,
-    Arguments,
-    UserError,
-    check_device,
-    make_folder,
-    replacing,
-    run_command,
-)
+from support.command import DTYPES, Arguments, UserError, make_folder, replacing, run_command
 from support.demonstration import TEACHER
 from support.notes import all_that_counts, delete_notes
 from support.options import PROTOCOLS, add_options
 from support.processes import place, processes
-from support.tables import table, write_json
+from support.tables import grouped, table, write_json
 from support.text import sample_tokens
 from support.tokenizer import load_tokenizer
 
 PAPER_LR = 5e-5
 LINES = [25, 50, 100]  # of the LongEval cases that factors are fitted to, and of table 1
 SCORES = ["accuracy", "interval", "perplexity", "nominal_ratio", "measured_ratio"]
-FOUR, WHOLE_PERCENT = "{:.4g}".format, "{:.0%}".format
-COLUMNS = {
-    **measuring.COLUMNS,
-    "accuracy": "{:.2f}".format,
-    **dict.fromkeys((*PROTOCOLS,), "{:.2f}".format),
-    **dict.fromkeys(("paper", "window", "mode", "layer", "of", "init", "trained_together"), str),
-    **dict.fromkeys(("kept_k", "kept_v"), "{:.1%}".format),
-    **dict.fromkeys(("left_out_50%", "left_out_80%"), "{:.2%}".format),
-    **dict.fromkeys(("loss", "initial", "final", "floor"), FOUR),
-    "lr": "{:g}".format,
-}
-
-# ---------------------------------------------------------------------------------- measuring
 
 
 @dataclass
@@ -113,11 +92,11 @@ class Experiment:
         """Rows of `measure`, with what `more` has for each: of perplexity, or of LongEval in each
         protocol. `by_lines` keeps the lengths apart; else a row is the average over them, as the
         paper's `Avg. Acc`."""
-        cases, what = self.cases, "longeval" if "lines" in self.cases[0].columns else "perplexity"
-        if what == "longeval" and not by_lines:
+        cases = self.cases
+        if "lines" in cases[0].columns and not by_lines:
             cases = [replace(c, columns={"question": c.columns["question"]}) for c in cases]
         measured = measure(self.store.model, rows, cases, self.notes, self.arguments)
-        return [{**row, **more[i % len(rows)]} for i, row in enumerate(with_score(what, measured))]
+        return [{**row, **more[i % len(rows)]} for i, row in enumerate(with_score(measured))]
 
     def write(self, rows: list[dict], columns: list[str]) -> None:
         """Prints a table and writes it, as Markdown and as JSON. Of rows of several protocols it is
@@ -125,10 +104,7 @@ class Experiment:
         if place()[0]:
             return
         merged, shown = side_by_side(rows, columns)
-        text, whole = (
-            table(some, {name: COLUMNS[name] for name in names})
-            for some, names in ((merged, shown), (rows, columns))
-        )
+        text, whole = table(merged, shown), table(rows, columns)
         print(text)
         write_json(self.out.with_suffix(".json"), rows)
         command = f"`python -m experiments.paper {shlex.join(sys.argv[1:]) or self.out.name}`"
@@ -147,11 +123,8 @@ def side_by_side(rows: list[dict], columns: list[str]) -> tuple[list[dict], list
     if not questions:
         return rows, columns
     keys = [name for name in columns if name not in ("question", "lines", *SCORES)]
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in (*keys, "nominal_ratio")), []).append(row)
     merged = []
-    for group in groups.values():
+    for group in grouped(rows, *keys, "nominal_ratio").values():
         scores = {q: fmean(r["accuracy"] for r in group if r["question"] == q) for q in questions}
         measured = fmean(row["measured_ratio"] for row in group)
         merged.append({**group[0], **scores, "measured_ratio": measured})
@@ -196,12 +169,12 @@ def table1(e: Experiment) -> None:
         rows.append(e.cskv(in_bits, 0.95))
     if "optimal" in e.inits:
         rows.append(e.cskv(Recipe("optimal", 0.8, 0.8), 0.95, k_bits=4, v_bits=4))
-    theirs = [row.origin.startswith("asvd") or not row.origin for row in rows]
-    paper = [
-        paper_number("table1", cache=row.cache, ratio=row.ratio) if own else ""
-        for row, own in zip(rows, theirs, strict=True)
-    ]
-    result = e.scores(rows, [{"paper": number} for number in paper], by_lines=True)
+    more = []
+    for row in rows:
+        theirs = row.origin.startswith("asvd") or not row.origin
+        number = paper_number("table1", cache=row.cache, ratio=row.ratio) if theirs else ""
+        more.append({"paper": number})
+    result = e.scores(rows, more, by_lines=True)
     own = ["question", "lines", "cache", "factors", "bits", "ratio"]
     e.write(result, [*own, *SCORES, "paper"])
     figures.accuracy_against_bytes(result, e.picture)
@@ -317,13 +290,10 @@ def figure4(e: Experiment) -> None:
 
 COMMANDS = {f.__name__: f for f in (table1, table2, table3, table4, table5, figure3, figure4)}
 
-# -------------------------------------------------------------------------------- command line
-
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed. A case that does not fit is refused before
     the training, and not after it."""
-    check_device(args.device)
     if args.what not in ("table2", "table5"):
         figures.pyplot()  # if it is missing, that is known before the work and not after
     if args.text and not args.text.exists():
@@ -353,17 +323,10 @@ def run(args: argparse.Namespace) -> None:
         training = args.measure_samples, args.epochs, args.lr, args.seed
         store = FactorStore(model, samples, work, *training)
         counts = {**vars(args), "out": None, "work": None, "samples": store.key}
-        experiment = Experiment(
-            store=store,
-            cases=cases,
-            ratios=args.ratios,
-            inits=args.inits,
-            bits=args.bits,
-            dtype=DTYPES[args.cache_dtype],
-            out=args.out / args.what,
-            notes=work / f"{args.what}.json",
-            arguments=all_that_counts(counts, model, args.model),
-        )
+        settings = args.ratios, args.inits, args.bits, DTYPES[args.cache_dtype]
+        files = args.out / args.what, work / f"{args.what}.json"
+        counts = all_that_counts(counts, model, args.model)
+        experiment = Experiment(store, cases, *settings, *files, counts)
         COMMANDS[args.what](experiment)
         if place()[0] == 0:
             delete_notes(experiment.notes)

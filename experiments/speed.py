@@ -129,16 +129,6 @@ def compare(runners: dict[str, Runner], prompt: Tensor, rounds: int, steps: int)
     return rows
 
 
-def short(value: float | None) -> str:  # transformers does not say
-    return "" if value is None else f"{value:.4g}"
-
-
-COLUMNS = {"cache": str, "tokens": str}
-COLUMNS |= dict.fromkeys(("prefill_s", "prefill_ratio"), "{:.2f}".format)
-COLUMNS |= {"decode_ms": "{:.1f}".format, "decode_ratio": "{:.2f}".format}
-COLUMNS |= {"cache_mb": short, "mflop": short}
-
-
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     check_device(args.device)
@@ -164,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
             model.config.vocab_size, (1, length), generator=generator.manual_seed(0)
         )
         rows += compare(runners, drawn.to(args.device), args.rounds, args.steps)
-    print(table(rows, COLUMNS))
+    print(table(rows))
     write_json(args.json, rows)
 
 

@@ -1,18 +1,49 @@
-"""Tables as Markdown and as JSON."""
+"""Tables as Markdown and as JSON, and how the value of each column is written."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from support.command import replacing
 
 
-def table(rows: list[dict], columns: dict[str, Callable]) -> str:
-    """Rows as a Markdown table; `columns` maps a row's key to what writes its value."""
-    columns = {key: write for key, write in columns.items() if key in rows[0]}
+def four_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def interval(pair: tuple[float, float]) -> str:
+    return "[{:.2f}, {:.2f}]".format(*pair)
+
+
+FORMATS = {
+    **dict.fromkeys(("question", "layer", "of", "cache"), str),
+    **dict.fromkeys(("factors", "init", "window", "bits", "mode"), str),
+    "ratio": "{:.0%}".format,
+    **dict.fromkeys(("kept_k", "kept_v"), "{:.1%}".format),
+    "lr": "{:g}".format,
+    **dict.fromkeys(("initial", "final", "loss", "floor"), four_digits),
+    **dict.fromkeys(("set", "bucket", "lines", "cases"), str),
+    "tokens": "{:.0f}".format,
+    **dict.fromkeys(("prefill_s", "prefill_ratio"), "{:.2f}".format),
+    "decode_ms": "{:.1f}".format,
+    "decode_ratio": "{:.2f}".format,
+    **dict.fromkeys(("cache_mb", "mflop"), four_digits),
+    "accuracy": "{:.3f}".format,
+    "interval": interval,
+    **dict.fromkeys(("score", "perplexity"), "{:.2f}".format),
+    **dict.fromkeys(("nominal_ratio", "measured_ratio"), "{:.1%}".format),
+    **dict.fromkeys(("left_out_50%", "left_out_80%"), "{:.2%}".format),
+    **dict.fromkeys(("prefill", "decode"), "{:.2f}".format),  # accuracies, side by side
+    "seconds": "{:.0f}".format,
+    **dict.fromkeys(("trained_together", "paper"), str),
+}
+
+
+def table(rows: list[dict], columns: list[str] | None = None) -> str:
+    """Rows as a Markdown table; of `columns`, or of all in FORMATS, those that the rows have."""
+    columns = [name for name in columns or FORMATS if name in rows[0]]
     lines = ["| " + " | ".join(columns).replace("_", " ") + " |", "|" + " --- |" * len(columns)]
     for row in rows:
-        lines.append("| " + " | ".join(write(row[key]) for key, write in columns.items()) + " |")
+        lines.append("| " + " | ".join(FORMATS[name](row[name]) for name in columns) + " |")
     return "\n".join(lines)
 
 
@@ -20,3 +51,12 @@ def write_json(path: Path | None, rows: list[dict]) -> None:
     if path is not None:
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def grouped(rows: list[dict], *keys: str) -> dict:
+    """Rows by the value of a key, or the values of several, in the order of first appearance."""
+    result: dict = {}
+    for row in rows:
+        values = tuple(row.get(key, "") for key in keys)
+        result.setdefault(values if len(keys) > 1 else values[0], []).append(row)
+    return result

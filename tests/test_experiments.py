@@ -693,7 +693,7 @@ def test_two_processes_print_the_table_of_one(setup, tmp_path, capsys, monkeypat
     assert done.stderr.count("4 runs of a cache on a case are done already") == 1
     rows = json.loads(path.read_text())
     assert without_seconds(rows) == without_seconds(expected)
-    assert done.stdout == table(rows, measuring.COLUMNS) + "\n"
+    assert done.stdout == table(rows) + "\n"
     assert not notes_beside(path)
 
 
