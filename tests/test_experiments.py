@@ -15,7 +15,7 @@ from torch import Tensor
 
 import cskv
 import infer
-from experiments import caches, evaluate, longbench, measuring, speed
+from experiments import baselines, caches, evaluate, figures, longbench, measuring, speed
 from experiments.longeval import Case, make_cases
 from model import FullCache, Transformer, full_cache
 from support import english
@@ -257,6 +257,27 @@ def test_caches_hold_16_bits_in_a_model_of_32(bias):
     assert infer.held_bytes(cache) == 0
     model(tokens, cache)
     assert infer.held_bytes(cache) == full
+
+
+def test_the_added_cache_of_the_readme(setup, brief, tmp_path, capsys, monkeypatch):
+    """Its class and its line, as they stand there, are all that is needed."""
+    text = (ROOT / "experiments" / "README.md").read_text().split("## Add a cache")[1]
+    added_class, added_line = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {**vars(baselines), **vars(caches)}
+    exec(added_class, names)
+    exec(f"ADDED = {{\n{added_line}}}", names)
+    monkeypatch.setattr(caches, "CACHES", {**caches.CACHES, **names["ADDED"]})
+    rows = measured(setup, capsys, tmp_path / "rows", "perplexity", "--caches", "full,newest")
+    assert [row["cache"] for row in rows] == ["full", "newest"]
+    assert rows[1]["measured_ratio"] == pytest.approx(1 - 2 * 20 / 49)  # in 32 bits
+    monkeypatch.setattr(speed, "transformers_runner", lambda *_: None)
+    args = ["--model", setup / "model", "--lengths", 30, "--rounds", 1, "--caches", "newest"]
+    code, out, _ = call(speed, capsys, *args, "--ratios", "0.5", "--threads", 1)
+    assert code == 0 and "| newest 50% |" in out
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(figures, "CACHES", caches.CACHES)
+    figures.accuracy_against_bytes(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size
 
 
 def test_equal_bytes(setup, tmp_path, capsys):

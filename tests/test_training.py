@@ -450,7 +450,7 @@ def test_log_every_and_early_stop(setup, tmp_path, capsys):
 
 
 def test_no_floor_without_a_log(setup, tmp_path, capsys, monkeypatch):
-    """An eigendecomposition a layer and step is dear: only the two measurements may take it."""
+    """An eigendecomposition a layer and step takes long: only the two measurements may do it."""
     calls = []
     real = torch.linalg.eigvalsh
     monkeypatch.setattr(torch.linalg, "eigvalsh", lambda m: calls.append(1) or real(m))
