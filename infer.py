@@ -21,18 +21,11 @@ from torch import Tensor
 from cskv import BiBranchCache, ChunkedBiBranchCache, Factors, bi_branch_cache
 from model import LayerCache, Transformer, full_cache
 from support.checkpoint import load_model
-from support.command import (
-    DTYPES,
-    Arguments,
-    UserError,
-    check_device,
-    number,
-    run_command,
-)
+from support.command import DTYPES, Arguments, UserError, check_device, number, run_command
 from support.demonstration import ENGLISH, FACTORS, TEACHER, read_case, shorten
 from support.factors_file import load_factors
 from support.processes import say
-from support.text import check_prompt
+from support.text import check_finite, check_prompt
 from support.tokenizer import Tokenizer, load_tokenizer
 
 KINDS = {"cskv": ChunkedBiBranchCache, "cskv-plain": BiBranchCache}
@@ -42,14 +35,17 @@ def make_sampler(temperature: float, top_p: float, seed: int) -> Callable[[Tenso
     """A function from logits [vocab] to a token id. Temperature 0 is greedy.
 
     Otherwise nucleus sampling (Holtzman et al., 2019): from the smallest set of tokens whose
-    probability reaches `top_p`.
+    probability reaches `top_p`. Raises `UserError` for logits that are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def sample(logits: Tensor) -> int:
-        if temperature == 0:
-            return int(logits.argmax())
+        if temperature == 0:  # both answers at once: on a GPU each `.tolist()` waits for it
+            finite, token = torch.stack([logits.isfinite().all(), logits.argmax()]).tolist()
+            check_finite(finite)
+            return token
         logits = logits.double().cpu()
+        check_finite(bool(logits.isfinite().all()))
         p, ids = ((logits - logits.max()) / temperature).softmax(-1).sort(descending=True)
         p[p.cumsum(0) - p >= top_p] = 0  # what lies before a token has reached top_p: drop it
         return int(ids[torch.multinomial(p, 1, generator=generator)])

@@ -54,10 +54,10 @@ class Quantized:
 
 
 def round_down(x: Tensor) -> Tensor:
-    """x in float16, never above x: 16-bit limits of a group still hold all of it, up to 65504."""
-    x = x.clamp(-65504, 65504)
+    """x in float16, never above x: 16-bit limits of a group still hold all of it. Beyond the range
+    of float16 it is infinite, and the group reads back as NaN or infinite, not as other numbers."""
     half = x.half()
-    lower = (half.float() - half.float().abs() / 1024 - 2**-24).clamp(min=-65504).half()
+    lower = (half.float() - half.float().abs() / 1024 - 2**-24).half()
     return torch.where(half > x, lower, half)
 
 
@@ -70,7 +70,7 @@ def group_limits(x: Tensor, bits: int, dim: int, clamped: bool = False) -> tuple
     low, high = (limit(dim=dim) for limit in (groups.amin, groups.amax))
     levels = 2**bits - 1
     if clamped:
-        scale = ((high - low) / levels).clamp(2**-24, 65504).half()
+        scale = ((high - low) / levels).clamp(min=2**-24).half()
         zero = (-low / scale.float()).round().clamp(0, levels)
         return scale, (-zero * scale.float()).half()
     minimum = round_down(low)

@@ -212,10 +212,8 @@ def make_rows(
     """The rows of a table, in the order of `names`, of `ratios`, of factors and of `bits`.
 
     Args:
-        names: of CACHES. What a ratio shrinks has a row for each ratio.
-        make_factors: gives factors for an initialization and a rank.
+        make_factors: gives factors for one of the `inits` and a rank.
         files: further factors and their names; they have ranks of their own.
-        inits: initializations for cskv.
         bits: of cskv's latents; None takes those of the factors. `clamped`: see quant.py.
         equal: a number of tokens, at which `ratios` are of bytes really held: the size of each
             cache, tokens kept or rank, is the largest that holds no more.

@@ -16,8 +16,6 @@ Retrieval (`longeval`, `passkey`) has two protocols. In the paper's, `--question
 prompt is prefilled, so that the first digit is read with exact keys and values. In the harder one,
 `--question decode`, the context is prefilled and the question fed to the cache token by token: the
 context was compressed before anyone knew what would be asked.
-
-With `--json FILE` a run that was interrupted goes on where it stopped (experiments/measuring.py).
 """
 
 import argparse
@@ -31,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cskv import Factors
 from experiments import longbench, longeval, lveval
 from experiments.caches import add_cache_options, make_rows
 from experiments.longeval import is_correct, make_cases
@@ -48,7 +45,7 @@ from support.options import add_options
 from support.processes import place, processes
 from support.records import read_records
 from support.tables import table, write_json
-from support.text import read_documents, sample_tokens
+from support.text import check_finite, read_documents, sample_tokens
 from support.tokenizer import Tokenizer, load_tokenizer
 
 # Tokens of an answer: LongEval's limit, and enough to continue "The pass key is".
@@ -85,7 +82,9 @@ def decode_nll(
         losses.append(F.cross_entropy(logits[:, -1].float(), tokens[:, t], reduction="none"))
         if t + 1 < tokens.shape[1]:
             logits = model(tokens[:, t : t + 1], cache)
-    return torch.stack(losses, dim=1)
+    nll = torch.stack(losses, dim=1)
+    check_finite(bool(nll.isfinite().all()))
+    return nll
 
 
 def passages(ids: list[int], count: int, length: int) -> Tensor:
@@ -139,10 +138,11 @@ def greedy_answer(
     `logits` [1, 1, vocab] are those of the token before the question."""
     for token in question:
         logits = model(torch.tensor([[token]], device=logits.device), cache)
-    first = int(logits[0, -1].argmax())
+    greedy = make_sampler(0.0, 1.0, 0)
+    first = greedy(logits[0, -1])
     if first in model.config.eos_token_ids:
         return []
-    return [first, *generate(model, [first], cache, most - 1, make_sampler(0.0, 1.0, 0))]
+    return [first, *generate(model, [first], cache, most - 1, greedy)]
 
 
 def split_prompt(
@@ -265,7 +265,7 @@ def run(args: argparse.Namespace) -> None:
             return calibrate(model, longeval.samples(tokenizer, length, args.what, *drawn))
 
         @functools.cache
-        def make_factors(init: str, rank: int) -> Factors:
+        def make_factors(init: str, rank: int):
             ranks = [rank] * len(model.model.layers)
             seen = statistics() if init in CALIBRATED else None
             return init_factors(init, model, ranks, ranks, seen, args.seed)
@@ -289,8 +289,7 @@ def run(args: argparse.Namespace) -> None:
         if place()[0] == 0:
             print(table(rows))
             write_json(args.json, rows)
-            if args.json:
-                delete_notes(args.json)
+            delete_notes(args.json)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -304,8 +303,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     def add(name: str, help: str, names: str, **defaults) -> None:
         add_options(what.add_parser(name, parents=[shared], help=help), names, **defaults)
 
-    text = "of held-out text, decoded token by token"
-    add("perplexity", text, "text context steps passages batch")
+    add("perplexity", "decoded token by token", "text context steps passages batch")
     for task in ANSWER_TOKENS:
         own = {"lines": [50], "cases": 50, "question": ["prefill"]}
         add(task, f"retrieval, {task} cases from a seed", "lines cases question spelled", **own)

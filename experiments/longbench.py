@@ -5,14 +5,6 @@ with `input` (the question), `context`, `answers` (any is right) and `length` (i
 prompts, in `experiments/prompts/`, are LongBench's word for word. What LV-Eval needs too (a `Task`,
 truncation, token F1, the table of means) is here, and `experiments/lveval.py` adds its sets.
 
-    task = TASKS["hotpotqa_e"]
-    for record in read_records(task, folder):  # or without a folder, from the hub
-        ids = prompt_ids(task, record, tokenizer, MAX_LENGTH)
-        output = ...  # greedy, up to task.max_new_tokens
-        rows.append({"set": task.name, "bucket": task.bucket(record),
-                     "score": task.score(output, record)})
-    summarize(rows)
-
 Sources:
     [1] Bai et al., "LongBench", 2023; github.com/THUDM/LongBench, pred.py, eval.py, metrics.py
     [2] Rajpurkar et al., "SQuAD", 2016: token F1

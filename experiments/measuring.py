@@ -178,7 +178,7 @@ def with_score(rows: list[dict]) -> list[dict]:
         if "question" in row:
             row |= {"accuracy": fmean(scores), "interval": wilson(sum(scores), len(scores))}
         else:
-            row["perplexity"] = math.exp(fmean(scores))
+            row["perplexity"] = math.exp(min(fmean(scores), 700))  # 1e304 for what is even more
     return rows
 
 

@@ -28,7 +28,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from cskv import Factors
 from experiments.caches import add_cache_options, make_cache, make_rows
 from experiments.measuring import clock
 from infer import held_bytes
@@ -63,7 +62,7 @@ def our_runners(
     """A runner for each cache of up to `n` tokens, by its label; caches hold numbers of the
     model's type."""
 
-    def svd(_: str, rank: int) -> Factors:
+    def svd(_: str, rank: int):
         return init_factors("svd", model, *[[rank] * len(model.model.layers)] * 2)
 
     def run(tokens: Tensor, cache: object) -> Tensor:

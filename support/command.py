@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -30,21 +31,46 @@ def user_values() -> Iterator[None]:
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Runs a command line and exits: 0, or 2 with one line on standard error for a `UserError`."""
+    """Runs a command line and exits: 0, or 2 with one line on standard error for a `UserError`.
+
+    A character that the terminal has no bytes for is written as "?".
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # there may be none, or one that a test put there
+            stream.reconfigure(errors="replace")
     try:
-        command()
+        try:
+            command()
+        finally:  # a full disk is noticed here, not in the interpreter's last moments
+            if sys.stdout:
+                sys.stdout.flush()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        fail(" ".join(str(error).split()))
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory; try --dtype bfloat16 or a shorter text", file=sys.stderr)
-        sys.exit(2)
+        fail("out of GPU memory; try --dtype bfloat16 or a shorter text")
     except BrokenPipeError:  # the reader of our output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         sys.exit(1)
+    except OSError as error:
+        if error.filename is not None:
+            fail(f"{error.filename} cannot be used ({error.strerror}); check where it is")
+        drop_output()
+        fail(f"the output cannot be written ({error}); write it to another place")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def fail(message: str) -> NoReturn:
+    """Says what is wrong, in one line, and exits with 2."""
+    with suppress(OSError):  # where even this cannot be written, the exit status still tells
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def drop_output() -> None:
+    """What is still to be written to standard output goes nowhere, and fails no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ------------------------------------------------------------------------------------ arguments

@@ -8,6 +8,12 @@ prose of different hands: what is fitted on the first is measured on the second.
 little from version to version of Python and PyTorch.
 """
 
+import sys
+
+if not __package__:
+    print("error: run this as python -m support.english from the project's folder", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import ast
 import inspect

@@ -34,8 +34,10 @@ def fingerprint(model: Transformer) -> list[list[float]]:
         for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
             W = projection.weight.float().cpu()  # [d_kv, hidden]
             waves = [torch.outer(torch.arange(1.0, 5.0), torch.arange(n)).cos() for n in W.shape]
-            sums = waves[0] @ W @ waves[1].T / W.norm()  # [4, 4]
-            result.append([round(x, 4) for x in (W.norm().item(), *sums.flatten().tolist())])
+            sums = waves[0] @ W @ waves[1].T / W.norm().clamp(min=1e-38)  # [4, 4]; W may be zeros
+            norm = W.norm().item()
+            sums = [round(x, 4) for x in sums.flatten().tolist()]
+            result.append([round(norm, 4) if norm > 1 else float(f"{norm:.5g}"), *sums])
     return result
 
 
@@ -47,7 +49,8 @@ def same_model(ours: list[list[float]], theirs: list[list[float]]) -> bool:
     if len(ours) != len(theirs):
         return False
     a, b = torch.tensor(ours), torch.tensor(theirs)  # [2 * layers, 17]
-    norms = (a[:, 0] / b[:, 0]).log().abs().max()
+    # Of two projections of zeros the norms are equal, whatever 0 / 0 is.
+    norms = (a[:, 0] / b[:, 0]).log().abs().masked_fill(a[:, 0] == b[:, 0], 0).max()
     return bool(norms < 0.05 and (a - b)[:, 1:].square().mean(1).sqrt().max() < 0.1)
 
 

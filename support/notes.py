@@ -68,8 +68,8 @@ def write_note(file: Path, note: dict) -> None:
         raise UserError(f"{file} cannot be written ({error}); choose another place") from None
 
 
-def delete_notes(notes: Path) -> None:
-    for file in note_files(notes):
+def delete_notes(notes: Path | None) -> None:
+    for file in note_files(notes) if notes else []:
         file.unlink()
 
 

@@ -94,6 +94,15 @@ def batch_of(samples: list[Tensor], step: int, size: int, seed: int) -> list[Ten
     return [samples[i] for i in order[position * size : (position + 1) * size]]
 
 
+def check_finite(finite: bool) -> None:
+    """Raises `UserError` if a model's output, of which this is known, is not `finite`."""
+    if not finite:
+        raise UserError(
+            "the model's output is not finite: some number is too large for its type; try another "
+            "--dtype (bfloat16 reaches as far as float32), or latents of 32 bits (--bits 32)"
+        )
+
+
 def check_prompt(prompt: list[int], model: Transformer) -> None:
     """Raises `UserError` for a prompt that is too long for the model, or not in its tokens."""
     limit, vocabulary = model.config.context_length, model.config.vocab_size

@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quant
-from quant import BITS, CHANNELS, GROUP, TOKENS, Packed, fake_quantize, pack, quantize, unpack
+from quant import (
+    BITS,
+    CHANNELS,
+    GROUP,
+    TOKENS,
+    Packed,
+    dequantize,
+    fake_quantize,
+    pack,
+    quantize,
+    unpack,
+)
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 bits = st.sampled_from(BITS)
@@ -182,9 +193,32 @@ def test_sixteen_bit_inputs_keep_their_type(dtype):
     assert torch.equal(stored, expected)
 
 
-def test_limits_beyond_sixteen_bits_are_cut_off():
-    """The minimum ends where float16 does; above, the levels go on as far as the scale reaches."""
-    stored = fake_quantize(torch.tensor([[1e6, -1e6, 5.0, 0.0]]).T, 8, TOKENS).flatten()
-    step = (1e6 + 65504) / 255
-    assert stored[1] == -65504
-    assert abs(stored[0] - 1e6) < step / 2 and abs(stored[3]) < step / 2
+LIMITS = {
+    "minimum": [-65505.0, 0.0, 1.0],
+    "scale": [65504.0 * 300, 0.0, 1.0],
+    "both": [1e8, -1e8, 5.0],
+    "infinite": [math.inf, 0.0, 1.0],
+    "not a number": [math.nan, 0.0, 1.0],
+}
+
+
+@pytest.mark.parametrize("clamped", [False, True])
+@pytest.mark.parametrize("kind", LIMITS)
+def test_limits_beyond_sixteen_bits_never_read_back_as_other_numbers(kind, clamped):
+    """A group whose minimum or scale float16 cannot hold is not finite, and so seen at once; the
+    groups beside it are as they were."""
+    x = torch.zeros(40, 2)
+    x[32:35, 1] = torch.tensor(LIMITS[kind])
+    stored = dequantize(quantize(x, 8, TOKENS, clamped), TOKENS)
+    assert not stored[32:, 1].isfinite().any()
+    assert stored[:32].isfinite().all() and stored[32:, 0].isfinite().all()
+    packed = Packed(8, TOKENS, clamped=clamped)
+    packed.append(torch.cat([x, x[8:32]])[None])
+    assert not packed.read(32, 64)[0, :, 1].isfinite().any()
+
+
+def test_values_beyond_sixteen_bits_are_kept_where_the_limits_hold_them():
+    """The levels go on above float16's range as far as the scale reaches."""
+    x = torch.tensor([[1e6, -65504.0, 5.0, 0.0]]).T
+    stored = fake_quantize(x, 8, TOKENS)
+    assert (stored - x).abs().max() < (1e6 + 65504) / 255 * 0.51

@@ -1,0 +1,185 @@
+"""Command lines as a shell sees them: what they write, where it cannot be written, how they end."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from support.calibration import init_factors
+from support.command import UserError, run_command
+from support.factors_file import save_factors
+from tests.helpers import save_checkpoint, tiny_model
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    """A tiny checkpoint whose tokens are words that few encodings have, factors, and text."""
+    folder = tmp_path_factory.mktemp("command")
+    model = tiny_model()
+    save_checkpoint(model, folder / "model")
+    words = Tokenizer(models.WordLevel({f"模{i}é": i for i in range(61)}, unk_token="模0é"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(folder / "model" / "tokenizer.json"))
+    save_factors(folder / "factors", init_factors("svd", model, [4, 4], [4, 4]), model)
+    text = " ".join(f"模{i * i % 61}é" for i in range(400))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def shell(*args, stdout=subprocess.PIPE, encoding="utf-8"):
+    """A command line in a process of its own; its output as bytes."""
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.PIPE)
+
+
+def infer_arguments(setup):
+    files = ["--model", setup / "model", "--factors", setup / "factors"]
+    return ["infer.py", *files, "--prompt", "模5é 模6é", "--max-new-tokens", 3]
+
+
+class Terminal(io.TextIOWrapper):
+    """Standard output in an encoding, or one whose disk is full."""
+
+    def __init__(self, encoding="utf-8", full=False):
+        super().__init__(io.BytesIO(), encoding=encoding)
+        self.full, self.begun = full, False
+
+    def write(self, text):
+        self.begun = True
+        return super().write(text)
+
+    def flush(self):
+        if self.full and self.begun:
+            raise OSError(28, "No space left on device")
+        super().flush()
+
+    def fileno(self):
+        return os.open(os.devnull, os.O_WRONLY)
+
+
+def ending(monkeypatch, command, **terminal):
+    """The exit status of a command line, and what it wrote to each stream of such a terminal."""
+    out, err = Terminal(**terminal), Terminal(terminal.get("encoding", "utf-8"))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    try:
+        run_command(command)
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    out.full = False
+    return status, *(s.flush() or s.buffer.getvalue().decode(s.encoding) for s in (out, err))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "seen"),
+    [("utf-8", "模 é €"), ("cp1252", "? é €"), ("latin-1", "? é ?"), ("ascii", "? ? ?")],
+)
+def test_a_character_that_a_terminal_cannot_show_is_a_question_mark(monkeypatch, encoding, seen):
+    found = ending(monkeypatch, lambda: print("模 é €"), encoding=encoding)
+    assert found == (0, seen + "\n", "")
+
+    def fail():
+        raise UserError("no file 模 é €;\ngive another")
+
+    found = ending(monkeypatch, fail, encoding=encoding)
+    assert found == (2, "", f"error: no file {seen}; give another\n")
+
+
+def test_half_a_surrogate_is_a_question_mark(monkeypatch):
+    assert ending(monkeypatch, lambda: print("a\ud83d")) == (0, "a?\n", "")
+
+
+@pytest.mark.parametrize("ends", ["well", "with a usage text"])
+def test_a_full_disk_is_one_line(monkeypatch, ends):
+    def command():
+        print("a table")
+        if ends != "well":
+            sys.exit(0)
+
+    status, _, err = ending(monkeypatch, command, full=True)
+    assert status == 2 and err.count("\n") == 1
+    assert err.startswith("error: the output cannot be written (") and "No space left" in err
+
+
+def test_a_file_that_no_check_foresaw_is_one_line(monkeypatch, tmp_path):
+    status, _, err = ending(monkeypatch, lambda: (tmp_path / "no" / "file").open("w"))
+    assert status == 2 and err.count("\n") == 1 and str(tmp_path / "no" / "file") in err
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_infer_in_a_small_encoding(setup, encoding):
+    done = shell(*infer_arguments(setup), encoding=encoding)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    words = done.stdout.decode(encoding).split()
+    assert len(words) == 3 and all(
+        w.startswith("?") and w.endswith("é?"[len(encoding) == 5]) for w in words
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_infer_on_a_full_disk(setup):
+    with open("/dev/full", "wb") as full:
+        done = shell(*infer_arguments(setup), stdout=full)
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+    assert done.stderr.decode().splitlines()[-1].startswith("error: the output cannot be written")
+
+
+def others(setup, out):
+    """Every other command line that prints results."""
+    model, text = setup / "model", setup / "text.txt"
+    passages = ["--text", text, "--context", 20, "--steps", 4, "--passages", 2]
+    few = ["--samples", 4, "--seq-len", 20, "--ratios", "0.5"]
+    paper = ["--out", out / "paper", "--work", out / "work", "--measure-samples", 2]
+    tables = ["--calibrate", text, *few]
+    return {
+        "evaluate": [
+            "-m",
+            "experiments.evaluate",
+            "perplexity",
+            "--model",
+            model,
+            *passages,
+            *tables,
+        ],
+        "paper": [
+            "-m",
+            "experiments.paper",
+            "table3",
+            "--model",
+            model,
+            *passages,
+            *tables,
+            *paper,
+        ],
+        "speed": ["-m", "experiments.speed", "--model", model, "--lengths", 20, "--rounds", 1],
+        "english": ["-m", "support.english", "--out", out / "english"],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("name", ["evaluate", "paper", "speed", "english"])
+def test_every_command_on_a_full_disk_and_in_ascii(setup, tmp_path, name):
+    command = others(setup, tmp_path)[name]
+    with open("/dev/full", "wb") as full:
+        done = shell(*command, stdout=full)
+    last = done.stderr.decode().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: the output cannot be written"), last
+    done = shell(*command, encoding="ascii")
+    assert done.returncode == 0 and done.stdout and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["evaluate", "paper", "speed", "longeval", "english"])
+def test_a_module_run_as_a_script_says_how_to_run_it(name):
+    folder = "support" if name == "english" else "experiments"
+    done = shell(f"{folder}/{name}.py", "--help")
+    expected = f"error: run this as python -m {folder}.{name} from the project's folder\n"
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (2, b"", expected)
