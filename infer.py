@@ -69,7 +69,7 @@ def generate(
         if token in model.config.eos_token_ids:
             return
         yield token
-        tokens = torch.tensor([[token]], device=device)
+        tokens = torch.full((1, 1), token, device=device)  # made there, not copied to it
 
 
 def nominal_ratio(model: Transformer, factors: Factors) -> float:

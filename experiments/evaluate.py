@@ -136,8 +136,8 @@ def greedy_answer(
 ) -> list[int]:
     """Up to `most` tokens, after the tokens of `question` went through the cache one by one.
     `logits` [1, 1, vocab] are those of the token before the question."""
-    for token in question:
-        logits = model(torch.tensor([[token]], device=logits.device), cache)
+    for token in torch.tensor(question, dtype=torch.long, device=logits.device):
+        logits = model(token.view(1, 1), cache)
     greedy = make_sampler(0.0, 1.0, 0)
     first = greedy(logits[0, -1])
     if first in model.config.eos_token_ids:

@@ -1,0 +1,174 @@
+"""What must hold on a GPU as well. Without one, only what can be said of any device is tested."""
+
+import warnings
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import cskv
+import infer
+import quant
+from experiments.caches import CACHES, make_cache, make_row
+from model import full_cache
+from support.calibration import init_factors
+from support.processes import place
+from tests.helpers import make_factors, tiny_model, tiny_tokens
+from train import Tuner, run_layers
+
+torch.set_grad_enabled(False)
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DTYPES = [torch.float32, torch.bfloat16]
+KINDS = [cskv.BiBranchCache, cskv.ChunkedBiBranchCache]
+T, STEPS = 100, 12
+
+
+def on_gpu(dtype=torch.float32, **shape):
+    """A tiny model, tokens [2, T + STEPS], and factors of full rank, on the GPU."""
+    model = tiny_model(**shape)
+    factors = make_factors(model, 12, 13)
+    tokens = tiny_tokens(model, 2, T + STEPS).cuda()
+    model = model.to("cuda", dtype)
+    model.rope.reach(T + STEPS, tokens.device)
+    return model, tokens, factors.to(model.lm_head.weight)
+
+
+def decoded(model, tokens, cache):
+    """Logits [B, STEPS, vocab] of the tokens after a prompt of T."""
+    model(tokens[:, :T], cache)
+    return torch.cat([model(tokens[:, t : t + 1], cache) for t in range(T, T + STEPS)], dim=1)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefill_is_bit_equal(kind, dtype):
+    model, tokens, factors = on_gpu(dtype)
+    cache = cskv.bi_branch_cache(model, factors, 8, T, kind)
+    assert torch.equal(model(tokens[:, :T], cache), model(tokens[:, :T]))
+
+
+@gpu
+@pytest.mark.parametrize("shape", [{}, {"attention_bias": True}, {"sliding_window": 40}])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fast_equals_plain_equals_full(dtype, shape):
+    """With factors of full rank and latents that are not rounded further."""
+    model, tokens, factors = on_gpu(dtype, **shape)
+    factors = factors.in_bits(32, 32) if dtype == torch.float32 else factors
+    full = decoded(model, tokens, full_cache(model))
+    tolerance = 2e-4 if dtype == torch.float32 else 0.1
+    for kind in KINDS:
+        ours = decoded(model, tokens, cskv.bi_branch_cache(model, factors, 8, kind=kind))
+        torch.testing.assert_close(ours, full, atol=tolerance, rtol=tolerance)
+
+
+@gpu
+def test_the_gpu_computes_what_the_cpu_does():
+    model, tokens, factors = on_gpu()
+    factors = factors.in_bits(4, 4)
+    ours = decoded(model, tokens, cskv.bi_branch_cache(model, factors, 8)).cpu()
+    model, tokens = model.cpu(), tokens.cpu()
+    factors = factors.to(model.lm_head.weight)
+    theirs = decoded(model, tokens, cskv.bi_branch_cache(model, factors, 8))
+    # A latent that lies between two levels may be rounded to either.
+    assert (ours - theirs).abs().median() < 1e-3
+
+
+@gpu
+@pytest.mark.parametrize("bits", quant.BITS)
+def test_packed_bytes_are_those_of_the_cpu(bits):
+    x = torch.randn(2, 70, 12, generator=torch.Generator().manual_seed(0))
+    held = []
+    for device in ("cpu", "cuda"):
+        packed = quant.Packed(bits, quant.TOKENS, residual=4, expected=100)
+        packed.append(x.to(device))
+        held.append(packed)
+    sizes = [[t.untyped_storage().nbytes() for t in packed.tensors()] for packed in held]
+    assert sizes[0] == sizes[1]
+    torch.testing.assert_close(held[0].read(0, 70), held[1].read(0, 70).cpu())
+
+
+@gpu
+def test_a_training_step():
+    model, tokens, _ = on_gpu()
+    tuner = Tuner(init_factors("svd", model, [4, 4], [4, 4]), 8, 1e-2)
+    assert place() == (0, 1)
+    before = run_layers(model, [tokens[:1]], [tuner]).sum()
+    for _ in range(8):
+        run_layers(model, [tokens[:1]], [tuner], train=True)
+        tuner.step()
+    assert run_layers(model, [tokens[:1]], [tuner]).sum() < before
+
+
+@gpu
+def test_two_caches_at_once_are_two_caches_one_by_one():
+    model, tokens, factors = on_gpu()
+    caches = [cskv.bi_branch_cache(model, factors, 8), full_cache(model)]
+    alone = [decoded(model, tokens, cache) for cache in caches]
+    caches = [cskv.bi_branch_cache(model, factors, 8), full_cache(model)]
+    for cache in caches:
+        model(tokens[:, :T], cache)
+    for t in range(T, T + STEPS):
+        for cache, expected in zip(caches, alone, strict=True):
+            logits = model(tokens[:, t : t + 1], cache)[:, 0]
+            torch.testing.assert_close(logits, expected[:, t - T], atol=1e-5, rtol=1e-5)
+
+
+@gpu
+@pytest.mark.parametrize("name", ["full", "cskv", "cskv-plain", "kivi-4"])
+def test_a_token_waits_for_the_gpu_once(name):
+    """PyTorch says each time that the processor has to wait."""
+    model, tokens, factors = on_gpu()
+    factors = factors if CACHES[name].shrinks else None
+    cache = make_cache(model, make_row(model, name, factors=factors, window=8), T + STEPS)
+    prompt, greedy = tokens[0, :T].tolist(), infer.make_sampler(0.0, 1.0, 0)
+    stream = infer.generate(model, prompt, cache, STEPS, greedy)
+    next(stream)  # the prompt
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            count = len(list(stream))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert count == STEPS - 1 and len(waits) <= count
+
+
+# ----------------------------------------------------------------------------- on any device
+
+
+class MadeOnCPU(TorchDispatchMode):
+    """Notes every operation that has a tensor of the CPU among its results."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.device.type == "cpu" for tensor in tensors):
+            self.operations.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("name", CACHES)
+def test_a_decode_step_makes_no_tensor_on_the_cpu(name, bits):
+    """On the meta device, where nothing is computed but everything is laid out. A group that gets
+    complete is packed in one of the steps."""
+    model = tiny_model()
+    factors = (
+        make_factors(model, 5, 5).in_bits(bits, bits)
+        if CACHES[name].shrinks == "channels"
+        else None
+    )
+    model, tokens = model.to("meta"), torch.zeros(1, 64, dtype=torch.long, device="meta")
+    cache = make_cache(model, make_row(model, name, 0.5, factors, window=8), 64)
+    model(tokens[:, :38], cache)
+    model.rope.reach(64, tokens.device)
+    with MadeOnCPU() as made:
+        for t in range(38, 42):
+            model(tokens[:, t : t + 1], cache)
+    assert not made.operations
