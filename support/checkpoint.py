@@ -6,9 +6,10 @@ What this code would compute differently from the reference library is refused.
 import json
 import math
 import os
-import pickle
 import reprlib
+import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -272,9 +273,57 @@ def find_checkpoint(path: str | Path) -> Path:
     return folder
 
 
-# What the two file formats raise for a damaged file, or for a pickle that is more than tensors.
-UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError)
-UNREADABLE += (pickle.UnpicklingError,)
+# ----------------------------------------------------------------------------------------- weights
+
+# What a damaged safetensors file raises. A damaged pickle raises nearly anything.
+UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError)
+
+
+def damaged(file: Path, error: Exception) -> UserError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(f"{file} is damaged ({reason}); fetch it again")
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index names, each once. Raises `UserError` for any outside its folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map; fetch it again")
+    names = list(weight_map.values())
+    for name in names:
+        plain = isinstance(name, str) and Path(name).name == name and "\\" not in name
+        if not plain or name in ("", ".."):
+            raise UserError(
+                f"{index} names a shard {shown(name)}, not a file beside it; fetch it again"
+            )
+    return [index.parent / name for name in sorted(set(names))]
+
+
+def read_bin(file: Path) -> dict:
+    """What PyTorch saved in `file`, names to weights. Raises `UserError` for anything else."""
+    try:
+        with open(file, "rb") as opened:
+            # Since PyTorch 1.6 it is a zip archive, read as it is used; older ones are read whole.
+            mapped = opened.read(4) == b"PK\x03\x04"
+        shard = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        if not isinstance(shard, dict):
+            raise ValueError(f"a {type(shard).__name__}, not a dict of weights")
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        if "tar" in str(error) and tarfile.is_tarfile(file):
+            raise UserError(
+                f"{file} has the format of PyTorch 0.1, which is not read safely; save it again "
+                "with a newer PyTorch"
+            ) from None
+        raise damaged(file, error) from None
+    nested = [name for name, value in shard.items() if isinstance(value, dict)]
+    if nested:
+        raise UserError(
+            f"{file} keeps weights under {shown(nested[0])}, as a training state does; save "
+            "that part alone with torch.save"
+        )
+    return shard
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -284,19 +333,13 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
         if (folder / kind).is_file():
             files = [folder / kind]
         elif index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UserError(f"{index} has no weight_map; fetch it again")
-            files = [folder / name for name in sorted(set(weight_map.values()))]
+            files = shards_of(index)
         else:
             continue
         for file in files:
             try:
                 if kind.endswith(".bin"):
-                    shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                    if not isinstance(shard, dict):
-                        raise ValueError(f"a {type(shard).__name__}, not a dict of weights")
-                    yield from shard.items()
+                    yield from read_bin(file).items()
                     continue
                 with safe_open(file, framework="pt") as shard:
                     for name in shard.keys():  # noqa: SIM118 (not a dict)
@@ -306,12 +349,46 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
             except UserError:
                 raise
             except UNREADABLE as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                raise UserError(f"{file} is damaged ({reason}); fetch it again") from None
+                raise damaged(file, error) from None
         return
     raise UserError(
         f"{folder} has neither model.safetensors nor pytorch_model.bin, nor their index"
     )
+
+
+def check_weight(folder: Path, name: str, tensor: Tensor, wanted: dict[str, Tensor]) -> None:
+    """Raises `UserError` unless the model has such a weight, of this shape and of real numbers."""
+    if name not in wanted or not isinstance(tensor, Tensor):
+        raise UserError(
+            f"{folder}: unexpected weight {shown(name)}; no plain Llama or Mistral has it, "
+            "or config.json belongs to another model"
+        )
+    if tensor.shape != wanted[name].shape:
+        raise UserError(
+            f"{folder}: {name} has shape {tuple(tensor.shape)}, but config.json asks for "
+            f"{tuple(wanted[name].shape)}; fetch both again"
+        )
+    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+        kind = "no values" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
+        raise UserError(
+            f"{folder}: {name} holds {kind}, not plain decimal numbers; use a checkpoint that is "
+            "not quantized"
+        )
+
+
+def tie(weights: dict[str, Tensor]) -> bool:
+    """Makes embedding and output matrix one tensor, whichever of them the file has.
+
+    Returns False and leaves them where it has both and they differ. The reference library then
+    goes by the file, not by the config.
+    """
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    present = [weights[name] for name in names if name in weights]
+    if len(present) == 2 and not torch.equal(*present):
+        return False
+    if present:
+        weights.update(dict.fromkeys(names, present[0]))
+    return True
 
 
 def load_model(
@@ -328,29 +405,21 @@ def load_model(
     with torch.device("meta"):
         model = Transformer(config)
     wanted = model.state_dict()
-    tied = config.tie_word_embeddings
     weights = {}
     for name, tensor in read_weights(folder):
-        if str(name).endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
-            continue  # derived from the config, or a second copy of the embedding
-        if name not in wanted or not isinstance(tensor, Tensor):
-            raise UserError(
-                f"{folder}: unexpected weight {name}; config.json belongs to another model"
-            )
-        if tensor.shape != wanted[name].shape:
-            raise UserError(
-                f"{folder}: {name} has shape {tuple(tensor.shape)}, but config.json asks for "
-                f"{tuple(wanted[name].shape)}; fetch both again"
-            )
-        weights[name] = tensor.to(device, dtype)
-    if tied and "model.embed_tokens.weight" in weights:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        if str(name).endswith("rotary_emb.inv_freq"):
+            continue  # derived from the config
+        check_weight(folder, name, tensor, wanted)
+        weights[name] = tensor.detach().to(device, dtype)
+    if config.tie_word_embeddings and not tie(weights):
+        with torch.device("meta"):
+            model = Transformer(replace(config, tie_word_embeddings=False))
     missing = sorted(set(wanted) - set(weights))
     if missing:
         raise UserError(
             f"{folder}: weight {missing[0]} is missing ({len(missing)} in all); fetch it again"
         )
     model.load_state_dict(weights, strict=True, assign=True)
-    if tied:  # assign made two parameters of one tensor
+    if model.config.tie_word_embeddings:  # assign made two parameters of one tensor
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(False).eval()

@@ -5,10 +5,16 @@ Each case changes a good tiny checkpoint in one way. `...` in place of a value t
 
 import json
 import math
+import random
 import shutil
+import tarfile
+import warnings
+from collections import OrderedDict
+from contextlib import suppress
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from support.checkpoint import load_model, read_config, read_json
 from support.command import UserError
@@ -411,3 +417,222 @@ def test_what_is_no_json_is_one_line(tmp_path, data, words):
     file = tmp_path / "config.json"
     file.write_bytes(data)
     assert words in refusal(read_json, file)
+
+
+# -------------------------------------------------------------------------------------- weights
+
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+BIN = "pytorch_model.bin"
+
+
+def own_output(weights):
+    return {**weights, OUTPUT: weights[EMBEDDING].flip(0)}
+
+
+def rewrite(folder, change, write=None):
+    """Replaces the weights of a folder by what `change` makes of them."""
+    file = folder / "model.safetensors"
+    weights = change(load_file(file))
+    file.unlink()
+    if write is None:
+        save_file({k: v.contiguous() for k, v in weights.items()}, file, {"format": "pt"})
+    else:
+        write(weights, folder / BIN)
+
+
+TIED = {  # what the file of a tied config holds, and whether one matrix is the other
+    "only the embedding": (lambda w: without(w, OUTPUT), True),
+    "only the output": (lambda w: {**without(w, EMBEDDING), OUTPUT: w[EMBEDDING]}, True),
+    "both, equal": (lambda w: {**w, OUTPUT: w[EMBEDDING].clone()}, True),
+    "both, different": (own_output, False),
+    "both, different in one number": (
+        lambda w: {**w, OUTPUT: w[EMBEDDING].index_fill(0, torch.tensor([60]), 0.5)},
+        False,
+    ),
+    "both, of different precision": (lambda w: {**w, OUTPUT: w[EMBEDDING].half()}, False),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_the_file_says_what_is_tied(tmp_path, saved, name):
+    change, shared = TIED[name]
+    folder = shutil.copytree(saved("Llama"), tmp_path / "model")
+    edit(folder, {"tie_word_embeddings": True})
+    rewrite(folder, change)
+    assert_as_transformers(folder)
+    model = load_model(folder)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == shared
+    assert model.config.tie_word_embeddings == shared
+
+
+def test_a_config_without_the_entry_is_not_tied(tmp_path, saved):
+    folder = shutil.copytree(saved("Llama"), tmp_path / "model")
+    edit(folder, {"tie_word_embeddings": ...})
+    rewrite(folder, own_output)
+    assert_as_transformers(folder)
+    rewrite(folder, lambda w: without(w, OUTPUT))
+    assert "weight lm_head.weight is missing" in refusal(load_model, folder)
+
+
+def test_a_tied_config_without_either_is_refused(tmp_path):
+    folder = save_checkpoint(tiny_model(tie_word_embeddings=True), tmp_path)
+    rewrite(folder, lambda w: without(w, EMBEDDING))
+    assert "is missing (2 in all)" in refusal(load_model, folder)
+
+
+def save_old(weights, file, **more):
+    torch.save(weights, file, _use_new_zipfile_serialization=False, **more)
+
+
+def save_parameters(weights, file):
+    torch.save(OrderedDict((k, torch.nn.Parameter(v)) for k, v in weights.items()), file)
+
+
+def save_old_parameters(weights, file):
+    save_old({k: torch.nn.Parameter(v) for k, v in weights.items()}, file)
+
+
+@pytest.mark.parametrize("write", [save_old, save_parameters, save_old_parameters])
+@pytest.mark.parametrize("grad", [False, True])
+def test_bin_files_of_any_age(tmp_path, saved, write, grad):
+    """The format until PyTorch 1.5 too, which cannot be mapped into memory."""
+    folder = shutil.copytree(saved("Llama"), tmp_path / "model")
+    rewrite(folder, lambda w: w, write)
+    assert_as_transformers(folder)
+    with torch.set_grad_enabled(grad):
+        model = load_model(folder, dtype=torch.bfloat16)
+    assert all(p.is_leaf and not p.requires_grad for p in model.parameters())
+
+
+def test_a_shard_of_each_age(tmp_path, saved):
+    folder = shutil.copytree(saved("Llama"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    parts = {"a.bin": dict(list(weights.items())[::2]), "b.bin": dict(list(weights.items())[1::2])}
+    torch.save(parts["a.bin"], folder / "a.bin")
+    save_old(parts["b.bin"], folder / "b.bin")
+    index = {"metadata": {}, "weight_map": {k: f for f, part in parts.items() for k in part}}
+    (folder / f"{BIN}.index.json").write_text(json.dumps(index))
+    assert_as_transformers(folder)
+
+
+@pytest.mark.parametrize("write", [save_old, torch.save])
+def test_a_truncated_bin_is_damaged(tmp_path, write):
+    """Cut anywhere; to nothing, too."""
+    folder = save_checkpoint(tiny_model(num_hidden_layers=1), tmp_path)
+    rewrite(folder, lambda w: w, write)
+    file = folder / BIN
+    data = file.read_bytes()
+    for length in {0, 1, 3, 5, 20, len(data) - 1, *range(0, len(data), 1 + len(data) // 60)}:
+        file.write_bytes(data[:length])
+        assert f"{file} is damaged" in refusal(load_model, folder), length
+
+
+def test_a_flipped_byte_is_no_traceback(tmp_path):
+    """In the pickle; what is flipped in a weight cannot be seen."""
+    folder = save_checkpoint(tiny_model(num_hidden_layers=1), tmp_path)
+    rewrite(folder, lambda w: w, save_old)
+    file, draw = folder / BIN, random.Random(0)
+    data = file.read_bytes()
+    for _ in range(150):
+        flipped = bytearray(data)
+        flipped[draw.randrange(1500)] = draw.randrange(256)
+        file.write_bytes(flipped)
+        with suppress(UserError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load_model(folder)
+
+
+def test_the_oldest_format_is_named(tmp_path):
+    """A tar archive, which PyTorch itself does not read safely."""
+    folder = save_checkpoint(tiny_model(), tmp_path)
+    (folder / "model.safetensors").unlink()
+    with tarfile.open(folder / BIN, "w") as archive:
+        for name in ("storages", "tensors", "pickle"):
+            archive.addfile(tarfile.TarInfo(name))
+    assert "save it again with a newer PyTorch" in refusal(load_model, folder)
+
+
+UNFIT = {  # what a .bin holds instead of weights, and words of the refusal
+    "under state_dict": (lambda w: {"state_dict": w, "epoch": 3}, "under 'state_dict'"),
+    "under model": (lambda w: OrderedDict(model=OrderedDict(w)), "under 'model'"),
+    "a number beside": (lambda w: {**w, "epoch": 3}, "unexpected weight 'epoch'"),
+    "a number as a name": (lambda w: {**w, 3: torch.ones(2)}, "unexpected weight 3"),
+    "a tuple": (lambda w: tuple(w.values()), "a tuple, not a dict"),
+    "one weight": (lambda w: w[EMBEDDING], "not a dict"),
+    "nothing": (lambda w: {}, "is missing"),
+    "another prefix": (lambda w: {f"module.{k}": v for k, v in w.items()}, "'module.lm_head"),
+    "no prefix": (
+        lambda w: {k.removeprefix("model."): v for k, v in w.items()},
+        "unexpected weight 'embed_tokens.weight'",
+    ),
+    "a classifier's": (
+        lambda w: {**without(w, OUTPUT), "score.weight": torch.ones(2, 24)},
+        "unexpected weight 'score.weight'",
+    ),
+    "a bias": (
+        lambda w: {**w, "model.layers.0.self_attn.q_proj.bias": torch.ones(24)},
+        "q_proj.bias",
+    ),
+    "bytes": (lambda w: {**w, EMBEDDING: w[EMBEDDING].to(torch.int8)}, "torch.int8"),
+    "complex": (lambda w: {**w, EMBEDDING: w[EMBEDDING].to(torch.complex64)}, "complex64"),
+    "sparse": (lambda w: {**w, EMBEDDING: w[EMBEDDING].to_sparse()}, "torch.sparse_coo"),
+    "no values": (lambda w: {**w, EMBEDDING: w[EMBEDDING].to("meta")}, "holds no values"),
+    "another shape": (lambda w: {**w, OUTPUT: w[OUTPUT][:9]}, "lm_head.weight has shape (9, 24)"),
+}
+
+
+@pytest.mark.parametrize("write", [torch.save, save_old])
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_is_no_weights_of_this_model_is_refused(tmp_path, name, write):
+    if name == "sparse" and write is save_old:
+        pytest.skip("PyTorch's old format has no sparse tensors")
+    change, words = UNFIT[name]
+    folder = save_checkpoint(tiny_model(), tmp_path)
+    rewrite(folder, change, write)
+    assert words in refusal(load_model, folder)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_second_output_matrix_has_to_fit_too(tmp_path, tied):
+    folder = save_checkpoint(tiny_model(tie_word_embeddings=tied), tmp_path)
+    rewrite(folder, lambda w: {**w, OUTPUT: torch.ones(9, 24)})
+    assert "lm_head.weight has shape (9, 24)" in refusal(load_model, folder)
+
+
+# -------------------------------------------------------------------------------------- indices
+
+NO_FILE = [7, None, 1.5, True, ["model.safetensors"], {"file": "a"}, "", ".", "..", "/etc/hostname"]
+NO_FILE += ["../other/model.safetensors", "shards/model.safetensors", "shards\\model.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", BIN])
+@pytest.mark.parametrize("name", NO_FILE, ids=repr)
+def test_an_index_names_files_beside_it(tmp_path, kind, name):
+    folder = save_checkpoint(tiny_model(), tmp_path)
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    index = folder / f"{kind}.index.json"
+    index.write_text(json.dumps({"weight_map": {EMBEDDING: "a.safetensors", OUTPUT: name}}))
+    message = refusal(load_model, folder)
+    assert str(index) in message and f"names a shard {name!r}" in message
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", BIN])
+@pytest.mark.parametrize("weight_map", [{}, None, [], ["a.safetensors"], "a.safetensors", 3, ...])
+def test_an_index_without_names(tmp_path, kind, weight_map):
+    folder = save_checkpoint(tiny_model(), tmp_path)
+    (folder / "model.safetensors").unlink()
+    index = folder / f"{kind}.index.json"
+    index.write_text(json.dumps({} if weight_map is ... else {"weight_map": weight_map}))
+    assert f"{index} has no weight_map" in refusal(load_model, folder)
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", BIN])
+@pytest.mark.parametrize("name", ["none.bin", "a\x00b", "x" * 300, "\ud800.bin", "folder", "\n"])
+def test_a_shard_that_cannot_be_opened(tmp_path, kind, name):
+    folder = save_checkpoint(tiny_model(), tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / "folder").mkdir()
+    (folder / f"{kind}.index.json").write_text(json.dumps({"weight_map": {EMBEDDING: name}}))
+    with pytest.raises(UserError, match=r"is missing|is damaged"):
+        load_model(folder)
