@@ -410,7 +410,7 @@ def load_model(
         if str(name).endswith("rotary_emb.inv_freq"):
             continue  # derived from the config
         check_weight(folder, name, tensor, wanted)
-        weights[name] = tensor.detach().to(device, dtype)
+        weights[name] = tensor.to(device, dtype)
     if config.tie_word_embeddings and not tie(weights):
         with torch.device("meta"):
             model = Transformer(replace(config, tie_word_embeddings=False))

@@ -151,6 +151,7 @@ MEANT = {
     ),
     "null in the old place": ("Llama", {"rope_scaling": None, "rope_parameters": LINEAR}),
     "nothing in the old place": ("Llama", {"rope_scaling": {}, "rope_parameters": LINEAR}),
+    "false in the old place": ("Llama", {"rope_scaling": False, "rope_parameters": LINEAR}),
     "type and rope_type, the same": ("Llama", {"rope_parameters": {**LINEAR, "type": "linear"}}),
     "a factor, but no type": ("Llama", {"rope_parameters": ..., "rope_scaling": {"factor": 4.0}}),
     "all of the channels": (
@@ -219,6 +220,7 @@ REFUSED = {  # changes to a Llama's config.json, and words of the refusal
     "window 0 of a Mistral": ({"model_type": "mistral", "sliding_window": 0}, "window is 0"),
     "a window in words": ({"sliding_window": "eight"}, "sliding_window is 'eight'"),
     "window false": ({"model_type": "mistral", "sliding_window": False}, "window is False"),
+    "window true": ({"model_type": "mistral", "sliding_window": True}, "window is True"),
     "window 8.0": ({"model_type": "mistral", "sliding_window": 8.0}, "sliding_window is 8.0"),
     "layers that differ": ({"per_layer_config": {"1": {"rms_norm_eps": 0.1}}}, "per_layer_config"),
     "other weights": ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
@@ -504,6 +506,22 @@ def test_bin_files_of_any_age(tmp_path, saved, write, grad):
     assert all(p.is_leaf and not p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize(("write", "mapped"), [(torch.save, True), (save_old, False)])
+def test_a_bin_is_mapped_where_it_can_be(tmp_path, monkeypatch, write, mapped):
+    """Or the file is in memory a second time while it is read."""
+    folder = save_checkpoint(tiny_model(), tmp_path)
+    rewrite(folder, lambda w: w, write)
+    asked, load = [], torch.load
+
+    def watched(*arguments, **more):
+        asked.append((more["mmap"], more["weights_only"]))
+        return load(*arguments, **more)
+
+    monkeypatch.setattr(torch, "load", watched)
+    load_model(folder)
+    assert asked == [(mapped, True)]
+
+
 def test_a_shard_of_each_age(tmp_path, saved):
     folder = shutil.copytree(saved("Llama"), tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
@@ -557,6 +575,7 @@ UNFIT = {  # what a .bin holds instead of weights, and words of the refusal
     "under state_dict": (lambda w: {"state_dict": w, "epoch": 3}, "under 'state_dict'"),
     "under model": (lambda w: OrderedDict(model=OrderedDict(w)), "under 'model'"),
     "a number beside": (lambda w: {**w, "epoch": 3}, "unexpected weight 'epoch'"),
+    "a number for a weight": (lambda w: {**w, EMBEDDING: 3}, "unexpected weight 'model.embed"),
     "a number as a name": (lambda w: {**w, 3: torch.ones(2)}, "unexpected weight 3"),
     "a tuple": (lambda w: tuple(w.values()), "a tuple, not a dict"),
     "one weight": (lambda w: w[EMBEDDING], "not a dict"),
