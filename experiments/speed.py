@@ -107,16 +107,10 @@ def compare(runners: dict[str, Runner], prompt: Tensor, rounds: int, steps: int)
     bar.close()
     rows = []
     for name in runners:
-        (p, d), (full_p, full_d) = (
-            (median(times[one][1:]) for times in (prefill, decode))  # the first round warms up
-            for one in (name, "full")
-        )
-        row = {
-            "cache": name,
-            "tokens": prompt.shape[1],
-            "prefill_s": p,
-            "prefill_ratio": p / full_p,
-        }
+        p, d = median(prefill[name][1:]), median(decode[name][1:])  # the first round warms up
+        full_p, full_d = median(prefill["full"][1:]), median(decode["full"][1:])
+        row = {"cache": name, "tokens": prompt.shape[1]}
+        row |= {"prefill_s": p, "prefill_ratio": p / full_p}
         row |= {"decode_ms": 1e3 * d, "decode_ratio": d / full_d, "cache_mb": None, "mflop": None}
         if isinstance(caches[name], list):  # ours
             row["cache_mb"] = held_bytes(caches[name]) / 1e6

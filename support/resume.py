@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import Transformer
-from support.checkpoint import UNREADABLE
 from support.command import UserError, replacing
 from support.factors_file import fingerprint
 from support.processes import place, say, summed
@@ -39,7 +38,7 @@ def load_state(path: Path, plan: dict, names: tuple[str, ...]) -> dict:
         missing = [name for name in names if name not in state]
         if missing:
             raise KeyError(missing[0])
-    except (*UNREADABLE, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged pickle raises nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged ({reason}); delete it to start anew") from None
     if other:

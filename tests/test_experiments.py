@@ -826,6 +826,27 @@ def test_speed_command(setup, capsys, monkeypatch):
     assert len(out.splitlines()) == 2 + len(rows)
 
 
+def test_speed_times_each_cache_by_itself(monkeypatch):
+    """On a clock that only the runners move."""
+    now = [0.0]
+
+    def runner(prefill, step):
+        def run(tokens, cache):
+            now[0] += prefill if tokens.shape[1] > 1 else step
+
+        return dict, run
+
+    monkeypatch.setattr(speed, "clock", lambda device: now[0])
+    runners = {"full": runner(2.0, 0.25), "slow": runner(3.0, 1.0), "fast": runner(1.0, 0.125)}
+    rows = speed.compare(runners, torch.zeros(1, 9, dtype=torch.long), rounds=2, steps=4)
+    names = "cache", "tokens", "prefill_s", "prefill_ratio", "decode_ms", "decode_ratio"
+    assert [tuple(row[name] for name in names) for row in rows] == [
+        ("full", 9, 2.0, 1.0, 250.0, 1.0),
+        ("slow", 9, 3.0, 1.5, 1000.0, 4.0),
+        ("fast", 9, 1.0, 0.5, 125.0, 0.5),
+    ]
+
+
 @pytest.mark.slow
 def test_english_is_there_and_the_two_texts_are_apart(tmp_path, capsys):
     english.run(english.argparse.Namespace(out=tmp_path / "english"))
