@@ -214,7 +214,10 @@ def read_config(folder: Path) -> Config:
             c.refuse(f"RoPE scaling {shown(rope)}")
     readings = [read_rope(c, rope, positions) for rope in (old, new) if rope]
     rope, *other = readings or [read_rope(c, {}, positions)]
-    if other and other[0] != rope:
+    # The reference library takes rope_scaling then, and forgets the rest: right for a scaling that
+    # was added by hand, where the new dict has none.
+    plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    if other and other[0] not in (rope, plain):
         c.disagree("rope_scaling and rope_parameters")
     theta = rope.pop("rope_theta")
 

@@ -145,6 +145,21 @@ MEANT = {
         "Llama",
         {"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 4}},
     ),
+    "scaling added by hand": (
+        "Llama",
+        {
+            "rope_scaling": {"type": "linear", "factor": 4.0},
+            "rope_parameters": {"rope_type": "default"},
+        },
+    ),
+    "the same, with a theta": (
+        "Llama",
+        {
+            "rope_theta": ...,
+            "rope_scaling": {**LLAMA3, "rope_theta": 50.0},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    ),
     "both places, the same": (
         "Llama",
         {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": LINEAR},
@@ -279,13 +294,6 @@ REFUSED = {  # changes to a Llama's config.json, and words of the refusal
         "rope_theta is None",
     ),
     "two thetas": ({"rope_parameters": {**LINEAR, "rope_theta": 7.0}}, "disagree"),
-    "scaling added by hand": (
-        {
-            "rope_scaling": {"type": "linear", "factor": 4.0},
-            "rope_parameters": {"rope_type": "default"},
-        },
-        "rope_scaling and rope_parameters disagree",
-    ),
     "two factors": (
         {"rope_theta": ..., "rope_scaling": {**LINEAR, "factor": 2.0}, "rope_parameters": LINEAR},
         "rope_scaling and rope_parameters disagree",
