@@ -187,9 +187,10 @@ def test_prefill_twice_and_decode_first_are_errors():
 @pytest.mark.parametrize("arguments", [{"window": 0}, {"window": -3}, {"k_bits": 5}, {"v_bits": 1}])
 def test_bad_cache_arguments(arguments):
     model = tiny_model()
-    bits = {name: arguments.pop(name) for name in list(arguments) if name != "window"}
+    bits = {name: value for name, value in arguments.items() if name != "window"}
+    window = arguments.get("window", 4)
     with pytest.raises(ValueError, match=r"is below 1|-bit latents; choose"):
-        bi_branch_cache(model, make_factors(model, 3, 3).in_bits(**bits), **arguments)
+        bi_branch_cache(model, make_factors(model, 3, 3).in_bits(**bits), window)
 
 
 def test_nominal_ratio_counts_bits_and_ranks_of_every_layer():
