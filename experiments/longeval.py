@@ -84,7 +84,7 @@ def draw_record(rng: random.Random, lines: int, spelled: bool = False) -> dict[s
         raise UserError(f"a record needs at least 1 line, got {lines}")
     most = len(ADJECTIVES) * len(NOUNS) // 2  # half of all keys: drawing new ones stays quick
     if not spelled and lines > most:
-        raise UserError(f"the word lists give up to {most} lines, got {lines}; try --spelled")
+        raise UserError(f"the word lists give up to {most} lines, got {lines}; ask for fewer")
     record: dict[str, int] = {}
     while len(record) < lines:
         record[draw_key(rng, spelled)] = rng.randint(1, LARGEST)

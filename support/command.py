@@ -93,7 +93,8 @@ def number(kind: type, low: float, high: float = LARGEST):
             value = math.nan
         if not low <= value <= high:
             word = "a whole number" if kind is int else "a number"
-            limits = f"of at least {low}" if high == LARGEST else f"from {low} to {high}"
+            open_end = high == LARGEST and not value > high
+            limits = f"of at least {low}" if open_end else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text!r} is not {word} {limits}")
         return value
 

@@ -96,6 +96,8 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
 
     Raises `UserError` if it is no factors file, is damaged, or belongs to another model.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; give a factors file, made by train.py")
     try:
         with safe_open(path, framework="pt") as file:
             info = file.metadata() or {}

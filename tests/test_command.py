@@ -177,9 +177,12 @@ def test_every_command_on_a_full_disk_and_in_ascii(setup, tmp_path, name):
     assert done.returncode == 0 and done.stdout and b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["evaluate", "paper", "speed", "longeval", "english"])
+MODULES = [f"experiments.{name}" for name in ("evaluate", "paper", "speed", "longeval")]
+MODULES += ["support.english", "weights.train_teacher", "weights.check_teacher"]
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_a_module_run_as_a_script_says_how_to_run_it(name):
-    folder = "support" if name == "english" else "experiments"
-    done = shell(f"{folder}/{name}.py", "--help")
-    expected = f"error: run this as python -m {folder}.{name} from the project's folder\n"
+    done = shell(name.replace(".", "/") + ".py", "--help")
+    expected = f"error: run this as python -m {name} from the project's folder\n"
     assert (done.returncode, done.stdout, done.stderr.decode()) == (2, b"", expected)

@@ -4,6 +4,15 @@ python -m weights.check_teacher --cases 200 --seed 1
 python -m weights.check_teacher --curve runs/teacher/curve.jsonl --png curve.png
 """
 
+import sys
+
+if not __package__:
+    print(
+        "error: run this as python -m weights.check_teacher from the project's folder",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
 import argparse
 import itertools
 import json

@@ -14,11 +14,19 @@ Sources:
     [2] Jordan et al., "Muon", 2024: the optimizer of the hidden matrices, torch.optim.Muon
 """
 
+import sys
+
+if not __package__:
+    print(
+        "error: run this as python -m weights.train_teacher from the project's folder",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
 import argparse
 import json
 import random
 import re
-import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
