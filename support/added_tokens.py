@@ -157,7 +157,7 @@ def read_added(file: Path, special: set[str]) -> dict[int, AddedToken]:
     """The tokens of an added_tokens.json, which has their ids by their texts."""
     by_id = {}
     for text, index in read_settings(file).items():
-        if type(index) is not int:
+        if type(index) is not int or not is_unicode(text):
             raise UserError(f"{file}: {text!r} has the id {index!r}; correct it there")
         known = text in special
         by_id[index] = AddedToken(text, normalized=not known, special=known)
@@ -166,17 +166,24 @@ def read_added(file: Path, special: set[str]) -> dict[int, AddedToken]:
 
 def read_token(token: object, file: Path, **flags: bool) -> AddedToken | str:
     """A token as the files write it: a text, or {"content": text} with flags."""
-    if isinstance(token, str | AddedToken):
+    if isinstance(token, AddedToken):
         return token
-    if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str) or not is_unicode(text):
         what = f"the token {token!r} is neither a text nor an object with a `content`"
         raise UserError(f"{file}: {what}; correct it there")
+    if token is text:
+        return text
     flags = {**{name: token[name] for name in FLAGS if name in token}, **flags}
     for name, value in flags.items():
         if not isinstance(value, bool):
-            what = f"{name} of the token {token['content']!r} is {value!r}"
+            what = f"{name} of the token {text!r} is {value!r}"
             raise UserError(f"{file}: {what}, neither true nor false; correct it there")
-    return AddedToken(token["content"], **flags)
+    return AddedToken(text, **flags)
+
+
+def is_unicode(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)  # how Python spells what is no UTF-8
 
 
 def read_settings(file: Path) -> dict:

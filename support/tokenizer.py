@@ -9,7 +9,7 @@ from pathlib import Path
 import tokenizers
 
 from support import pieces
-from support.added_tokens import CONFIG, Declared, check_mark, read_settings
+from support.added_tokens import CONFIG, Declared, check_mark, is_unicode, read_settings
 from support.chat import choose_template, find_template, render
 from support.checkpoint import find_checkpoint
 from support.command import UserError
@@ -43,7 +43,7 @@ class Tokenizer:
 
         Raises `UserError` for text that is not valid Unicode.
         """
-        if any("\ud800" <= c <= "\udfff" for c in text):  # how Python spells what is no UTF-8
+        if not is_unicode(text):
             raise UserError("the text is not valid UTF-8; check where it was cut")
         return self.backend.encode(text, add_special_tokens=special).ids
 
