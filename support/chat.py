@@ -51,7 +51,7 @@ def choose_template(template: object, source: str) -> str:
         template = template["default"]
     if not isinstance(template, str):
         kind = type(template).__name__
-        raise UserError(f"{source}: the chat template is a {kind}, not text; {MEND}")
+        raise UserError(f"{source}: the chat template is of type {kind}, not text; {MEND}")
     return template
 
 
