@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model import Transformer
 from support.command import UserError
-from support.tokenizer import Tokenizer
+from support.tokenizer import Tokenizer, is_unicode
 
 KINDS = (".txt", ".jsonl", ".parquet")
 
@@ -32,22 +32,39 @@ def read_documents(path: Path) -> Iterator[str]:
         yield from read_parquet(path)
         return
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(
+            encoding="utf-8-sig"
+        ) as lines:  # -sig: editors on Windows write a mark first
             if path.suffix == ".txt":
-                yield lines.read()
+                text = lines.read()
+                if "\0" in text:  # UTF-16 without a mark is valid UTF-8, of letters and NULs
+                    what = "has NUL bytes, so it is no UTF-8 text"
+                    raise UserError(f"{path} {what}; save it as UTF-8")
+                yield text
                 return
             for i, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
-                    text = None
-                if not isinstance(text, str):
-                    raise UserError(f'{path}, line {i}: not a JSON object with a string "text"')
-                yield text
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None
+                if line.strip():
+                    yield read_line(line, f"{path}, line {i}")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}); give another file") from None
+    except UnicodeDecodeError as error:
+        what = f"cannot be read as UTF-8 text ({error})"
+        raise UserError(f"{path} {what}; save it as UTF-8") from None
+
+
+def read_line(line: str, place: str) -> str:
+    """The text of a line of a .jsonl file. Raises `UserError` naming the place."""
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError, RecursionError):  # the last: nested too deeply
+        text = None
+    if not isinstance(text, str):
+        what = 'not a JSON object with a string "text"'
+        raise UserError(f"{place}: {what}; mend or remove that line")
+    if not is_unicode(text):
+        what = "the text has half of a surrogate pair, which is no letter"
+        raise UserError(f"{place}: {what}; mend or remove that line")
+    return text
 
 
 def read_parquet(path: Path) -> Iterator[str]:
@@ -81,7 +98,8 @@ def sample_tokens(
         ids = torch.tensor([tokenizer.encode(text)])  # [1, tokens]
         pieces += [piece for piece in ids.split(length, dim=1) if piece.shape[1] > 1]
     if not pieces:
-        raise UserError(f"{path} holds no text; give some to calibrate on")
+        what = "holds no text of two tokens or more"
+        raise UserError(f"{path} {what}; give some to calibrate on")
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
     return [pieces[i] for i in order[:samples].tolist()]
 
@@ -104,8 +122,10 @@ def check_finite(finite: bool) -> None:
 
 
 def check_prompt(prompt: list[int], model: Transformer) -> None:
-    """Raises `UserError` for a prompt that is too long for the model, or not in its tokens."""
+    """Raises `UserError` for a prompt of no tokens, too many, or others than the model has."""
     limit, vocabulary = model.config.context_length, model.config.vocab_size
+    if not prompt:  # a tokenizer may drop letters, a chat template may write nothing
+        raise UserError("the tokenizer makes no token of the prompt; give other text, or --no-chat")
     if len(prompt) >= limit:
         raise UserError(
             f"the prompt has {len(prompt)} tokens, the model's context {limit}; shorten it"

@@ -1,34 +1,57 @@
-"""A checkpoint's tokenizer: text to token ids and back, and the chat template."""
+"""A checkpoint's tokenizer: text to token ids and back, as transformers 5 reads the same files.
 
-import json
-import re
-import time
+`tokenizers` does the work, for a tokenizer.json and for a SentencePiece tokenizer.model alike. Here
+stands what the files around them change in it, and what of that we refuse.
+"""
+
 from pathlib import Path
 
-from support.checkpoint import find_checkpoint, read_json
+import tokenizers
+
+from support import pieces
+from support.added_tokens import CONFIG, Declared, check_mark, is_unicode, read_settings
+from support.chat import choose_template, find_template, render
+from support.checkpoint import find_checkpoint
 from support.command import UserError
+
+CLEAN_UP = "clean_up_tokenization_spaces"
+CLEAN_UP_BPE = f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output"
+CONTRACTIONS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 class Tokenizer:
     """Text to token ids and back, and an instruct model's chat template."""
 
-    def __init__(self, backend, settings: dict, template: str | None):
+    def __init__(
+        self,
+        backend,
+        special: dict[str, str],
+        template: object,
+        source: str = "this model",
+        clean_up: bool = False,
+    ):
         backend.no_truncation()  # settings that some files carry over from training
         backend.no_padding()
         self.backend = backend  # a tokenizers.Tokenizer
-        self.settings = settings  # tokenizer_config.json
+        self.special = special  # texts by name, such as bos_token
         self.template = template  # jinja source, None for a model that does not chat
+        self.source = source  # where the template stands
+        self.clean_up = clean_up  # no spaces before punctuation in decoded text
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; `special` adds what the model wants around a text, such as <s>.
 
         Raises `UserError` for text that is not valid Unicode.
         """
-        check_unicode(text)
+        if not is_unicode(text):
+            raise UserError("the text is not valid UTF-8; check where it was cut")
         return self.backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.backend.decode(ids, skip_special_tokens=True)
+        text = self.backend.decode(ids, skip_special_tokens=True)
+        for written in CONTRACTIONS if self.clean_up else ():
+            text = text.replace(written, written.strip())
+        return text
 
     def encode_prompt(self, text: str, chat: bool | None = None) -> list[int]:
         """Token ids of a prompt: within the chat template if there is one (`chat` None) or if
@@ -46,102 +69,102 @@ class Tokenizer:
         """
         if self.template is None:
             raise UserError("this model has no chat template; give the prompt as it is (--no-chat)")
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # templates come with downloads
-
-        def fail(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.filters["tojson"] = json.dumps  # jinja's own escapes HTML
-        environment.globals |= {"raise_exception": fail, "strftime_now": time.strftime}
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        special = {name: token_text(self.settings.get(name)) for name in names}
-        try:
-            template = environment.from_string(self.template)
-            return template.render(messages=messages, add_generation_prompt=True, **special)
-        except TemplateError as error:
-            raise UserError(f"the chat template fails: {error}; try --no-chat") from None
+        template = choose_template(self.template, self.source)
+        return render(template, messages, self.special, self.source)
 
 
-class SentencePieceTokenizer(Tokenizer):
-    """The tokenizer of a checkpoint with a tokenizer.model only, read by the sentencepiece package.
-
-    Special tokens are recognized in a text, where SentencePiece by itself takes them for letters.
-    Each part between them starts like a text of its own, as chat models were trained.
-    """
-
-    def __init__(self, processor, settings: dict, template: str | None):
-        self.processor, self.settings, self.template = processor, settings, template
-        ids = range(processor.get_piece_size())
-        special = [i for i in ids if processor.is_control(i) or processor.is_unknown(i)]
-        self.special = {processor.id_to_piece(i): i for i in special}
-        self.pattern = re.compile("(" + "|".join(map(re.escape, self.special)) + ")")
-        self.start = []
-        if settings.get("add_bos_token", True):
-            bos = token_text(settings.get("bos_token")) or "<s>"
-            if bos not in self.special:
-                raise UserError(f"bos_token {bos!r} is not a special token of tokenizer.model")
-            self.start = [self.special[bos]]
-
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        check_unicode(text)
-        ids = list(self.start) if special else []
-        for part in self.pattern.split(text):
-            ids += [self.special[part]] if part in self.special else self.processor.encode(part)
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        size = self.processor.get_piece_size()  # of a model with more tokens, these have no text
-        return self.processor.decode([i for i in ids if i < size])
-
-
-def check_unicode(text: str) -> None:
-    if any("\ud800" <= c <= "\udfff" for c in text):  # how Python spells what is no UTF-8
-        raise UserError("the text is not valid UTF-8; check where it was cut")
-
-
-def token_text(token: str | dict | None) -> str:
-    """A special token's text; configs write it plain or as {"content": ...}."""
-    return token["content"] if isinstance(token, dict) else token or ""
+# ------------------------------------------------------------------------------------- the files
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint: its tokenizer.json, or else its SentencePiece tokenizer.model.
 
-    Raises `UserError` if it is missing or damaged, or if a package to read it is missing.
+    Raises `UserError` if it is missing or damaged, if a package to read it is missing, and for
+    settings that would give other token ids than in transformers.
     """
     folder = find_checkpoint(path)
-    settings = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = read_json(folder / "tokenizer_config.json")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {t["name"]: t["template"] for t in template}.get("default")
-    if (file := folder / "chat_template.jinja").is_file():
-        template = file.read_text(encoding="utf-8")
+    settings = read_settings(folder / CONFIG)
+    kind = pipeline_of(folder, settings)
     if (file := folder / "tokenizer.json").is_file():
-        import tokenizers
+        backend, declared = open_json(file, kind, settings)
+    elif (file := folder / "tokenizer.model").is_file():
+        backend, declared = open_model(file, kind, settings)
+    else:
+        raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model; fetch it again")
+    backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
+    named = {name: str(token) for name, token in declared.named.items() if token is not None}
+    bpe = type(backend.model).__name__ == "BPE"  # whose text cleaning up would corrupt
+    clean_up = settings.get(CLEAN_UP) and (not bpe or settings.get(CLEAN_UP_BPE))
+    return Tokenizer(backend, named, *find_template(folder, settings), bool(clean_up))
 
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{file} is damaged ({error}); fetch it again") from None
-        return Tokenizer(backend, settings, template)
-    if (file := folder / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(read_sentencepiece(file), settings, template)
-    raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model; fetch it again")
 
-
-def read_sentencepiece(file: Path):
+def open_json(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokenizer, Declared]:
+    check_mark(file)
     try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError:
-        raise UserError(f"{file} needs the package sentencepiece; pip install it") from None
-    try:
-        processor = SentencePieceProcessor(model_proto=file.read_bytes())
-        if not processor.get_piece_size():
-            raise ValueError("no pieces")
-    except (OSError, RuntimeError, ValueError) as error:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
         raise UserError(f"{file} is damaged ({error}); fetch it again") from None
-    return processor
+    declared = Declared(file.parent, settings, in_file=backend.get_added_tokens_decoder())
+    if backend.padding:
+        declared.fill({"pad_token": backend.padding["pad_token"]})
+    if kind:
+        backend = pieces.rebuild(backend, kind, settings, file.parent / CONFIG)
+        declared.fill(pieces.DEFAULTS[kind])
+    declared.add_to(backend)
+    return backend, declared
+
+
+def open_model(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokenizer, Declared]:
+    proto = pieces.read_proto(file)
+    control = pieces.control_tokens(proto, with_user_defined=bool(kind))
+    declared = Declared(file.parent, settings, control=control)
+    if kind:
+        backend = pieces.llama_from_proto(proto, settings)
+        declared.fill(pieces.DEFAULTS[kind])
+    else:
+        backend = pieces.plain_from_proto(proto, declared.texts(), settings.get("legacy", True))
+        if proto.normalizer_spec.add_dummy_prefix:
+            declared.match_raw_text()
+        declared.fill(pieces.own_names(proto))
+    if not any((file.parent / name).is_file() for name in (CONFIG, "config.json")):
+        # Nobody asks for <s> in a folder without any settings, but models of SentencePiece are
+        # trained with it; and nobody names the unknown piece a special token, which has no text.
+        settings = {"add_bos_token": True}
+        declared.named["unk_token"] = None
+        pieces.show_unknown(backend, proto)
+    bos = declared.named.get("bos_token")
+    known = {*declared.texts().values(), *backend.get_vocab(with_added_tokens=False)}
+    if bos is not None and str(bos) not in known:
+        what = f"bos_token {str(bos)!r} is in neither {file.name} nor the added tokens"
+        raise UserError(f"{file.parent / CONFIG}: {what}; correct it there")
+    declared.add_to(backend)
+    pieces.surround(backend, declared.named, settings)
+    return backend, declared
+
+
+def pipeline_of(folder: Path, settings: dict) -> str:
+    """The class of `pieces.DEFAULTS` whose pipeline transformers builds, "" for the files' own.
+
+    Raises `UserError` for other classes that bring one.
+    """
+    config = read_settings(folder / "config.json")
+    if settings.get("fix_mistral_regex"):
+        raise UserError(f"{folder / CONFIG}: fix_mistral_regex is not supported; set it to false")
+    kind = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
+    if not isinstance(kind, str):
+        what = f"tokenizer_class is {kind!r}, which is no name"
+        raise UserError(f"{folder / CONFIG}: {what}; correct it there")
+    kind, file = kind.removesuffix("Fast"), folder / "tokenizer.json"
+    if config.get("model_type") == "mistral" or kind in ("", "TokenizersBackend"):
+        return ""
+    if kind in ("PreTrainedTokenizer", "PythonBackend"):
+        return ""
+    if kind == "LlamaTokenizer" and file.is_file() and b'"ByteLevel"' in file.read_bytes():
+        return ""  # Llama 3 names the class of Llama 2
+    if kind == "LlamaTokenizer" or (kind == "GPT2Tokenizer" and file.is_file()):
+        return kind
+    what = f"tokenizer_class {kind} is not supported"
+    mend = f"if {file.name} says all about it, name PreTrainedTokenizerFast there"
+    if not file.is_file():
+        mend = "use a checkpoint with a tokenizer.json, or of the class LlamaTokenizer"
+    raise UserError(f"{folder / CONFIG}: {what}; {mend}")

@@ -7,6 +7,8 @@ import pytest
 
 from support import text
 from support.command import UserError
+from support.tokenizer import load_tokenizer
+from tests.helpers import save_checkpoint, tiny_model
 
 
 class Parquet:
@@ -56,3 +58,75 @@ def test_parquet_for_real(tmp_path):
     (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     with pytest.raises(UserError, match=r"c\.parquet is damaged"):
         list(text.read_documents(tmp_path / "c.parquet"))
+
+
+LINE = b'{"text": "t5 \xc3\xa9"}\n'
+MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark
+READ = {
+    "mark.jsonl": (MARK + LINE + LINE, ["t5 é", "t5 é"]),
+    "mark.txt": (MARK + b"t5\xc3\xa9", ["t5é"]),
+    "only-mark.txt": (MARK, [""]),
+    "only-mark.jsonl": (MARK, []),
+    "windows.jsonl": ((MARK + LINE + b"\n" + LINE).replace(b"\n", b"\r\n"), ["t5 é", "t5 é"]),
+    "windows.txt": (b"one\r\ntwo\r\n", ["one\ntwo\n"]),
+    "escaped.jsonl": (b'{"text": "a\\u0000\\n\\ud83d\\ude42", "id": 1}', ["a\0\n🙂"]),
+    "empty.jsonl": (b"", []),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_files_as_editors_write_them(tmp_path, name):
+    data, documents = READ[name]
+    (tmp_path / name).write_bytes(data)
+    assert list(text.read_documents(tmp_path / name)) == documents
+    assert list(text.read_documents(tmp_path)) == documents
+
+
+OBJECT = 'line 2: not a JSON object with a string "text"; mend'
+REFUSED = {
+    "deep.jsonl": (LINE + b"[" * 100_000, OBJECT),
+    "deep-object.jsonl": (LINE + b'{"a": ' * 100_000, OBJECT),
+    "list.jsonl": (LINE + b"[1]", OBJECT),
+    "number.jsonl": (LINE + b"5", OBJECT),
+    "null.jsonl": (LINE + b"null", OBJECT),
+    "text.jsonl": (LINE + b'"text"', OBJECT),
+    "other.jsonl": (LINE + b'{"body": "x"}', OBJECT),
+    "value.jsonl": (LINE + b'{"text": ["x"]}', OBJECT),
+    "cut.jsonl": (LINE + LINE[:-3], OBJECT),
+    "nul.jsonl": (LINE + b'{"text": "a\0"}', OBJECT),
+    "mark-inside.jsonl": (LINE + MARK + LINE, OBJECT),
+    "digits.jsonl": (LINE + b"9" * 5000, OBJECT),
+    "surrogate.jsonl": (LINE + b'{"text": "\\ud83d"}', "line 2: the text has half of a surrogate"),
+    "latin.jsonl": (LINE + b'{"text": "\xe9"}', "cannot be read as UTF-8 text"),
+    "utf16.jsonl": (LINE.decode().encode("utf-16"), "save it as UTF-8"),
+    "utf16.txt": ("one".encode("utf-16"), "save it as UTF-8"),
+    "utf16-le.txt": ("one".encode("utf-16-le"), "has NUL bytes, so it is no UTF-8 text; save it"),
+    "utf32.txt": ("one".encode("utf-32-be"), "has NUL bytes, so it is no UTF-8 text; save it"),
+    "nul.txt": (b"one\0two", "has NUL bytes"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_files_that_hold_no_text_are_named_in_a_line(tmp_path, name):
+    data, said = REFUSED[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as error:
+        list(text.read_documents(tmp_path / name))
+    assert said in str(error.value) and name in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("document", ["", " \n", "t5"])
+def test_documents_without_a_token_to_predict_are_named(tmp_path, document):
+    tokenizer = load_tokenizer(save_checkpoint(tiny_model(), tmp_path / "model"))
+    (tmp_path / "a.txt").write_text(document)
+    with pytest.raises(UserError, match=r"a\.txt holds no text of two tokens or more"):
+        text.sample_tokens(tmp_path / "a.txt", tokenizer, 4, 8, 0)
+    (tmp_path / "a.txt").write_text("t5 t6")
+    assert text.sample_tokens(tmp_path / "a.txt", tokenizer, 4, 8, 0)[0].tolist() == [[5, 6]]
+
+
+def test_a_prompt_that_yields_no_token_is_named():
+    with pytest.raises(UserError, match="no token of the prompt; give other text, or --no-chat"):
+        text.check_prompt([], tiny_model())
+    text.check_prompt([1], tiny_model())

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -165,3 +166,402 @@ def test_missing_and_damaged_tokenizers_are_named(tmp_path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         load_tokenizer(folder)
+
+
+# ------------------------------------------------------------ the same files, read by transformers
+
+
+def token(content, **flags):
+    names = ("lstrip", "rstrip", "normalized", "single_word", "special")
+    return {"content": content, **{name: flags.get(name, False) for name in names}}
+
+
+def words():
+    """Words as tokens; unlike a BPE, its decoded text may be cleaned up."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    known = ("<unk>", "the", "dog", "it", "'s", ",", "user", "<s>", "</s>")
+    vocab = {word: i for i, word in enumerate(known)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return backend
+
+
+def llama_like():
+    """A tokenizer.json as Llama 2 has it, which LlamaTokenizer reads otherwise than it says."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁thedogus"]
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("d", "o"), ("do", "g"), ("▁", "dog")]
+    vocab = {piece: i for i, piece in enumerate(pieces + ["".join(pair) for pair in merges])}
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(steps)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return backend
+
+
+def byte_level():
+    """A tokenizer.json of bytes, as GPT-2 and Llama 3 have it, which splits digits."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "2")]
+    vocab = {piece: i for i, piece in enumerate(letters + ["".join(pair) for pair in merges])}
+    backend = Tokenizer(models.BPE(vocab, merges))
+    steps = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>"])
+    return backend
+
+
+JSON = {"words": words, "llama": llama_like, "bytes": byte_level}
+
+
+@pytest.fixture
+def save(tmp_path, request):
+    """Writes a checkpoint's files but its weights: a vocabulary and what lies beside it."""
+
+    def write(kind, settings=None, config=None, **files):
+        if kind == "model":
+            source = request.getfixturevalue("sentencepiece_model")[1] / "tokenizer.model"
+            (tmp_path / "tokenizer.model").write_bytes(source.read_bytes())
+        else:
+            JSON[kind]().save(str(tmp_path / "tokenizer.json"))
+        files = {"tokenizer_config": settings, "config": config or {"model_type": "llama"}, **files}
+        for name, value in files.items():
+            if value is not None:
+                (tmp_path / f"{name}.json").write_text(json.dumps(value))
+        return tmp_path
+
+    return write
+
+
+def reference(folder):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("google.protobuf")
+    transformers.logging.set_verbosity_error()
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+LLAMA = {"tokenizer_class": "LlamaTokenizer"}
+MISTRAL = {"model_type": "mistral"}
+TAGS = {"<|user|>": 600, "<|end|>": 601}
+DECODER = {str(i): token(text, special=True) for text, i in TAGS.items()}
+STRIPPED = {
+    "600": token("<|user|>", rstrip=True, special=True),
+    "601": token("<|end|>", lstrip=True, special=False),
+    "602": token("dog", single_word=True),
+}
+CHAT = ("<|user|> the dog  <|end|>\nthe dogs<|end|>", " the dog", "<s>the</s> dog 's user, it")
+CHAT += ("the  dog , ", "Grüße 漢 1234", "", "  ")
+DECLARED = {
+    "decoder": ("model", LLAMA | {"added_tokens_decoder": DECODER}, {}),
+    "flags": ("model", LLAMA | {"added_tokens_decoder": STRIPPED}, {}),
+    "flags, mistral": ("model", {"added_tokens_decoder": STRIPPED}, {"config": MISTRAL}),
+    "added_tokens.json": ("model", LLAMA, {"added_tokens": TAGS}),
+    "added and special": (
+        "model",
+        LLAMA | {"eos_token": "<|end|>"},
+        {"added_tokens": TAGS, "special_tokens_map": {"pad_token": token("<|user|>", lstrip=True)}},
+    ),
+    "additional": ("model", LLAMA | {"additional_special_tokens": list(TAGS)}, {}),
+    "extra list": ("model", LLAMA | {"extra_special_tokens": list(TAGS)}, {}),
+    "extra by name": ("model", LLAMA | {"extra_special_tokens": {"video": "<|user|>"}}, {}),
+    "own name": ("model", LLAMA | {"image_token": "<|user|>", "pad_token": "<|end|>"}, {}),
+    "typed": (
+        "model",
+        LLAMA | {"eos_token": token("<|end|>", lstrip=True) | {"__type": "AddedToken"}},
+        {},
+    ),
+    "map is ignored": (
+        "model",
+        LLAMA | {"added_tokens_decoder": DECODER},
+        {"special_tokens_map": {"eos_token": "dog"}, "added_tokens": {"it": 602}},
+    ),
+    "map, additional": (
+        "model",
+        LLAMA,
+        {"special_tokens_map": {"additional_special_tokens": list(TAGS)}},
+    ),
+    "map, extra": ("words", {}, {"special_tokens_map": {"extra_special_tokens": list(TAGS)}}),
+    "map, words": (
+        "words",
+        {},
+        {"special_tokens_map": {"additional_special_tokens": ["dog"], "eos_token": token("<e>")}},
+    ),
+    "map, own": ("words", {}, {"special_tokens_map": {"image_token": "<|user|>"}}),
+    "words": ("words", {"additional_special_tokens": ["<|user|>", "dog"]}, {}),
+    "placeholder": (
+        "model",
+        {"added_tokens_decoder": {"300": token("<|user|>", special=True)}},
+        {"config": MISTRAL},
+    ),
+    "bos and eos": ("model", LLAMA | {"add_bos_token": True, "add_eos_token": True}, {}),
+    "only eos": ("model", LLAMA | {"add_bos_token": False, "add_eos_token": True}, {}),
+    "nothing asked": ("model", LLAMA, {}),
+    "no bos": ("model", LLAMA | {"add_bos_token": True, "bos_token": None}, {}),
+    "bos is another": ("model", LLAMA | {"add_bos_token": True, "bos_token": "</s>"}, {}),
+    "bos in words": ("words", {"add_bos_token": True, "bos_token": "<s>"}, {}),
+    "bos in llama": ("llama", LLAMA | {"add_bos_token": False, "add_eos_token": True}, {}),
+    "legacy": ("model", LLAMA | {"legacy": True}, {}),
+    "no legacy": ("model", LLAMA | {"legacy": False}, {}),
+    "no legacy, mistral": ("model", {"legacy": False, "add_bos_token": True}, {"config": MISTRAL}),
+    "no space": ("model", LLAMA | {"add_prefix_space": False}, {}),
+    "no class": ("model", None, {}),
+    "class in config": ("model", None, {"config": {"model_type": "llama"} | LLAMA}),
+    "fast class": ("model", {"tokenizer_class": "PreTrainedTokenizerFast"}, {}),
+    "llama file": ("llama", {}, {}),
+    "llama file, class": ("llama", LLAMA, {}),
+    "llama file, legacy": ("llama", {"tokenizer_class": "LlamaTokenizerFast", "legacy": True}, {}),
+    "llama file, no space": ("llama", LLAMA | {"add_prefix_space": False}, {}),
+    "llama file, mistral": ("llama", LLAMA, {"config": MISTRAL}),
+    "bytes": ("bytes", LLAMA, {}),
+    "bytes, GPT-2": ("bytes", {"tokenizer_class": "GPT2Tokenizer"}, {}),
+    "bytes, space": ("bytes", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, {}),
+    "clean up": ("words", {"clean_up_tokenization_spaces": True}, {}),
+    "clean up BPE": ("llama", LLAMA | {"clean_up_tokenization_spaces": True}, {}),
+    "split": ("words", {"split_special_tokens": True, "eos_token": "dog"}, {}),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_settings_beside_the_vocabulary_as_in_transformers(name, save):
+    kind, settings, files = DECLARED[name]
+    folder = save(kind, settings, **files)
+    ours, theirs = load_tokenizer(folder), reference(folder)
+    for text in CHAT:
+        ids = ours.encode(text)
+        assert ids == theirs(text)["input_ids"], text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        inner = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text, special=False) == inner
+    assert ours.special == theirs.special_tokens_map
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_own_symbols_of_a_sentencepiece_model_as_in_transformers(tmp_path, kind, legacy):
+    spm = pytest.importorskip("sentencepiece")
+    (tmp_path / "text.txt").write_text(TEXT)
+    spm.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=140,
+        model_type=kind,
+        user_defined_symbols=["<tab>", "keys"],
+        control_symbols=["<sep>"],
+        minloglevel=2,
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+    ours, theirs = load_tokenizer(tmp_path), reference(tmp_path)
+    for text in ("the keys<tab> of  a monkeys<sep>line", " ﬁne ", "▁the", "漢 the"):
+        ids = ours.encode(text)
+        assert ids == theirs(text)["input_ids"]
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+NUMBERS = [5, 1.5, [7], True, {"text": "x"}]
+WRONG = {
+    "added id": (LLAMA, {"added_tokens": {"<|user|>": 700}}, "'<|user|>' says its id is 700"),
+    "decoder id": (
+        LLAMA | {"added_tokens_decoder": {"300": token("<|user|>")}},
+        {},
+        "'<|user|>' says its id is 300, but it would get 600",
+    ),
+    "another class": ({"tokenizer_class": "BertTokenizer"}, {}, "tokenizer_class BertTokenizer"),
+    "class": ({"tokenizer_class": 5}, {}, "tokenizer_class is 5"),
+    "regex": ({"fix_mistral_regex": True}, {}, "fix_mistral_regex"),
+    "decoder": ({"added_tokens_decoder": [1]}, {}, "added_tokens_decoder is not an object"),
+    "decoder null": ({"added_tokens_decoder": None}, {}, "added_tokens_decoder is not an object"),
+    "decoder key": ({"added_tokens_decoder": {"a": token("x")}}, {}, "added_tokens_decoder"),
+    "decoder value": ({"added_tokens_decoder": {"600": "x"}}, {}, "added_tokens_decoder"),
+    "decoder token": ({"added_tokens_decoder": {"600": {}}}, {}, "without_content"),
+    "flag": ({"added_tokens_decoder": {"600": token("x", lstrip=1)}}, {}, "lstrip of the token"),
+    "extra": ({"extra_special_tokens": "x"}, {}, "extra_special_tokens is neither a list"),
+    "extra member": ({"extra_special_tokens": [3]}, {}, "the token 3"),
+    "added value": (LLAMA, {"added_tokens": {"x": "600"}}, "added_tokens.json: 'x' has the id"),
+    "added list": (LLAMA, {"added_tokens": ["x"]}, "added_tokens.json holds a list"),
+    "map": (
+        LLAMA,
+        {"special_tokens_map": {"eos_token": 3}},
+        "special_tokens_map.json: the token 3",
+    ),
+    "surrogate": ({"eos_token": "\ud800"}, {}, "the token '\\ud800'"),
+}
+WRONG |= {f"bos {value}": ({"bos_token": value}, {}, "the token") for value in NUMBERS}
+WRONG |= {f"add {value}": ({"add_bos_token": value}, {}, "add_bos_token is") for value in [5, "x"]}
+WRONG |= {f"legacy {value}": ({"legacy": value}, {}, "legacy is") for value in [0, "no", []]}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_settings_of_a_tokenizer_are_named_in_a_line(name, save):
+    settings, files, said = WRONG[name]
+    folder = save("model", settings, **files)
+    said = said.replace("without_content", "is neither a text nor an object with a `content`")
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        load_tokenizer(folder)
+    assert ".json" in str(error.value) or str(folder) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_class_that_cannot_be_rebuilt_is_refused(save):
+    with pytest.raises(UserError, match="LlamaTokenizer with a WordLevel"):
+        load_tokenizer(save("words", LLAMA))
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_config", "special_tokens_map"])
+def test_json_with_a_byte_order_mark_or_too_deep_is_named(name, save):
+    folder = save("words", {})
+    file = folder / f"{name}.json"
+    file.write_bytes(b"\xef\xbb\xbf{}")
+    with pytest.raises(UserError, match=f"{name}.json begins with a byte order mark; save it as"):
+        load_tokenizer(folder)
+    file.write_text('{"a": ' + "[" * 200_000)
+    with pytest.raises(UserError, match=rf"{name}\.json (is nested too deeply|is damaged)"):
+        load_tokenizer(folder)
+
+
+def test_protobuf_that_is_missing_is_named(save, monkeypatch):
+    folder = save("model", LLAMA)
+    for name in [name for name in sys.modules if name.startswith(("google", "sentencepiece."))]:
+        monkeypatch.delitem(sys.modules, name)
+    import sentencepiece
+
+    monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2", raising=False)
+    monkeypatch.setitem(sys.modules, "google", None)
+    with pytest.raises(UserError, match="needs the package protobuf; pip install it"):
+        load_tokenizer(folder)
+
+
+# ------------------------------------------------------------------------------- chat templates
+
+TEMPLATES = {
+    "no tools": "{% if tools is none and documents is none %}none{% endif %}{{ tools | tojson }}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% set a = 1 %}"
+    "{% endgeneration %}{{ a }}{% endfor %}",
+    "break": "{% for m in [1, 2, 3] %}{% if m == 2 %}{% break %}{% endif %}{{ m }}{% endfor %}",
+    "continue": "{% for m in [1, 2] %}{% if m == 1 %}{% continue %}{% endif %}{{ m }}{% endfor %}",
+    "tojson": "{{ messages | tojson }} {{ {'b': 1, 'a': '<é'} | tojson(indent=2) }}",
+    "tojson, sorted": "{{ {'b': 1, 'a': '<é'} | tojson(sort_keys=true) }}",
+    "tojson, options": "{{ [1, 'é'] | tojson(ensure_ascii=true, separators=(',', ':')) }}",
+    "special": "{{ bos_token }}|{{ eos_token }}|{{ image_token }}|{{ video }}|{{ pad_token }}",
+    "undefined": "{{ pad_token is defined }} {{ cls_token is none }} {{ enable_thinking }}",
+    "namespace": "{% set n = namespace(a=1) %}{% for i in [1, 2] %}{% set n.a = n.a + i %}"
+    "{% endfor %}{{ n.a }} {{ dict(b=2) }} {{ dict.fromkeys([1]) }}",
+    "time": "{{ strftime_now('%Y') | length }}",
+    "blocks": "  {% if add_generation_prompt %}\n  a\n  {% endif %}\n\n  b",
+    "message": "{{ messages[0] | tojson }} {{ messages[0].name is defined }}",
+    "reasoning": "{{ messages[1].reasoning_content }} {{ messages[1].thinking }}",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_templates_as_in_transformers(name, save):
+    extra = {"extra_special_tokens": {"video": "<v>"}, "image_token": "<i>", "bos_token": "<s>"}
+    folder = save("words", {"chat_template": TEMPLATES[name], **extra})
+    first = {"role": "user", "content": "<é> 'a' & 漢", "name": None}
+    messages = [first, {"role": "assistant", "content": "b", "reasoning": "c"}]
+    options = {"tokenize": False, "add_generation_prompt": True}
+    expected = reference(folder).apply_chat_template(messages, **options)
+    assert load_tokenizer(folder).chat(messages) == expected
+
+
+FILES = ("chat_template.jinja", "additional_chat_templates/default.jinja")
+FILES += ("additional_chat_templates/rag.jinja", "chat_template.json")
+CHOICES = {  # what tokenizer_config.json says, and which of the files are there
+    "text": ("one", []),
+    "list": ([{"name": "rag", "template": 1}, {"name": "default", "template": "two"}], []),
+    "object": ({"rag": "one", "default": "two"}, []),
+    "file": ("one", FILES[:1]),
+    "file and more": ("one", [FILES[0], FILES[2]]),
+    "two defaults": ("one", FILES[:2]),
+    "default among more": ("one", FILES[1:3]),
+    "a processor's": ("one", FILES[3:]),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_chat_template_that_transformers_takes(name, save):
+    setting, files = CHOICES[name]
+    folder = save("words", {"chat_template": setting})
+    (folder / "additional_chat_templates").mkdir()
+    for file in files:
+        (folder / file).write_bytes(b"{# \xc3\xa9 #}\r\nthis is " + file.encode())
+    messages = [{"role": "user", "content": "x"}]
+    expected = reference(folder).apply_chat_template(messages, tokenize=False)
+    assert load_tokenizer(folder).chat(messages) == expected
+
+
+BROKEN = {
+    "type": ("{{ messages[0].content + 1 }}", "TypeError"),
+    "zero": ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    "key": ("{{ {}.pop('a') }}", "SecurityError"),
+    "undefined": ("{{ nothing.at.all }}", "UndefinedError"),
+    "range": ("{% for i in range(10**9) %}{% endfor %}", "OverflowError"),
+    "memory": ("{{ 'x' * 10**15 }}", "MemoryError"),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "sandbox": ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    "name": ("{% set n = namespace(_a=1) %}", "SecurityError"),
+    "syntax": ("{% if %}", "TemplateSyntaxError"),
+    "open": ("{% for m in messages %}", "TemplateSyntaxError"),
+    "filter": ("{{ 1 | frobnicate }}", "TemplateAssertionError"),
+    "json": ("{{ range | tojson }}", "TypeError"),
+    "deep": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),
+    "own words": ("{{ raise_exception('only\nfor tools') }}", "fails: only for tools; try"),
+    "number": (5, "of type int, not text"),
+    "flag": (False, "of type bool, not text"),
+    "numbers": ([1, 2], "objects with `name` and `template`"),
+    "no template": ([{"name": "default"}], "objects with `name` and `template`"),
+    "no name": ([{"template": "x"}], "objects with `name` and `template`"),
+    "texts": (["x"], "objects with `name` and `template`"),
+    "value": ([{"name": "default", "template": 5}], "of type int, not text"),
+    "null value": ({"default": None}, "of type NoneType, not text"),
+    "empty list": ([], "no chat template has the name `default`"),
+    "empty object": ({}, "no chat template has the name `default`"),
+    "no default": ([{"name": "rag", "template": "x"}], "no chat template has the name `default`"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_a_chat_template_raises_is_a_line_and_the_model_works_without_it(name, save):
+    template, said = BROKEN[name]
+    folder = save("words", {"chat_template": template})
+    tokenizer = load_tokenizer(folder)
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        tokenizer.encode_prompt("the dog")
+    assert f"{folder / 'tokenizer_config.json'}: " in str(error.value)
+    assert str(error.value).endswith("try --no-chat") and "\n" not in str(error.value)
+    assert tokenizer.encode_prompt("the dog", chat=False) == [1, 2]
+
+
+def test_a_null_template_is_none(save):
+    assert load_tokenizer(save("words", {"chat_template": None})).encode_prompt("the dog") == [1, 2]
+
+
+def test_template_files_that_are_not_utf8_or_have_no_default(save):
+    folder = save("words", {"chat_template": "x"})
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/rag.jinja").write_text("x")
+    with pytest.raises(UserError, match="additional_chat_templates: no chat template has the name"):
+        load_tokenizer(folder).encode_prompt("the dog")
+    (folder / "chat_template.jinja").write_bytes(b"{# \xe9 #}x")
+    with pytest.raises(UserError, match=r"chat_template\.jinja cannot be read as UTF-8 text"):
+        load_tokenizer(folder).encode_prompt("the dog")
+    assert load_tokenizer(folder).encode_prompt("the dog", chat=False) == [1, 2]
+
+
+def test_names_and_messages_that_no_template_can_have(save):
+    folder = save("words", {"chat_template": "x", "extra_special_tokens": {"tools": "<t>"}})
+    with pytest.raises(UserError, match="a special token has the name 'tools'"):
+        load_tokenizer(folder).encode_prompt("the dog")
+    tokenizer = load_tokenizer(save("words", {"chat_template": "x"}))
+    for messages in ([], ["the dog"]):
+        with pytest.raises(UserError, match="a chat needs one message at least"):
+            tokenizer.chat(messages)
