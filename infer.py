@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
         what = f"the {caches[-1]} cache needs --factors FILE, made by train.py"
         raise UserError(f"{what}; or use --cache full")
     model = load_model(args.model, args.device, DTYPES[args.dtype])
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, model.config.vocab_size)
     prompt = tokenizer.encode_prompt(text, args.chat)
     check_prompt(prompt, model)
     if caches != ["full"]:

@@ -249,9 +249,9 @@ def run(args: argparse.Namespace) -> None:
             v_ranks = equal_ranks(model, args.v_rank, args.v_ratio)
         samples = []
         if measuring or calibrating:
-            tokenizer, length = load_tokenizer(args.model), model.config.context_length
-            sizes = args.samples, min(args.seq_len, length), args.seed
-            samples = sample_tokens(args.data, tokenizer, *sizes)
+            tokenizer = load_tokenizer(args.model, model.config.vocab_size)
+            length = min(args.seq_len, model.config.context_length)
+            samples = sample_tokens(args.data, tokenizer, args.samples, length, args.seed)
             say(f"{len(samples)} samples, {sum(sample.numel() for sample in samples)} tokens")
         steps = args.epochs * -(-len(samples) // args.batch_size)
         if args.steps is not None and args.steps > steps:

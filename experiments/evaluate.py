@@ -43,7 +43,6 @@ from support.factors_file import load_factors
 from support.notes import all_that_counts, delete_notes
 from support.options import add_options
 from support.processes import place, processes
-from support.records import read_records
 from support.tables import table, write_json
 from support.text import check_finite, read_documents, sample_tokens
 from support.tokenizer import Tokenizer, load_tokenizer
@@ -157,6 +156,7 @@ def split_prompt(
     # The context ends where the tokens begin to depend on what is asked.
     pairs = enumerate(zip(ids, context, strict=False))
     end = next((i for i, (ours, other) in pairs if ours != other), len(context))
+    end = max(1, end)  # there is no prefill of nothing
     return ids[:end], ids[end:]
 
 
@@ -214,7 +214,7 @@ def benchmark_cases(
         # Room for the answer, and for what the seam and a chat template may add.
         room = limit - task.max_new_tokens - 64
         most = max(2, min(max_length or module.MAX_LENGTH, room))
-        for record in read_records(task, folder)[:count]:
+        for record in longbench.read_records(task, folder)[:count]:
             chat = tokenizer.template is not None
             prompt = longbench.prompt_ids(task, record, tokenizer, most, chat)
             length = len(prompt) + task.max_new_tokens
@@ -236,7 +236,8 @@ def run(args: argparse.Namespace) -> None:
     with processes(args.device) as device:
         check_writable(args.json)
         model = load_model(args.model, device, DTYPES[args.dtype])
-        tokenizer, limit = load_tokenizer(args.model), model.config.context_length
+        tokenizer = load_tokenizer(args.model, model.config.vocab_size)
+        limit = model.config.context_length
         if args.vicuna:
             tokenizer.template = VICUNA
         if args.what == "perplexity":

@@ -21,6 +21,7 @@ from statistics import fmean
 
 from experiments.prompts import read_prompt
 from support.command import UserError
+from support.records import read_records  # noqa: F401 (in its place beside the tasks)
 from support.tokenizer import Tokenizer
 
 MAX_LENGTH = 31_500  # tokens of a prompt in [1] for LongChat-32k: its context less 500

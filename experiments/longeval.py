@@ -143,7 +143,8 @@ def samples(
     share = -(-count // len(lines))
     of_each = [make_cases(task, n, share, seed + 10**9, spelled) for n in lines]
     cases = [case for group in zip(*of_each, strict=True) for case in group]
-    return [torch.tensor([tokenizer.encode(case.text)[:length]]) for case in cases[:count]]
+    ids = [tokenizer.encode_prompt(case.text, chat=False) for case in cases[:count]]
+    return [torch.tensor([tokens[:length]]) for tokens in ids]
 
 
 def read_answer(output: str, first: bool = False) -> int | None:

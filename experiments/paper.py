@@ -299,7 +299,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"no file {args.text}; give held-out text")
     with processes(args.device) as device:
         model = load_model(args.model, device, DTYPES[args.dtype])
-        tokenizer, limit = load_tokenizer(args.model), model.config.context_length
+        tokenizer = load_tokenizer(args.model, model.config.vocab_size)
+        limit = model.config.context_length
         work = args.work / Path(args.model).name
         for folder in (work, args.out):
             make_folder(folder)

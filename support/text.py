@@ -32,9 +32,7 @@ def read_documents(path: Path) -> Iterator[str]:
         yield from read_parquet(path)
         return
     try:
-        with path.open(
-            encoding="utf-8-sig"
-        ) as lines:  # -sig: editors on Windows write a mark first
+        with path.open(encoding="utf-8-sig") as lines:  # editors on Windows write a mark first
             if path.suffix == ".txt":
                 text = lines.read()
                 if "\0" in text:  # UTF-16 without a mark is valid UTF-8, of letters and NULs
@@ -124,8 +122,8 @@ def check_finite(finite: bool) -> None:
 def check_prompt(prompt: list[int], model: Transformer) -> None:
     """Raises `UserError` for a prompt of no tokens, too many, or others than the model has."""
     limit, vocabulary = model.config.context_length, model.config.vocab_size
-    if not prompt:  # a tokenizer may drop letters, a chat template may write nothing
-        raise UserError("the tokenizer makes no token of the prompt; give other text, or --no-chat")
+    if not prompt:
+        raise UserError("the prompt has no tokens; give other text")
     if len(prompt) >= limit:
         raise UserError(
             f"the prompt has {len(prompt)} tokens, the model's context {limit}; shorten it"

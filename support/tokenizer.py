@@ -29,6 +29,7 @@ class Tokenizer:
         template: object,
         source: str = "this model",
         clean_up: bool = False,
+        vocabulary: int | None = None,
     ):
         backend.no_truncation()  # settings that some files carry over from training
         backend.no_padding()
@@ -37,15 +38,21 @@ class Tokenizer:
         self.template = template  # jinja source, None for a model that does not chat
         self.source = source  # where the template stands
         self.clean_up = clean_up  # no spaces before punctuation in decoded text
+        self.vocabulary = vocabulary  # tokens that the model has; None: not known
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; `special` adds what the model wants around a text, such as <s>.
 
-        Raises `UserError` for text that is not valid Unicode.
+        Raises `UserError` for text that is not valid Unicode, and for a token that the model has
+        not.
         """
         if not is_unicode(text):
             raise UserError("the text is not valid UTF-8; check where it was cut")
-        return self.backend.encode(text, add_special_tokens=special).ids
+        ids = self.backend.encode(text, add_special_tokens=special).ids
+        if self.vocabulary is not None and max(ids, default=0) >= self.vocabulary:
+            what = f"token {max(ids)} is not in the model's {self.vocabulary}"
+            raise UserError(f"{what}: its tokenizer is another model's; fetch both again")
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         text = self.backend.decode(ids, skip_special_tokens=True)
@@ -55,11 +62,16 @@ class Tokenizer:
 
     def encode_prompt(self, text: str, chat: bool | None = None) -> list[int]:
         """Token ids of a prompt: within the chat template if there is one (`chat` None) or if
-        asked for, where it is what a user says; else as it is."""
+        asked for, where it is what a user says; else as it is. Raises `UserError` if there are
+        none: a tokenizer may drop letters, a template may write nothing."""
         if chat or (chat is None and self.template is not None):
             message = {"role": "user", "content": text}
-            return self.encode(self.chat([message]), special=False)
-        return self.encode(text)
+            ids = self.encode(self.chat([message]), special=False)
+        else:
+            ids = self.encode(text)
+        if not ids:
+            raise UserError("the tokenizer makes no token of the prompt; give other text")
+        return ids
 
     def chat(self, messages: list[dict[str, str]]) -> str:
         """Messages {"role", "content"} as one prompt that ends where the answer begins.
@@ -76,8 +88,9 @@ class Tokenizer:
 # ------------------------------------------------------------------------------------- the files
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint: its tokenizer.json, or else its SentencePiece tokenizer.model.
+    `vocabulary` is the number of tokens that the model has.
 
     Raises `UserError` if it is missing or damaged, if a package to read it is missing, and for
     settings that would give other token ids than in transformers.
@@ -95,7 +108,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     named = {name: str(token) for name, token in declared.named.items() if token is not None}
     bpe = type(backend.model).__name__ == "BPE"  # whose text cleaning up would corrupt
     clean_up = settings.get(CLEAN_UP) and (not bpe or settings.get(CLEAN_UP_BPE))
-    return Tokenizer(backend, named, *find_template(folder, settings), bool(clean_up))
+    template, source = find_template(folder, settings)
+    return Tokenizer(backend, named, template, source, bool(clean_up), vocabulary)
 
 
 def open_json(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokenizer, Declared]:
