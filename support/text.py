@@ -123,7 +123,7 @@ def check_prompt(prompt: list[int], model: Transformer) -> None:
     """Raises `UserError` for a prompt of no tokens, too many, or others than the model has."""
     limit, vocabulary = model.config.context_length, model.config.vocab_size
     if not prompt:
-        raise UserError("the prompt has no tokens; give other text")
+        raise UserError("the prompt has no token; give other text")
     if len(prompt) >= limit:
         raise UserError(
             f"the prompt has {len(prompt)} tokens, the model's context {limit}; shorten it"

@@ -70,7 +70,9 @@ class Tokenizer:
         else:
             ids = self.encode(text)
         if not ids:
-            raise UserError("the tokenizer makes no token of the prompt; give other text")
+            raise UserError(
+                "the tokenizer makes no token of the prompt; give other text, or --no-chat"
+            )
         return ids
 
     def chat(self, messages: list[dict[str, str]]) -> str:

@@ -126,7 +126,13 @@ def test_documents_without_a_token_to_predict_are_named(tmp_path, document):
     assert text.sample_tokens(tmp_path / "a.txt", tokenizer, 4, 8, 0)[0].tolist() == [[5, 6]]
 
 
-def test_a_prompt_that_yields_no_token_is_named():
-    with pytest.raises(UserError, match="no token of the prompt; give other text, or --no-chat"):
+def test_a_prompt_that_yields_no_token_is_named(tmp_path):
+    tokenizer = load_tokenizer(save_checkpoint(tiny_model(), tmp_path / "model"))
+    tokenizer.template = "{{ '' }}"
+    assert tokenizer.encode_prompt("t5", chat=False) == [5]
+    for prompt, chat in (("t5", None), ("t5", True), ("", False)):
+        with pytest.raises(UserError, match="no token of the prompt; give other text, or --no-ch"):
+            tokenizer.encode_prompt(prompt, chat)
+    with pytest.raises(UserError, match="the prompt has no token; give other text"):
         text.check_prompt([], tiny_model())
     text.check_prompt([1], tiny_model())
