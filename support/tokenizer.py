@@ -105,11 +105,12 @@ def open_json(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokeniz
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{file} is damaged ({error}); fetch it again") from None
     declared = Declared(file.parent, settings, in_file=backend.get_added_tokens_decoder())
-    if backend.padding:
-        declared.fill({"pad_token": backend.padding["pad_token"]})
+    padding = backend.padding
     if kind:
         backend = pieces.rebuild(backend, kind, settings, file.parent / CONFIG)
         declared.fill(pieces.DEFAULTS[kind])
+    if padding:
+        declared.fill({"pad_token": padding["pad_token"]})
     declared.add_to(backend)
     return backend, declared
 
