@@ -119,14 +119,17 @@ def open_model(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokeni
     proto = pieces.read_proto(file)
     control = pieces.control_tokens(proto, with_user_defined=bool(kind))
     declared = Declared(file.parent, settings, control=control)
-    if kind:
-        backend = pieces.llama_from_proto(proto, settings)
-        declared.fill(pieces.DEFAULTS[kind])
-    else:
-        backend = pieces.plain_from_proto(proto, declared.texts(), settings.get("legacy", True))
-        if proto.normalizer_spec.add_dummy_prefix:
-            declared.match_raw_text()
-        declared.fill(pieces.own_names(proto))
+    try:
+        if kind:
+            backend = pieces.llama_from_proto(proto, settings)
+        else:
+            legacy = bool(settings.get("legacy", True))
+            backend = pieces.plain_from_proto(proto, declared.texts(), legacy)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{file} is damaged ({error}); fetch it again") from None
+    declared.fill(pieces.DEFAULTS[kind] if kind else pieces.own_names(proto))
+    if not kind and proto.normalizer_spec.add_dummy_prefix:
+        declared.match_raw_text()
     if not any((file.parent / name).is_file() for name in (CONFIG, "config.json")):
         # Nobody asks for <s> in a folder without any settings, but models of SentencePiece are
         # trained with it; and nobody names the unknown piece a special token, which has no text.

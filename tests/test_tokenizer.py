@@ -86,6 +86,20 @@ def test_damaged_sentencepiece_model(tmp_path, sentencepiece_model, size):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["charsmap", "kind"])
+def test_sentencepiece_model_with_a_damaged_part(tmp_path, sentencepiece_model, part):
+    layout = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    proto = layout.ModelProto()
+    proto.ParseFromString((sentencepiece_model[1] / "tokenizer.model").read_bytes())
+    if part == "charsmap":
+        proto.normalizer_spec.precompiled_charsmap = b"\x00\x01\xff"
+    else:
+        proto.trainer_spec.model_type = 4  # of letters
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(UserError, match=r"tokenizer\.model is (damaged|neither BPE nor unigram)"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])  # with the normalization nmt_nfkc, the default
 def test_unigram_and_normalizing_models_equal_sentencepiece(tmp_path, kind):
     spm = pytest.importorskip("sentencepiece")
