@@ -53,13 +53,11 @@ class Declared:
             self.by_id = read_added(folder / "added_tokens.json", {str(t) for t in special})
             self.by_id |= in_file or {}
 
-        by_text = {token.content: token for token in self.by_id.values()}
-        self.named = {}
-        for name in NAMES:
-            if name in settings:
-                token = settings[name]
-                token = None if token is None else read_token(token, self.file)
-                self.named[name] = by_text.get(str(token), token)
+        self.named = {
+            name: None if settings[name] is None else read_token(settings[name], self.file)
+            for name in NAMES
+            if name in settings
+        }
         for name, value in settings.items():
             if name not in own and is_own(name, value, str | AddedToken):
                 self.named[name] = value
@@ -100,7 +98,7 @@ class Declared:
     def texts(self) -> dict[int, str]:
         return {index: token.content for index, token in self.by_id.items()}
 
-    def fill(self, defaults: dict[str, str]) -> None:
+    def fill(self, defaults: dict[str, str | None]) -> None:
         """Names for special tokens, where the files say nothing of the name."""
         self.named = {**defaults, **self.named}
 

@@ -21,10 +21,13 @@ from tokenizers import (
 
 from support.command import UserError
 
-# The special tokens of such a class, unless the settings name others.
+# The special tokens of such a class, unless the settings name others; None: no padding's either.
 DEFAULTS = {
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
-    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+    "GPT2Tokenizer": {
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+        "pad_token": None,
+    },
 }
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # SentencePiece's kinds of a piece
 UNIGRAM, BPE = 1, 2  # and of a model

@@ -121,11 +121,12 @@ def open_json(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokeniz
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{file} is damaged ({error}); fetch it again") from None
     declared = Declared(file.parent, settings, in_file=backend.get_added_tokens_decoder())
-    if backend.padding:
-        declared.fill({"pad_token": backend.padding["pad_token"]})
+    padding = backend.padding
     if kind:
         backend = pieces.rebuild(backend, kind, settings, file.parent / CONFIG)
         declared.fill(pieces.DEFAULTS[kind])
+    if padding:
+        declared.fill({"pad_token": padding["pad_token"]})
     declared.add_to(backend)
     return backend, declared
 
@@ -134,14 +135,17 @@ def open_model(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokeni
     proto = pieces.read_proto(file)
     control = pieces.control_tokens(proto, with_user_defined=bool(kind))
     declared = Declared(file.parent, settings, control=control)
-    if kind:
-        backend = pieces.llama_from_proto(proto, settings)
-        declared.fill(pieces.DEFAULTS[kind])
-    else:
-        backend = pieces.plain_from_proto(proto, declared.texts(), settings.get("legacy", True))
-        if proto.normalizer_spec.add_dummy_prefix:
-            declared.match_raw_text()
-        declared.fill(pieces.own_names(proto))
+    try:
+        if kind:
+            backend = pieces.llama_from_proto(proto, settings)
+        else:
+            legacy = bool(settings.get("legacy", True))
+            backend = pieces.plain_from_proto(proto, declared.texts(), legacy)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{file} is damaged ({error}); fetch it again") from None
+    declared.fill(pieces.DEFAULTS[kind] if kind else pieces.own_names(proto))
+    if not kind and proto.normalizer_spec.add_dummy_prefix:
+        declared.match_raw_text()
     if not any((file.parent / name).is_file() for name in (CONFIG, "config.json")):
         # Nobody asks for <s> in a folder without any settings, but models of SentencePiece are
         # trained with it; and nobody names the unknown piece a special token, which has no text.

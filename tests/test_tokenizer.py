@@ -86,6 +86,20 @@ def test_damaged_sentencepiece_model(tmp_path, sentencepiece_model, size):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["charsmap", "kind"])
+def test_sentencepiece_model_with_a_damaged_part(tmp_path, sentencepiece_model, part):
+    layout = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    proto = layout.ModelProto()
+    proto.ParseFromString((sentencepiece_model[1] / "tokenizer.model").read_bytes())
+    if part == "charsmap":
+        proto.normalizer_spec.precompiled_charsmap = b"\x00\x01\xff"
+    else:
+        proto.trainer_spec.model_type = 4  # of letters
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(UserError, match=r"tokenizer\.model is (damaged|neither BPE nor unigram)"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])  # with the normalization nmt_nfkc, the default
 def test_unigram_and_normalizing_models_equal_sentencepiece(tmp_path, kind):
     spm = pytest.importorskip("sentencepiece")
@@ -200,7 +214,7 @@ def llama_like():
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
     backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>", "<|user|>"])
     return backend
 
 
@@ -219,7 +233,19 @@ def byte_level():
     return backend
 
 
-JSON = {"words": words, "llama": llama_like, "bytes": byte_level}
+def padded(backend=None):
+    backend = backend or words()
+    backend.enable_padding(pad_token="dog")
+    return backend
+
+
+JSON = {
+    "words": words,
+    "padded": padded,
+    "padded bytes": lambda: padded(byte_level()),
+    "llama": llama_like,
+    "bytes": byte_level,
+}
 
 
 @pytest.fixture
@@ -296,6 +322,25 @@ DECLARED = {
     ),
     "map, own": ("words", {}, {"special_tokens_map": {"image_token": "<|user|>"}}),
     "words": ("words", {"additional_special_tokens": ["<|user|>", "dog"]}, {}),
+    "decoder and names": (
+        "model",
+        LLAMA | {"added_tokens_decoder": DECODER, "extra_special_tokens": {"video": "dog"}},
+        {},
+    ),
+    "map, names": ("words", {}, {"special_tokens_map": {"extra_special_tokens": {"video": "dog"}}}),
+    "map, more": (
+        "words",
+        {"additional_special_tokens": ["<|end|>", "dog"]},
+        {"special_tokens_map": {"extra_special_tokens": [{"content": "<|user|>"}, "dog"]}},
+    ),
+    "own name, typed": ("words", {"image_token": token("<i>") | {"__type": "AddedToken"}}, {}),
+    "normalized": (
+        "model",
+        {"added_tokens_decoder": {"600": token("<|user|>", normalized=True)}},
+        {"config": MISTRAL},
+    ),
+    "padding": ("padded", {}, {}),
+    "padding, GPT-2": ("padded bytes", {"tokenizer_class": "GPT2Tokenizer"}, {}),
     "placeholder": (
         "model",
         {"added_tokens_decoder": {"300": token("<|user|>", special=True)}},
@@ -343,9 +388,11 @@ def test_settings_beside_the_vocabulary_as_in_transformers(name, save):
     assert ours.special == theirs.special_tokens_map
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize(
+    "kind,config", [("bpe", "mistral"), ("unigram", "mistral"), ("bpe", "llama")]
+)
 @pytest.mark.parametrize("legacy", [True, False])
-def test_own_symbols_of_a_sentencepiece_model_as_in_transformers(tmp_path, kind, legacy):
+def test_own_symbols_of_a_sentencepiece_model_as_in_transformers(tmp_path, kind, config, legacy):
     spm = pytest.importorskip("sentencepiece")
     (tmp_path / "text.txt").write_text(TEXT)
     spm.SentencePieceTrainer.train(
@@ -357,8 +404,8 @@ def test_own_symbols_of_a_sentencepiece_model_as_in_transformers(tmp_path, kind,
         control_symbols=["<sep>"],
         minloglevel=2,
     )
-    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": config}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(LLAMA | {"legacy": legacy}))
     ours, theirs = load_tokenizer(tmp_path), reference(tmp_path)
     for text in ("the keys<tab> of  a monkeys<sep>line", " ﬁne ", "▁the", "漢 the"):
         ids = ours.encode(text)
@@ -509,6 +556,7 @@ BROKEN = {
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     "sandbox": ("{{ ''.__class__.__mro__ }}", "SecurityError"),
     "name": ("{% set n = namespace(_a=1) %}", "SecurityError"),
+    "later name": ("{% set n = namespace() %}{% set n._a = 1 %}", "SecurityError"),
     "syntax": ("{% if %}", "TemplateSyntaxError"),
     "open": ("{% for m in messages %}", "TemplateSyntaxError"),
     "filter": ("{{ 1 | frobnicate }}", "TemplateAssertionError"),
