@@ -14,7 +14,8 @@ itself is frozen: it still reads the prompt with the exact W_K and W_V.
     A_K, B_K, A_V, B_V  factors.k.A, .k.B, ...    the factors of one layer
     h_in, h_out         hidden, d_kv              channels of the input, of all keys of a token
     h_comp              r_k, r_v: LowRank.rank    channels of a latent
-    l_w, m              window                    tokens in full precision
+    l_w, m              window                    newest tokens in full precision
+    (not there)         sinks                     first tokens in full precision; 0 is the paper's
     n                   length                    tokens seen
     K_C, V_C            c_k, c_v                  latents, the compressed branch
     K_local, V_local    k, v of the cache         the full-precision branch
@@ -30,6 +31,7 @@ Sources:
     [2] Yuan et al., "ASVD", 2024: activation-aware SVD
     [3] Izenman, "Reduced-rank regression for the multivariate linear model", 1975: `optimal`
     [4] Ashkboos et al., "QuaRot", 2024: rotations that spread outliers
+    [5] Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023
 """
 
 import math
@@ -72,28 +74,28 @@ class LayerFactors:
 class BiBranchCache(LayerCache):
     """The paper's cache (Figure 1) for one layer, step by step.
 
-    Compressed branch: the latents c_k [B, T, r_k] and c_v [B, T, r_v] of every token, before RoPE.
-    Full-precision branch: rotated keys and values of the last `window` tokens, in a ring buffer in
-    which position t has slot t mod window. At a decode step each token is attended once:
+    Compressed branch: the latents c_k [B, T, r_k] and c_v [B, T, r_v] of all but the first `sinks`
+    tokens, before RoPE. Full-precision branch: rotated keys and values of the sinks and of the last
+    `window` tokens, these in a ring buffer. At a decode step each token is attended once:
 
-        window 4, token 10 arrives      positions 0 1 2 3 4 5 6 | 7 8 9 10
-                                        attended by  compressed  |  full
-        ring slots 0 1 2 3 then hold    positions 8 9 10 7 (10 took the place of 6)
+        sinks 1, window 4, token 10 arrives   positions 0  |  1 2 3 4 5 6  |  7 8 9 10
+                                            attended by full | compressed  |  full
+        slots 0 | 1 2 3 4 then hold           positions 0  |  9 10 7 8 (10 took the place of 6)
 
     Args:
         attention: the layer's projections, for their biases and sizes.
         factors: A and B, of x's type and device. They are weights, not counted as cache.
-        window: tokens kept in full precision, at least 1. A sliding window caps it.
+        window: newest tokens in full precision, at least 1. A sliding window caps it.
         expected: final length in tokens if known; memory is then taken once.
+        sinks: first tokens in full precision. They attract much attention [5].
     """
 
-    def __init__(
-        self, attention: Attention, factors: LayerFactors, window: int = 32, expected: int = 0
-    ):
-        if window < 1:
-            raise ValueError(f"window {window} is below 1; the newest token needs a place in it")
+    def __init__(self, attention: Attention, factors: LayerFactors, window=32, expected=0, sinks=0):
+        if window < 1 or sinks < 0:
+            raise ValueError(f"window {window} is below 1, or sinks {sinks} are below 0")
         self.D, self.sliding_window = attention.config.head_dim, attention.config.sliding_window
         self.window, self.expected = min(window, self.sliding_window or window), expected
+        self.sinks, expected = sinks, max(0, expected - sinks)
         self.A_k, self.B_k, self.k_bias = factors.k.A, factors.k.B, attention.k_proj.bias
         self.A_v, self.B_v, self.v_bias = factors.v.A, factors.v.B, attention.v_proj.bias
         self.c_k = empty_latents(factors.k, quant.TOKENS, self.window, expected)
@@ -103,17 +105,19 @@ class BiBranchCache(LayerCache):
         """The whole prompt (Figure 1a). Its output is exactly the original model's."""
         self.check_prefill()
         B, H_kv, T, D = k.shape
-        # 1. Compressed branch: the latents of all T tokens.
-        self.c_k.append(x @ self.A_k)  # [B, T, r_k]
-        self.c_v.append(x @ self.A_v)  # [B, T, r_v]
+        # 1. Compressed branch: the latents of all tokens but the sinks.
+        self.c_k.append(x[:, self.sinks :] @ self.A_k)  # [B, T - sinks, r_k]
+        self.c_v.append(x[:, self.sinks :] @ self.A_v)  # [B, T - sinks, r_v]
         # 2. Exact keys, rotated to positions 0 .. T - 1, and exact values.
         q, k = rope.rotate(q, 0), rope.rotate(k, 0)
-        # 3. Full-precision branch: the last m of them, copied into the ring.
-        m, room = min(T, self.window), max(T, self.expected)
-        slots = torch.arange(T - m, T, device=x.device) % self.window
-        self.k = k.new_empty(B, H_kv, min(room, self.window), D)
+        # 3. Full-precision branch: the sinks, then the last m of the others, as a ring.
+        S, m = min(T, self.sinks), max(0, min(T - self.sinks, self.window))
+        room = min(max(T, self.expected), self.sinks + self.window)
+        kept = torch.cat([torch.arange(S), torch.arange(T - m, T)]).to(x.device)
+        slots = torch.where(kept < S, kept, S + (kept - S) % self.window)
+        self.k = k.new_empty(B, H_kv, room, D)
         self.v = torch.empty_like(self.k)
-        self.k[:, :, slots], self.v[:, :, slots] = k[:, :, T - m :], v[:, :, T - m :]
+        self.k[:, :, slots], self.v[:, :, slots] = k[:, :, kept], v[:, :, kept]
         self.length = T
         # 4. Attention with all exact keys and values, which are dropped after it.
         return causal_attention(q, k, v, self.sliding_window)
@@ -122,33 +126,37 @@ class BiBranchCache(LayerCache):
         """One new token, at position t (Figure 1b)."""
         self.check_decode(q)
         t, self.length = self.length, self.length + 1
-        # 1. Compressed branch: append the new token's latents.
-        self.c_k.append(x @ self.A_k)  # [B, 1, r_k]
-        self.c_v.append(x @ self.A_v)  # [B, 1, r_v]
+        # 1. Compressed branch: append the new token's latents, unless it is a sink.
+        if t >= self.sinks:
+            self.c_k.append(x @ self.A_k)  # [B, 1, r_k]
+            self.c_v.append(x @ self.A_v)  # [B, 1, r_v]
         # 2. Full-precision branch: the new token takes the slot of the one that leaves the window.
-        self.k = reserve(self.k, t + 1, most=self.window)
-        self.v = reserve(self.v, t + 1, most=self.window)
-        self.k[:, :, t % self.window] = rope.rotate(k, t)[:, :, 0]
-        self.v[:, :, t % self.window] = v[:, :, 0]
-        # 3. Which token through which branch: first .. old - 1 compressed, the newest m full.
-        m = min(self.length, self.window)
-        first, old = max(0, self.length - (self.sliding_window or self.length)), self.length - m
-        return self.attend(rope.rotate(q, t), first, old, rope)
+        slot = t if t < self.sinks else self.sinks + (t - self.sinks) % self.window
+        self.k = reserve(self.k, t + 1, most=self.sinks + self.window)
+        self.v = reserve(self.v, t + 1, most=self.sinks + self.window)
+        self.k[:, :, slot], self.v[:, :, slot] = rope.rotate(k, t)[:, :, 0], v[:, :, 0]
+        # 3. Which token through which branch: first .. old - 1 compressed, sinks and ring full.
+        S, seen = min(t + 1, self.sinks), max(0, t + 1 - (self.sliding_window or t + 1))
+        m = min(t + 1 - S, self.window)
+        first, old, full = max(S, seen), t + 1 - m, slice(min(S, seen), S + m)
+        k, v = self.k[:, :, full], self.v[:, :, full]  # [B, H_kv, n, D]
+        return self.attend(rope.rotate(q, t), k, v, first, old, rope)
 
-    def attend(self, q: Tensor, first: int, old: int, rope: Rope) -> Tensor:
-        """The rest of Figure 1b, with a rotated query q [B, H, 1, D] -> [B, H, 1, D]."""
-        m = self.length - old
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, first: int, old: int, rope: Rope) -> Tensor:
+        """The rest of Figure 1b: q [B, H, 1, D] over the tokens first .. old - 1 of the compressed
+        branch, and k, v [B, H_kv, n, D] of the full-precision one; q and k rotated."""
+        start, stop = first - self.sinks, old - self.sinks  # sinks have no latents
 
         def rebuild(c: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
             hat = F.linear(c.to(B.dtype), B.T, bias)  # [B, old - first, d_kv]
             return hat.unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, H_kv, old - first, D]
 
         # 4. Old keys and values are rebuilt, the keys rotated to their positions.
-        k_hat = rope.rotate(rebuild(self.c_k.read(first, old), self.B_k, self.k_bias), first)
-        v_hat = rebuild(self.c_v.read(first, old), self.B_v, self.v_bias)
+        k_hat = rope.rotate(rebuild(self.c_k.read(start, stop), self.B_k, self.k_bias), first)
+        v_hat = rebuild(self.c_v.read(start, stop), self.B_v, self.v_bias)
         # 5. K = [K^, K_local], V = [V^, V_local], and one softmax over both branches.
-        k = torch.cat([k_hat.to(q.dtype), self.k[:, :, :m]], dim=2)  # [B, H_kv, length - first, D]
-        v = torch.cat([v_hat.to(q.dtype), self.v[:, :, :m]], dim=2)
+        k = torch.cat([k_hat.to(q.dtype), k], dim=2)  # [B, H_kv, old - first + n, D]
+        v = torch.cat([v_hat.to(q.dtype), v], dim=2)
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
     def tensors(self) -> list[Tensor]:
@@ -159,7 +167,7 @@ class BiBranchCache(LayerCache):
 class Latents:
     """Latents [B, T, r] of every token, in a 16- or 32-bit buffer for `expected` tokens or more."""
 
-    length = 0  # tokens held
+    length, buffer = 0, None  # tokens held, and where
 
     def __init__(self, dtype: torch.dtype, expected: int = 0):
         self.dtype, self.expected = dtype, expected
@@ -167,7 +175,7 @@ class Latents:
     def append(self, c: Tensor) -> None:
         """c [B, n, r], the latents of the next n tokens."""
         B, n, r = c.shape
-        if not self.length:
+        if self.buffer is None:
             self.buffer = c.new_empty(B, max(n, self.expected), r, dtype=self.dtype)
         start, self.length = self.length, self.length + n
         self.buffer = reserve(self.buffer, self.length)
@@ -178,7 +186,7 @@ class Latents:
         return self.buffer[:, start:stop]
 
     def tensors(self) -> list[Tensor]:
-        return [self.buffer] if self.length else []
+        return [] if self.buffer is None else [self.buffer]
 
 
 def empty_latents(pair: LowRank, dim: int, window: int, expected: int) -> Latents | quant.Packed:
@@ -335,10 +343,8 @@ class ChunkedBiBranchCache(BiBranchCache):
     operations a token and head, not D. Keys must be: RoPE stands between B_k and the query.
     """
 
-    def __init__(
-        self, attention: Attention, factors: LayerFactors, window: int = 32, expected: int = 0
-    ):
-        super().__init__(attention, factors, window, expected)
+    def __init__(self, attention: Attention, factors: LayerFactors, *args, **more):
+        super().__init__(attention, factors, *args, **more)
         self.H_kv = attention.config.num_key_value_heads
         on_cpu = self.B_k.device.type == "cpu"
         self.chunk = 1024 if on_cpu else 8192  # a GPU wants few, large steps
@@ -354,46 +360,41 @@ class ChunkedBiBranchCache(BiBranchCache):
             self.k_bias = interleave_rope_pairs(heads(self.k_bias)).flatten()  # [d_kv]
             self.v_bias = heads(self.v_bias)[:, None]  # [H_kv, 1, D]
 
-    def attend(self, q: Tensor, first: int, old: int, rope: Rope) -> Tensor:
-        (B, H, _, D), n = q.shape, old - first
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, first: int, old: int, rope: Rope) -> Tensor:
+        (B, H, _, D), n, S = q.shape, old - first, self.sinks
         chunks = [(s, min(s + self.chunk, old)) for s in range(first, old, self.chunk)]
         # 4. Scores; queries of a group share a key head.
         q = q.view(B, self.H_kv, -1, D) / math.sqrt(D)  # [B, H_kv, G, D]
-        scores = q.new_empty(*q.shape[:3], self.length - first, dtype=torch.float32)
+        scores = q.new_empty(*q.shape[:3], n + k.shape[2], dtype=torch.float32)
         q_pairs = interleave_rope_pairs(q).float()
         for s, e in chunks:
-            c_k = self.c_k.read(s, e).to(self.B_k.dtype)  # [B, e - s, r_k]
+            c_k = self.c_k.read(s - S, e - S).to(self.B_k.dtype)  # [B, e - s, r_k]
             k_hat = F.linear(c_k, self.B_k, self.k_bias).float()  # [B, e - s, d_kv]
             k_hat = k_hat.view(B, e - s, self.H_kv, D // 2, 2)  # pairs: complex numbers
             torch.view_as_complex(k_hat).mul_(rope.cis[s:e, None])  # RoPE, in place
             k_hat = k_hat.view(B, e - s, self.H_kv, D).permute(0, 2, 3, 1)  # [B, H_kv, D, e - s]
             scores[..., s - first : e - first] = q_pairs @ k_hat
-        k, v = (y[:, :, : self.length - old] for y in (self.k, self.v))  # [B, H_kv, m, D]
         scores[..., n:] = q.float() @ k.transpose(-1, -2).float()
         # 5. One softmax over both branches, then the values of both.
-        p = scores.softmax(-1).to(self.B_v.dtype)  # [B, H_kv, G, length - first]
+        p = scores.softmax(-1).to(self.B_v.dtype)  # [B, H_kv, G, n + those of k]
         out = p[..., n:] @ v.to(p.dtype)  # [B, H_kv, G, D]
         if chunks:
             p_old = p[..., :n].flatten(1, 2)  # [B, H, n]: all heads share the latents
             p_c = sum(
-                p_old[..., s - first : e - first] @ self.c_v.read(s, e).to(p.dtype)
+                p_old[..., s - first : e - first] @ self.c_v.read(s - S, e - S).to(p.dtype)
                 for s, e in chunks
             )  # [B, H, r_v]
             out = out + p_c.view(B, self.H_kv, -1, p_c.shape[-1]) @ self.B_v
             if self.v_bias is not None:
                 out = out + p[..., :n].sum(-1, keepdim=True) * self.v_bias
-        return out.to(self.v.dtype).reshape(B, H, 1, D)
+        return out.to(v.dtype).reshape(B, H, 1, D)
 
 
 def bi_branch_cache(
-    model: Transformer,
-    factors: Factors,
-    window: int = 32,
-    expected: int = 0,
-    kind: type[BiBranchCache] = ChunkedBiBranchCache,
+    model: Transformer, factors: Factors, window=32, expected=0, kind=ChunkedBiBranchCache, sinks=0
 ) -> list[LayerCache]:
     """A cache of that kind for every layer of `model`; other arguments are those of the class."""
     return [
-        kind(layer.self_attn, f, window, expected)
+        kind(layer.self_attn, f, window, expected, sinks)
         for layer, f in zip(model.model.layers, factors.layers, strict=True)
     ]

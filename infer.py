@@ -179,7 +179,8 @@ def run(args: argparse.Namespace) -> None:
         if name == "full":
             cache, nominal = full_cache(model, expected), 0.0
         else:
-            cache = bi_branch_cache(model, factors, args.window, expected, KINDS[name])
+            sizes = args.window, expected, KINDS[name], args.sinks
+            cache = bi_branch_cache(model, factors, *sizes)
             nominal = nominal_ratio(model, factors)
         sample = make_sampler(args.temperature, args.top_p, args.seed)
         stream = [] if args.json else [lambda text: print(text, end="", flush=True)]
@@ -206,6 +207,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compare", action="store_true", help="answer from the full cache as well, side by side")
     window = "newest tokens kept in full precision: costs memory, helps a little (32)"
     add("--window", type=number(int, 1), default=32, help=window)
+    add("--sinks", type=number(int, 0), default=4, help="first tokens likewise (4; the paper: 0)")
     add("--bits", **bits, help="bits of a stored latent (those the factors were made for)")
     add("--k-bits", **bits, help="bits for keys alone")
     add("--v-bits", **bits, help="bits for values alone")

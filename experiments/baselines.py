@@ -22,6 +22,7 @@ Sources:
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -275,15 +276,16 @@ class KiviCache(LayerCache):
         bits: of keys and values, one of quant.BITS; KIVI has 4 and 2.
         residual: newest tokens in full precision, at least 1.
         expected: final length in tokens if known; memory for packed tokens is then taken once.
+        sinks: first tokens in full precision too. KIVI has none; with them rows compare with CSKV.
     """
 
-    def __init__(self, config: Config, bits: int = 4, residual: int = 32, expected: int = 0):
+    def __init__(self, config: Config, bits: int = 4, residual=32, expected: int = 0, sinks=0):
         if bits not in BITS:
             raise UserError(f"KIVI in {bits} bits; choose one of {', '.join(map(str, BITS))}")
         if residual < 1:
             raise UserError(f"residual {residual} is below 1; the newest token needs a place in it")
-        self.bits, self.residual, self.expected = bits, residual, expected
-        self.sliding_window = config.sliding_window
+        self.bits, self.residual, self.expected = bits, residual, max(0, expected - sinks)
+        self.sliding_window, self.sinks = config.sliding_window, sinks
 
     def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """The whole prompt, exactly."""
@@ -295,8 +297,9 @@ class KiviCache(LayerCache):
         #    [B * H_kv, T, D].
         sizes = self.residual, self.expected
         self.k, self.v = (Packed(self.bits, dim, *sizes) for dim in (TOKENS, CHANNELS))
-        self.k.append(k.flatten(0, 1))
-        self.v.append(v.flatten(0, 1))
+        self.k.append(k[:, :, self.sinks :].flatten(0, 1))
+        self.v.append(v[:, :, self.sinks :].flatten(0, 1))
+        self.first_k, self.first_v = (y[:, :, : self.sinks].clone() for y in (k, v))
         self.length = k.shape[2]
         # 2. Attention with the exact keys and values.
         return causal_attention(q, k, v, self.sliding_window)
@@ -307,29 +310,42 @@ class KiviCache(LayerCache):
         B, H_kv, _, D = k.shape
         t, self.length = self.length, self.length + 1
         # 1. The new token joins those that wait; a group that is older than the residual is packed.
-        self.k.append(rope.rotate(k, t).flatten(0, 1))
-        self.v.append(v.flatten(0, 1))
-        # 2. Attended are the tokens first .. t in chunks: first .. old - 1 packed, then the others.
-        first, old = max(0, self.length - (self.sliding_window or self.length)), self.k.packed
-        chunks = [(s, min(s + self.chunk, old)) for s in range(first, old, self.chunk)]
-        chunks.append((max(first, old), self.length))
+        k = rope.rotate(k, t)
+        if t < self.sinks:
+            self.first_k = torch.cat([self.first_k, k], dim=2)
+            self.first_v = torch.cat([self.first_v, v], dim=2)
+        else:
+            self.k.append(k.flatten(0, 1))
+            self.v.append(v.flatten(0, 1))
+        # 2. Attended are the tokens first .. t in chunks: the sinks, the packed ones, the others.
+        S, first = min(self.sinks, t + 1), max(0, t + 1 - (self.sliding_window or t + 1))
+        start, old = max(first, S), max(first, S + self.k.packed)
+        ends = first, start, *range(start, old, self.chunk), old, t + 1
+        chunks = [(s, e) for s, e in pairwise(ends) if s < e]
+
+        def read(exact: Tensor, packed: Packed, s: int, e: int) -> Tensor:
+            y = exact[:, :, s:e] if e <= S else packed.read(s - S, e - S)
+            return y.view(B, H_kv, e - s, D).float()
+
         # 3. Scores. Old keys are unpacked chunk by chunk, so the working memory is one chunk
         #    however long the sequence is. Queries of a group share a key head: [.., G, D].
         q = rope.rotate(q, t).view(B, H_kv, -1, D).float() / math.sqrt(D)  # [B, H_kv, G, D]
         scores = q.new_empty(*q.shape[:3], self.length - first)
         for s, e in chunks:
-            k_hat = self.k.read(s, e).view(B, H_kv, e - s, D).float()
+            k_hat = read(self.first_k, self.k, s, e)
             scores[..., s - first : e - first] = q @ k_hat.transpose(-1, -2)
         # 4. One softmax over both parts; old values are unpacked in the same chunks.
         p = scores.softmax(-1)  # [B, H_kv, G, length - first]
         out = torch.zeros_like(q)
         for s, e in chunks:
-            v_hat = self.v.read(s, e).view(B, H_kv, e - s, D).float()
+            v_hat = read(self.first_v, self.v, s, e)
             out += p[..., s - first : e - first] @ v_hat
         return out.to(v.dtype).view(B, -1, 1, D)
 
     def tensors(self) -> list[Tensor]:
-        return [*self.k.tensors(), *self.v.tensors()] if self.length else []
+        if not self.length:
+            return []
+        return [*self.k.tensors(), *self.v.tensors(), self.first_k, self.first_v]
 
 
 class LowRankCache(ChunkedBiBranchCache):

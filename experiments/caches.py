@@ -44,10 +44,11 @@ class Row:
     factors: Factors | None = None
     origin: str = ""  # of the factors: an initialization, or a file
     window: int = 32  # newest tokens in full precision, of cskv and kivi
+    sinks: int = 0  # first tokens in full precision, likewise
     budget: int | None = None  # tokens to keep, in the place of a ratio of them
     dtype: torch.dtype = torch.float32  # of the numbers that the cache holds
 
-    COLUMNS = ("cache", "factors", "bits", "ratio", "nominal_ratio")  # of the table; not a field
+    COLUMNS = ("cache", "factors", "bits", "sinks", "ratio", "nominal_ratio")  # of the table
 
     @property
     def bits(self) -> str:
@@ -69,6 +70,7 @@ class Row:
     def label(self) -> str:
         parts = [self.cache, self.origin, f"{self.ratio:.0%}" if self.ratio else ""]
         parts.append(f"{self.bits} bits" if self.factors and self.bits != "16" else "")
+        parts.append(f"{self.sinks} sinks" if self.sinks else "")
         return " ".join(part for part in parts if part)
 
 
@@ -87,7 +89,11 @@ class Kind:
 
 
 def kivi(bits: int, colour: str | None = None) -> Kind:
-    return Kind(lambda s: KiviCache(s.config, bits, s.window, s.expected), colour=colour, bits=bits)
+    return Kind(
+        lambda s: KiviCache(s.config, bits, s.window, s.expected, s.sinks),
+        colour=colour,
+        bits=bits,
+    )
 
 
 CACHES = {
@@ -102,12 +108,12 @@ CACHES = {
         lambda s: LowRankCache(s.attention, s.factors, s.expected), CHANNELS, "tab:orange"
     ),
     "cskv": Kind(
-        lambda s: ChunkedBiBranchCache(s.attention, s.factors, s.window, s.expected),
+        lambda s: ChunkedBiBranchCache(s.attention, s.factors, s.window, s.expected, s.sinks),
         CHANNELS,
         "tab:blue",
     ),
     "cskv-plain": Kind(
-        lambda s: BiBranchCache(s.attention, s.factors, s.window, s.expected), CHANNELS
+        lambda s: BiBranchCache(s.attention, s.factors, s.window, s.expected, s.sinks), CHANNELS
     ),
     "kivi-2": kivi(2, "limegreen"),
     "kivi-3": kivi(3),
@@ -206,6 +212,7 @@ def make_rows(
     bits: list[int] | None = None,
     clamped: bool = False,
     window: int = 32,
+    sinks: int = 0,
     dtype: torch.dtype = torch.float32,
     equal: int | None = None,
 ) -> list[Row]:
@@ -222,7 +229,8 @@ def make_rows(
     most = min(d_kv, model.config.hidden_size)  # the highest rank
 
     def row(cache: str, ratio: float = 0.0, factors: Factors | None = None, **more) -> Row:
-        return make_row(model, cache, ratio, factors, window=window, dtype=dtype, **more)
+        more |= {"window": window, "sinks": sinks * cache.startswith(("cskv", "kivi"))}
+        return make_row(model, cache, ratio, factors, dtype=dtype, **more)
 
     def token_row(name: str, ratio: float) -> Row | None:
         def keeping(budget: int) -> Row:
@@ -275,4 +283,4 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     """The options that choose caches, of `evaluate` and `speed`."""
     names, default = comma_list(one_of(tuple(CACHES), "cache")), ["full", "cskv"]
     add_option(parser, "caches", f"of {','.join(CACHES)}", type=names, default=default)
-    add_options(parser, "ratios window")
+    add_options(parser, "ratios window sinks")

@@ -282,6 +282,7 @@ def run(args: argparse.Namespace) -> None:
                 bits=args.bits,
                 clamped=args.clamped_zero_point,
                 window=args.window,
+                sinks=args.sinks,
                 dtype=DTYPES[args.cache_dtype],
                 equal=args.equal,
             )

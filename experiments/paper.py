@@ -1,12 +1,6 @@
 """The paper's experiments, one command each, and what they leave open.
 
-    python -m experiments.paper table1        every method, LongEval, 50% and 80% (and 95%)
-    python -m experiments.paper table2        where the factors start, before and after training
-    python -m experiments.paper table3        the window
-    python -m experiments.paper table4        how to share the channels between keys and values
-    python -m experiments.paper table5        quantization with and without training for it
-    python -m experiments.paper figure3       singular values of keys and values
-    python -m experiments.paper figure4       loss curves, with the floor that none can pass
+    python -m experiments.paper table1        or table2 .. table5, figure3, figure4; see COMMANDS
 
 Without more arguments they run on the embedded teaching model, with LongEval accuracy, in both
 protocols of experiments/evaluate.py. With `--text` the measure is perplexity in decode mode:

@@ -57,10 +57,10 @@ def transformers_runner(path: str, device: str, dtype: torch.dtype) -> Runner | 
 
 
 def our_runners(
-    model: Transformer, names: list[str], ratios: list[float], bits: list[int], window: int, n: int
+    model: Transformer, names: list[str], ratios: list[float], n: int, **settings
 ) -> dict[str, Runner]:
     """A runner for each cache of up to `n` tokens, by its label; caches hold numbers of the
-    model's type."""
+    model's type. `settings` are those of `make_rows`."""
 
     def svd(_: str, rank: int):
         return init_factors("svd", model, *[[rank] * len(model.model.layers)] * 2)
@@ -68,9 +68,8 @@ def our_runners(
     def run(tokens: Tensor, cache: object) -> Tensor:
         return model(tokens, cache, logits_to_keep=1)
 
-    names, settings = list(dict.fromkeys(["full", *names])), {"inits": ["svd"], "bits": bits}
-    dtype = model.lm_head.weight.dtype
-    rows = make_rows(model, names, ratios, svd, **settings, window=window, dtype=dtype)
+    names, dtype = list(dict.fromkeys(["full", *names])), model.lm_head.weight.dtype
+    rows = make_rows(model, names, ratios, svd, inits=["svd"], dtype=dtype, **settings)
     return {replace(r, origin="").label: (partial(make_cache, model, r, n), run) for r in rows}
 
 
@@ -139,8 +138,8 @@ def run(args: argparse.Namespace) -> None:
         print("transformers is not installed: ours only", file=sys.stderr)
     rows, generator = [], torch.Generator()
     for length in args.lengths:
-        settings = args.caches, args.ratios, args.bits, args.window, length + more
-        runners = our_runners(model, *settings)
+        settings = {"bits": args.bits, "window": args.window, "sinks": args.sinks}
+        runners = our_runners(model, args.caches, args.ratios, length + more, **settings)
         if theirs:
             runners["transformers, DynamicCache"] = theirs
         drawn = torch.randint(

@@ -36,6 +36,7 @@ OPTIONS = {
         help="quantize cskv's latents as the paper's published code does; see quant.py", **flag
     ),
     "window": dict(type=count, default=32, help="newest tokens in full precision, cskv and kivi"),
+    "sinks": dict(type=number(int, 0), default=0, help="first tokens likewise; the paper has none"),
     "equal": dict(
         type=count, metavar="TOKENS",
         help="take --ratios as measured ones: streaming, h2o, asvd and cskv of --inits get the "

@@ -16,7 +16,7 @@ def interval(pair: tuple[float, float]) -> str:
 
 FORMATS = {
     **dict.fromkeys(("question", "layer", "of", "cache"), str),
-    **dict.fromkeys(("factors", "init", "window", "bits", "mode"), str),
+    **dict.fromkeys(("factors", "init", "window", "bits", "sinks", "mode"), str),
     "ratio": "{:.0%}".format,
     **dict.fromkeys(("kept_k", "kept_v"), "{:.1%}".format),
     "lr": "{:g}".format,

@@ -119,18 +119,21 @@ def naive_forward(
     factors: Factors | None = None,
     window: int = 1,
     prompt: int = 0,
+    sinks: int = 0,
 ) -> Tensor:
     """Logits [T, vocab] of one sequence [T], all positions in one go, in float64.
 
     With factors: a token i >= `prompt` (a decode step) sees the keys and values of tokens
-    j <= i - window through A B, everything else exactly: CSKV with the window mask written out.
+    j <= i - window, but for the first `sinks`, through A B, everything else exactly: CSKV with the
+    window mask written out.
     """
     c, T = model.config, len(tokens)
     w = {name: p.double() for name, p in model.state_dict().items()}
     frequencies, positions = naive_frequencies(c), torch.arange(T)
     i, j = positions[:, None], positions[None]
     visible = (j <= i) & (i - j < (c.sliding_window or T))
-    compressed = (i >= prompt) & (i - j >= window) if factors else torch.zeros(T, T, dtype=bool)
+    compressed = (i >= prompt) & (i - j >= window) & (j >= sinks)
+    compressed = compressed if factors else torch.zeros(T, T, dtype=bool)
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * weight
@@ -181,6 +184,7 @@ shapes = st.fixed_dictionaries(
 
 lengths = st.integers(1, 24)
 windows = st.integers(1, 30)
+sinks = st.sampled_from([0, 1, 4])
 kinds = st.sampled_from([BiBranchCache, ChunkedBiBranchCache])
 bits = st.sampled_from([2, 3, 4, 8])
 

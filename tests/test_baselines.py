@@ -287,7 +287,11 @@ def packed_tokens(length: int, residual: int) -> int:
 
 
 kivis = st.fixed_dictionaries(
-    {"bits": st.sampled_from([2, 3, 4, 8]), "residual": st.integers(1, 50)}
+    {
+        "bits": st.sampled_from([2, 3, 4, 8]),
+        "residual": st.integers(1, 50),
+        "sinks": st.sampled_from([0, 1, 4]),
+    }
 )
 
 
@@ -310,12 +314,13 @@ def test_kivi_attends_to_quantized_keys_and_values(kivi, H_kv, prompt, steps, wi
     # Rotated in float32 as the cache does: in other digits, some number might round another way.
     k, q, v = sequence.rope.rotate(sequence.k, 0), sequence.rope.rotate(sequence.q, 0), sequence.v
     for t in range(prompt, prompt + steps):
-        old, ours = packed_tokens(t + 1, kivi["residual"]), sequence.decode(cache, t)
+        S = min(kivi["sinks"], t + 1)
+        old, ours = S + packed_tokens(t + 1 - S, kivi["residual"]), sequence.decode(cache, t)
         seen = slice(max(0, t + 1 - (window or t + 1)), t + 1)
         k_hat, v_hat = k.clone(), v.clone()
-        if old:
-            k_hat[:, :, :old] = fake_quantize(k[:, :, :old], kivi["bits"], TOKENS)
-            v_hat[:, :, :old] = fake_quantize(v[:, :, :old], kivi["bits"], CHANNELS)
+        if old > S:
+            k_hat[:, :, S:old] = fake_quantize(k[:, :, S:old], kivi["bits"], TOKENS)
+            v_hat[:, :, S:old] = fake_quantize(v[:, :, S:old], kivi["bits"], CHANNELS)
         for b in range(2):
             for h in range(4):
                 keys, values = (y[b, sequence.kv_head(h), seen] for y in (k_hat, v_hat))
@@ -330,15 +335,16 @@ def test_kivi_takes_the_bytes_of_its_formula(kivi, prompt, steps, expected, D):
     cache = KiviCache(config, **kivi, expected=expected)
     assert cache.nbytes() == 0
     sequence.prefill(cache, prompt)
-    room = packed_tokens(max(prompt, expected), kivi["residual"])
+    sinks = kivi["sinks"]
+    room = packed_tokens(max(prompt, expected) - sinks, kivi["residual"])
     for length in range(prompt, prompt + steps + 1):
         if length > prompt:
             sequence.decode(cache, length - 1)
-        old = packed_tokens(length, kivi["residual"])
+        old = packed_tokens(length - sinks, kivi["residual"])
         if room < old:
             room += 256 if room else 32  # an empty store starts with what it is given
         waiting = 2 * 4 * D * (length - old)  # float32
-        assert kivi["residual"] <= length - old <= kivi["residual"] + 31 or not old
+        assert kivi["residual"] <= length - sinks - old <= kivi["residual"] + 31 or not old
         taken = room if old else 0
         packed = round(D * taken * (bits_per_element(bits) + bits_per_element(bits, D)) / 8)
         assert cache.nbytes() == 2 * 2 * (packed + waiting)  # batch of 2, 2 heads

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 import quant
 from cskv import (
+    BiBranchCache,
+    ChunkedBiBranchCache,
     LayerFactors,
     LowRank,
     bi_branch_cache,
@@ -23,6 +25,7 @@ from tests.helpers import (
     make_factors,
     quick,
     shapes,
+    sinks,
     tiny_config,
     tiny_model,
     tiny_tokens,
@@ -33,8 +36,8 @@ torch.set_grad_enabled(False)
 
 
 @quick
-@given(st.integers(1, 10), st.integers(1, 30), windows, kinds)
-def test_each_token_is_attended_through_exactly_one_branch(prompt, steps, window, kind):
+@given(st.integers(1, 10), st.integers(1, 30), windows, sinks, kinds)
+def test_each_token_is_attended_through_exactly_one_branch(prompt, steps, window, first, kind):
     """Token j's exact value is the unit vector e_j, its rebuilt one e_(N + j). All scores are 0, so
     the output shows the weight 1/n of each token in the channel of the branch it came through."""
     N = prompt + steps
@@ -46,7 +49,7 @@ def test_each_token_is_attended_through_exactly_one_branch(prompt, steps, window
     into_old = torch.cat([torch.zeros(N, N), torch.eye(N)], dim=1)  # [N, 2 N]
     some = LowRank(torch.ones(N, 1), torch.zeros(1, 2 * N), bits=32)
     factors = LayerFactors(some, LowRank(torch.eye(N), into_old, bits=32))
-    cache = kind(attention, factors, window)
+    cache = kind(attention, factors, window, sinks=first)
     x = torch.eye(N)[None]  # [1, N, N]: token j is e_j
     zeros, v = torch.zeros(1, 1, N, 2 * N), torch.zeros(1, 1, N, 2 * N)
     v[0, 0, :, :N] = torch.eye(N)
@@ -55,28 +58,30 @@ def test_each_token_is_attended_through_exactly_one_branch(prompt, steps, window
         now = slice(t, t + 1)
         out = cache.decode(x[:, now], *(y[:, :, now] for y in (zeros, zeros, v)), rope)[0, 0, 0]
         full = torch.arange(N) <= t
-        old = torch.arange(N) <= t - window
+        old = (torch.arange(N) <= t - window) & (torch.arange(N) >= first)
         expected = torch.cat([full & ~old, old]).float() / (t + 1)
         torch.testing.assert_close(out, expected)
         assert cache.length == t + 1
-        assert cache.c_k.length == cache.c_v.length == cache.length
-        assert min(cache.length, window) <= cache.k.shape[2] <= window
+        assert cache.c_k.length == cache.c_v.length == max(0, cache.length - first)
+        assert min(cache.length, first + window) <= cache.k.shape[2] <= first + window
 
 
 @quick
-@given(shapes, st.integers(1, 300), st.integers(0, 20), windows, st.integers(0, 400), st.data())
-def test_bytes_are_those_of_the_tensors(shape, T, steps, window, expected, data):
+@given(
+    shapes, st.integers(1, 300), st.integers(0, 20), windows, sinks, st.integers(0, 400), st.data()
+)
+def test_bytes_are_those_of_the_tensors(shape, T, steps, window, first, expected, data):
     model = tiny_model(**shape)
     d_kv, layers = model.config.d_kv, len(model.model.layers)
     k_rank, v_rank = data.draw(st.integers(1, d_kv)), data.draw(st.integers(1, d_kv))
     factors = init_factors("random", model, [k_rank] * layers, [v_rank] * layers)
-    cache = bi_branch_cache(model, factors.in_bits(16, 32), window, expected)
+    cache = bi_branch_cache(model, factors.in_bits(16, 32), window, expected, sinks=first)
     assert sum(layer.nbytes() for layer in cache) == 0
     tokens = tiny_tokens(model, 2, T + steps)
     model(tokens[:, :T], cache, logits_to_keep=1)
 
     def check(length: int, room: int) -> None:
-        ring = min(window, shape["sliding_window"] or window)
+        ring = first + min(window, shape["sliding_window"] or window)
         for layer in cache:
             assert layer.nbytes() == sum(t.numel() * t.element_size() for t in layer.tensors())
             weights = {"A_k", "A_v", "B_k", "B_v", "k_bias", "v_bias"}  # and nothing else is kept
@@ -86,7 +91,10 @@ def test_bytes_are_those_of_the_tensors(shape, T, steps, window, expected, data)
             ring_room = layer.k.shape[2]
             assert min(length, ring) <= ring_room <= min(room, ring)
             floats = 2 * 4 * d_kv * ring_room  # the ring: keys and values in float32
-            assert layer.nbytes() == 2 * (room * (2 * k_rank + 4 * v_rank) + floats)  # batch of 2
+            latents = max(0, room - first)
+            assert layer.nbytes() == 2 * (
+                latents * (2 * k_rank + 4 * v_rank) + floats
+            )  # batch of 2
 
     check(T, max(T, expected))
     for i in range(T, T + steps):
@@ -147,21 +155,22 @@ def test_packed_latents_are_whole_groups_older_than_the_window(T, steps, window,
 
 
 @quick
-@given(st.integers(1, 200), st.integers(0, 40), windows, bits, bits, st.data())
-def test_bytes_in_bits_are_those_of_the_formula(T, steps, window, k_bits, v_bits, data):
-    """Packed: bits, scale and minimum. Waiting: 16 bits. The ring: the model's 32 bits."""
+@given(st.integers(1, 200), st.integers(0, 40), windows, sinks, bits, bits, st.data())
+def test_bytes_in_bits_are_those_of_the_formula(T, steps, window, first, k_bits, v_bits, data):
+    """Packed: bits, scale and minimum. Waiting: 16 bits. Sinks and ring: the model's 32 bits."""
     model = tiny_model(num_hidden_layers=1)
     d_kv = model.config.d_kv
     r_k, r_v = data.draw(st.integers(1, d_kv)), data.draw(st.integers(1, d_kv))
     factors = init_factors("random", model, [r_k], [r_v])
     factors = factors.in_bits(k_bits, v_bits)
-    cache = bi_branch_cache(model, factors, window, T + steps)
+    cache = bi_branch_cache(model, factors, window, T + steps, sinks=first)
     tokens = tiny_tokens(model, 2, T + steps)
     decode_all(model, tokens, T, cache)
-    packed = max(0, T + steps - window) // 32 * 32
+    latents = max(0, T + steps - first)
+    packed = max(0, latents - window) // 32 * 32
     per_token = r_k * quant.bits_per_element(k_bits) + r_v * quant.bits_per_element(v_bits, r_v)
-    waiting = (T + steps - packed) * 16 * (r_k + r_v)
-    ring = min(T + steps, window) * 32 * 2 * d_kv
+    waiting = (latents - packed) * 16 * (r_k + r_v)
+    ring = min(T + steps, first + window) * 32 * 2 * d_kv
     assert 8 * cache[0].nbytes() == pytest.approx(2 * (packed * per_token + waiting + ring))
     nominal = 1 - (r_k * k_bits + r_v * v_bits) / (2 * 16 * d_kv)
     assert nominal_ratio(model, factors) == pytest.approx(nominal)
@@ -184,13 +193,41 @@ def test_prefill_twice_and_decode_first_are_errors():
             layer.decode(torch.zeros(1, 2, 24), torch.zeros(1, 4, 2, 6), two, two, model.rope)
 
 
-@pytest.mark.parametrize("arguments", [{"window": 0}, {"window": -3}, {"k_bits": 5}, {"v_bits": 1}])
+@pytest.mark.parametrize(
+    "arguments", [{"window": 0}, {"window": -3}, {"sinks": -1}, {"k_bits": 5}, {"v_bits": 1}]
+)
 def test_bad_cache_arguments(arguments):
     model = tiny_model()
-    bits = {name: value for name, value in arguments.items() if name != "window"}
-    window = arguments.get("window", 4)
+    bits = {name: value for name, value in arguments.items() if "bits" in name}
+    sizes = {name: value for name, value in arguments.items() if "bits" not in name}
     with pytest.raises(ValueError, match=r"is below 1|-bit latents; choose"):
-        bi_branch_cache(model, make_factors(model, 3, 3).in_bits(**bits), window)
+        bi_branch_cache(model, make_factors(model, 3, 3).in_bits(**bits), **sizes)
+
+
+def test_defaults_are_the_paper_s_window_and_no_sinks():
+    model = tiny_model()
+    for kind in (BiBranchCache, ChunkedBiBranchCache):
+        (one, _) = bi_branch_cache(model, make_factors(model, 3, 3), kind=kind)
+        assert (one.window, one.sinks, one.expected) == (32, 0, 0)
+        alone = kind(model.model.layers[0].self_attn, make_factors(model, 3, 3).layers[0])
+        assert (alone.window, alone.sinks, alone.expected) == (32, 0, 0)
+
+
+def test_factors_of_another_number_of_layers_are_an_error():
+    model = tiny_model()
+    for layers in (1, 3):
+        factors = make_factors(tiny_model(num_hidden_layers=layers), 3, 3)
+        with pytest.raises(ValueError, match="zip"):
+            bi_branch_cache(model, factors)
+
+
+def test_the_fast_cache_rebuilds_in_32_bits_on_a_cpu():
+    """Where products of 16-bit floats are slow, in chunks that fit the processor's cache."""
+    model = tiny_model().to(torch.bfloat16)
+    factors = make_factors(tiny_model(), 3, 3).to(model.lm_head.weight)
+    cache = bi_branch_cache(model, factors)[0]
+    assert (cache.B_k.dtype, cache.B_v.dtype, cache.chunk) == (torch.float32, torch.float32, 1024)
+    assert cache.A_k.dtype == torch.bfloat16
 
 
 def test_nominal_ratio_counts_bits_and_ranks_of_every_layer():

@@ -94,7 +94,16 @@ def notes_beside(path):
 
 # ------------------------------------------------------------------------------- rows and columns
 
-COLUMNS = {"cache", "factors", "bits", "ratio", "nominal_ratio", "measured_ratio", "seconds"}
+COLUMNS = {
+    "cache",
+    "factors",
+    "bits",
+    "sinks",
+    "ratio",
+    "nominal_ratio",
+    "measured_ratio",
+    "seconds",
+}
 COLUMNS |= {"cases", "tokens"}
 OWN_COLUMNS = {
     "perplexity": {"perplexity"},

@@ -85,6 +85,32 @@ def test_bad_initializations():
         calibrate(model, [])
 
 
+def test_random_factors_come_from_the_seed_alone():
+    model = tiny_model()
+    torch.manual_seed(1)
+    one = init_factors("random", model, [3, 3], [3, 3], seed=5)
+    torch.manual_seed(2)
+    two = init_factors("random", model, [3, 3], [3, 3], seed=5)
+    other = init_factors("random", model, [3, 3], [3, 3], seed=6)
+    for a, b, c in zip(one.pairs, two.pairs, other.pairs, strict=True):
+        assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
+        assert not torch.equal(a.A, c.A) and not torch.equal(a.B, c.B)
+
+
+def test_factors_take_the_type_of_the_model_both_of_them():
+    factors = init_factors("svd", tiny_model(), [3, 3], [3, 3])
+    small = factors.to(torch.empty(0, dtype=torch.bfloat16))
+    assert {(p.A.dtype, p.B.dtype) for p in small.pairs} == {(torch.bfloat16, torch.bfloat16)}
+
+
+def test_asvd_of_a_channel_that_is_always_zero_is_finite():
+    W, x_abs = torch.randn(6, 4), torch.tensor([1.0, 0.0, 2.0, 0.0, 1.0, 3.0])
+    pair = cskv.asvd_factors(W, 4, x_abs)
+    assert pair.A.isfinite().all() and pair.B.isfinite().all()
+    seen = x_abs > 0  # of the other rows nothing is ever multiplied
+    torch.testing.assert_close((pair.A @ pair.B)[seen], W[seen], atol=1e-3, rtol=1e-3)
+
+
 def test_rank_is_of_the_whole_layer():
     """The published code rounds down a head: int(0.2 * 64) * 3 = 36 for SmolLM2. Ours is 38."""
     assert rank_for(0.8, 192) == 38

@@ -42,7 +42,7 @@ def arguments(setup, *more):
 
 
 def test_json_is_one_object_and_counts_live_bytes(setup, capsys):
-    code, out, _ = call(infer, capsys, *arguments(setup, "--window", 5, "--json"))
+    code, out, _ = call(infer, capsys, *arguments(setup, "--window", 5, "--sinks", 0, "--json"))
     result = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     assert result["prompt_tokens"] == 10 and len(result["tokens"]) == 12
@@ -56,6 +56,10 @@ def test_json_is_one_object_and_counts_live_bytes(setup, capsys):
     )
     assert result["nominal_ratio"] == pytest.approx(1 - 4 / 12)
     assert result["prefill_seconds"] > 0 and result["decode_seconds_per_token"] > 0
+    # Four sinks, the default: exact, and without latents.
+    result = json.loads(call(infer, capsys, *arguments(setup, "--window", 5, "--json"))[1])
+    exact = 2 * (4 + 5) * 12 * 4
+    assert result["cache_bytes"] == 2 * ((tokens - 4) * (4 + 4) * 2 + exact)
 
 
 def test_bits_are_those_of_the_factors_or_of_the_flags(setup, capsys, tmp_path):
@@ -69,7 +73,8 @@ def test_bits_are_those_of_the_factors_or_of_the_flags(setup, capsys, tmp_path):
 
     def cache_bytes(*more):
         files = ["--model", setup / "model", "--factors", tmp_path / "f.safetensors"]
-        common = ["--prompt", prompt, "--max-new-tokens", 1, "--window", 5, "--json", *more]
+        common = ["--prompt", prompt, "--max-new-tokens", 1, "--window", 5, "--sinks", 0]
+        common += ["--json", *more]
         result = json.loads(call(infer, capsys, *files, *common)[1])
         return result["cache_bytes"], result["nominal_ratio"]
 

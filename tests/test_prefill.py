@@ -28,6 +28,7 @@ from tests.helpers import (
     naive_forward,
     quick,
     shapes,
+    sinks,
     tiny_model,
     tiny_tokens,
     windows,
@@ -37,29 +38,38 @@ torch.set_grad_enabled(False)
 
 
 @quick
-@given(shapes, lengths, windows, st.integers(1, 24), st.integers(1, 3), st.integers(0, 300), kinds)
-def test_prefill_is_bit_equal_to_the_model(shape, T, window, rank, batch, expected, kind):
+@given(
+    shapes,
+    lengths,
+    windows,
+    sinks,
+    st.integers(1, 24),
+    st.integers(1, 3),
+    st.integers(0, 300),
+    kinds,
+)
+def test_prefill_is_bit_equal_to_the_model(shape, T, window, first, rank, batch, expected, kind):
     model = tiny_model(**shape)
     tokens = tiny_tokens(model, batch, T)
     factors = make_factors(model, min(rank, model.config.d_kv), 3)
     original = model(tokens)
-    cache = bi_branch_cache(model, factors, window, expected, kind)
+    cache = bi_branch_cache(model, factors, window, expected, kind, first)
     assert torch.equal(model(tokens, cache), original)
     assert torch.equal(model(tokens, full_cache(model, expected)), original)
 
 
 @quick
-@given(shapes, st.integers(1, 12), st.integers(1, 14), windows, st.integers(1, 5), kinds)
-def test_decode_equals_one_parallel_computation(shape, prompt, steps, window, rank, kind):
+@given(shapes, st.integers(1, 12), st.integers(1, 14), windows, sinks, st.integers(1, 5), kinds)
+def test_decode_equals_one_parallel_computation(shape, prompt, steps, window, first, rank, kind):
     model = tiny_model(**shape)
     factors = make_factors(model, rank, rank + 1)
     tokens = tiny_tokens(model, 2, prompt + steps)
-    cache = bi_branch_cache(model, factors.in_bits(32, 32), window, kind=kind)
+    cache = bi_branch_cache(model, factors.in_bits(32, 32), window, kind=kind, sinks=first)
     for layer in cache:
         layer.chunk = 3  # so that a few tokens make several chunks
     logits = decode_all(model, tokens, prompt, cache)
     for sequence, ours in zip(tokens, logits, strict=True):
-        expected = naive_forward(model, sequence, factors, window, prompt)
+        expected = naive_forward(model, sequence, factors, window, prompt, first)
         torch.testing.assert_close(ours.double(), expected, atol=2e-4, rtol=2e-4)
 
 
@@ -69,16 +79,17 @@ def test_decode_equals_one_parallel_computation(shape, prompt, steps, window, ra
     st.integers(1, 90),
     st.integers(1, 40),
     windows,
+    sinks,
     st.sampled_from([2, 4, 16, 32]),
     st.sampled_from([2, 3, 8, 16, 32]),
 )
-def test_the_fast_cache_equals_the_plain_one(shape, prompt, steps, window, k_bits, v_bits):
+def test_the_fast_cache_equals_the_plain_one(shape, prompt, steps, window, first, k_bits, v_bits):
     """Chunks, side-by-side pairs, absorbed values: other ways to the numbers of Figure 1b."""
     model = tiny_model(**shape)
     factors, tokens = make_factors(model, 5, 4), tiny_tokens(model, 2, prompt + steps)
     factors = factors.in_bits(k_bits, v_bits)
-    plain = bi_branch_cache(model, factors, window, kind=BiBranchCache)
-    fast = bi_branch_cache(model, factors, window, kind=ChunkedBiBranchCache)
+    plain = bi_branch_cache(model, factors, window, kind=BiBranchCache, sinks=first)
+    fast = bi_branch_cache(model, factors, window, kind=ChunkedBiBranchCache, sinks=first)
     for layer in fast:
         layer.chunk = 17
     outs = [decode_all(model, tokens, prompt, cache) for cache in (plain, fast)]
@@ -87,16 +98,22 @@ def test_the_fast_cache_equals_the_plain_one(shape, prompt, steps, window, k_bit
 
 
 @quick
-@given(shapes, st.integers(1, 12), st.integers(1, 14), windows, st.sampled_from(["svd", "optimal"]))
-def test_full_rank_equals_the_full_cache(shape, prompt, steps, window, init):
+@given(
+    shapes,
+    st.integers(1, 12),
+    st.integers(1, 14),
+    windows,
+    sinks,
+    st.sampled_from(["svd", "optimal"]),
+)
+def test_full_rank_equals_the_full_cache(shape, prompt, steps, window, first, init):
     model = tiny_model(**shape)
     d_kv = model.config.d_kv
     statistics = calibrate(model, [tiny_tokens(model, 2, 40)])
     factors = init_factors(init, model, [d_kv] * 2, [d_kv] * 2, statistics)
     tokens = tiny_tokens(model, 2, prompt + steps)
-    ours = decode_all(
-        model, tokens, prompt, bi_branch_cache(model, factors.in_bits(32, 32), window)
-    )
+    cache = bi_branch_cache(model, factors.in_bits(32, 32), window, sinks=first)
+    ours = decode_all(model, tokens, prompt, cache)
     full = decode_all(model, tokens, prompt, full_cache(model))
     torch.testing.assert_close(ours, full, atol=2e-4, rtol=2e-4)
 
@@ -143,12 +160,13 @@ def test_a_sixteen_bit_model_decodes_closely(dtype, bias):
     st.integers(1, 90),
     st.integers(1, 40),
     windows,
+    sinks,
     bits,
     st.sampled_from([2, 4, 16]),
     st.booleans(),
 )
 def test_decode_in_bits_equals_decode_with_fake_quantized_latents(
-    shape, prompt, steps, window, k_bits, v_bits, clamped
+    shape, prompt, steps, window, first, k_bits, v_bits, clamped
 ):
     """One layer against plain attention over what fake-quantized latents are rebuilt to."""
     model = tiny_model(num_hidden_layers=1, **shape)
@@ -163,7 +181,7 @@ def test_decode_in_bits_equals_decode_with_fake_quantized_latents(
         return y.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
 
     q, k, v = (heads(p(x)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-    cache = bi_branch_cache(model, factors, window)[0]
+    cache = bi_branch_cache(model, factors, window, sinks=first)[0]
     cache.chunk = 40  # not a multiple of 32
     cache.prefill(x[:, :prompt], *(y[:, :, :prompt] for y in (q, k, v)), model.rope)
     for t in range(prompt, T):
@@ -171,17 +189,19 @@ def test_decode_in_bits_equals_decode_with_fake_quantized_latents(
         out = cache.decode(x[:, now], *(y[:, :, now] for y in (q, k, v)), model.rope)
 
     ring = min(window, config.sliding_window or window)
-    old = max(0, T - ring)
+    S = min(first, T)
+    old = max(S, T - ring)  # S .. old - 1 come through latents
     rebuilt = []
     for p, b, dim, projection, exact in (
         (pair.k, k_bits, quant.TOKENS, attention.k_proj, k),
         (pair.v, v_bits, quant.CHANNELS, attention.v_proj, v),
     ):
-        hat = dequantized(x @ p.A, old // 32 * 32, b, dim, clamped) @ p.B
+        hat = dequantized(x[:, S:] @ p.A, (old - S) // 32 * 32, b, dim, clamped) @ p.B
         hat = heads(hat if projection.bias is None else hat + projection.bias)
-        rebuilt.append(torch.cat([hat[:, :, :old], exact[:, :, old:]], 2))
-    first = max(0, T - (config.sliding_window or T))
-    k_all, v_all = model.rope.rotate(rebuilt[0], 0)[:, :, first:], rebuilt[1][:, :, first:]
+        parts = exact[:, :, :S], hat[:, :, : old - S], exact[:, :, old:]
+        rebuilt.append(torch.cat(parts, 2))
+    seen = max(0, T - (config.sliding_window or T))
+    k_all, v_all = model.rope.rotate(rebuilt[0], 0)[:, :, seen:], rebuilt[1][:, :, seen:]
     expected = torch.nn.functional.scaled_dot_product_attention(
         model.rope.rotate(q[:, :, -1:], T - 1), k_all, v_all, enable_gqa=True
     )

@@ -173,6 +173,31 @@ def test_clamped_zero_point_by_hand():
     assert fake_quantize(x, 2, TOKENS, clamped=True).flatten().tolist() == [-3] * 4
 
 
+@quick
+@given(inputs(), bits, dims)
+def test_the_clamped_zero_point_is_that_of_the_published_code(x, bits, dim):
+    """s = (max - min) / levels, z = round(-min / s) clamped to the levels; x is rounded to
+    s (c - z). Computed in Python's numbers, group by group."""
+    q, levels = quantize(x, bits, dim, clamped=True), 2**bits - 1
+    for place, group in naive_groups(x, dim):
+        scale = q.scale[place].item()
+        exact = (max(group) - min(group)) / levels
+        assert scale == pytest.approx(max(exact, 2**-24), rel=2e-3, abs=2**-24)
+        zero = -q.minimum[place].item() / scale
+        assert zero == pytest.approx(
+            min(max(round(-min(group) / scale), 0), levels), abs=0.02 * levels + 0.51
+        )
+        assert 0 <= zero <= levels * (1 + 1e-3)
+
+
+def test_the_ends_of_a_group_have_a_gradient():
+    """They are within the levels, exactly on them."""
+    x = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).T.requires_grad_()
+    with torch.enable_grad():
+        fake_quantize(x, 2, TOKENS).sum().backward()
+    assert x.grad.flatten().tolist() == [1, 1, 1, 1]
+
+
 @pytest.mark.parametrize(("offset", "ours", "theirs"), [(5, 0.015, 0.275), (10, 0.008, 0.595)])
 def test_clamped_zero_point_ruins_groups_off_zero(offset, ours, theirs):
     """The relative errors that a Gaussian of mean / std = 5 and 10 has in 4 bits."""
