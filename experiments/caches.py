@@ -89,11 +89,10 @@ class Kind:
 
 
 def kivi(bits: int, colour: str | None = None) -> Kind:
-    return Kind(
-        lambda s: KiviCache(s.config, bits, s.window, s.expected, s.sinks),
-        colour=colour,
-        bits=bits,
-    )
+    def make(s: SimpleNamespace) -> LayerCache:
+        return KiviCache(s.config, bits, s.window, s.expected, s.sinks)
+
+    return Kind(make, colour=colour, bits=bits)
 
 
 CACHES = {

@@ -140,14 +140,9 @@ class FactorStore:
         finals = run_layers(self.model, measured, tuners).sum(1).tolist()
         moments = self.moments()
         for i, (recipe, tuner) in enumerate(zip(recipes, tuners, strict=True)):
-            history = {
-                "initial": state["initial"][i],
-                "final": finals[i],
-                "floor": self.floor(moments, recipe),
-                "losses": [step_losses[i] for step_losses in losses],
-                "seconds": state["seconds"],
-                "trained_together": len(recipes),
-            }
+            history = {"initial": state["initial"][i], "final": finals[i]}
+            history |= {"floor": self.floor(moments, recipe), "losses": [x[i] for x in losses]}
+            history |= {"seconds": state["seconds"], "trained_together": len(recipes)}
             write_json(self.file(recipe).with_suffix(".json"), history)
             tuner.factors.info["trained"] = f"{steps} steps, lr {tuner.lr:g}, batch 1"
             save_factors(self.file(recipe), tuner.factors, self.model, torch.float32)

@@ -132,11 +132,8 @@ def run_cache(
     """What becomes of one cache, which has read the prompt. `tokens` are those of all sequences of
     the batch, as `bytes` are."""
     scores = case.score(model, logits, cache)
-    return {
-        "scores": scores,
-        "tokens": len(scores) * cache[0].length,
-        "bytes": held_bytes(cache),
-    }
+    tokens = len(scores) * cache[0].length
+    return {"scores": scores, "tokens": tokens, "bytes": held_bytes(cache)}
 
 
 def clock(device: str | torch.device) -> float:
@@ -149,9 +146,8 @@ def clock(device: str | torch.device) -> float:
 def summary(model: Transformer, results: list[dict]) -> dict:
     """Finished cases together: `tokens` is the mean length, `seconds` the sum."""
     scores = [score for result in results for score in result["scores"]]
-    tokens, held, seconds = (
-        sum(r[name] for r in results) for name in ("tokens", "bytes", "seconds")
-    )
+    sums = "tokens", "bytes", "seconds"
+    tokens, held, seconds = (sum(result[name] for result in results) for name in sums)
     return {
         "cases": len(scores),
         "tokens": tokens / len(scores),

@@ -118,8 +118,11 @@ def open_json(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokeniz
     check_mark(file)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{file} is damaged ({error}); fetch it again") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # plain Exception, or a panic of the library's Rust code
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file} is damaged ({reason}); fetch it again") from None
     declared = Declared(file.parent, settings, in_file=backend.get_added_tokens_decoder())
     padding = backend.padding
     if kind:

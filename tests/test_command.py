@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from support.calibration import init_factors
-from support.command import UserError, run_command
+from support.command import UserError, check_writable, run_command
 from support.factors_file import save_factors
 from tests.helpers import save_checkpoint, tiny_model
 
@@ -186,3 +186,39 @@ def test_a_module_run_as_a_script_says_how_to_run_it(name):
     done = shell(name.replace(".", "/") + ".py", "--help")
     expected = f"error: run this as python -m {name} from the project's folder\n"
     assert (done.returncode, done.stdout, done.stderr.decode()) == (2, b"", expected)
+
+
+def test_a_closed_pipe_is_no_traceback():
+    command = " ".join(map(str, [sys.executable, "infer.py", "--help"]))
+    done = subprocess.run(f"{command} | true", cwd=ROOT, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    file, pipe = tmp_path / "file", tmp_path / "pipe"
+    file.write_text("kept")
+    for path in (None, file, tmp_path / "new"):
+        check_writable(path)
+    assert [f.name for f in tmp_path.iterdir()] == ["file"] and file.read_text() == "kept"
+    os.mkfifo(pipe)  # as /dev/null is no regular file, which a rename would replace
+    for path, message in {
+        tmp_path / "no" / "f": "no folder",
+        file / "f": "no folder",  # a file is none
+        tmp_path: "is not a regular file",
+        pipe: "is not a regular file",
+        tmp_path / ("x" * 250): "cannot be written",  # no room in the name for .tmp
+        tmp_path / ("x" * 256): "cannot be written",
+    }.items():
+        with pytest.raises(UserError, match=message) as caught:
+            check_writable(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_permission_is_known_before(tmp_path):
+    """/proc refuses new files even to root."""
+    tmp_path.chmod(0o500)
+    folder = Path("/proc/self") if os.access(tmp_path, os.W_OK) else tmp_path
+    if not folder.is_dir():
+        pytest.skip("root, and no /proc")
+    with pytest.raises(UserError, match="cannot be written"):
+        check_writable(folder / "f")

@@ -1,7 +1,6 @@
 """The model: against the naive computation, against transformers, and from damaged files."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 from model import full_cache
 from support.checkpoint import load_model, read_config
-from support.command import UserError, check_writable
+from support.command import UserError
 from tests.helpers import naive_forward, save_checkpoint, tiny_config, tiny_model, tiny_tokens
 
 torch.set_grad_enabled(False)
@@ -256,39 +255,6 @@ def test_a_hub_name_is_fetched(monkeypatch, tmp_path):
     assert torch.equal(load_model("org/name")(tokens), model(tokens))
     assert [name for name, _ in asked] == ["org/name"] * 2
     assert "model*.safetensors" in asked[0][1] and "pytorch_model*.bin" in asked[1][1]
-
-
-# ------------------------------------------------------------------------------- files to write
-
-
-def test_what_cannot_be_written_is_known_before(tmp_path):
-    file, pipe = tmp_path / "file", tmp_path / "pipe"
-    file.write_text("kept")
-    for path in (None, file, tmp_path / "new"):
-        check_writable(path)
-    assert [f.name for f in tmp_path.iterdir()] == ["file"] and file.read_text() == "kept"
-    os.mkfifo(pipe)  # as /dev/null is no regular file, which a rename would replace
-    for path, message in {
-        tmp_path / "no" / "f": "no folder",
-        file / "f": "no folder",  # a file is none
-        tmp_path: "is not a regular file",
-        pipe: "is not a regular file",
-        tmp_path / ("x" * 250): "cannot be written",  # no room in the name for .tmp
-        tmp_path / ("x" * 256): "cannot be written",
-    }.items():
-        with pytest.raises(UserError, match=message) as caught:
-            check_writable(path)
-        assert "\n" not in str(caught.value)
-
-
-def test_a_folder_without_permission_is_known_before(tmp_path):
-    """/proc refuses new files even to root."""
-    tmp_path.chmod(0o500)
-    folder = Path("/proc/self") if os.access(tmp_path, os.W_OK) else tmp_path
-    if not folder.is_dir():
-        pytest.skip("root, and no /proc")
-    with pytest.raises(UserError, match="cannot be written"):
-        check_writable(folder / "f")
 
 
 # ------------------------------------------------------------------------- against transformers
