@@ -379,6 +379,18 @@ def check_weight(folder: Path, name: str, tensor: Tensor, wanted: dict[str, Tens
         )
 
 
+def in_dtype(folder: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in `dtype`. Raises `UserError` if that, or the file, has numbers not finite."""
+    weight = tensor.to(dtype)
+    if not weight.isfinite().all():
+        if tensor.isfinite().all():
+            kind = str(dtype).removeprefix("torch.")
+            what = f"{name} has numbers that {kind} cannot hold"
+            raise UserError(f"{folder}: {what}; try --dtype bfloat16")
+        raise UserError(f"{folder}: {name} has numbers that are not finite; fetch it again")
+    return weight
+
+
 def tie(weights: dict[str, Tensor]) -> bool:
     """Makes embedding and output matrix one tensor, whichever of them the file has.
 
@@ -413,7 +425,7 @@ def load_model(
         if str(name).endswith("rotary_emb.inv_freq"):
             continue  # derived from the config
         check_weight(folder, name, tensor, wanted)
-        weights[name] = tensor.to(device, dtype)
+        weights[name] = in_dtype(folder, name, tensor, dtype).to(device)
     if config.tie_word_embeddings and not tie(weights):
         with torch.device("meta"):
             model = Transformer(replace(config, tie_word_embeddings=False))

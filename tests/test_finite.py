@@ -28,7 +28,7 @@ def large_model(which):
         "values": model.model.layers[1].self_attn.v_proj.weight,
         "logits": model.lm_head.weight,
     }[which]
-    weight *= 1e5 / weight.abs().max()
+    weight *= 6e4 / weight.abs().max()  # float16 holds the weight, not what it makes
     return model
 
 
@@ -123,6 +123,28 @@ def test_a_huge_loss_is_still_a_number(tmp_path, capsys):
     assert call(evaluate, capsys, "perplexity", *args)[0] == 0
     (row,) = json.loads((tmp_path / "rows").read_text())
     assert math.isfinite(row["perplexity"]) and row["perplexity"] > 1e300
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, capsys, name, value):
+    model = tiny_model()
+    model.state_dict()[name].view(-1)[3] = value
+    save_checkpoint(model, tmp_path)
+    args = ["--model", tmp_path, "--cache", "full", "--prompt", "t1 t2"]
+    code, out, err = call(infer, capsys, *args)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert name in err and "not finite; fetch it again" in err
+
+
+def test_a_weight_beyond_its_type_is_named_with_one_that_holds_it(tmp_path, capsys):
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
+    save_checkpoint(model, tmp_path)
+    args = ["--model", tmp_path, "--cache", "full", "--prompt", "t1 t2", "--dtype"]
+    code, _, err = call(infer, capsys, *args, "float16")
+    assert code == 2 and "float16 cannot hold; try --dtype bfloat16" in err
+    assert call(infer, capsys, *args, "bfloat16")[0] == 0
 
 
 def zeroed(names):
