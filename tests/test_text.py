@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from support import text
+from support import english, text
 from support.command import UserError
 from support.tokenizer import load_tokenizer
 from tests.helpers import save_checkpoint, tiny_model
@@ -136,3 +136,13 @@ def test_a_prompt_that_yields_no_token_is_named(tmp_path):
     with pytest.raises(UserError, match="the prompt has no token; give other text"):
         text.check_prompt([], tiny_model())
     text.check_prompt([1], tiny_model())
+
+
+@pytest.mark.slow
+def test_english_is_there_and_the_two_texts_are_apart(tmp_path, capsys):
+    english.run(english.argparse.Namespace(out=tmp_path / "english"))
+    calibration = (tmp_path / "english" / "calibration.txt").read_text(encoding="utf-8")
+    heldout = (tmp_path / "english" / "heldout.txt").read_text(encoding="utf-8")
+    assert len(calibration) > 300_000 and len(heldout) > 300_000
+    paragraphs = {p for p in calibration.split("\n\n") if len(p) > 100}
+    assert not paragraphs & set(heldout.split("\n\n"))

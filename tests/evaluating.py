@@ -1,0 +1,79 @@
+"""What the tests of the measuring commands share: a tiny folder of everything, and their flags."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from experiments import evaluate, measuring
+from tests.helpers import call
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_records(path, *records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def arguments(everything, what, *more):
+    """A whole command line of small cases."""
+    text, data = everything / "text.txt", ["--data", everything / "data"]
+    passages = ["--passages", 3, "--batch", 2]
+    own = {
+        "perplexity": ["--text", text, "--context", 40, "--steps", 10, *passages],
+        "longeval": ["--lines", 2, "--cases", 2],
+        "passkey": ["--lines", 2, "--cases", 2],
+        "longbench": [*data, "--sets", "triviaqa_e"],
+        "lveval": [*data, "--sets", "factrecall_en_16k"],
+    }
+    if what not in ("longeval", "passkey"):
+        own[what] += ["--calibrate", text]
+    shared = ["--model", everything / "model", "--window", 4, "--ratios", "0.5", "--samples", 8]
+    shared += ["--cache-dtype", "float32"]
+    return [what, *shared, *own[what], *more]
+
+
+def measured(everything, capsys, path, what, *more):
+    """The rows that a command writes to `path`, its table checked for a line each."""
+    code, out, err = call(evaluate, capsys, *arguments(everything, what, "--json", path, *more))
+    assert code == 0, err
+    rows = json.loads(path.read_text())
+    assert len(out.splitlines()) == 2 + len(rows)
+    return rows
+
+
+def without_seconds(rows):
+    return [{name: row[name] for name in row if name != "seconds"} for row in rows]
+
+
+def notes_beside(path):
+    return sorted(path.parent.glob(f"{path.name}.*"))
+
+
+def interrupt_after(monkeypatch, count):
+    """The (count + 1)-th cache to go on with a case is interrupted as by Ctrl-C. Returns a list of
+    those begun."""
+    begun, real = [], measuring.run_cache
+
+    def run_cache(model, row, *rest):
+        begun.append(row.label)
+        if len(begun) > count:
+            raise KeyboardInterrupt
+        return real(model, row, *rest)
+
+    monkeypatch.setattr(measuring, "run_cache", run_cache)
+    return begun
+
+
+def command(everything, *more):
+    return [sys.executable, "-m", "experiments.evaluate", *map(str, arguments(everything, *more))]
+
+
+def torchrun(*args):
+    """The command line `args` in two processes."""
+    python, *rest = args
+    start = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *rest]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(start, cwd=ROOT, env=env, capture_output=True, text=True)

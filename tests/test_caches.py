@@ -1,0 +1,121 @@
+"""The registry: what all caches have in common, alone and together, and one more."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import infer
+from experiments import baselines, caches, evaluate, figures, speed
+from model import Transformer, full_cache
+from support.calibration import init_factors
+from tests.evaluating import (
+    ROOT,
+    arguments,
+    measured,
+    without_seconds,
+)
+from tests.helpers import call, tiny_model, tiny_tokens
+
+ALL = ",".join(caches.CACHES)
+
+
+def test_together_equals_alone(everything, brief, tmp_path, capsys):
+    """Caches that read a prompt together score and hold what each does that reads it alone."""
+    for what in ("perplexity", "longeval"):
+        together = measured(everything, capsys, tmp_path / "all", what, "--caches", ALL)
+        alone = [
+            row
+            for name in caches.CACHES
+            for row in measured(everything, capsys, tmp_path / "one", what, "--caches", name)
+        ]
+        assert without_seconds(together) == without_seconds(alone)
+
+
+def test_the_prompt_is_read_once_by_all_but_asvd(everything, brief, tmp_path, capsys, monkeypatch):
+    lengths, real = [], Transformer.forward
+
+    def forward(model, tokens, *rest, **more):
+        lengths.append(tokens.shape[1])
+        return real(model, tokens, *rest, **more)
+
+    monkeypatch.setattr(Transformer, "forward", forward)
+    more = ["--caches", ALL, "--inits", "svd", "--calibrate", everything / "text.txt"]
+    rows = measured(everything, capsys, tmp_path / "rows", "longeval", *more)
+    assert len(rows) == len(caches.CACHES)
+    prompts = [length for length in lengths if 70 < length < 400]  # 400: the calibration text
+    assert len(prompts) == 2 * 2  # two cases, twice each
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_caches_hold_16_bits_in_a_model_of_32(bias):
+    """Of every kind, with the logits of the model up to the rounding of keys and values."""
+    model = tiny_model(attention_bias=bias)
+    tokens, factors = tiny_tokens(model, 2, 50), init_factors("svd", model, [12, 12], [12, 12])
+
+    def row(name, *args, **more):
+        return caches.make_row(model, name, *args, dtype=torch.bfloat16, **more)
+
+    rows = [row("full"), row("streaming", 0.0, budget=99), row("h2o", 0.0, budget=99)]
+    rows += [row("asvd", 0, factors), row("cskv", 0, factors, window=4), row("kivi-8")]
+    rows.append(row("cskv-plain", 0, factors, window=4))
+    expected = model(tokens)
+    assert {t.dtype for layer in full_cache(model) for t in layer.tensors()} <= {torch.float32}
+    for row in rows:
+        cache = caches.make_cache(model, row, 50)
+        model(tokens[:, :40], cache)
+        for t in range(40, 50):
+            logits = model(tokens[:, t : t + 1], cache)
+        assert cache[0].length == 50
+        kinds = {t.dtype for t in cache[0].tensors() if t.is_floating_point()}
+        # H2O's scores are sums, in 32 bits; KIVI's limits are float16
+        assert kinds - {torch.float32} <= {torch.bfloat16, torch.float16}, row.cache
+        assert row.cache == "h2o" or torch.float32 not in kinds
+        error = (logits[:, 0] - expected[:, -1]).abs().max() / expected[:, -1].abs().max()
+        assert error < 0.05, row.cache
+    full = infer.full_bytes(model, 2 * 50)
+    cache = caches.make_cache(model, rows[0], 50)
+    assert infer.held_bytes(cache) == 0
+    model(tokens, cache)
+    assert infer.held_bytes(cache) == full
+
+
+def test_the_added_cache_of_the_readme(everything, brief, tmp_path, capsys, monkeypatch):
+    """Its class and its line, as they stand there, are all that is needed."""
+    text = (ROOT / "experiments" / "README.md").read_text().split("## Add a cache")[1]
+    added_class, added_line = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {**vars(baselines), **vars(caches)}
+    exec(added_class, names)
+    exec(f"ADDED = {{\n{added_line}}}", names)
+    monkeypatch.setattr(caches, "CACHES", {**caches.CACHES, **names["ADDED"]})
+    rows = measured(everything, capsys, tmp_path / "rows", "perplexity", "--caches", "full,newest")
+    assert [row["cache"] for row in rows] == ["full", "newest"]
+    assert rows[1]["measured_ratio"] == pytest.approx(1 - 2 * 20 / 49)  # in 32 bits
+    monkeypatch.setattr(speed, "transformers_runner", lambda *_: None)
+    args = ["--model", everything / "model", "--lengths", 30, "--rounds", 1, "--caches", "newest"]
+    code, out, _ = call(speed, capsys, *args, "--ratios", "0.5", "--threads", 1)
+    assert code == 0 and "| newest 50% |" in out
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(figures, "CACHES", caches.CACHES)
+    figures.accuracy_against_bytes(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size
+
+
+def test_equal_bytes(everything, tmp_path, capsys):
+    """No cache holds more than was asked for, none could hold a token or a rank more; what has no
+    such size is left out with a word."""
+    more = ["--caches", "streaming,h2o,asvd,cskv", "--equal", 49, "--ratios", "0.1,0.7"]
+    more += ["--inits", "svd", "--bits", "16,4", "--cache-dtype", "bfloat16"]
+    args = arguments(everything, "perplexity", *more, "--json", tmp_path / "rows")
+    code, _, err = call(evaluate, capsys, *args)
+    rows = json.loads((tmp_path / "rows").read_text())
+    found = [(row["cache"], row["bits"], row["ratio"]) for row in rows]
+    caches_16 = [(name, "16", r) for name in ("streaming", "h2o", "asvd") for r in (0.1, 0.7)]
+    assert code == 0 and "cskv svd 10% 4 bits: no size" in err
+    assert found == [*caches_16, ("cskv", "16", 0.1), ("cskv", "16", 0.7), ("cskv", "4", 0.7)]
+    full = 2 * 12 * 2  # bytes of a token and layer
+    more_of = {"streaming": full, "h2o": full + 2 * 4, "asvd": 49 * 4, "cskv": 49 * 4}
+    for row in rows:
+        spare = (row["measured_ratio"] - row["ratio"]) * 49 * full
+        assert -1e-6 <= spare < more_of[row["cache"]], row

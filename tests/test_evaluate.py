@@ -1,0 +1,469 @@
+"""The measuring command, on tiny models: its numbers against independent ones."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+import cskv
+from experiments import caches, evaluate, longbench, measuring
+from experiments.longeval import Case, make_cases
+from model import FullCache
+from support.calibration import init_factors
+from support.checkpoint import load_model
+from support.command import UserError
+from support.demonstration import TEACHER
+from support.factors_file import save_factors
+from support.tokenizer import Tokenizer, load_tokenizer
+from tests.evaluating import (
+    arguments,
+    measured,
+    write_records,
+)
+from tests.helpers import call, naive_forward, save_checkpoint, tiny_model, tiny_tokens
+
+ALL = ",".join(caches.CACHES)
+
+
+# ------------------------------------------------------------------------------- rows and columns
+
+COLUMNS = {
+    "cache",
+    "factors",
+    "bits",
+    "sinks",
+    "ratio",
+    "nominal_ratio",
+    "measured_ratio",
+    "seconds",
+}
+COLUMNS |= {"cases", "tokens"}
+OWN_COLUMNS = {
+    "perplexity": {"perplexity"},
+    "longeval": {"question", "lines", "accuracy", "interval"},
+    "passkey": {"question", "lines", "accuracy", "interval"},
+    "longbench": {"set", "bucket", "score"},
+    "lveval": {"set", "bucket", "score"},
+}
+
+
+@pytest.mark.parametrize("what", OWN_COLUMNS)
+def test_every_cache_in_every_command(everything, brief, tmp_path, capsys, what):
+    rows = measured(everything, capsys, tmp_path / "rows", what, "--caches", ALL)
+    assert list(dict.fromkeys(row["cache"] for row in rows)) == list(caches.CACHES)
+    assert all(set(row) == COLUMNS | OWN_COLUMNS[what] for row in rows)
+    by_name = {row["cache"]: row for row in rows}
+    nominal = {"full": 0, "streaming": 0.5, "h2o": 0.5, "asvd": 0.5, "cskv": 0.5, "cskv-plain": 0.5}
+    nominal |= {"kivi-2": 7 / 8, "kivi-3": 13 / 16, "kivi-4": 3 / 4, "kivi-8": 1 / 2}
+    assert {name: row["nominal_ratio"] for name, row in by_name.items()} == nominal
+    assert [by_name[name]["bits"] for name in ("full", "cskv", "kivi-3")] == ["16", "16", "3"]
+    assert [by_name[name]["factors"] for name in ("h2o", "asvd", "cskv")] == ["", "asvd", "optimal"]
+
+
+WEIGHTS = {"A_k", "A_v", "B_k", "B_v", "k_bias", "v_bias", "projections"}  # not the sequence's
+
+
+def tensors_in(thing):
+    """Every tensor that a cache holds by whatever attribute, but for factors and biases."""
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, list):
+        for item in thing:
+            yield from tensors_in(item)
+    else:
+        for name in set(getattr(thing, "__dict__", ())) - WEIGHTS:
+            yield from tensors_in(getattr(thing, name))
+
+
+@pytest.mark.parametrize("what", ["perplexity", "longeval", "longbench"])
+def test_measured_ratios_sum_live_tensors(everything, brief, tmp_path, capsys, monkeypatch, what):
+    held = []
+
+    def counted(model, row, cache, *rest):
+        result = real(model, row, cache, *rest)
+        storages = {t.untyped_storage().data_ptr(): t for t in tensors_in(cache)}
+        size = sum(t.untyped_storage().nbytes() for t in storages.values())
+        held.append((row.cache, size, cache[0].length * len(result["scores"])))
+        return result
+
+    real = measuring.run_cache
+    monkeypatch.setattr(measuring, "run_cache", counted)
+    rows = measured(everything, capsys, tmp_path / "rows", what, "--caches", ALL)
+    for row in rows:
+        sizes, tokens = zip(*((s, t) for name, s, t in held if name == row["cache"]), strict=True)
+        full = sum(tokens) * 2 * 2 * 12 * 2  # keys and values, layers, d_kv, 16 bits
+        assert row["measured_ratio"] == pytest.approx(1 - sum(sizes) / full), row["cache"]
+        assert row["tokens"] == pytest.approx(sum(tokens) / row["cases"])
+
+
+def test_measured_ratios_by_hand(everything, tmp_path, capsys):
+    """49 tokens go through each cache, 40 of them in the prompt; 2 layers, d_kv 12 in 2 heads."""
+    more = ["--caches", "full,streaming,cskv,kivi-4", "--batch", 3]
+    rows = measured(everything, capsys, tmp_path / "rows", "perplexity", *more)
+    full = 49 * 2 * 12 * 2
+    waiting = (49 - 32) * 2 * 12 * 4  # of KIVI, in float32: 32 tokens have left the window of 4
+    packed = 32 * 2 * 12 // 2 + 4 * 12 + 4 * 2 * 32  # scale and minimum: a channel; a token's head
+    expected = {
+        "full": 49 * 2 * 12 * 4,
+        "streaming": 20 * 2 * 12 * 4,
+        "cskv": 49 * 2 * 6 * 2 + 4 * 2 * 12 * 4,  # latents and window
+        "kivi-4": packed + waiting,
+    }
+    for row in rows:
+        assert row["measured_ratio"] == pytest.approx(1 - expected[row["cache"]] / full), row[
+            "cache"
+        ]
+
+
+def test_bits_and_inits_make_rows(everything, tmp_path, capsys):
+    more = ["--caches", "cskv", "--factors", everything / "f", "--inits", "svd,random"]
+    more += ["--bits", "16,4", "--ratios", "0,0.5"]
+    rows = measured(everything, capsys, tmp_path / "rows", "perplexity", *more)
+    found = [(row["factors"], row["ratio"], row["bits"]) for row in rows]
+    made = [(init, ratio) for ratio in (0, 0.5) for init in ("svd", "random")]
+    pairs = [("f", pytest.approx(2 / 3)), *made]
+    assert found == [(*pair, bits) for pair in pairs for bits in ("16", "4")]
+    assert [row["nominal_ratio"] for row in rows[:2]] == pytest.approx([2 / 3, 11 / 12])
+    assert rows[6]["perplexity"] != rows[7]["perplexity"]
+
+
+def test_clamped_zero_point_is_another_quantizer(everything, tmp_path, capsys):
+    more = ["--caches", "cskv", "--inits", "svd", "--bits", "16,4"]
+    plain = measured(everything, capsys, tmp_path / "rows", "perplexity", *more)
+    clamped = measured(
+        everything, capsys, tmp_path / "rows", "perplexity", *more, "--clamped-zero-point"
+    )
+    assert [row["bits"] for row in clamped] == ["16", "4, clamped zero-point"]
+    assert clamped[0]["perplexity"] == plain[0]["perplexity"]
+    assert clamped[1]["perplexity"] != pytest.approx(plain[1]["perplexity"], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------- perplexity
+
+
+def test_decode_nll_equals_one_parallel_computation():
+    model = tiny_model()
+    tokens, ranks = tiny_tokens(model, 2, 20), [5, 5]
+    factors = init_factors("svd", model, ranks, ranks)
+    cache = cskv.bi_branch_cache(model, factors.in_bits(32, 32), 3)
+    logits = model(tokens[:, :8], cache, logits_to_keep=1)
+    nll = evaluate.decode_nll(model, logits, tokens[:, 8:], cache)
+    assert nll.shape == (2, 12)
+    for sequence, ours in zip(tokens, nll, strict=True):
+        logits = naive_forward(model, sequence, factors, 3, prompt=8)
+        expected = -logits.log_softmax(-1)[range(7, 19), sequence[8:]]
+        torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_passages_are_spread_evenly():
+    found = evaluate.passages(list(range(14)), 3, 4).tolist()
+    assert found == [[0, 1, 2, 3], [5, 6, 7, 8], [10, 11, 12, 13]]
+    with pytest.raises(UserError, match="has 10 tokens, 3 passages of 4 need more"):
+        evaluate.passages(list(range(10)), 3, 4)
+
+
+def test_perplexity_equals_a_plain_forward_pass(everything, tmp_path, capsys):
+    """Of the full cache, and of low-rank ones at ratio 0. Batches of 2 and 1 count 3 passages."""
+    ids, model = [i * i % 61 for i in range(400)], tiny_model()
+    losses = []
+    for start in (0, 175, 350):
+        sequence = torch.tensor(ids[start : start + 50])
+        logits = naive_forward(model, sequence)
+        losses += (-logits.log_softmax(-1)[range(39, 49), sequence[40:]]).tolist()
+    expected = math.exp(sum(losses) / 30)
+    more = ["--caches", "full,cskv,asvd", "--ratios", "0,0.5", "--bits", 32, "--inits", "svd"]
+    rows = measured(everything, capsys, tmp_path / "rows", "perplexity", *more)
+    assert [row["cases"] for row in rows] == [3] * 5 and {row["tokens"] for row in rows} == {49}
+    full, cskv_0, cskv_50, asvd_0, asvd_50 = (row["perplexity"] for row in rows)
+    assert [full, cskv_0] == pytest.approx([expected] * 2, rel=1e-5)
+    assert asvd_0 == pytest.approx(expected, rel=1e-2)  # its latents are in 16 bits
+    for lossy in (cskv_50, asvd_50):
+        assert lossy != pytest.approx(expected, rel=2e-2)
+
+
+# -------------------------------------------------------------------------------------- retrieval
+
+
+def greedy(model, ids, most):
+    """The new tokens of greedy decoding, by a whole forward pass for each."""
+    new = []
+    for _ in range(most):
+        new.append(int(model(torch.tensor([ids + new]))[0, -1].argmax()))
+    return new
+
+
+@pytest.mark.parametrize("question", ["prefill", "decode"])
+def test_answers_and_scores_of_both_protocols(everything, tmp_path, capsys, monkeypatch, question):
+    """Of the full cache, so that both give what greedy decoding does; two answers of three are
+    made to be right. What is prefilled is the prompt, or the context alone."""
+    model, limit = tiny_model(), evaluate.ANSWER_TOKENS["longeval"]
+    cases = []
+    for i, error in enumerate((0, 1, 0)):
+        context, asked = " ".join(f"t{(i + 7 * j) % 61}" for j in range(20)), " t7 t9 t3"
+        ids = [int(word[1:]) for word in (context + asked).split()]
+        cases.append(Case(context, asked, greedy(model, ids, limit)[-1] + error))
+    monkeypatch.setattr(evaluate, "make_cases", lambda *_: cases)
+    prefills, real = [], FullCache.prefill
+
+    def prefill(cache, x, *rest):
+        prefills.append(x.shape[1])
+        return real(cache, x, *rest)
+
+    monkeypatch.setattr(FullCache, "prefill", prefill)
+    more = ["--caches", "full", "--question", question]
+    (row,) = measured(everything, capsys, tmp_path / "rows", "longeval", *more)
+    assert (row["accuracy"], row["cases"]) == (2 / 3, 3)
+    assert row["interval"] == pytest.approx(measuring.wilson(2, 3))
+    assert row["tokens"] == 23 + limit - 1  # the last new token is not fed back
+    assert prefills == [20 if question == "decode" else 23] * 3 * 2  # the layers
+
+
+def test_both_protocols_read_the_same_tokens():
+    """A pair that merges over the seam belongs to the question. A chat template goes around all."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    vocab = {"a": 0, "b": 1, "c": 2, "bc": 3, "<": 4, ">": 5}
+    plain = Tokenizer(Backend(models.BPE(vocab, [("b", "c")])), {}, None)
+    chat = Tokenizer(plain.backend, {}, "<{{ messages[0].content }}>")
+    case = Case("aab", "ca", 0)
+    for tokenizer, context, question in (
+        (plain, [0, 0], [3, 0]),
+        (chat, [4, 0, 0], [3, 0, 5]),
+    ):
+        assert evaluate.split_prompt(tokenizer, case, "decode") == (context, question)
+        assert evaluate.split_prompt(tokenizer, case, "prefill") == (context + question, [])
+    assert evaluate.split_prompt(chat, case, "decode", chat=False) == ([0, 0], [3, 0])
+
+
+@pytest.mark.parametrize("question", ["prefill", "decode"])
+def test_retrieval_command_on_the_teaching_model(tmp_path, capsys, question):
+    """8 cases: right with the full cache, wrong with random factors; bytes by hand."""
+    model = load_model(TEACHER)
+    save_factors(tmp_path / "f", init_factors("random", model, [8] * 4, [4] * 4), model)
+    args = ["longeval", "--model", TEACHER, "--lines", 20, "--cases", 8, "--question", question]
+    args += ["--factors", tmp_path / "f", "--json", tmp_path / "r.json"]
+    code, out, _ = call(evaluate, capsys, *args)
+    full, random = json.loads((tmp_path / "r.json").read_text())
+    assert code == 0 and len(out.splitlines()) == 4
+    assert full["accuracy"] > 0.8 and random["accuracy"] < 0.3
+    # 16 bits, and at most the room of one answer besides
+    assert -0.05 < full["measured_ratio"] <= 0
+    assert random["nominal_ratio"] == pytest.approx(1 - 12 / 128)
+
+
+def test_a_passkey_answer_has_room(everything, tmp_path, capsys):
+    """Of all its tokens: a buffer that grows at the last one holds 256 that nothing needs."""
+    more = ["--caches", "full", "--cache-dtype", "bfloat16"]
+    (row,) = measured(everything, capsys, tmp_path / "rows", "passkey", *more)
+    assert -0.02 < row["measured_ratio"] < 0  # the last token of an answer is not fed back
+
+
+def test_retrieval_calibrates_on_cases_of_another_seed(
+    everything, brief, tmp_path, capsys, monkeypatch
+):
+    """On the longest ones, with their answers, cut to --seq-len tokens."""
+    samples, texts = [], []
+    calibrate, encode = evaluate.calibrate, Tokenizer.encode
+
+    def seen_by_calibrate(model, given):
+        samples.extend(given)
+        return calibrate(model, given)
+
+    def seen_by_encode(self, text, special=True):
+        texts.append(text)
+        return encode(self, text, special)
+
+    monkeypatch.setattr(evaluate, "calibrate", seen_by_calibrate)
+    monkeypatch.setattr(Tokenizer, "encode", seen_by_encode)
+    measured(everything, capsys, tmp_path / "r", "longeval", "--lines", "2,9", "--seq-len", 30)
+    assert [sample.shape for sample in samples] == [(1, 30)] * 8
+    seen = [text for text in texts if re.search(r"need the number\. \d+$", text)]
+    assert len(seen) == 8
+    assert all(len(re.findall(r"REGISTER_CONTENT is <", text)) == 9 for text in seen)
+    assert not set(seen) & {case.text for case in make_cases("longeval", 9, 8, 0)}
+
+
+def test_vicuna_is_the_template_of_longchat(everything, brief, tmp_path, capsys, monkeypatch):
+    """The prompt that FastChat makes of the conversation template vicuna_v1.1."""
+    seen = []
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, **_: seen.append(text) or [1, 2])
+    case = next(make_cases("longeval", 2, 1, 0))
+    measured(everything, capsys, tmp_path / "rows", "longeval", "--caches", "full", "--vicuna")
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions."
+    )
+    assert seen[0] == f"{system} USER: {case.prompt} ASSISTANT:"
+    seen.clear()
+    measured(everything, capsys, tmp_path / "rows", "passkey", "--caches", "full", "--vicuna")
+    assert seen[0] == next(make_cases("passkey", 2, 1, 0)).prompt  # a text to continue
+
+
+# ------------------------------------------------------------------------- LongBench-E and LV-Eval
+
+
+def scripted(monkeypatch, answers):
+    """The model reads its prompt, but says what `answers` has for the words of the question."""
+    prompts, said = [], []
+    make_prompt, score = longbench.prompt_ids, evaluate.Question.score
+
+    def prompt_ids(*arguments):
+        prompts.append(make_prompt(*arguments))
+        return prompts[-1]
+
+    def score_of_script(case, *arguments):
+        text = " ".join(f"t{i}" for i in case.prompt[0].tolist())
+        asked = next(words for words in answers if words in text)
+        said.append([int(word[1:]) for word in answers[asked].split()])
+        return score(case, *arguments)
+
+    monkeypatch.setattr(longbench, "prompt_ids", prompt_ids)
+    monkeypatch.setattr(evaluate.Question, "score", score_of_script)
+    monkeypatch.setattr(evaluate, "greedy_answer", lambda *_: said[-1])
+    return prompts
+
+
+def test_longbench_by_hand(everything, tmp_path, capsys, monkeypatch):
+    """Best F1 over the answers: 2 * 2 / (3 + 2), 0, 2 * 1 / (2 + 1); first F1 of 1; two sets."""
+    cases = [
+        ("hotpotqa_e", "t11 t12", "t1 t2 t3", ["t9", "t3 t1"], 100, 0.8),
+        ("hotpotqa_e", "t13 t14", "t1", ["t2"], 3999, 0.0),
+        ("hotpotqa_e", "t15 t16", "t1 t2", ["t2"], 8000, 2 / 3),
+        ("triviaqa_e", "t17 t18", "t4 t5", ["T4, the T5!"], 4000, 1.0),
+        ("triviaqa_e", "t19 t20", "t6", ["t6 t6 t6"], 7999, 0.5),
+    ]
+    for name in ("hotpotqa_e", "triviaqa_e"):
+        own = [case for case in cases if case[0] == name]
+        records = [
+            {"input": asked, "context": "t1 {t2}", "answers": answers, "length": length}
+            for _, asked, _, answers, length, _ in own
+        ]
+        write_records(tmp_path / f"{name}.jsonl", *records)
+    prompts = scripted(monkeypatch, {asked: said for _, asked, said, *_ in cases})
+    more = ["--caches", "full,streaming", "--data", tmp_path, "--sets", "hotpotqa_e,triviaqa_e"]
+    rows = measured(everything, capsys, tmp_path / "rows", "longbench", *more)
+    expected = [
+        ("hotpotqa_e", "0-4k", 2, 40.0),
+        ("hotpotqa_e", "8k+", 1, 200 / 3),
+        ("hotpotqa_e", "all", 3, (80 + 200 / 3) / 3),
+        ("triviaqa_e", "4-8k", 2, 75.0),
+        ("triviaqa_e", "all", 2, 75.0),
+        ("average", "0-4k", 2, 40.0),
+        ("average", "4-8k", 2, 75.0),
+        ("average", "8k+", 1, 200 / 3),
+        ("average", "all", 5, ((80 + 200 / 3) / 3 + 75) / 2),
+    ]
+    for name in ("full", "streaming"):
+        own = [row for row in rows if row["cache"] == name]
+        found = [(r["set"], r["bucket"], r["cases"], r["score"]) for r in own]
+        assert found == [(*key, pytest.approx(score)) for *key, score in expected]
+    # Lengths and bytes of several sets: every token once. The full cache has room for the answer.
+    tokenizer = load_tokenizer(everything / "model")
+    texts = [
+        longbench.TASKS[name].prompt({"context": "t1 {t2}", "input": asked})
+        for name, asked, *_ in cases
+    ]
+    assert prompts == [tokenizer.encode(text) for text in texts]
+    lengths = [len(prompt) for prompt in prompts]
+    assert rows[8]["tokens"] == pytest.approx(sum(lengths) / 5)
+    assert rows[8]["measured_ratio"] == pytest.approx(
+        1 - 2 * (sum(lengths) + 5 * 32) / sum(lengths)
+    )
+
+
+def test_long_prompts_lose_their_middle(everything, tmp_path, capsys, monkeypatch):
+    """To --max-length, or to what the context of 600 leaves for 32 new tokens and 64 besides."""
+    words = " ".join(f"t{i % 50}" for i in range(700))
+    record = {"input": "t60", "context": words, "answers": ["t1"], "length": 1}
+    write_records(tmp_path / "triviaqa_e.jsonl", record)
+    prompts = scripted(monkeypatch, {"t60": "t1"})
+    for more in ([], ["--max-length", 80]):
+        more += ["--caches", "full", "--data", tmp_path]
+        measured(everything, capsys, tmp_path / "rows", "longbench", *more)
+    ids = load_tokenizer(everything / "model").encode(longbench.TASKS["triviaqa_e"].prompt(record))
+    for half, prompt in zip((252, 40), prompts, strict=True):  # the words at the seam become one
+        assert prompt == [*ids[: half - 1], 0, *ids[1 - half :]]
+
+
+def test_lveval_by_hand(everything, tmp_path, capsys, monkeypatch):
+    """Keywords t1 to t6: one found of six is under 0.2, two are not. factrecall has no gate."""
+    name, keywords = "multifieldqa_en_mixup_16k", "t1 t2 t3 t4 t5 t6"
+    records = [
+        {"input": asked, "context": "t1", "answers": [answer], "answer_keywords": keywords}
+        for asked, answer in (("t11 t12", "t1 t9"), ("t13 t14", "t1 t2 t9"))
+    ]
+    write_records(tmp_path / f"{name}.jsonl", *records)
+    record = {"input": "t15 t16", "context": "t1", "answers": ["t1 t9"]}
+    write_records(tmp_path / "factrecall_en_16k.jsonl", record)
+    scripted(monkeypatch, {"t11 t12": "t1 t7", "t13 t14": "t1 t2", "t15 t16": "t1 t7"})
+    more = ["--caches", "full", "--data", tmp_path, "--sets", f"{name},factrecall_en_16k"]
+    rows = measured(everything, capsys, tmp_path / "rows", "lveval", *more)
+    found = [(row["set"], row["bucket"], row["cases"], row["score"]) for row in rows]
+    scores = [100 * (0 + 2 * 2 / 5) / 2, 100 * 2 * 1 / 4]
+    assert found == [
+        (name, "all", 2, pytest.approx(scores[0])),
+        ("factrecall_en_16k", "all", 1, pytest.approx(scores[1])),
+        ("average", "all", 3, pytest.approx(sum(scores) / 2)),
+    ]
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+
+EQUAL = ["--caches", "streaming", "--equal"]
+MISTAKES = {
+    "a short text": ("perplexity", ["--passages", 100], "100 passages of 50 need more"),
+    "past the context": ("perplexity", ["--context", 595], "605 tokens do not fit into 600"),
+    "no text": ("perplexity", ["--text", "no.txt"], "no file no.txt"),
+    "unknown cache": ("longeval", ["--caches", "full,best"], "no cache 'best'"),
+    "unknown init": ("perplexity", ["--inits", "svd,best"], "no initialization 'best'"),
+    "no such bits": (
+        "perplexity",
+        ["--bits", "4,5"],
+        "no number of bits '5'; choose of 2,3",
+    ),
+    "ratio 1": ("perplexity", ["--ratios", "0.5,1"], "'1' is not a number from 0"),
+    "a ratio twice": ("passkey", ["--ratios", "0.5,0.5"], "0.5 is given twice in '0.5,0.5'"),
+    "a protocol twice": ("passkey", ["--question", "decode,decode"], "'decode' is given twice"),
+    "no such protocol": ("longeval", ["--question", "both"], "no protocol 'both'"),
+    "no size holds it": ("longeval", [*EQUAL, 60, "--ratios", "0.99"], "no cache can hold those"),
+    "bytes beyond reach": ("longeval", [*EQUAL, 601], "--equal 601 exceeds the context of 600"),
+    "files of one name": ("longeval", ["--factors", "F/f", "F/copy/f"], "two rows for cskv f"),
+    "no factors": ("longeval", ["--factors", "no"], "no factors file no"),
+    "nowhere to write": ("longeval", ["--json", "no/such/rows.json"], "no folder no/such"),
+    "too long a case": ("longeval", ["--lines", 300], "leaves no room in a context of 600"),
+    "unknown set": ("longbench", ["--sets", "qasper"], "no set 'qasper'"),
+    "a Chinese set": ("lveval", ["--sets", "cmrc_mixup_16k"], "is in Chinese"),
+    "no data": ("longbench", ["--data", "no"], "no file no/triviaqa_e.jsonl"),
+    "a damaged line": ("longbench", ["--data", "F/damaged"], "triviaqa_e.jsonl, line 3: not JSON"),
+    "a missing field": ("lveval", ["--data", "F/damaged"], "line 1: no 'answers' of type list"),
+    "no calibration": ("longbench", ["--calibrate", None], "give --calibrate TEXT"),
+    "no room": ("longbench", ["--sets", "gov_report_e", "--data", "F/long"], "do not fit into"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(everything, tmp_path, capsys, mistake):
+    what, more, message = MISTAKES[mistake]
+    (tmp_path / "copy").mkdir()
+    for file in (tmp_path / "f", tmp_path / "copy" / "f"):
+        file.write_bytes((everything / "f").read_bytes())
+    good = (everything / "data" / "triviaqa_e.jsonl").read_text()
+    write_records(tmp_path / "damaged" / "factrecall_en_16k.jsonl", {"input": "", "context": ""})
+    (tmp_path / "damaged" / "triviaqa_e.jsonl").write_text(f"{good}\n{good[:20]}\n{good}")
+    write_records(tmp_path / "long" / "gov_report_e.jsonl", json.loads(good))
+    args = arguments(everything, what)
+    if None in more:
+        at = args.index(more[0])
+        args, more = args[:at] + args[at + 2 :], []
+    if mistake == "no room":
+        save_checkpoint(tiny_model(max_position_embeddings=500), tmp_path / "model")
+        more = [*more, "--model", tmp_path / "model"]
+    more = [str(word).replace("F/", f"{tmp_path}/") for word in more]
+    code, out, err = call(evaluate, capsys, *args, *more)
+    error = err.splitlines()[-1]
+    assert (code, out) == (2, "") and error.startswith("error: ") and message in error
+    assert err.count("error") == 1 and "Traceback" not in err
