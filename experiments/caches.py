@@ -86,13 +86,21 @@ class Kind:
     shrinks: str | None = None  # what a ratio removes: TOKENS or CHANNELS, which takes factors
     colour: str | None = None  # None: matplotlib chooses
     bits: int = 16
+    sinks: bool = False  # whether it can keep the first tokens exact
 
 
 def kivi(bits: int, colour: str | None = None) -> Kind:
     def make(s: SimpleNamespace) -> LayerCache:
         return KiviCache(s.config, bits, s.window, s.expected, s.sinks)
 
-    return Kind(make, colour=colour, bits=bits)
+    return Kind(make, colour=colour, bits=bits, sinks=True)
+
+
+def bi_branch(cache: type[BiBranchCache], colour: str | None = None) -> Kind:
+    def make(s: SimpleNamespace) -> LayerCache:
+        return cache(s.attention, s.factors, s.window, s.expected, s.sinks)
+
+    return Kind(make, CHANNELS, colour, sinks=True)
 
 
 CACHES = {
@@ -106,14 +114,8 @@ CACHES = {
     "asvd": Kind(
         lambda s: LowRankCache(s.attention, s.factors, s.expected), CHANNELS, "tab:orange"
     ),
-    "cskv": Kind(
-        lambda s: ChunkedBiBranchCache(s.attention, s.factors, s.window, s.expected, s.sinks),
-        CHANNELS,
-        "tab:blue",
-    ),
-    "cskv-plain": Kind(
-        lambda s: BiBranchCache(s.attention, s.factors, s.window, s.expected, s.sinks), CHANNELS
-    ),
+    "cskv": bi_branch(ChunkedBiBranchCache, "tab:blue"),
+    "cskv-plain": bi_branch(BiBranchCache),
     "kivi-2": kivi(2, "limegreen"),
     "kivi-3": kivi(3),
     "kivi-4": kivi(4, "tab:green"),
@@ -228,7 +230,7 @@ def make_rows(
     most = min(d_kv, model.config.hidden_size)  # the highest rank
 
     def row(cache: str, ratio: float = 0.0, factors: Factors | None = None, **more) -> Row:
-        more |= {"window": window, "sinks": sinks * cache.startswith(("cskv", "kivi"))}
+        more |= {"window": window, "sinks": sinks if CACHES[cache].sinks else 0}
         return make_row(model, cache, ratio, factors, dtype=dtype, **more)
 
     def token_row(name: str, ratio: float) -> Row | None:
@@ -265,7 +267,7 @@ def make_rows(
             rows += [channel_row(name, ratio, "asvd", 16) for ratio in ratios]
         else:
             for (file, own), width in product(files, widths):
-                ratio = nominal_ratio(model, own)
+                ratio = nominal_ratio(model, own.in_bits(16, 16))  # of channels alone
                 rows.append(row(name, ratio, own.in_bits(width, width, clamped), origin=file))
             rows += [channel_row(name, *options) for options in product(ratios, inits, widths)]
     rows = [row for row in rows if row]

@@ -15,7 +15,8 @@ nothing: prefill is exact for nearly every cache here.)
 Retrieval (`longeval`, `passkey`) has two protocols. In the paper's, `--question prefill`, the whole
 prompt is prefilled, so that the first digit is read with exact keys and values. In the harder one,
 `--question decode`, the context is prefilled and the question fed to the cache token by token: the
-context was compressed before anyone knew what would be asked.
+context was compressed before anyone knew what would be asked. With `--json FILE` a run that was
+interrupted goes on where it stopped.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from experiments import longbench, longeval, lveval
 from experiments.caches import add_cache_options, make_rows
@@ -145,7 +147,7 @@ def greedy_answer(
 
 
 def split_prompt(
-    tokenizer: Tokenizer, case: longeval.Case, question: str, chat: bool = True
+    tokenizer: Tokenizer, case: longeval.RetrievalCase, question: str, chat: bool = True
 ) -> tuple[list[int], list[int]]:
     """A case's tokens as (prefilled, decoded), the same ones in both protocols; in the chat
     template of a model that has one, unless `chat` is False."""
@@ -214,7 +216,8 @@ def benchmark_cases(
         # Room for the answer, and for what the seam and a chat template may add.
         room = limit - task.max_new_tokens - 64
         most = max(2, min(max_length or module.MAX_LENGTH, room))
-        for record in longbench.read_records(task, folder)[:count]:
+        records = longbench.read_records(task, folder)[:count]
+        for record in tqdm(records, f"reading {task.name}", leave=False, disable=place()[0] > 0):
             chat = tokenizer.template is not None
             prompt = longbench.prompt_ids(task, record, tokenizer, most, chat)
             length = len(prompt) + task.max_new_tokens
@@ -302,15 +305,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
     what = parser.add_subparsers(dest="what", required=True, parser_class=Arguments)
 
-    def add(name: str, help: str, names: str, **defaults) -> None:
-        add_options(what.add_parser(name, parents=[shared], help=help), names, **defaults)
+    def add(name: str, help: str, names: str, helps=None, **defaults) -> None:
+        add_options(what.add_parser(name, parents=[shared], help=help), names, helps, **defaults)
 
     add("perplexity", "decoded token by token", "text context steps passages batch")
     for task in ANSWER_TOKENS:
         own = {"lines": [50], "cases": 50, "question": ["prefill"]}
         add(task, f"retrieval, {task} cases from a seed", "lines cases question spelled", **own)
     for name, module in BENCHMARKS.items():
-        add(name, module.__doc__.splitlines()[0], "data sets cases max-length")
+        helps = {"sets": f"of {', '.join(module.TASKS)} (default: all)"}
+        helps["max-length"] = f"of a prompt, its middle cut out (default: {module.MAX_LENGTH})"
+        add(name, module.__doc__.splitlines()[0], "data sets cases max-length", helps)
     return parser.parse_args(argv)
 
 

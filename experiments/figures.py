@@ -41,13 +41,9 @@ def draw_scores(rows: list[dict], panel: str, titles: dict, paper: str, path: Pa
             x, y = [row["x"] for row in line], [row[score] for row in line]
             colour = line[0]["colour"]
             axis.plot(x, y, line[0]["marks"], color=colour, label=label, alpha=0.85)
-            if "interval" in line[0]:
-                axis.fill_between(
-                    x,
-                    *zip(*(row["interval"] for row in line), strict=True),
-                    color=colour,
-                    alpha=0.08,
-                )
+            if "band" in line[0]:
+                low, high = zip(*(row["band"] for row in line), strict=True)
+                axis.fill_between(x, low, high, color=colour, alpha=0.08)
         theirs = sorted({(row["x"], float(row["paper"])) for row in some if row["paper"]})
         if paper and theirs and score == "accuracy":
             axis.plot(*zip(*theirs, strict=True), "k:", label=paper)
@@ -84,6 +80,7 @@ def of_factors(row: dict, x: float, marks: str, label: str = "") -> dict:
 def score_against_window(rows: list[dict], path: Path) -> None:
     """The score against the window: a panel a protocol, a line for each kind of factors."""
     lines = [of_factors(row, row["window"], "o-") for row in rows]
+    lines = [{**row, "band": row["interval"]} if "interval" in row else row for row in lines]
     axes = {"xlabel": "window, tokens", "xscale": "log"}
     draw_scores(lines, "question", PROTOCOL, "the paper, LongChat-7B", path, **axes)
 

@@ -17,6 +17,7 @@ import string
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from experiments.prompts import read_prompt
@@ -194,7 +195,4 @@ TASKS = {
     )
 }
 
-
-def select(names: list[str]) -> list[Task]:
-    """The tasks of these names. Raises `UserError` for a name that is none of ours."""
-    return choose(names, TASKS)
+select = partial(choose, tasks=TASKS)

@@ -45,7 +45,7 @@ CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
 
 
 @dataclass(frozen=True)
-class Case:
+class RetrievalCase:
     """What to read, a question about it, and the number that answers it."""
 
     context: str
@@ -84,7 +84,8 @@ def draw_record(rng: random.Random, lines: int, spelled: bool = False) -> dict[s
         raise UserError(f"a record needs at least 1 line, got {lines}")
     most = len(ADJECTIVES) * len(NOUNS) // 2  # half of all keys: drawing new ones stays quick
     if not spelled and lines > most:
-        raise UserError(f"the word lists give up to {most} lines, got {lines}; ask for fewer")
+        what = f"the word lists give up to {most} lines, got {lines}"
+        raise UserError(f"{what}; ask for fewer, or --spelled")
     record: dict[str, int] = {}
     while len(record) < lines:
         record[draw_key(rng, spelled)] = rng.randint(1, LARGEST)
@@ -95,14 +96,14 @@ def format_record(record: dict[str, int]) -> str:
     return "".join(LINE.format(key=key, number=number) for key, number in record.items())
 
 
-def longeval_case(rng: random.Random, lines: int, spelled: bool = False) -> Case:
+def longeval_case(rng: random.Random, lines: int, spelled: bool = False) -> RetrievalCase:
     """A record of `lines` lines and LongEval's question for one of them."""
     record = draw_record(rng, lines, spelled)
     key = rng.choice(list(record))
-    return Case(PREAMBLE + format_record(record), QUESTION.format(key=key), record[key])
+    return RetrievalCase(PREAMBLE + format_record(record), QUESTION.format(key=key), record[key])
 
 
-def passkey_case(rng: random.Random, fillers: int) -> Case:
+def passkey_case(rng: random.Random, fillers: int) -> RetrievalCase:
     """One number somewhere between `fillers` repetitions of the filler text."""
     if fillers < 0:
         raise UserError(f"the filler text cannot be repeated {fillers} times")
@@ -114,13 +115,13 @@ def passkey_case(rng: random.Random, fillers: int) -> Case:
         + PASSKEY_LINE.format(number=number)
         + PASSKEY_FILLER * (fillers - before)
     )
-    return Case(context, PASSKEY_QUESTION, number)
+    return RetrievalCase(context, PASSKEY_QUESTION, number)
 
 
 def make_cases(
     task: str, lines: int, cases: int, seed: int, spelled: bool = False
-) -> Iterator[Case]:
-    """`cases` cases of "longeval" or "passkey". Case i is the same whatever `cases` is."""
+) -> Iterator[RetrievalCase]:
+    """`cases` cases of "longeval" or "passkey". RetrievalCase i is the same whatever `cases` is."""
     if task not in ("longeval", "passkey"):
         raise UserError(f"no task {task!r}; choose longeval or passkey")
     rng = random.Random(f"{task} {lines} {spelled} {seed}")

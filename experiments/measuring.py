@@ -4,9 +4,8 @@ Since prefill is exact in nearly every cache, the model reads the text of a case
 these; then each cache goes on alone. Memory holds all caches of one case at a time: if that is too
 much, run fewer of them at once.
 
-Under torchrun each process has a copy of the model and takes every n-th case. With notes, every
-finished case is kept in a file, and the same command goes on where it stopped, with as many
-processes as one likes.
+Under torchrun each process takes every n-th case. With notes, finished cases are kept in a file,
+and the same command goes on where it stopped, with as many processes as one likes.
 """
 
 import math

@@ -63,10 +63,6 @@ class Experiment:
     arguments: dict  # that must be the same to go on with the notes
     began: float = field(default_factory=time.monotonic)
 
-    @property
-    def picture(self) -> Path:
-        return self.out.with_suffix(".png")
-
     def plain(self, cache: str, ratio: float = 0.0) -> Row:
         """A cache that needs no factors."""
         return make_row(self.store.model, cache, ratio, dtype=self.dtype)
@@ -170,7 +166,7 @@ def table1(e: Experiment) -> None:
     result = e.scores(rows, more, by_lines=True)
     own = ["question", "lines", "cache", "factors", "bits", "ratio"]
     e.write(result, [*own, *SCORES, "paper"])
-    figures.accuracy_against_bytes(result, e.picture)
+    figures.accuracy_against_bytes(result, e.out.with_suffix(".png"))
 
 
 def trainings(e: Experiment) -> list[Recipe]:
@@ -207,7 +203,7 @@ def table3(e: Experiment) -> None:
             more.append({"window": window, "paper": number})
     result = e.scores(rows, more)
     e.write(result, ["question", "factors", "window", "ratio", *SCORES, "paper"])
-    figures.score_against_window(result, e.picture)
+    figures.score_against_window(result, e.out.with_suffix(".png"))
 
 
 def table4(e: Experiment) -> None:
@@ -222,7 +218,7 @@ def table4(e: Experiment) -> None:
     rows = [e.cskv(r, 1 - (2 - r.k_ratio - r.v_ratio) / 2) for r in recipes]
     result = e.scores(rows, more)
     e.write(result, ["question", "factors", "ratio", "kept_k", "kept_v", *SCORES, "paper"])
-    figures.score_against_split(result, e.picture)
+    figures.score_against_split(result, e.out.with_suffix(".png"))
 
 
 def table5(e: Experiment) -> None:
@@ -267,7 +263,7 @@ def figure3(e: Experiment) -> None:
                 row[f"left_out_{ratio:.0%}"] = 1 - kept
             rows.append(row)
     e.write(rows, ["layer", "of", "left_out_50%", "left_out_80%"])
-    figures.singular_values(spectra.sqrt(), e.picture)
+    figures.singular_values(spectra.sqrt(), e.out.with_suffix(".png"))
 
 
 def figure4(e: Experiment) -> None:
@@ -278,7 +274,7 @@ def figure4(e: Experiment) -> None:
     ]
     columns = ["ratio", "init", "lr", "initial", "final", "floor", "seconds", "trained_together"]
     e.write([{name: curve[name] for name in columns} for curve in curves], columns)
-    figures.loss_curves(curves, e.picture)
+    figures.loss_curves(curves, e.out.with_suffix(".png"))
 
 
 COMMANDS = {f.__name__: f for f in (table1, table2, table3, table4, table5, figure3, figure4)}
@@ -331,10 +327,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("what", choices=COMMANDS)
     out = {"out": Path("runs/paper"), "work": Path("runs/factors")}
     add_options(parser, "model out work", model=TEACHER, **out)
-    inits = ["asvd", "optimal"]
-    add_options(parser, "ratios inits bits cache-dtype", inits=inits, bits=[4, 3, 2])
+    helps = {"bits": "of table5", "inits": "of factors: random,svd,asvd,optimal,attention"}
+    helps["lines"] = "of LongEval (default: 25,50,100 in table1, else 50)"
+    add_options(parser, "bits inits lines", helps, inits=["asvd", "optimal"], bits=[4, 3, 2])
+    add_options(parser, "ratios cache-dtype")
     add_options(parser, "calibrate samples seq-len epochs lr measure-samples seed", samples=1024)
-    add_options(parser, "lines cases question", cases=100, question=PROTOCOLS)
+    add_options(parser, "cases question", cases=100, question=PROTOCOLS)
     add_options(parser, "text context steps passages batch device dtype", text=None, passages=8)
     args = parser.parse_args(argv)
     args.lines = args.lines or (LINES if args.what == "table1" else [50])

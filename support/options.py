@@ -17,7 +17,7 @@ OPTIONS = {
     "device": dict(default="cpu"),
     "dtype": dict(choices=DTYPES, default="float32", help="to compute in"),
     "threads": dict(type=count, default=2, help="of the processor"),
-    "json": dict(type=Path, help="write the rows to this file; evaluate resumes from beside it"),
+    "json": dict(type=Path, help="write the rows to this file"),
     # caches
     "ratios": dict(
         type=comma_list(number(float, 0, 0.9999)), default=[0.5, 0.8],
@@ -47,7 +47,7 @@ OPTIONS = {
         help="of what caches hold; 16 bits are what measured ratios count with",
     ),
     # factors
-    "calibrate": dict(type=Path, help="text to fit on, else LongEval cases of another seed"),
+    "calibrate": dict(type=Path, help="text to fit on (for LongEval: else cases of another seed)"),
     "samples": dict(type=count, default=256, help="to calibrate and to train on"),
     "seq-len": dict(type=number(int, 2), default=1024, help="tokens of a sample, at most"),
     "seed": dict(type=number(int, 0), default=0, help="of the samples and the cases"),
@@ -64,7 +64,7 @@ OPTIONS = {
     "passages": dict(type=count, default=16, help="of the held-out text"),
     "batch": dict(type=count, default=8, help="passages at a time"),
     "lines": dict(type=counts, help="of a LongEval record, or repetitions of passkey filler"),
-    "cases": dict(type=count, help="of each length or set"),
+    "cases": dict(type=count, help="of each length, or of each set (all)"),
     "question": dict(
         type=comma_list(one_of(PROTOCOLS, "protocol")), help="prefill, decode, or both protocols"
     ),
@@ -81,10 +81,14 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def add_options(parser: argparse.ArgumentParser, names: str, **defaults) -> None:
-    """Adds the options `names` to a command line, some with other defaults."""
+def add_options(
+    parser: argparse.ArgumentParser, names: str, helps: dict[str, str] | None = None, **defaults
+) -> None:
+    """Adds the options `names` to a command line, some with other defaults or with `helps` of this
+    command's own."""
     for name in names.split():
         option = dict(OPTIONS[name])
+        option |= {"help": helps[name]} if name in (helps or {}) else {}
         if (key := name.replace("-", "_")) in defaults:
             option |= {"default": defaults[key], "required": False}
         add_option(parser, name, **option)

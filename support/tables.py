@@ -27,7 +27,7 @@ FORMATS = {
     "decode_ms": "{:.1f}".format,
     "decode_ratio": "{:.2f}".format,
     **dict.fromkeys(("cache_mb", "mflop"), four_digits),
-    "accuracy": "{:.3f}".format,
+    "accuracy": "{:.2f}".format,
     "interval": interval,
     **dict.fromkeys(("score", "perplexity"), "{:.2f}".format),
     **dict.fromkeys(("nominal_ratio", "measured_ratio"), "{:.1%}".format),

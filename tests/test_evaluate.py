@@ -10,7 +10,7 @@ from torch import Tensor
 
 import cskv
 from experiments import caches, evaluate, longbench, measuring
-from experiments.longeval import Case, make_cases
+from experiments.longeval import RetrievalCase, make_cases
 from model import FullCache
 from support.calibration import init_factors
 from support.checkpoint import load_model
@@ -204,7 +204,7 @@ def test_answers_and_scores_of_both_protocols(everything, tmp_path, capsys, monk
     for i, error in enumerate((0, 1, 0)):
         context, asked = " ".join(f"t{(i + 7 * j) % 61}" for j in range(20)), " t7 t9 t3"
         ids = [int(word[1:]) for word in (context + asked).split()]
-        cases.append(Case(context, asked, greedy(model, ids, limit)[-1] + error))
+        cases.append(RetrievalCase(context, asked, greedy(model, ids, limit)[-1] + error))
     monkeypatch.setattr(evaluate, "make_cases", lambda *_: cases)
     prefills, real = [], FullCache.prefill
 
@@ -229,7 +229,7 @@ def test_both_protocols_read_the_same_tokens():
     vocab = {"a": 0, "b": 1, "c": 2, "bc": 3, "<": 4, ">": 5}
     plain = Tokenizer(Backend(models.BPE(vocab, [("b", "c")])), {}, None)
     chat = Tokenizer(plain.backend, {}, "<{{ messages[0].content }}>")
-    case = Case("aab", "ca", 0)
+    case = RetrievalCase("aab", "ca", 0)
     for tokenizer, context, question in (
         (plain, [0, 0], [3, 0]),
         (chat, [4, 0, 0], [3, 0, 5]),

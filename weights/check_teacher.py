@@ -19,7 +19,7 @@ import json
 import re
 from pathlib import Path
 
-from experiments.longeval import QUESTION, Case, is_correct, make_cases
+from experiments.longeval import QUESTION, RetrievalCase, is_correct, make_cases
 from infer import generate, make_sampler
 from model import Transformer, full_cache
 from support.checkpoint import load_model
@@ -33,7 +33,9 @@ UNSEEN = (  # questions in words that train_teacher.py never asks
 )
 
 
-def accuracy(model: Transformer, tokenizer: Tokenizer, cases: list[Case]) -> tuple[float, int]:
+def accuracy(
+    model: Transformer, tokenizer: Tokenizer, cases: list[RetrievalCase]
+) -> tuple[float, int]:
     """Share of cases that infer.py's greedy decoding answers rightly, and the longest prompt."""
     right = longest = 0
     for case in cases:
@@ -55,7 +57,7 @@ def check(folder: Path, count: int, seed: int) -> None:
         sets[f"passkey in {n} fillers"] = make_cases("passkey", n, count, seed)
     for wording in (QUESTION, *UNSEEN):
         sets[f"50 lines, asked {wording.strip()!r}"] = (
-            Case(case.context, wording.format(key=key), case.answer)
+            RetrievalCase(case.context, wording.format(key=key), case.answer)
             for case in make_cases("longeval", 50, count, seed)
             for key in re.findall(r"in line (\S+)\?", case.question)
         )
