@@ -130,6 +130,17 @@ def test_bits_and_inits_make_rows(everything, tmp_path, capsys):
     assert rows[6]["perplexity"] != rows[7]["perplexity"]
 
 
+def test_the_ratio_of_a_file_is_that_of_its_channels(everything, tmp_path, capsys):
+    """Whatever bits it was made for; bits count in the nominal ratio."""
+    model = tiny_model()
+    factors = init_factors("svd", model, [4, 4], [4, 4]).in_bits(4, 4)
+    save_factors(tmp_path / "f4", factors, model)
+    more = ["--caches", "cskv", "--factors", tmp_path / "f4", "--bits"]
+    rows = measured(everything, capsys, tmp_path / "rows", "perplexity", *more, "16,4")
+    assert [row["ratio"] for row in rows] == pytest.approx([2 / 3, 2 / 3])
+    assert [row["nominal_ratio"] for row in rows] == pytest.approx([2 / 3, 11 / 12])
+
+
 def test_clamped_zero_point_is_another_quantizer(everything, tmp_path, capsys):
     more = ["--caches", "cskv", "--inits", "svd", "--bits", "16,4"]
     plain = measured(everything, capsys, tmp_path / "rows", "perplexity", *more)

@@ -54,6 +54,112 @@ def read(out, what):
     return json.loads((out / f"{what}.json").read_text())
 
 
+def rows_of_table(setup, tmp_path, capsys, monkeypatch, what, *more):
+    """The rows that a table asks for, without measuring them: cache, factors, ranks of keys and of
+    values, bits, window, ratio; and what the table then says of each in the column `paper`."""
+    asked = []
+
+    def measure(model, rows, cases, notes, arguments):
+        asked.extend(rows)
+        own = {"scores": [1.0], "cases": 1, "tokens": 9, "measured_ratio": 0.5, "seconds": 0.0}
+        columns = [{"question": q, "lines": 2} for q in ("prefill", "decode")]
+        return [{**row.columns, **c, **own} for c in columns for row in rows]
+
+    monkeypatch.setattr(paper, "measure", measure)
+    for name in ("pyplot", "accuracy_against_bytes", "score_against_window", "score_against_split"):
+        monkeypatch.setattr(paper.figures, name, lambda *_: None)
+    args = lines_flags(setup, what, tmp_path, "--ratios", "0.5,0.8", *more)
+    assert call(paper, capsys, *args)[0] == 0
+    said = read(tmp_path, what)
+    found = []
+    for row, printed in zip(asked, said, strict=False):
+        pair = row.factors.layers[0] if row.factors else None
+        ranks = (pair.k.rank, pair.v.rank) if pair else None
+        found.append(
+            (row.cache, row.origin, ranks, row.bits, round(row.ratio, 4), printed["paper"])
+        )
+    assert len(said) == 2 * len(asked)  # both protocols
+    return found, said, asked
+
+
+def test_the_rows_of_table_1(setup, tmp_path, capsys, monkeypatch):
+    """d_kv is 12: ranks 6 and 2. The paper's numbers are means over its four lengths."""
+    found, *_ = rows_of_table(setup, tmp_path, capsys, monkeypatch, "table1")
+    trained = "asvd, trained"
+    assert found == [
+        ("full", "", None, "16", 0, "0.99"),
+        ("streaming", "", None, "16", 0.5, "0.14"),
+        ("h2o", "", None, "16", 0.5, "0.55"),
+        ("asvd", "asvd", (6, 6), "16", 0.5, "0.94"),
+        ("asvd", "optimal", (6, 6), "16", 0.5, ""),
+        ("cskv", trained, (6, 6), "16", 0.5, "0.95"),
+        ("cskv", "optimal", (6, 6), "16", 0.5, ""),
+        ("streaming", "", None, "16", 0.8, "0.04"),
+        ("h2o", "", None, "16", 0.8, "0.20"),
+        ("asvd", "asvd", (2, 2), "16", 0.8, "0.12"),
+        ("asvd", "optimal", (2, 2), "16", 0.8, ""),
+        ("cskv", trained, (2, 2), "16", 0.8, "0.93"),
+        ("cskv", "optimal", (2, 2), "16", 0.8, ""),
+        ("kivi-4", "", None, "4", 0, ""),
+        ("kivi-2", "", None, "2", 0, ""),
+        ("streaming", "", None, "16", 0.95, ""),
+        ("h2o", "", None, "16", 0.95, ""),
+        ("cskv", "asvd, trained in 4 bits", (2, 2), "4", 0.95, ""),
+        ("cskv", "optimal", (2, 2), "4", 0.95, ""),
+    ]
+
+
+def test_the_rows_of_table_3(setup, tmp_path, capsys, monkeypatch):
+    more = "--inits", "optimal,asvd"
+    found, said, asked = rows_of_table(setup, tmp_path, capsys, monkeypatch, "table3", *more)
+    windows = [1, 2, 4, 8, 16, 32, 64]
+    paper_s = ["", "0.77", "0.83", "0.85", "0.88", "0.92", "0.93"]
+    few = len(found) // 2  # windows of the length of the cases or more are left out
+    assert found[:few] == [("cskv", "optimal", (2, 2), "16", 0.8, "")] * few
+    assert found[few:] == [
+        ("cskv", "asvd, trained", (2, 2), "16", 0.8, number) for number in paper_s[:few]
+    ]
+    assert [row.window for row in asked] == windows[:few] * 2
+    assert [row["window"] for row in said] == windows[:few] * 4
+
+
+def test_the_rows_of_table_4(setup, tmp_path, capsys, monkeypatch):
+    """Keys keep the first share, values the second."""
+    more = "--inits", "asvd"
+    found, said, _ = rows_of_table(setup, tmp_path, capsys, monkeypatch, "table4", *more)
+    origin = "asvd, trained"
+    assert found[0] == ("cskv", origin, (10, 2), "16", 0.5, "0.97")
+    assert found[1] == ("cskv", origin, (9, 3), "16", 0.5, "0.98")
+    assert found[6] == ("cskv", origin, (2, 10), "16", 0.5, "0.80")
+    assert found[7] == ("cskv", origin, (5, 1), "16", 0.75, "0.73")
+    assert found[13] == ("cskv", origin, (1, 5), "16", 0.75, "0.43")
+    assert len(found) == 14
+    for row, (_, _, (k, v), *_) in zip(said[:14], found, strict=True):
+        assert abs(12 * row["kept_k"] - k) <= 0.5 and abs(12 * row["kept_v"] - v) <= 0.5
+
+
+def test_the_rows_of_table_5(setup, tmp_path, capsys, monkeypatch):
+    more = "--inits", "asvd", "--ratios", "0.8", "--bits", "4,2"
+    found, said, _ = rows_of_table(setup, tmp_path, capsys, monkeypatch, "table5", *more)
+    start, two, clamped = "asvd, trained", (2, 2), ", clamped zero-point"
+    assert found == [
+        ("full", "", None, "16", 0, ""),
+        ("cskv", start, two, "16", 0.8, "0.92"),
+        ("cskv", start, two, "4", 0.8, "0.00"),
+        ("cskv", f"{start} in 4 bits", two, "4", 0.8, "0.90"),
+        ("cskv", start, two, f"4{clamped}", 0.8, "0.00"),
+        ("cskv", f"{start} in 4 bits", two, f"4{clamped}", 0.8, "0.90"),
+        ("cskv", start, two, "2", 0.8, ""),
+        ("cskv", f"{start} in 2 bits", two, "2", 0.8, ""),
+        ("cskv", start, two, f"2{clamped}", 0.8, ""),
+        ("cskv", "optimal", (6, 12), "3", 0.25, ""),
+        ("kivi-4", "", None, "4", 0, ""),
+        ("kivi-2", "", None, "2", 0, ""),
+    ]
+    modes = ["none", "none", "ptq", "qat", "ptq", "qat", "ptq", "qat", "ptq", "ptq", "ptq", "ptq"]
+    assert [row["mode"] for row in said] == modes * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "what, make",

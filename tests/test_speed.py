@@ -22,6 +22,16 @@ def test_speed_command(everything, capsys, monkeypatch):
         assert row["prefill_ratio"] == pytest.approx(row["prefill_s"] / own["prefill_s"])
         assert row["decode_ratio"] == pytest.approx(row["decode_ms"] / own["decode_ms"])
     assert {"full", "cskv 50%"} <= {row["cache"] for row in rows}
+    for row in rows:  # each row is of its own cache: bytes by hand, of 2 layers and d_kv 12
+        length = row["tokens"] + 3 * 8  # with all steps, of which one round warms up
+        packed = (length - 32) // 32 * 32
+        few = packed * (6 * 5 + 6 * (4 + 32 / 6)) / 8 + (length - packed) * 12 * 2
+        own = {
+            "full": 2 * 12 * 4 * (length + 1),
+            "cskv 50%": 12 * 2 * (length + 1) + 2 * 32 * 12 * 4,
+        }
+        own["cskv 50% 4 bits"] = few + 2 * 32 * 12 * 4
+        assert row["cache_mb"] == pytest.approx(2 * own[row["cache"]] / 1e6), row["cache"]
     assert len(out.splitlines()) == 2 + len(rows)
 
 
