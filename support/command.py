@@ -33,17 +33,19 @@ def user_values() -> Iterator[None]:
 def run_command(command: Callable[[], None]) -> None:
     """Runs a command line and exits: 0, or 2 with one line on standard error for a `UserError`.
 
-    A character that the terminal has no bytes for is written as "?".
+    A character that the terminal has no bytes for is written as "?". What a stream that the shell
+    has closed would get is lost.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # there may be none, or one that a test put there
-            stream.reconfigure(errors="replace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the end)
+        elif hasattr(getattr(sys, name), "reconfigure"):  # else one that a test put there
+            getattr(sys, name).reconfigure(errors="replace")
     try:
         try:
             command()
         finally:  # a full disk is noticed here, not in the interpreter's last moments
-            if sys.stdout:
-                sys.stdout.flush()
+            sys.stdout.flush()
     except UserError as error:
         fail(" ".join(str(error).split()))
     except torch.OutOfMemoryError:

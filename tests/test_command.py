@@ -132,6 +132,15 @@ def test_infer_on_a_full_disk(setup):
     assert done.stderr.decode().splitlines()[-1].startswith("error: the output cannot be written")
 
 
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
+def test_a_closed_stream_loses_its_words_alone(setup, tmp_path, closed):
+    """Progress bars too are written to one."""
+    train = [sys.executable, "train.py", "--model", setup / "model", "--data", setup / "text.txt"]
+    command = " ".join(map(str, [*train, "--seq-len", 40, "--out", tmp_path / "f"]))
+    done = subprocess.run(f"{command} {closed}", cwd=ROOT, shell=True, capture_output=True)
+    assert done.returncode == 0 and (tmp_path / "f").exists(), done.stderr
+
+
 def others(setup, out):
     """Every other command line that prints results."""
     model, text = setup / "model", setup / "text.txt"
