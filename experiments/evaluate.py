@@ -15,8 +15,7 @@ nothing: prefill is exact for nearly every cache here.)
 Retrieval (`longeval`, `passkey`) has two protocols. In the paper's, `--question prefill`, the whole
 prompt is prefilled, so that the first digit is read with exact keys and values. In the harder one,
 `--question decode`, the context is prefilled and the question fed to the cache token by token: the
-context was compressed before anyone knew what would be asked. With `--json FILE` a run that was
-interrupted goes on where it stopped.
+context was compressed before anyone knew what would be asked. `--json FILE` resumes a run.
 """
 
 import argparse
@@ -40,13 +39,13 @@ from infer import generate, make_sampler
 from model import LayerCache, Transformer
 from support.calibration import CALIBRATED, calibrate, init_factors
 from support.checkpoint import load_model
-from support.command import DTYPES, Arguments, UserError, check_writable, run_command, user_values
+from support.command import DTYPES, Arguments, UserError, check_files, run_command, user_values
 from support.factors_file import load_factors
 from support.notes import all_that_counts, delete_notes
 from support.options import add_options
 from support.processes import place, processes
 from support.tables import table, write_json
-from support.text import check_finite, read_documents, sample_tokens
+from support.text import WIDER_CACHES, check_finite, read_documents, sample_tokens
 from support.tokenizer import Tokenizer, load_tokenizer
 
 # Tokens of an answer: LongEval's limit, and enough to continue "The pass key is".
@@ -84,7 +83,7 @@ def decode_nll(
         if t + 1 < tokens.shape[1]:
             logits = model(tokens[:, t : t + 1], cache)
     nll = torch.stack(losses, dim=1)
-    check_finite(bool(nll.isfinite().all()))
+    check_finite(bool(nll.isfinite().all()), WIDER_CACHES)
     return nll
 
 
@@ -237,12 +236,13 @@ def benchmark_cases(
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     with processes(args.device) as device:
-        check_writable(args.json)
+        read = {"--text": getattr(args, "text", None), "--calibrate": args.calibrate}
+        check_files({"--json": args.json}, read | {str(file): file for file in args.factors})
         model = load_model(args.model, device, DTYPES[args.dtype])
         tokenizer = load_tokenizer(args.model, model.config.vocab_size)
         limit = model.config.context_length
-        if args.vicuna:
-            tokenizer.template = VICUNA
+        if args.vicuna or args.no_chat:
+            tokenizer.template = VICUNA if args.vicuna else None
         if args.what == "perplexity":
             sizes = args.context, args.steps, args.passages, args.batch
             cases = perplexity_cases(model, tokenizer, args.text, *sizes)
@@ -300,8 +300,8 @@ def run(args: argparse.Namespace) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     shared = Arguments(add_help=False)
     add_cache_options(shared)
-    add_options(shared, "model inits factors bits clamped-zero-point equal")
-    add_options(shared, "cache-dtype calibrate samples seq-len seed device dtype vicuna json")
+    add_options(shared, "model inits factors bits clamped-zero-point equal vicuna no-chat json")
+    add_options(shared, "cache-dtype calibrate samples seq-len seed device dtype")
     parser = Arguments(description=__doc__.splitlines()[0])
     what = parser.add_subparsers(dest="what", required=True, parser_class=Arguments)
 

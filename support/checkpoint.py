@@ -6,8 +6,10 @@ What this code would compute differently from the reference library is refused.
 import json
 import math
 import os
+import pickle
 import reprlib
 import tarfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -163,7 +165,11 @@ def read_rope(c: Settings, rope: dict, max_position_embeddings: int) -> dict:
         if name == "factor":  # one below 1 would shorten the context
             c.check(fits and 1 <= value <= MOST, name, value, f"a number from 1 to {MOST}")
         else:
-            c.check(fits and 0 < value <= FLOAT32_MAX, name, value, "a finite number above 0")
+            # Frequencies grow as theta falls, until their last bit decides what a position means.
+            low = 0.1 if name == "rope_theta" else 0
+            c.check(
+                fits and low < value <= FLOAT32_MAX, name, value, f"a finite number above {low}"
+            )
     if kind == "llama3" and result["low_freq_factor"] >= result["high_freq_factor"]:
         low, high = result["low_freq_factor"], result["high_freq_factor"]
         c.check(False, "low_freq_factor", low, f"below the high_freq_factor {high}")
@@ -308,11 +314,18 @@ def read_bin(file: Path) -> dict:
         with open(file, "rb") as opened:
             # Since PyTorch 1.6 it is a zip archive, read as it is used; older ones are read whole.
             mapped = opened.read(4) == b"PK\x03\x04"
-        shard = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles in other protocols; an error follows
+            shard = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(shard, dict):
             raise ValueError(f"a {type(shard).__name__}, not a dict of weights")
     except FileNotFoundError:
         raise
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{file} is damaged, or more than a dict of tensors; fetch it again, or save its "
+            "weights as safetensors"
+        ) from None
     except Exception as error:
         if "tar" in str(error) and tarfile.is_tarfile(file):
             raise UserError(
@@ -320,6 +333,7 @@ def read_bin(file: Path) -> dict:
                 "with a newer PyTorch"
             ) from None
         raise damaged(file, error) from None
+    shard = {name: value for name, value in shard.items() if name != "_metadata"}
     nested = [name for name, value in shard.items() if isinstance(value, dict)]
     if nested:
         raise UserError(

@@ -171,7 +171,7 @@ def check_files(written: dict[str, Path | None], read: dict[str, Path | None]) -
     for name, path in (*read.items(), *written.items()):
         if name in written:
             check_writable(path)
-        if path and (other := taken.setdefault(path.resolve(), name)) != name:
+        if path and (other := taken.setdefault(path.resolve(), name)) != name and name in written:
             raise UserError(f"{name} and {other} are both {path}; choose another name")
 
 

@@ -70,6 +70,7 @@ OPTIONS = {
     ),
     "spelled": dict(help="keys of made-up words", **flag),
     "vicuna": dict(help="ask in Vicuna's chat template, as LongChat wants it", **flag),
+    "no-chat": dict(help="ask without the model's chat template", **flag),
     "data": dict(type=Path, help="folder of the benchmark's files, else from the hub"),
     "sets": dict(type=lambda text: text.split(","), help="of the benchmark, else all"),
     "max-length": dict(type=number(int, 2), help="tokens of a prompt, its middle cut out"),

@@ -29,7 +29,8 @@ FORMATS = {
     **dict.fromkeys(("cache_mb", "mflop"), four_digits),
     "accuracy": "{:.2f}".format,
     "interval": interval,
-    **dict.fromkeys(("score", "perplexity"), "{:.2f}".format),
+    "score": "{:.2f}".format,
+    "perplexity": lambda value: f"{value:.2f}" if value < 1e6 else f"{value:.3g}",
     **dict.fromkeys(("nominal_ratio", "measured_ratio"), "{:.1%}".format),
     **dict.fromkeys(("left_out_50%", "left_out_80%"), "{:.2%}".format),
     **dict.fromkeys(("prefill", "decode"), "{:.2f}".format),  # accuracies, side by side

@@ -110,13 +110,15 @@ def batch_of(samples: list[Tensor], step: int, size: int, seed: int) -> list[Ten
     return [samples[i] for i in order[position * size : (position + 1) * size]]
 
 
-def check_finite(finite: bool) -> None:
+WIDER_CACHES = "--dtype and --cache-dtype bfloat16, --bits 32, or --caches without kivi"
+WIDER = "another --dtype (bfloat16 reaches as far as float32), or latents of 32 bits (--bits 32)"
+
+
+def check_finite(finite: bool, mend: str = WIDER) -> None:
     """Raises `UserError` if a model's output, of which this is known, is not `finite`."""
     if not finite:
-        raise UserError(
-            "the model's output is not finite: some number is too large for its type; try another "
-            "--dtype (bfloat16 reaches as far as float32), or latents of 32 bits (--bits 32)"
-        )
+        what = "the model's output is not finite: some number is too large for its type"
+        raise UserError(f"{what}; try {mend}")
 
 
 def check_prompt(prompt: list[int], model: Transformer) -> None:

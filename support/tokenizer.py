@@ -48,7 +48,14 @@ class Tokenizer:
         """
         if not is_unicode(text):
             raise UserError("the text is not valid UTF-8; check where it was cut")
-        ids = self.backend.encode(text, add_special_tokens=special).ids
+        try:
+            ids = self.backend.encode(text, add_special_tokens=special).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # plain Exception, or a panic of the library's Rust code
+            reason = " ".join(str(error).split()) or type(error).__name__
+            what = f"the tokenizer cannot read the text ({reason})"
+            raise UserError(f"{what}; mend its files or give other text") from None
         if self.vocabulary is not None and max(ids, default=0) >= self.vocabulary:
             what = f"token {max(ids)} is not in the model's {self.vocabulary}"
             raise UserError(f"{what}: its tokenizer is another model's; fetch both again")

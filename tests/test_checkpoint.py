@@ -286,6 +286,7 @@ REFUSED = {  # changes to a Llama's config.json, and words of the refusal
     "theta infinite": ({"rope_theta": math.inf}, "rope_theta is inf"),
     "theta beyond all numbers": ({"rope_theta": 10**400}, "rope_theta is 1000"),
     "theta next to 0": ({"rope_theta": 1e-320}, "rope_theta is 1e-320"),
+    "theta far below 1": ({"rope_theta": 1e-3}, "rope_theta is 0.001, not a finite number above"),
     "theta in quotes": ({"rope_theta": "10000"}, "rope_theta is '10000'"),
     "theta true": ({"rope_theta": True}, "rope_theta is True"),
     "theta null": ({"rope_theta": None}, "rope_theta is None"),

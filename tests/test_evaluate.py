@@ -478,3 +478,14 @@ def test_a_mistake_is_one_line(everything, tmp_path, capsys, mistake):
     error = err.splitlines()[-1]
     assert (code, out) == (2, "") and error.startswith("error: ") and message in error
     assert err.count("error") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("flag", ["--text", "--calibrate", "--factors"])
+def test_a_file_that_is_read_is_not_written(everything, tmp_path, capsys, flag):
+    file = tmp_path / "file.txt"
+    file.write_bytes((everything / ("f" if flag == "--factors" else "text.txt")).read_bytes())
+    kept = file.read_bytes()
+    args = arguments(everything, "perplexity", flag, file, "--json", file)
+    code, out, err = call(evaluate, capsys, *args)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "are both" in err
+    assert file.read_bytes() == kept

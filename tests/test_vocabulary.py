@@ -83,3 +83,20 @@ def test_text_that_yields_no_token_is_one_line(setup, tmp_path, capsys, name):
     last = err.splitlines()[-1]
     assert (code, out) == (2, "") and "Traceback" not in err
     assert last.startswith("error: ") and "token" in last
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tokenizer_that_fails_on_a_text_is_one_line(setup, tmp_path, capsys, name):
+    """Its word for unknown words is none of its words."""
+    if name in ("table3", "figure3"):
+        pytest.importorskip("matplotlib")
+    folder = setup / "broken"
+    if not folder.exists():
+        save_checkpoint(tiny_model(), folder)
+        broken = Tokenizer(models.WordLevel({"t1": 1}, unk_token="[UNK]"))
+        broken.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        broken.save(str(folder / "tokenizer.json"))
+    module, args = commands(setup, "broken", tmp_path)[name]
+    code, out, err = call(module, capsys, *args)
+    assert (code, out) == (2, "") and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: the tokenizer cannot read the text (")
