@@ -23,8 +23,8 @@ from experiments import longbench
 from experiments.caches import Row, make_cache
 from infer import full_bytes, held_bytes
 from model import LayerCache, Rope, Transformer
-from support.command import UserError
-from support.notes import read_notes, start_notes, write_note
+from support.command import UserError, append_line
+from support.notes import read_notes, start_notes
 from support.processes import gathered, patient_group, place
 from support.tables import grouped
 
@@ -85,7 +85,7 @@ def measure(
             for r, result in zip(left[c], results, strict=True):
                 done[r, c] = result
                 if file:
-                    write_note(file, {"row": r, "case": c, **result})
+                    append_line(file, {"row": r, "case": c, **result})
     except UserError as error:
         failure = error
     for part, error in gathered((done, failure), group):

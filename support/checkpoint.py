@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model import Config, Rope, Transformer
-from support.command import UserError
+from support.command import UserError, first_line
 
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
@@ -275,9 +275,8 @@ def find_checkpoint(path: str | Path) -> Path:
                 snapshot_download(str(path), allow_patterns=[*small, "pytorch_model*.bin"])
             )
     except Exception as error:  # the hub client raises many kinds, all of which mean the same here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"no folder {path}, and the hub did not give that repository: {reason}"
+            f"no folder {path}, and the hub did not give that repository: {first_line(error)}"
         ) from None
     return folder
 
@@ -289,8 +288,7 @@ UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, Type
 
 
 def damaged(file: Path, error: Exception) -> UserError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return UserError(f"{file} is damaged ({reason}); fetch it again")
+    return UserError(f"{file} is damaged ({first_line(error)}); fetch it again")
 
 
 def shards_of(index: Path) -> list[Path]:
@@ -393,9 +391,12 @@ def check_weight(folder: Path, name: str, tensor: Tensor, wanted: dict[str, Tens
         )
 
 
-def in_dtype(folder: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in `dtype`. Raises `UserError` if that, or the file, has numbers not finite."""
-    weight = tensor.to(dtype)
+def converted(
+    folder: Path, name: str, tensor: Tensor, device: str | torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The weight on `device` in `dtype`. Raises `UserError` if that, or the file, has numbers that
+    are not finite."""
+    weight = tensor.to(device, dtype)
     if not weight.isfinite().all():
         if tensor.isfinite().all():
             kind = str(dtype).removeprefix("torch.")
@@ -439,7 +440,7 @@ def load_model(
         if str(name).endswith("rotary_emb.inv_freq"):
             continue  # derived from the config
         check_weight(folder, name, tensor, wanted)
-        weights[name] = in_dtype(folder, name, tensor, dtype).to(device)
+        weights[name] = converted(folder, name, tensor, device, dtype)
     if config.tie_word_embeddings and not tie(weights):
         with torch.device("meta"):
             model = Transformer(replace(config, tie_word_embeddings=False))

@@ -1,6 +1,7 @@
 """What command lines share: how a mistake is said, how numbers are read and files written."""
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -19,6 +20,11 @@ LARGEST = 2**31  # no count of tokens, no seed needs more
 
 class UserError(ValueError):
     """A mistake that the user can mend. Command lines print it as one line and exit with 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as a part of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
@@ -150,6 +156,15 @@ def check_writable(path: Path | None) -> None:
             raise UserError(f"{path} is not a regular file to replace; choose another place")
         with NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp"):
             pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}); choose another place") from None
+
+
+def append_line(path: Path, row: dict) -> None:
+    """Appends a JSON object to a file of lines. Raises `UserError` if that cannot be."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}); choose another place") from None
 

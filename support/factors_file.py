@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from cskv import Factors, LayerFactors, LowRank
 from model import Transformer
-from support.command import UserError, replacing
+from support.command import UserError, first_line, replacing
 
 FORMAT, VERSION = "cskv-factors", "1"
 CLAMPED = "clamped zero-point"  # the quantizer of factors that were trained for it; see quant.py
@@ -105,9 +105,7 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
     except FileNotFoundError:
         raise UserError(f"no factors file {path}; make one with train.py") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0]}); make it again"
-        ) from None
+        raise UserError(f"{path} is damaged ({first_line(error)}); make it again") from None
     if info.get("format") != FORMAT:
         raise UserError(f"{path} is not a CSKV factors file; make one with train.py")
     if info.get("version") != VERSION:

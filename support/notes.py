@@ -10,7 +10,7 @@ from pathlib import Path
 
 from model import Transformer
 from support.checkpoint import find_checkpoint
-from support.command import UserError
+from support.command import UserError, append_line
 from support.factors_file import fingerprint
 from support.processes import say
 
@@ -56,16 +56,8 @@ def start_notes(notes: Path, rank: int, arguments: dict | None) -> Path:
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error}); choose another place") from None
     if not end:
-        write_note(file, arguments or {})
+        append_line(file, arguments or {})
     return file
-
-
-def write_note(file: Path, note: dict) -> None:
-    try:
-        with file.open("a") as lines:
-            lines.write(json.dumps(note) + "\n")
-    except OSError as error:
-        raise UserError(f"{file} cannot be written ({error}); choose another place") from None
 
 
 def delete_notes(notes: Path | None) -> None:

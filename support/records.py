@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 from typing import IO
 
-from support.command import UserError
+from support.command import UserError, first_line
 
 
 def read_records(task, folder: Path | None = None) -> list[dict]:
@@ -48,11 +48,8 @@ def fetch(task) -> Path:
     try:
         return Path(hf_hub_download(task.repository, task.archive, repo_type="dataset"))
     except Exception as error:  # the hub client raises many kinds, all of which mean the same here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"the hub did not give {task.archive} of {task.repository} ({reason}); give a folder "
-            f"that has {task.name}.jsonl"
-        ) from None
+        what = f"the hub did not give {task.archive} of {task.repository} ({first_line(error)})"
+        raise UserError(f"{what}; give a folder that has {task.name}.jsonl") from None
 
 
 def parse_records(task, source: Path | str, lines: IO[bytes]) -> list[dict]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import signal
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import Transformer
-from support.command import UserError, replacing
+from support.command import UserError, append_line, first_line, replacing
 from support.factors_file import fingerprint
 from support.processes import place, say, summed
 
@@ -39,8 +38,9 @@ def load_state(path: Path, plan: dict, names: tuple[str, ...]) -> dict:
         if missing:
             raise KeyError(missing[0])
     except Exception as error:  # a damaged pickle raises nearly anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged ({reason}); delete it to start anew") from None
+        raise UserError(
+            f"{path} is damaged ({first_line(error)}); delete it to start anew"
+        ) from None
     if other:
         flag = "--" + other[0].replace("_", "-")
         raise UserError(f"{path} was made with another {flag}; give the same, or another --out")
@@ -210,8 +210,4 @@ def write_line(log: Path, row: dict, names: tuple[str, ...], columns: Tensor) ->
     """Appends `row`, sums of `columns` [names, layers] by name, and these by layer."""
     sums = dict(zip(names, columns.sum(1).tolist(), strict=True))
     layers = [dict(zip(names, values, strict=True)) for values in columns.T.tolist()]
-    try:
-        with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, **sums, "layers": layers}) + "\n")
-    except OSError as error:
-        raise UserError(f"{log} cannot be written ({error}); choose another place") from None
+    append_line(log, {**row, **sums, "layers": layers})

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from model import Transformer
+from support.added_tokens import is_unicode
 from support.command import UserError
-from support.tokenizer import Tokenizer, is_unicode
+from support.tokenizer import Tokenizer
 
 KINDS = (".txt", ".jsonl", ".parquet")
 

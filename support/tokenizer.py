@@ -4,6 +4,8 @@
 stands what the files around them change in it, and what of that we refuse.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import tokenizers
@@ -12,11 +14,23 @@ from support import pieces
 from support.added_tokens import CONFIG, Declared, check_mark, is_unicode, read_settings
 from support.chat import choose_template, find_template, render
 from support.checkpoint import find_checkpoint
-from support.command import UserError
+from support.command import UserError, first_line
 
 CLEAN_UP = "clean_up_tokenization_spaces"
 CLEAN_UP_BPE = f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output"
 CONTRACTIONS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+
+
+@contextmanager
+def library(what: str, mend: str) -> Iterator[None]:
+    """A failure of the tokenizers library, plain Exception or a panic of its Rust code, as a
+    `UserError` that says `what` and the `mend`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what} ({first_line(error)}); {mend}") from None
 
 
 class Tokenizer:
@@ -48,14 +62,8 @@ class Tokenizer:
         """
         if not is_unicode(text):
             raise UserError("the text is not valid UTF-8; check where it was cut")
-        try:
+        with library("the tokenizer cannot read the text", "mend its files or give other text"):
             ids = self.backend.encode(text, add_special_tokens=special).ids
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # plain Exception, or a panic of the library's Rust code
-            reason = " ".join(str(error).split()) or type(error).__name__
-            what = f"the tokenizer cannot read the text ({reason})"
-            raise UserError(f"{what}; mend its files or give other text") from None
         if self.vocabulary is not None and max(ids, default=0) >= self.vocabulary:
             what = f"token {max(ids)} is not in the model's {self.vocabulary}"
             raise UserError(f"{what}: its tokenizer is another model's; fetch both again")
@@ -123,13 +131,8 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
 
 def open_json(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokenizer, Declared]:
     check_mark(file)
-    try:
+    with library(f"{file} is damaged", "fetch it again"):
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # plain Exception, or a panic of the library's Rust code
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file} is damaged ({reason}); fetch it again") from None
     declared = Declared(file.parent, settings, in_file=backend.get_added_tokens_decoder())
     padding = backend.padding
     if kind:

@@ -17,6 +17,14 @@ from model import Config, Transformer
 from support.calibration import calibrate, init_factors
 from support.command import run_command
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 40,
+}
+
 
 def tiny_config(**changes) -> Config:
     values = {

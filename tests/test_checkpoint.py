@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from support.checkpoint import load_model, read_config, read_json
 from support.command import UserError
+from tests import helpers
 from tests.helpers import save_checkpoint, tiny_model, tiny_tokens
 
 torch.set_grad_enabled(False)
@@ -82,14 +83,7 @@ def refusal(read, path):
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 40,
-    "rope_theta": 500.0,
-}
+LLAMA3 = {**helpers.LLAMA3, "rope_theta": 500.0}
 
 
 def without(entries, *names):

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from model import full_cache
 from support.checkpoint import load_model, read_config
 from support.command import UserError
-from tests.helpers import naive_forward, save_checkpoint, tiny_config, tiny_model, tiny_tokens
+from tests.helpers import (
+    LLAMA3,
+    naive_forward,
+    save_checkpoint,
+    tiny_config,
+    tiny_model,
+    tiny_tokens,
+)
 
 torch.set_grad_enabled(False)
 
 LINEAR = {"rope_type": "linear", "factor": 8.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 40,
-}
 VARIANTS = {
     "multi-head": {"num_key_value_heads": 4},
     "grouped-query": {"num_key_value_heads": 2},

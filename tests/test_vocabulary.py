@@ -16,13 +16,16 @@ def setup(tmp_path_factory):
     """A model of 61 tokens, with a tokenizer of 80 in which LongEval's words are the last ones, and
     one that knows a single letter and drops all others."""
     folder = tmp_path_factory.mktemp("vocabulary")
-    for name in ("larger", "deaf"):
+    for name in ("larger", "deaf", "broken"):
         save_checkpoint(tiny_model(), folder / name)
     words = {f"t{i}": i for i in range(79)} | {"the": 79}
     larger = Tokenizer(models.WordLevel(words, unk_token="t78"))
     larger.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     larger.save(str(folder / "larger" / "tokenizer.json"))
     Tokenizer(models.BPE({"§": 3}, [])).save(str(folder / "deaf" / "tokenizer.json"))
+    broken = Tokenizer(models.WordLevel({"t1": 1}, unk_token="[UNK]"))
+    broken.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    broken.save(str(folder / "broken" / "tokenizer.json"))
     inside, beyond = " ".join(["t5 t6"] * 99), " ".join(["t5 t6"] * 60 + ["t70"] + ["t7"] * 60)
     (folder / "inside.txt").write_text(inside)
     (folder / "beyond.txt").write_text(beyond)
@@ -62,41 +65,31 @@ NAMES = ["infer", "train", "perplexity", "calibration", "longeval", "passkey", "
 NAMES += ["longbench", "lveval", "table3", "figure3"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_token_beyond_the_vocabulary_is_one_line(setup, tmp_path, capsys, name):
+def refusal(setup, model, out, capsys, name):
+    """The one line in which the command refuses this model's text."""
     if name in ("table3", "figure3"):
         pytest.importorskip("matplotlib")
-    module, args = commands(setup, "larger", tmp_path)[name]
-    code, out, err = call(module, capsys, *args)
-    last = err.splitlines()[-1]
-    assert (code, out) == (2, "") and "Traceback" not in err
+    module, args = commands(setup, model, out)[name]
+    code, printed, err = call(module, capsys, *args)
+    assert (code, printed) == (2, "") and "Traceback" not in err
+    return err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_beyond_the_vocabulary_is_one_line(setup, tmp_path, capsys, name):
+    last = refusal(setup, "larger", tmp_path, capsys, name)
     assert last.startswith("error: token 7") and "is not in the model's 61" in last
     assert not (tmp_path / "f").exists()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_text_that_yields_no_token_is_one_line(setup, tmp_path, capsys, name):
-    if name in ("table3", "figure3"):
-        pytest.importorskip("matplotlib")
-    module, args = commands(setup, "deaf", tmp_path)[name]
-    code, out, err = call(module, capsys, *args)
-    last = err.splitlines()[-1]
-    assert (code, out) == (2, "") and "Traceback" not in err
+    last = refusal(setup, "deaf", tmp_path, capsys, name)
     assert last.startswith("error: ") and "token" in last
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tokenizer_that_fails_on_a_text_is_one_line(setup, tmp_path, capsys, name):
     """Its word for unknown words is none of its words."""
-    if name in ("table3", "figure3"):
-        pytest.importorskip("matplotlib")
-    folder = setup / "broken"
-    if not folder.exists():
-        save_checkpoint(tiny_model(), folder)
-        broken = Tokenizer(models.WordLevel({"t1": 1}, unk_token="[UNK]"))
-        broken.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        broken.save(str(folder / "tokenizer.json"))
-    module, args = commands(setup, "broken", tmp_path)[name]
-    code, out, err = call(module, capsys, *args)
-    assert (code, out) == (2, "") and "Traceback" not in err
-    assert err.splitlines()[-1].startswith("error: the tokenizer cannot read the text (")
+    last = refusal(setup, "broken", tmp_path, capsys, name)
+    assert last.startswith("error: the tokenizer cannot read the text (")
