@@ -1,0 +1,161 @@
+"""Checks a student's functions and gives points: the same for the student and for the grader.
+
+    python -m course.grade                  in a student's folder: what holds so far
+    python -m course.grade DIR              of a student's folder, by the instructor
+    python -m course.grade DIR --problem b
+
+Only the functions that problems.toml names are taken from the student's files. Each part of a
+problem runs in a process of its own (sandbox.py) with fresh inputs. Where one function builds on
+another, the grader has the reference's; a student's folder has none, so there it is the student's.
+"""
+
+import sys
+
+if not __package__:
+    print("error: run this as python -m course.grade from the project's folder", file=sys.stderr)
+    sys.exit(2)
+
+import argparse
+import importlib
+import inspect
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from course.problems import (
+    GIVEN,
+    ROOT,
+    NotFound,
+    Part,
+    Problem,
+    Reference,
+    assemble,
+    is_written,
+    load_problems,
+    load_reference,
+    read_modules,
+)
+from course.sandbox import Draw, Failed, Limits, Sandbox, Stopped, protect_memory
+from support.command import Arguments, UserError, comma_list, number, one_of, run_command
+
+
+@dataclass
+class Verdict:
+    """Of one problem."""
+
+    problem: Problem
+    points: int = 0
+    lost: list[str] = field(default_factory=list)  # what does not hold, a few lines each
+    output: str = ""  # what the student's functions printed, if something was lost
+
+    def text(self) -> str:
+        head = f"{self.problem.id}  {self.problem.title}"
+        lines = [f"{head:50} {self.points:3} of {self.problem.points}"]
+        lines += [f"     {line}" for entry in self.lost for line in entry.splitlines()]
+        if self.lost and self.output:
+            lines += ["     printed by these functions, the end:"]
+            lines += [f"     | {line}" for line in self.output.splitlines()[-8:]]
+        return "\n".join(lines)
+
+
+def describe(check) -> str:
+    """What must hold for a check, in one line."""
+    return " ".join(inspect.getdoc(check).split())
+
+
+def check_part(
+    verdict: Verdict, part: Part, files: dict[str, str], seed: int, limits: Limits
+) -> None:
+    """Runs the checks of one part in one process. Raises `Stopped`."""
+    module = importlib.import_module(f"course.checks.{verdict.problem.checks_in}")
+    with Sandbox(files, limits) as student:
+        try:
+            for name, points in part.checks.items():
+                check = getattr(module, name)
+                try:
+                    check(student, Draw(f"{seed}-{name}"))
+                    verdict.points += points
+                except Failed as error:
+                    must = f"    must hold: {describe(check)}"
+                    verdict.lost.append(f"-{points}  {name}: {error}\n{must}")
+        finally:
+            verdict.output = student.output() or verdict.output
+
+
+def grade_problem(
+    problem: Problem, reference: Reference, student: dict[str, str], seed: int, limits: Limits
+) -> Verdict:
+    verdict = Verdict(problem)
+    for part in problem.parts:
+        worth = sum(part.checks.values())
+        missing = [name for name in part.names if not is_written(reference, name, student)]
+        if len(missing) == len(part.names):
+            verdict.lost.append(f"-{worth}  not written yet: {', '.join(missing)}")
+            continue
+        try:
+            check_part(verdict, part, assemble(reference, part, student), seed, limits)
+        except NotFound as error:
+            verdict.lost.append(f"-{worth}  {error}")
+        except Stopped as error:
+            verdict.points = 0
+            verdict.lost = [f"-{problem.points}  stopped in {', '.join(part.names)}: {error}"]
+            break
+    return verdict
+
+
+def grade(
+    folder: Path, seed: int, ids: list[str] | None = None, limits: Limits | None = None
+) -> Iterator[Verdict]:
+    """The verdicts on a student's folder, problem by problem, each when it is known.
+
+    Raises `UserError` if there is nothing to grade.
+    """
+    student = read_modules(folder)
+    if not student:
+        raise UserError(f"{folder} has no cskv.py or other file of the course; give its folder")
+    protect_memory()
+    torch.set_num_threads(1)
+    problems = load_problems()
+    reference = load_reference(problems)
+    for problem in problems:
+        if ids is None or problem.id in ids:
+            yield grade_problem(problem, reference, student, seed, limits or Limits())
+
+
+def fresh_seed() -> int:
+    return int.from_bytes(os.urandom(4), "little") % 2**31
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command line, with arguments already parsed."""
+    seed = fresh_seed() if args.seed is None else args.seed
+    folder = args.folder or ROOT
+    if args.folder is None and not GIVEN.exists():
+        raise UserError("no folder of a student; python -m course.grade DIR")
+    verdicts = []
+    print(f"seed {seed}")
+    for verdict in grade(folder, seed, args.problem):
+        verdicts.append(verdict)
+        print(verdict.text(), flush=True)
+    points, most = sum(v.points for v in verdicts), sum(v.problem.points for v in verdicts)
+    print(f"{'total':50} {points:3} of {most}")
+    if points < most and GIVEN.exists() and folder == ROOT:
+        print("Where a problem builds on an earlier one, the grader uses its own solution of that.")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Arguments(description=__doc__.splitlines()[0])
+    ids = tuple(problem.id for problem in load_problems())
+    parser.add_argument("folder", type=Path, nargs="?", help="of a student (this one)")
+    problem = comma_list(one_of(ids, "problem"))
+    parser.add_argument("--problem", type=problem, help="check only this one, such as b or b,c")
+    repeat = "repeat a run with the inputs that it had (new ones at every run)"
+    parser.add_argument("--seed", type=number(int, 0), help=repeat)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(lambda: run(parse_arguments()))

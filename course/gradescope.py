@@ -1,0 +1,163 @@
+"""The grader for Gradescope: a zip file to upload, and what runs there.
+
+    python -m course.gradescope --out autograder.zip
+
+The zip has this project's files, `setup.sh`, which installs what they need, and `run_autograder`,
+which writes zero points to results/results.json first. So there is a result after a crash and
+after Gradescope's time limit too; each problem's points are added when they are known.
+Students hand in the five files, cskv.py, infer.py, model.py, quant.py and train.py.
+"""
+
+import sys
+
+if not __package__:
+    print("error: run this as python -m course.gradescope from the folder", file=sys.stderr)
+    sys.exit(2)
+
+import argparse
+import json
+import os
+import zipfile
+from pathlib import Path
+
+from course.grade import Verdict, fresh_seed, grade
+from course.problems import GIVEN, MODULES, ROOT, Problem, load_problems, load_reference
+from support.command import Arguments, UserError, check_writable, replacing, run_command
+
+SETUP = """#!/usr/bin/env bash
+# Gradescope runs this once, to make the image.
+set -euo pipefail
+home=${AUTOGRADER:-/autograder}
+if ! python3 -m venv "$home/venv"; then  # a bare Ubuntu lacks the package
+    apt-get update && apt-get install -y python3-venv
+    python3 -m venv "$home/venv"
+fi
+# On Linux this PyTorch includes CUDA, several GB. For a smaller image install the CPU build of this
+# version before it, as PyTorch's own page says.
+"$home/venv/bin/pip" install -q -r "$home/source/requirements.txt"
+"""
+
+RUN = """#!/usr/bin/env bash
+# Gradescope runs this for every submission.
+home=${AUTOGRADER:-/autograder}
+python=${PYTHON:-$home/venv/bin/python}
+mkdir -p "$home/results"
+# No points yet: what counts if nothing else comes.
+cp "$home/source/no_points.json" "$home/results/results.json"
+# Students' functions run as another user, who must not find the reference.
+chmod -R go-rwx "$home/source" "$home/results" "$home/submission"
+cd "$home/source" || exit 1
+export OMP_NUM_THREADS=1
+"$python" -m course.gradescope --submission "$home/submission" \\
+    --results "$home/results/results.json"
+"""
+
+PACKED = ("support", "course", "LICENSE", "requirements.txt")
+
+
+def test_entry(problem: Problem, points: int, text: str) -> dict:
+    """One of the `tests` in results.json."""
+    return {
+        "name": f"{problem.id}  {problem.title}",
+        "score": points,
+        "max_score": problem.points,
+        "status": "passed" if points == problem.points else "failed",
+        "output": text,
+        "output_format": "text",
+        "visibility": "visible",
+    }
+
+
+def results(verdicts: list[Verdict], seed: int | None, note: str = "") -> dict:
+    """results.json: the verdicts so far, and zero points for the other problems."""
+    done = {verdict.problem.id: verdict for verdict in verdicts}
+    tests = []
+    for problem in load_problems():
+        if verdict := done.get(problem.id):
+            tests.append(test_entry(problem, verdict.points, verdict.text()))
+        else:
+            text = "not graded: the grader ended before. Submit again, or ask the instructor."
+            tests.append(test_entry(problem, 0, text))
+    points = sum(test["score"] for test in tests)
+    return {
+        "output": note or f"seed {seed}",
+        "visibility": "visible",
+        "stdout_visibility": "hidden",
+        "tests": tests,
+        "leaderboard": [
+            {"name": "points", "value": points, "order": "desc"},
+            {
+                "name": "problems solved",
+                "value": sum(v.points == v.problem.points for v in verdicts),
+            },
+        ],
+    }
+
+
+def find_files(submission: Path) -> Path:
+    """The folder of a submission that has the files: itself or, if zipped with one, that folder."""
+    folders = [submission, *sorted(path for path in submission.glob("*") if path.is_dir())]
+    for folder in folders:
+        if any((folder / f"{module}.py").is_file() for module in MODULES):
+            return folder
+    raise UserError("no cskv.py, infer.py, model.py, quant.py or train.py; hand in these files")
+
+
+def write_results(path: Path, content: dict) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def grade_submission(submission: Path, path: Path) -> None:
+    """Writes results.json anew after every problem. Raises `UserError` if it cannot be written."""
+    seed, verdicts = fresh_seed(), []
+    try:
+        for verdict in grade(find_files(submission), seed):
+            verdicts.append(verdict)
+            write_results(path, results(verdicts, seed))
+    except UserError as error:
+        write_results(path, results(verdicts, seed, str(error)))
+
+
+def write_zip(path: Path) -> None:
+    """Raises `UserError` if it cannot be written, or problems.toml names what there is not."""
+    load_reference(load_problems())
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as out:
+        for name in (*PACKED, *(f"{module}.py" for module in MODULES)):
+            root = ROOT / name
+            for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
+                if file.is_file() and file.suffix not in (".pyc", ".ipynb"):
+                    out.write(file, file.relative_to(ROOT))
+        no_points = json.dumps(results([], None, "the grader did not come to an end"), indent=1)
+        out.writestr("no_points.json", no_points)
+        for name, text in (("setup.sh", SETUP), ("run_autograder", RUN)):
+            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            entry.external_attr = 0o755 << 16  # executable
+            out.writestr(entry, text)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command line, with arguments already parsed."""
+    if args.out is not None:
+        if GIVEN.exists():
+            raise UserError("this is a student's folder; make the grader from the full project")
+        check_writable(args.out)
+        write_zip(args.out)
+        print(f"{args.out}: upload it to Gradescope, {os.path.getsize(args.out) / 1e6:.2f} MB")
+    elif args.submission is None or args.results is None:
+        raise UserError("nothing to do; python -m course.gradescope --out autograder.zip")
+    else:
+        grade_submission(args.submission, args.results)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Arguments(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="zip file to write, for Gradescope")
+    there = "on Gradescope, by run_autograder:"
+    parser.add_argument("--submission", type=Path, help=f"{there} a student's folder to grade")
+    parser.add_argument("--results", type=Path, help=f"{there} the results.json to write")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(lambda: run(parse_arguments()))

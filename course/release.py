@@ -1,0 +1,90 @@
+"""Makes the students' repository from this one: the same files with the functions to write emptied.
+
+    python -m course.release --out DIR
+
+What is emptied stands in problems.toml, by name. Signatures and docstrings stay. DIR gets the
+model, the checks, the teaching model and a README of two commands. `course/given.zip` in it are the
+five files as handed out: the checks put the student's functions into these, as the grader does.
+"""
+
+import sys
+
+if not __package__:
+    print("error: run this as python -m course.release from the project's folder", file=sys.stderr)
+    sys.exit(2)
+
+import argparse
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from course.problems import GIVEN, ROOT, load_problems, load_reference, write_given
+from support.command import Arguments, UserError, run_command
+
+COPIED = ("support", "weights/teacher", "course/checks", "LICENSE", "requirements.txt")
+COPIED += tuple(
+    f"course/{name}"
+    for name in ("README.md", "problems.toml", "problems.py", "grade.py", "sandbox.py")
+)
+COPIED += ("course/__init__.py", "course/worker.py", "course/scenarios.py")
+
+README = """# CSKV, to be written by you
+
+The hand-out is [course/README.md](course/README.md). With Python 3.10 or newer, once:
+
+    python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt
+
+and after every change, to see what holds:
+
+    .venv/bin/python -m course.grade --problem a
+"""
+
+
+def write_release(folder: Path) -> None:
+    """Fills an empty folder. Raises `UserError` where problems.toml names what there is not."""
+    given = load_reference(load_problems()).given
+    for module, text in given.items():
+        (folder / f"{module}.py").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(README, encoding="utf-8")
+    (folder / ".gitignore").write_text(".venv/\n__pycache__/\n", encoding="utf-8")
+    for name in COPIED:
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, target)
+    (folder / GIVEN.relative_to(ROOT)).write_bytes(write_given(given))
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command line, with arguments already parsed."""
+    out = args.out
+    if GIVEN.exists():
+        raise UserError("this is a student's folder already; make releases from the full project")
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is there and not an empty folder; choose another name")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"no folder {out.parent} to make {out.name} in; make it first")
+    temporary = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}-"))
+    try:
+        write_release(temporary)
+        temporary.chmod(0o755)
+        with suppress(FileNotFoundError):
+            out.rmdir()
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{out}: the students' files; their first command is in {out / 'README.md'}")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Arguments(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to make, for students")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(lambda: run(parse_arguments()))

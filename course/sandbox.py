@@ -1,0 +1,292 @@
+"""The grader's side of a process that runs a student's functions (worker.py).
+
+The grader never imports a student's file. It sends tensors to the process, gets tensors back, and
+compares them itself with what they must be. So nothing that a student's code does to torch, to
+pytest or to the worker can change a verdict: only right answers make points. The limits keep one
+student's code from harming the others'.
+"""
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from course import worker
+from course.problems import COURSE, ROOT
+
+LARGEST_ANSWER = 2**26  # bytes
+TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
+TYPES |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+NO_ANSWER = (SafetensorError, ValueError, AttributeError, KeyError, TypeError, RecursionError)
+NO_ANSWER += (struct.error,)
+NOBODY = 65534  # the user that owns nothing
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one process."""
+
+    cpu_seconds: int = 60
+    seconds: float = 240.0  # only against a process that waits for ever: no check looks at a clock
+    memory: int = 2 * 2**30  # bytes, beyond what Python and PyTorch take (Linux only)
+    output: int = 2**20  # bytes printed
+
+
+class Failed(Exception):
+    """A check does not hold, or the student's function raised an error."""
+
+
+class Stopped(Exception):
+    """The process had to be stopped, or stopped itself: no points for the whole problem."""
+
+
+def drop_rights() -> dict:
+    """For `subprocess.Popen`: as root, run as a user that may change nothing."""
+    if os.name != "posix":
+        return {}
+    rights = {"start_new_session": True}
+    if os.geteuid() == 0 and readable_by_all(Path(sys.executable)):
+        rights |= {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+    return rights
+
+
+def readable_by_all(file: Path) -> bool:
+    """Whether every user may run this Python: its folders are open to all."""
+    folders = [*Path(os.path.abspath(file)).parents, *file.resolve().parents]
+    return all(folder.stat().st_mode & 0o005 == 0o005 for folder in folders)
+
+
+def protect_memory() -> None:
+    """On Linux, no process of the same user may look into this one, or change it."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+
+
+class Sandbox:
+    """Student's functions in a process of their own. A context manager.
+
+    Args:
+        files: the texts of the five files, by module.
+        limits: of the process.
+    """
+
+    def __init__(self, files: dict[str, str], limits: Limits):
+        self.files, self.limits = files, limits
+
+    def __enter__(self) -> "Sandbox":
+        self.folder = Path(tempfile.mkdtemp(prefix="course-"))
+        for module, text in self.files.items():
+            (self.folder / f"{module}.py").write_text(text, encoding="utf-8")
+        shutil.copytree(ROOT / "support", self.folder / "support", ignore=only_python)
+        for name in ("worker.py", "scenarios.py"):
+            shutil.copy(COURSE / name, self.folder)
+        for path in [self.folder, *self.folder.rglob("*")]:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        self.printed = tempfile.TemporaryFile()
+        limits = self.limits.cpu_seconds, self.limits.memory, self.limits.output
+        command = [sys.executable, "-I", "-B", self.folder / "worker.py", *map(str, limits)]
+        environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.printed,
+            cwd=self.folder,
+            env={**environment, "OMP_NUM_THREADS": "1", "HOME": str(self.folder)},
+            **drop_rights(),
+        )
+        self.late = False
+        self.timer = threading.Timer(self.limits.seconds, self.time_out)
+        self.timer.daemon = True
+        self.timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.timer.cancel()
+        self.kill()
+        with suppress(OSError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        self.printed.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def time_out(self) -> None:
+        self.late = True
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends the process and all that it started."""
+        with suppress(OSError):
+            if os.name == "posix":
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
+        self.process.wait()
+
+    def output(self) -> str:
+        """The last lines that the process printed."""
+        self.printed.seek(0)
+        return printable(self.printed.read()[-8000:].decode("utf-8", "replace")[-2000:]).strip()
+
+    def ask(self, scenario: str, tensors: dict[str, Tensor], **numbers) -> dict[str, Tensor]:
+        """What a function of scenarios.py makes of these tensors and numbers, as tensors.
+
+        Raises `Failed` if the student's function raised an error, `Stopped` if the process ended.
+        """
+        tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+        data = save(tensors, {"scenario": scenario, "numbers": json.dumps(numbers)})
+        answer = None
+        with suppress(OSError):
+            worker.write_message(self.process.stdin, data)
+            answer = self.read_answer()
+        if answer is None:
+            raise Stopped(self.why_it_ended())
+        if self.flooded():
+            raise Stopped(self.flood())
+        try:
+            if "error" in (said := worker.metadata(answer)):
+                raise Failed(printable(str(said["error"])[:2000]))
+            tensors = load(answer)
+        except NO_ANSWER:
+            raise Stopped("the process wrote something else than its answer") from None
+        for name, tensor in tensors.items():
+            if tensor.dtype not in TYPES:
+                raise Failed(f"{printable(name)} is of type {tensor.dtype}")
+        return tensors
+
+    def read_answer(self) -> bytes | None:
+        stream = self.process.stdout
+        header = stream.read(worker.HEADER.size)
+        if len(header) < worker.HEADER.size:
+            return None
+        (size,) = worker.HEADER.unpack(header)
+        if size > LARGEST_ANSWER:
+            self.kill()
+            raise Stopped(f"an answer of {size} bytes; at most {LARGEST_ANSWER} are read")
+        data = stream.read(size)
+        return data if len(data) == size else None
+
+    def flooded(self) -> bool:
+        return os.fstat(self.printed.fileno()).st_size >= self.limits.output
+
+    def flood(self) -> str:
+        return f"it printed {self.limits.output} bytes or more; print less"
+
+    def why_it_ended(self) -> str:
+        """Why there is no answer, in a sentence."""
+        with suppress(subprocess.TimeoutExpired):  # it has closed its answers, but still runs
+            self.process.wait(1)
+        status = self.process.poll()
+        self.kill()
+        if self.late:
+            return f"it did not end within {self.limits.seconds:g} seconds"
+        if self.flooded():
+            return self.flood()
+        if status is None:
+            return "it closed the way to the grader"
+        if status == worker.STATUS:
+            return self.output().splitlines()[-1] if self.output() else "it did what is not allowed"
+        if -status in (getattr(signal, "SIGXCPU", 0), signal.SIGKILL if os.name == "posix" else 0):
+            return f"it did not end within {self.limits.cpu_seconds} seconds of processor time"
+        if status < 0:
+            return f"it crashed with signal {-status}: {self.output()[-300:]}"
+        return f"it ended the process, with status {status}: {self.output()[-300:]}"
+
+    def peak(self, scenario: str, tensors: dict[str, Tensor], **numbers) -> tuple[dict, int]:
+        """`ask` in a fresh process of the same files, and the most memory that it held, in bytes:
+        the operating system's word, not the process's."""
+        with Sandbox(self.files, self.limits) as fresh:
+            return fresh.ask(scenario, tensors, **numbers), fresh.most_memory()
+
+    def most_memory(self) -> int:
+        """The most bytes of memory that the process has held. It may end by this."""
+        if sys.platform == "linux":
+            text = Path(f"/proc/{self.process.pid}/status").read_text()
+            return 1024 * int(text.split("VmHWM:")[1].split()[0])
+        if not hasattr(os, "wait4"):
+            raise Failed("this system does not say how much memory was used; the grader's does")
+        self.process.stdin.close()
+        _, status, usage = os.wait4(self.process.pid, 0)
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+KEPT = ("PATH", "SYSTEMROOT", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+
+
+def printable(text: str) -> str:
+    """A student's text without what would change the terminal that it is shown in."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
+def only_python(folder: str, names: list[str]) -> set[str]:
+    return {name for name in names if not name.endswith(".py")}
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """The largest difference, in units of the largest number that is wanted, in float64."""
+    got, want = got.double(), want.double()
+    if got.numel() == 0:
+        return 0.0
+    return float((got - want).abs().max() / want.abs().max().clamp(min=1e-300))
+
+
+def look(answer: dict[str, Tensor], name: str, shape: tuple | None, dtype=None) -> Tensor:
+    """A tensor of an answer, of this shape and type, and finite. Raises `Failed` if it is not."""
+    if name not in answer:
+        raise Failed(f"{name} was not returned")
+    tensor = answer[name]
+    if shape is not None and tuple(tensor.shape) != tuple(shape):
+        raise Failed(f"{name} has shape {list(tensor.shape)}, {list(shape)} was expected")
+    if dtype is not None and tensor.dtype != dtype:
+        raise Failed(f"{name} is of type {tensor.dtype}, {dtype} was expected")
+    if tensor.dtype.is_complex or not tensor.double().isfinite().all():
+        raise Failed(f"{name} has numbers that are not finite")
+    return tensor
+
+
+def expect(answer: dict[str, Tensor], name: str, want: Tensor, tolerance: float, hint="") -> None:
+    """Raises `Failed` unless a tensor of an answer is `want`, within a relative tolerance."""
+    error = relative_error(look(answer, name, want.shape), want)
+    if not error <= tolerance:
+        said = f"; {hint}" if hint else ""
+        raise Failed(f"{name}: relative error {error:.2g}, at most {tolerance:g} allowed{said}")
+
+
+class Draw:
+    """Random inputs, new ones at every run, the same ones for the same seed."""
+
+    def __init__(self, seed: str):
+        digest = int.from_bytes(seed.encode(), "little") % (2**63 - 25)
+        self.generator = torch.Generator().manual_seed(digest)
+
+    def normal(self, *shape: int, dtype=torch.float64) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+
+    def whole(self, low: int, high: int, *shape: int) -> Tensor:
+        """Whole numbers in low .. high."""
+        return torch.randint(low, high + 1, shape, generator=self.generator)
+
+    def integer(self, low: int, high: int) -> int:
+        return int(self.whole(low, high))
+
+    def choose(self, values: list | tuple):
+        return values[self.integer(0, len(values) - 1)]
