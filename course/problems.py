@@ -5,6 +5,7 @@ Everything here works on text. No file of a student is imported.
 """
 
 import ast
+import functools
 import io
 import sys
 import zipfile
@@ -75,6 +76,11 @@ class NotFound(ValueError):
     """A text has no such function, or is no Python."""
 
 
+@functools.lru_cache(maxsize=64)
+def parse(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def find_function(text: str, name: str) -> ast.FunctionDef:
     """The definition of `name`, such as "cskv.BiBranchCache.decode", in the text of its module.
 
@@ -82,7 +88,7 @@ def find_function(text: str, name: str) -> ast.FunctionDef:
     """
     module, *path = name.split(".")
     try:
-        body = ast.parse(text).body
+        body = parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None)
         where = f", line {line}" if line else ""

@@ -66,7 +66,8 @@ def memory_of_one_chunk(student: Sandbox, draw: Draw) -> None:
         }
         numbers = {"old": old, "longest": LONG, "sizes": [*SIZES, None]}
         answer, peak = student.peak("attend_long", tensors, **numbers)
-        expect(answer, "out", long_attention(tensors, old), 1e-3, f"{old} tokens")
+        # RoPE's table is in float32: at position 60,000 an angle is off by 0.006 at the most.
+        expect(answer, "out", long_attention(tensors, old), 1e-2, f"{old} tokens")
         peaks.append(peak)
     more = peaks[1] - peaks[0]
     if not more <= MOST:
