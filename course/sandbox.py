@@ -32,6 +32,7 @@ TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool
 TYPES |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 NO_ANSWER = (SafetensorError, ValueError, AttributeError, KeyError, TypeError, RecursionError)
 NO_ANSWER += (struct.error,)
+KILLED = [getattr(signal, name, None) for name in ("SIGXCPU", "SIGKILL")]  # by the limits
 NOBODY = 65534  # the user that owns nothing
 
 
@@ -201,8 +202,9 @@ class Sandbox:
             return "it closed the way to the grader"
         if status == worker.STATUS:
             return self.output().splitlines()[-1] if self.output() else "it did what is not allowed"
-        if -status in (getattr(signal, "SIGXCPU", 0), signal.SIGKILL if os.name == "posix" else 0):
-            return f"it did not end within {self.limits.cpu_seconds} seconds of processor time"
+        if -status in KILLED:
+            what = f"processor time (at most {self.limits.cpu_seconds} seconds) or memory"
+            return f"it took too much {what}"
         if status < 0:
             return f"it crashed with signal {-status}: {self.output()[-300:]}"
         return f"it ended the process, with status {status}: {self.output()[-300:]}"

@@ -48,7 +48,9 @@ def set_limits(cpu_seconds: int, memory: int, output: int) -> None:
         limits["AS"] = pages * resource.getpagesize() + memory
     for name, most in limits.items():
         with suppress(ValueError, OSError):  # a lower limit is there already
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+            # A second more before the system kills the process, so that it can be told why it ended.
+            hard = most + 1 if name == "CPU" else most
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, hard))
 
 
 def watch(folder: Path) -> None:

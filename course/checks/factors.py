@@ -55,7 +55,8 @@ def svd_is_balanced(student: Sandbox, draw: Draw) -> None:
 def weighed(student: Sandbox, draw: Draw, x_abs: Tensor, W: Tensor, rank: int, alpha) -> Tensor:
     """A B, once the loss with rows weighed by x_abs^alpha is at its minimum."""
     answer = student.ask("asvd", {"W": W, "x_abs": x_abs}, rank=rank, alpha=alpha)
-    S = x_abs.pow(0.5 if alpha is None else alpha)[:, None]
+    alpha = 0.5 if alpha is None else alpha
+    S = x_abs.pow(alpha)[:, None]
     AB = product(answer, W, rank)
     floor = dropped(torch.linalg.eigvalsh((S * W).T @ (S * W)), rank)
     at_floor(f"|S W - S A B|^2 with alpha {alpha}", (S * (W - AB)).square().sum(), floor, 1e-6)

@@ -70,7 +70,7 @@ def latents_are_rounded(student: Sandbox, draw: Draw) -> None:
 def floor_is_dropped_eigenvalues(student: Sandbox, draw: Draw) -> None:
     """The floor is what the best factors of the rank leave, and 0, not rounding, where there are
     fewer tokens than ranks."""
-    for extra in (20, 5, 0):
+    for extra in (20, 5, 0, 0, 0):
         d_kv = draw.integer(4, 12)
         rank = draw.integer(1, d_kv - 1)
         k = draw.normal(rank + extra, d_kv) * torch.exp(draw.normal(d_kv))
