@@ -48,7 +48,7 @@ def set_limits(cpu_seconds: int, memory: int, output: int) -> None:
         limits["AS"] = pages * resource.getpagesize() + memory
     for name, most in limits.items():
         with suppress(ValueError, OSError):  # a lower limit is there already
-            # A second more before the system kills the process, so that it can be told why it ended.
+            # The system kills a second later: before, it says why.
             hard = most + 1 if name == "CPU" else most
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, hard))
 

@@ -59,8 +59,9 @@ def test_release_has_no_solution(released):
     with zipfile.ZipFile(released / "course" / "given.zip") as archive:
         given = {name[:-3]: archive.read(name).decode() for name in archive.namelist()}
     assert given == problems.read_modules(released) == REFERENCE.given
-    files = [file for file in released.rglob("*.py") if file.parent != released]
-    others = "".join(file.read_text(encoding="utf-8") for file in files)
+    files = [*released.glob("course/**/*.py"), *released.glob("support/*.py")]
+    # scenarios.py calls the functions, and so has lines that call them.
+    others = "".join(f.read_text(encoding="utf-8") for f in files if f.name != "scenarios.py")
     for name in (name for problem in PROBLEMS.values() for name in problem.names):
         module = name.split(".")[0]
         empty = problems.function_text(given[module], name)
