@@ -44,8 +44,9 @@ from support.factors_file import load_factors
 from support.notes import all_that_counts, delete_notes
 from support.options import add_options
 from support.processes import place, processes
+from support.records import prompt_ids, read_records
 from support.tables import table, write_json
-from support.text import WIDER_CACHES, check_finite, read_documents, sample_tokens
+from support.text import WIDER_CACHES, check_finite, passages, read_documents, sample_tokens
 from support.tokenizer import Tokenizer, load_tokenizer
 
 # Tokens of an answer: LongEval's limit, and enough to continue "The pass key is".
@@ -85,14 +86,6 @@ def decode_nll(
     nll = torch.stack(losses, dim=1)
     check_finite(bool(nll.isfinite().all()), WIDER_CACHES)
     return nll
-
-
-def passages(ids: list[int], count: int, length: int) -> Tensor:
-    """`count` passages of `length` tokens, spread evenly over a text, as [count, length]."""
-    if len(ids) < count * length:
-        raise UserError(f"the text has {len(ids)} tokens, {count} passages of {length} need more")
-    starts = [i * (len(ids) - length) // max(1, count - 1) for i in range(count)]
-    return torch.tensor([ids[s : s + length] for s in starts])
 
 
 def perplexity_cases(
@@ -215,10 +208,10 @@ def benchmark_cases(
         # Room for the answer, and for what the seam and a chat template may add.
         room = limit - task.max_new_tokens - 64
         most = max(2, min(max_length or module.MAX_LENGTH, room))
-        records = longbench.read_records(task, folder)[:count]
+        records = read_records(task, folder)[:count]
         for record in tqdm(records, f"reading {task.name}", leave=False, disable=place()[0] > 0):
             chat = tokenizer.template is not None
-            prompt = longbench.prompt_ids(task, record, tokenizer, most, chat)
+            prompt = prompt_ids(task, record, tokenizer, most, chat)
             length = len(prompt) + task.max_new_tokens
             if length > limit:
                 raise UserError(

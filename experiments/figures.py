@@ -9,7 +9,7 @@ from statistics import fmean
 from torch import Tensor
 
 from experiments.caches import CACHES
-from support.pictures import draw, pyplot
+from support.pictures import draw, draw_lines, pyplot, save_figure
 from support.tables import grouped
 
 COLOURS = {
@@ -28,27 +28,10 @@ PROTOCOL = {
 
 
 def draw_scores(rows: list[dict], panel: str, titles: dict, paper: str, path: Path, **axes) -> None:
-    """Accuracy or perplexity against `x`: a panel for each value of `panel`, a line for each
-    `label`, with its `colour` and its `marks`; and the paper's own line, called `paper`."""
+    """Accuracy or perplexity, and the paper's own accuracy in a line of that name: `draw_lines`."""
     score = "perplexity" if "perplexity" in rows[0] else "accuracy"
-
-    def fill(axis, key: object, some: list[dict]) -> None:
-        axis.set_title(titles.get(key, key), fontsize=11)
-        if axes.get("xscale") == "log":
-            axis.set_xscale("log", base=2)
-        for label, line in grouped(some, "label").items():
-            line = sorted(line, key=lambda row: row["x"])
-            x, y = [row["x"] for row in line], [row[score] for row in line]
-            colour = line[0]["colour"]
-            axis.plot(x, y, line[0]["marks"], color=colour, label=label, alpha=0.85)
-            if "band" in line[0]:
-                low, high = zip(*(row["band"] for row in line), strict=True)
-                axis.fill_between(x, low, high, color=colour, alpha=0.08)
-        theirs = sorted({(row["x"], float(row["paper"])) for row in some if row["paper"]})
-        if paper and theirs and score == "accuracy":
-            axis.plot(*zip(*theirs, strict=True), "k:", label=paper)
-
-    draw(grouped(rows, panel), fill, path, ylabel=LABELS[score], **axes)
+    theirs = ("paper", paper) if score == "accuracy" else ("", "")
+    draw_lines(rows, panel, titles, score, theirs, path, ylabel=LABELS[score], **axes)
 
 
 def accuracy_against_bytes(rows: list[dict], path: Path) -> None:
@@ -139,3 +122,21 @@ def loss_curves(curves: list[dict], path: Path) -> None:
 
     labels = {"xlabel": "step", "ylabel": "loss (equation 2)"}
     draw(grouped(curves, "ratio"), fill, path, yscale="log", **labels)
+
+
+def budget_plan(rows: list[dict], path: Path) -> None:
+    """What each side of each layer keeps: its rank as a colour, and rank and bits written in it."""
+    sides = grouped(rows, "of")
+    layers, most = len(rows) // 2, max(row["rank"] for row in rows)
+    figure, axis = pyplot().subplots(figsize=(1.5 + 0.42 * layers, 2.2))
+    ranks = [[row["rank"] for row in side] for side in sides.values()]
+    image = axis.imshow(ranks, cmap="viridis", vmin=0, vmax=most, aspect="auto")
+    for y, side in enumerate(sides.values()):
+        for x, row in enumerate(side):
+            colour = "black" if row["rank"] > 0.6 * most else "white"
+            text = f"{row['rank']}\nx {row['bits']}"
+            axis.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
+    axis.set(xlabel="layer", yticks=range(len(sides)), yticklabels=list(sides))
+    axis.set_xticks(range(layers))
+    figure.colorbar(image, label="rank", pad=0.01)
+    save_figure(figure, path)

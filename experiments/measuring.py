@@ -2,10 +2,7 @@
 
 Since prefill is exact in nearly every cache, the model reads the text of a case once for all of
 these; then each cache goes on alone. Memory holds all caches of one case at a time: if that is too
-much, run fewer of them at once.
-
-Under torchrun each process takes every n-th case. With notes, finished cases are kept in a file,
-and the same command goes on where it stopped, with as many processes as one likes.
+much, run fewer of them at once. Under torchrun each process takes every n-th case.
 """
 
 import math
@@ -17,15 +14,13 @@ from statistics import fmean
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from experiments import longbench
 from experiments.caches import Row, make_cache
 from infer import full_bytes, held_bytes
 from model import LayerCache, Rope, Transformer
-from support.command import UserError, append_line
-from support.notes import read_notes, start_notes
-from support.processes import gathered, patient_group, place
+from support.notes import run_all
+from support.scores import wilson
 from support.tables import grouped
 
 
@@ -70,29 +65,12 @@ def measure(
     """
     for row in rows:
         make_cache(model, row, 0)  # one that refuses this model does so now, not after hours
-    rank, count = place()
-    done = read_notes(notes, arguments) if notes else {}
-    group = patient_group()
-    gathered(None, group)  # before anyone writes notes, all have read the same
-    file = start_notes(notes, rank, arguments) if notes else None
+    keys = [[(r, c) for r in range(len(rows))] for c in range(len(cases))]
 
-    left = {c: [r for r in range(len(rows)) if (r, c) not in done] for c in range(len(cases))}
-    todo = [c for c in left if left[c]]
-    failure = None
-    try:
-        for c in tqdm(todo[rank::count], unit="case", leave=False, disable=rank > 0):
-            results = run_case(model, [rows[r] for r in left[c]], cases[c])
-            for r, result in zip(left[c], results, strict=True):
-                done[r, c] = result
-                if file:
-                    append_line(file, {"row": r, "case": c, **result})
-    except UserError as error:
-        failure = error
-    for part, error in gathered((done, failure), group):
-        if error:
-            raise error
-        done |= part
+    def run(left: list[tuple[int, int]]) -> Iterator[dict]:
+        return run_case(model, [rows[r] for r, _ in left], cases[left[0][1]])
 
+    done = run_all(keys, run, notes, arguments)
     groups: dict[tuple, list[int]] = {}
     for c, case in enumerate(cases):
         groups.setdefault(tuple(case.columns.items()), []).append(c)
@@ -154,14 +132,6 @@ def summary(model: Transformer, results: list[dict]) -> dict:
         "seconds": seconds,
         "scores": scores,
     }
-
-
-def wilson(right: float, cases: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95% interval of a share, by Wilson (1927): right near 0 and 1, where it matters here."""
-    p, n = right / cases, cases
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def with_score(rows: list[dict]) -> list[dict]:

@@ -34,18 +34,17 @@ from experiments.factors import FactorStore, Recipe
 from experiments.measuring import Case, measure, with_score
 from support.calibration import INITIALIZATIONS, rank_for
 from support.checkpoint import load_model
-from support.command import DTYPES, Arguments, UserError, make_folder, replacing, run_command
+from support.command import DTYPES, Arguments, UserError, make_folder, run_command
 from support.demonstration import TEACHER
 from support.notes import all_that_counts, delete_notes
 from support.options import PROTOCOLS, add_options
 from support.processes import place, processes
-from support.tables import grouped, table, write_json
+from support.tables import SCORES, side_by_side, table, write_json, write_markdown
 from support.text import sample_tokens
 from support.tokenizer import load_tokenizer
 
 PAPER_LR = 5e-5
 LINES = [25, 50, 100]  # of the LongEval cases that factors are fitted to, and of table 1
-SCORES = ["accuracy", "interval", "perplexity", "nominal_ratio", "measured_ratio"]
 
 
 @dataclass
@@ -96,30 +95,9 @@ class Experiment:
         text, whole = table(merged, shown), table(rows, columns)
         print(text)
         write_json(self.out.with_suffix(".json"), rows)
-        command = f"`python -m experiments.paper {shlex.join(sys.argv[1:]) or self.out.name}`"
-        made = f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, "
-        made += f"{torch.get_num_threads()} threads, {(time.monotonic() - self.began) / 60:.1f} "
-        made += "minutes since it was started last"
-        parts = [command, text, made] + [whole] * (whole != text)
-        with replacing(self.out.with_suffix(".md")) as temporary:
-            temporary.write_text("\n\n".join(parts) + "\n")
-
-
-def side_by_side(rows: list[dict], columns: list[str]) -> tuple[list[dict], list[str]]:
-    """Rows and columns with a column of accuracies for each protocol; these and measured ratios are
-    means over the lengths."""
-    questions = list(dict.fromkeys(row["question"] for row in rows if "question" in row))
-    if not questions:
-        return rows, columns
-    keys = [name for name in columns if name not in ("question", "lines", *SCORES)]
-    merged = []
-    for group in grouped(rows, *keys, "nominal_ratio").values():
-        scores = {q: fmean(r["accuracy"] for r in group if r["question"] == q) for q in questions}
-        measured = fmean(row["measured_ratio"] for row in group)
-        merged.append({**group[0], **scores, "measured_ratio": measured})
-    shown = [name for name in keys if name != "paper"]
-    shown += ["nominal_ratio", "measured_ratio", *questions]
-    return merged, shown + ["paper"] * ("paper" in columns)
+        command = f"python -m experiments.paper {shlex.join(sys.argv[1:]) or self.out.name}"
+        tables = [text] + [whole] * (whole != text)
+        write_markdown(self.out.with_suffix(".md"), command, tables, self.began)
 
 
 # ------------------------------------------------------------------------------------- tables

@@ -20,16 +20,19 @@ from support.processes import place, summed
 
 
 @contextmanager
-def layer_hooks(model: Transformer, hook: Callable[[int, Tensor, Tensor, Tensor], None]):
+def layer_hooks(
+    model: Transformer, hook: Callable[[int, Tensor, Tensor, Tensor], None], sinks: int = 0
+):
     """While the model runs, calls hook(i, x, k, v) for every layer i, all of them in float32.
 
     x [B, T, hidden] is the layer's input, k and v [B, T, d_kv] are before RoPE and without bias:
-    RoPE turns K and K^ alike, and a bias is added to both, so neither changes the loss.
+    RoPE turns K and K^ alike, and a bias is added to both, so neither changes the loss. The first
+    `sinks` tokens are left out: a cache that keeps them exact has no latents of them.
     """
 
     def of_layer(i: int):
         def call(attention: Attention, args: tuple) -> None:
-            x, projections = args[0], (attention.k_proj, attention.v_proj)
+            x, projections = args[0][:, sinks:], (attention.k_proj, attention.v_proj)
             hook(i, x.float(), *(F.linear(x, p.weight).float() for p in projections))
 
         return call
@@ -41,6 +44,15 @@ def layer_hooks(model: Transformer, hook: Callable[[int, Tensor, Tensor, Tensor]
     finally:
         for one in hooks:
             one.remove()
+
+
+def count_tokens(samples: list[Tensor], sinks: int) -> int:
+    """Tokens of `samples` [B, T] without the first `sinks` of each. Raises `UserError` if there are
+    none."""
+    tokens = sum(sample[:, sinks:].numel() for sample in samples)
+    if not tokens:
+        raise UserError(f"no sample is longer than {sinks} sinks; give longer text, or fewer sinks")
+    return tokens
 
 
 @dataclass
@@ -57,8 +69,9 @@ class Statistics:
 
 
 @torch.no_grad()
-def calibrate(model: Transformer, samples: list[Tensor]) -> list[Statistics]:
-    """Runs the frozen model once over `samples` [B, T], shared out among the processes.
+def calibrate(model: Transformer, samples: list[Tensor], sinks: int = 0) -> list[Statistics]:
+    """Runs the frozen model once over `samples` [B, T], shared out among the processes; the first
+    `sinks` tokens of each do not count.
 
     Returns one `Statistics` a layer. Raises `UserError` for no samples, or fewer than processes,
     and for keys or values that overflow.
@@ -67,6 +80,7 @@ def calibrate(model: Transformer, samples: list[Tensor]) -> list[Statistics]:
     if len(samples) < count:
         what = f"{len(samples)} samples for {count} processes; start fewer of these"
         raise UserError(what if samples else "no calibration text; give at least one sample")
+    counted = count_tokens(samples, sinks)
     shapes = (config.hidden_size,), (config.d_kv, config.d_kv), (config.d_kv, config.d_kv)
     result = [
         Statistics(*(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
@@ -80,12 +94,12 @@ def calibrate(model: Transformer, samples: list[Tensor]) -> list[Statistics]:
         result[i].k_moment += k.T @ k
         result[i].v_moment += v.T @ v
 
-    with layer_hooks(model, add):
+    with layer_hooks(model, add, sinks):
         for tokens in tqdm(samples[rank::count], "calibrating", unit="sample", disable=rank > 0):
             model(tokens.to(device), logits_to_keep=1)
     for i, s in enumerate(result):  # in place: the moments of LongChat-7B are 8.6 GB
         for total in (s.x_abs, s.k_moment, s.v_moment):
-            summed(total).div_(sum(tokens.numel() for tokens in samples))
+            summed(total).div_(counted)
         if not (s.k_moment.isfinite().all() and s.v_moment.isfinite().all()):
             raise UserError(f"keys or values of layer {i} overflow; try another --dtype")
     return result
@@ -133,30 +147,48 @@ def init_factors(
     ones need the `statistics` of `calibrate`. Raises `ValueError` for an unknown name, for ranks
     that do not fit, and for weights that are not finite.
     """
-    layers = model.model.layers
-    if name not in INITIALIZATIONS:
-        raise ValueError(f"no initialization {name!r}; choose one of {', '.join(INITIALIZATIONS)}")
-    if name in CALIBRATED and statistics is None:
-        raise ValueError(f"initialization {name!r} needs calibration text")
-    if not len(k_ranks) == len(v_ranks) == len(layers):
-        raise ValueError(f"{len(k_ranks)} and {len(v_ranks)} ranks for {len(layers)} layers")
+    layers = len(model.model.layers)
+    if not len(k_ranks) == len(v_ranks) == layers:
+        raise ValueError(f"{len(k_ranks)} and {len(v_ranks)} ranks for {layers} layers")
     check_ranks(model, *k_ranks, *v_ranks)
     generator = torch.Generator().manual_seed(seed)
-
-    def factorize(i: int, which: str, rank: int) -> LowRank:
-        attention = layers[i].self_attn
-        W = getattr(attention, f"{which}_proj").weight.T.float()  # [hidden, d_kv]
-        if not W.isfinite().all():
-            raise ValueError(f"layer {i}: {which}_proj has weights that are not finite numbers")
-        if name == "random":
-            return cskv.random_factors(W, rank, generator)
-        if name == "svd":
-            return cskv.svd_factors(W, rank)
-        if name == "asvd":
-            return cskv.asvd_factors(W, rank, statistics[i].x_abs.float())
-        metric = cskv.output_metric(attention) if (name, which) == ("attention", "v") else None
-        return cskv.optimal_factors(W, rank, getattr(statistics[i], f"{which}_moment"), metric)
-
-    ranks = enumerate(zip(k_ranks, v_ranks, strict=True))
-    pairs = [LayerFactors(factorize(i, "k", k), factorize(i, "v", v)) for i, (k, v) in ranks]
+    statistics = statistics or [None] * layers
+    pairs = [
+        LayerFactors(
+            init_pair(name, model, i, "k", k_ranks[i], statistics[i], generator),
+            init_pair(name, model, i, "v", v_ranks[i], statistics[i], generator),
+        )
+        for i in range(layers)
+    ]
     return Factors(pairs, {"init": name, "trained": "none"})
+
+
+@torch.no_grad()
+def init_pair(
+    name: str,
+    model: Transformer,
+    i: int,
+    side: str,
+    rank: int,
+    seen: Statistics | None = None,
+    generator: torch.Generator | None = None,
+) -> LowRank:
+    """`init_factors` for the keys ("k") or the values ("v") of layer i alone, with what that layer
+    has `seen`."""
+    if name not in INITIALIZATIONS:
+        raise ValueError(f"no initialization {name!r}; choose one of {', '.join(INITIALIZATIONS)}")
+    if name in CALIBRATED and seen is None:
+        raise ValueError(f"initialization {name!r} needs calibration text")
+    check_ranks(model, rank)
+    attention = model.model.layers[i].self_attn
+    W = getattr(attention, f"{side}_proj").weight.T.float()  # [hidden, d_kv]
+    if not W.isfinite().all():
+        raise ValueError(f"layer {i}: {side}_proj has weights that are not finite numbers")
+    if name == "random":
+        return cskv.random_factors(W, rank, generator)
+    if name == "svd":
+        return cskv.svd_factors(W, rank)
+    if name == "asvd":
+        return cskv.asvd_factors(W, rank, seen.x_abs.float())
+    metric = cskv.output_metric(attention) if (name, side) == ("attention", "v") else None
+    return cskv.optimal_factors(W, rank, getattr(seen, f"{side}_moment"), metric)

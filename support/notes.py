@@ -1,25 +1,72 @@
-"""What a long run of many cases has finished, kept in files, so that it goes on where it stopped.
+"""A long run of many cases: shared out among processes, and what is finished is kept in files.
 
 A file for each process, JSON lines: the arguments, then a line for each finished case. A run that
-is killed leaves half a line at the most: that case does not count as finished.
+is killed leaves half a line at the most: that case does not count as finished. The same command
+goes on where it stopped, with as many processes as one likes.
 """
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from tqdm import tqdm
 
 from model import Transformer
 from support.checkpoint import find_checkpoint
 from support.command import UserError, append_line
 from support.factors_file import fingerprint
-from support.processes import say
+from support.processes import gathered, patient_group, place, say
+
+Key = tuple[int, int]  # of a piece of work: its row and its case
+
+
+def run_all(
+    groups: list[list[Key]],
+    run: Callable[[list[Key]], Iterable[dict]],
+    notes: Path | None,
+    arguments: dict | None = None,
+    unit: str = "case",
+) -> dict[Key, dict]:
+    """The results of all work, by key, in every process.
+
+    Args:
+        groups: keys whose work is done together, by one process.
+        run: yields a result, which JSON can hold, for each key that it is given, in turn.
+        notes: results are kept in files of that name until `delete_notes`, and are not made again;
+            None keeps none.
+        arguments: what must be the same to go on with the notes.
+
+    Raises `UserError` if the notes are those of other `arguments`, and the first one of `run`.
+    """
+    rank, count = place()
+    done = read_notes(notes, arguments) if notes else {}
+    group = patient_group()
+    gathered(None, group)  # before anyone writes notes, all have read the same
+    file = start_notes(notes, rank, arguments) if notes else None
+    left = [[key for key in keys if key not in done] for keys in groups]
+    todo = [keys for keys in left if keys]
+    failure = None
+    try:
+        for keys in tqdm(todo[rank::count], unit=unit, leave=False, disable=rank > 0):
+            for key, result in zip(keys, run(keys), strict=True):
+                done[key] = result
+                if file:
+                    append_line(file, {"row": key[0], "case": key[1], **result})
+    except UserError as error:
+        failure = error
+    for part, error in gathered((done, failure), group):
+        if error:
+            raise error
+        done |= part
+    return done
 
 
 def note_files(notes: Path) -> list[Path]:
     return sorted(f for f in notes.parent.iterdir() if f.name.startswith(f"{notes.name}.cases-"))
 
 
-def read_notes(notes: Path, arguments: dict | None) -> dict[tuple[int, int], dict]:
+def read_notes(notes: Path, arguments: dict | None) -> dict[Key, dict]:
     """The finished cases of an earlier run, by row and case. Raises `UserError` for a run with
     other arguments, naming one, and for a damaged file."""
     arguments = json.loads(json.dumps(arguments or {}))  # as they come back from a file

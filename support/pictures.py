@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from support.command import UserError, replacing
+from support.tables import grouped
 
 
 def pyplot():
@@ -28,6 +29,45 @@ def draw(panels: dict, fill: Callable, path: Path, **settings) -> None:
         axis.grid(alpha=0.3)
         fill(axis, key, content)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
     pyplot().close(figure)
+
+
+def draw_lines(
+    rows: list[dict],
+    panel: str,
+    titles: dict,
+    score: str,
+    other: tuple[str, str],
+    path: Path,
+    **axes,
+) -> None:
+    """Column `score` of the rows against `x`: a panel for each value of the column `panel`, a line
+    for each `label`, with its `colour`, its `marks` and, if it has one, its `band`.
+
+    `other` is a column of further scores at these x, or "", and what their dotted line is called.
+    """
+    column, name = other
+
+    def fill(axis, key: object, some: list[dict]) -> None:
+        axis.set_title(titles.get(key, key), fontsize=11)
+        if axes.get("xscale") == "log":
+            axis.set_xscale("log", base=2)
+        for label, line in grouped(some, "label").items():
+            line = sorted(line, key=lambda row: row["x"])
+            x, y = [row["x"] for row in line], [row[score] for row in line]
+            colour = line[0]["colour"]
+            axis.plot(x, y, line[0]["marks"], color=colour, label=label, alpha=0.85)
+            if "band" in line[0]:
+                low, high = zip(*(row["band"] for row in line), strict=True)
+                axis.fill_between(x, low, high, color=colour, alpha=0.08)
+        theirs = sorted({(row["x"], float(row[column])) for row in some if row.get(column)})
+        if theirs and name:
+            axis.plot(*zip(*theirs, strict=True), "k:", label=name)
+
+    draw(grouped(rows, panel), fill, path, **axes)

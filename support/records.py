@@ -1,19 +1,72 @@
-"""The records of a benchmark's set: JSON lines from a folder, or from an archive of the hub."""
+"""The sets of a benchmark: what a `Task` asks, and its records, JSON lines from a folder or from an
+archive of the hub.
+"""
 
 import json
 import zipfile
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from support.command import UserError, first_line
+from support.tokenizer import Tokenizer
 
 
-def read_records(task, folder: Path | None = None) -> list[dict]:
+@dataclass(frozen=True)
+class Task:
+    """One set of a benchmark: where its records are, how it asks and how it scores."""
+
+    name: str  # of the set, and of its file, `name`.jsonl
+    repository: str  # of data, on the hub
+    archive: str  # the .zip there that has the file
+    template: str  # with the fields {context} and {input}
+    max_new_tokens: int
+    score: Callable[[str, dict], float]  # (model's output, record) -> 0 .. 1
+    bucket: Callable[[dict], str]  # record -> the column that it counts in
+    fields: dict[str, type]  # what a record must have
+    chat: bool = True  # in the model's chat template; few-shot prompts do better without
+
+    def prompt(self, record: dict) -> str:
+        return self.template.format(context=record["context"], input=record["input"])
+
+
+def choose(names: list[str], tasks: dict[str, Task]) -> list[Task]:
+    """The tasks of these names. Raises `UserError` for a name that is not in `tasks`."""
+    for name in names:
+        if name not in tasks:
+            raise UserError(f"no set {name!r}; choose from {', '.join(tasks)}")
+    return [tasks[name] for name in names]
+
+
+def truncate_middle(ids: list[int], max_length: int) -> tuple[list[int], list[int]]:
+    """Up to `max_length` tokens as (all, none); of more, the first half and the last half of
+    `max_length`: instructions and question stand at the ends. [0 .. 9] and 5 give [0, 1], [8, 9].
+    """
+    if len(ids) <= max_length:
+        return ids, []
+    half = max_length // 2
+    return ids[:half], ids[len(ids) - half :]
+
+
+def prompt_ids(
+    task: Task, record: dict, tokenizer: Tokenizer, max_length: int, chat: bool = True
+) -> list[int]:
+    """Token ids that ask the record's question: truncated first, then put into the chat template.
+
+    As in LongBench's own code the halves are decoded and joined as text: the tokens at the seam may
+    merge, and the template comes on top of `max_length`. `chat=False` is for a model without one.
+    """
+    text = task.prompt(record)
+    head, tail = truncate_middle(tokenizer.encode(text), max_length)
+    if tail:
+        text = tokenizer.decode(head) + tokenizer.decode(tail)
+    return tokenizer.encode_prompt(text, chat and task.chat)
+
+
+def read_records(task: Task, folder: Path | None = None) -> list[dict]:
     """The records of a task, from its file in `folder` or one folder below, or from the hub.
-
-    `task` has the `name` of the set, the `archive` in a `repository` of the hub that holds its file
-    `name`.jsonl, and the `fields` that a record must have, with their types.
 
     Raises `UserError` if there is no such file, or for the first line that is not such a record.
     """
@@ -41,7 +94,7 @@ def find_file(folder: Path, file: str) -> Path:
     return found[0]
 
 
-def fetch(task) -> Path:
+def fetch(task: Task) -> Path:
     """The task's archive from the hub's cache, downloaded if it is not there."""
     from huggingface_hub import hf_hub_download  # slow to import, and not needed for a folder
 
@@ -52,7 +105,7 @@ def fetch(task) -> Path:
         raise UserError(f"{what}; give a folder that has {task.name}.jsonl") from None
 
 
-def parse_records(task, source: Path | str, lines: IO[bytes]) -> list[dict]:
+def parse_records(task: Task, source: Path | str, lines: IO[bytes]) -> list[dict]:
     """Records from JSON lines. Raises `UserError` that names `source`, the line and the field."""
     records = []
     for i, line in enumerate(lines, 1):

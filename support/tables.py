@@ -1,7 +1,11 @@
 """Tables as Markdown and as JSON, and how the value of each column is written."""
 
 import json
+import time
 from pathlib import Path
+from statistics import fmean
+
+import torch
 
 from support.command import replacing
 
@@ -39,6 +43,9 @@ FORMATS = {
 }
 
 
+SCORES = ["accuracy", "interval", "perplexity", "nominal_ratio", "measured_ratio"]
+
+
 def table(rows: list[dict], columns: list[str] | None = None) -> str:
     """Rows as a Markdown table; of `columns`, or of all in FORMATS, those that the rows have."""
     columns = [name for name in columns or FORMATS if name in rows[0]]
@@ -61,3 +68,30 @@ def grouped(rows: list[dict], *keys: str) -> dict:
         values = tuple(row.get(key, "") for key in keys)
         result.setdefault(values if len(keys) > 1 else values[0], []).append(row)
     return result
+
+
+def side_by_side(rows: list[dict], columns: list[str]) -> tuple[list[dict], list[str]]:
+    """Rows and columns with a column of accuracies for each protocol; these and measured ratios are
+    means over the lengths."""
+    questions = list(dict.fromkeys(row["question"] for row in rows if "question" in row))
+    if not questions:
+        return rows, columns
+    keys = [name for name in columns if name not in ("question", "lines", *SCORES)]
+    merged = []
+    for group in grouped(rows, *keys, "nominal_ratio").values():
+        scores = {q: fmean(r["accuracy"] for r in group if r["question"] == q) for q in questions}
+        measured = fmean(row["measured_ratio"] for row in group)
+        merged.append({**group[0], **scores, "measured_ratio": measured})
+    shown = [name for name in keys if name != "paper"]
+    shown += ["nominal_ratio", "measured_ratio", *questions]
+    return merged, shown + ["paper"] * ("paper" in columns)
+
+
+def write_markdown(path: Path, command: str, tables: list[str], began: float) -> None:
+    """Tables in a file: the command that made them above the first, when and on what below it.
+    `began` is when the command was started last, as `time.monotonic` has it."""
+    made = f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, "
+    made += f"{torch.get_num_threads()} threads, {(time.monotonic() - began) / 60:.1f} "
+    made += "minutes since it was started last"
+    with replacing(path) as temporary:
+        temporary.write_text("\n\n".join([f"`{command}`", tables[0], made, *tables[1:]]) + "\n")

@@ -103,6 +103,14 @@ def sample_tokens(
     return [pieces[i] for i in order[:samples].tolist()]
 
 
+def passages(ids: list[int], count: int, length: int) -> Tensor:
+    """`count` passages of `length` tokens, spread evenly over a text, as [count, length]."""
+    if len(ids) < count * length:
+        raise UserError(f"the text has {len(ids)} tokens, {count} passages of {length} need more")
+    starts = [i * (len(ids) - length) // max(1, count - 1) for i in range(count)]
+    return torch.tensor([ids[s : s + length] for s in starts])
+
+
 def batch_of(samples: list[Tensor], step: int, size: int, seed: int) -> list[Tensor]:
     """The samples of one step; every epoch has an order of its own, drawn from seed and epoch."""
     epoch, position = divmod(step, -(-len(samples) // size))

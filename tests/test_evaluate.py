@@ -12,11 +12,14 @@ import cskv
 from experiments import caches, evaluate, longbench, measuring
 from experiments.longeval import RetrievalCase, make_cases
 from model import FullCache
+from support import records
 from support.calibration import init_factors
 from support.checkpoint import load_model
 from support.command import UserError
 from support.demonstration import TEACHER
 from support.factors_file import save_factors
+from support.scores import wilson
+from support.text import passages
 from support.tokenizer import Tokenizer, load_tokenizer
 from tests.evaluating import (
     arguments,
@@ -170,10 +173,10 @@ def test_decode_nll_equals_one_parallel_computation():
 
 
 def test_passages_are_spread_evenly():
-    found = evaluate.passages(list(range(14)), 3, 4).tolist()
+    found = passages(list(range(14)), 3, 4).tolist()
     assert found == [[0, 1, 2, 3], [5, 6, 7, 8], [10, 11, 12, 13]]
     with pytest.raises(UserError, match="has 10 tokens, 3 passages of 4 need more"):
-        evaluate.passages(list(range(10)), 3, 4)
+        passages(list(range(10)), 3, 4)
 
 
 def test_perplexity_equals_a_plain_forward_pass(everything, tmp_path, capsys):
@@ -227,7 +230,7 @@ def test_answers_and_scores_of_both_protocols(everything, tmp_path, capsys, monk
     more = ["--caches", "full", "--question", question]
     (row,) = measured(everything, capsys, tmp_path / "rows", "longeval", *more)
     assert (row["accuracy"], row["cases"]) == (2 / 3, 3)
-    assert row["interval"] == pytest.approx(measuring.wilson(2, 3))
+    assert row["interval"] == pytest.approx(wilson(2, 3))
     assert row["tokens"] == 23 + limit - 1  # the last new token is not fed back
     assert prefills == [20 if question == "decode" else 23] * 3 * 2  # the layers
 
@@ -320,7 +323,7 @@ def test_vicuna_is_the_template_of_longchat(everything, brief, tmp_path, capsys,
 def scripted(monkeypatch, answers):
     """The model reads its prompt, but says what `answers` has for the words of the question."""
     prompts, said = [], []
-    make_prompt, score = longbench.prompt_ids, evaluate.Question.score
+    make_prompt, score = records.prompt_ids, evaluate.Question.score
 
     def prompt_ids(*arguments):
         prompts.append(make_prompt(*arguments))
@@ -332,7 +335,7 @@ def scripted(monkeypatch, answers):
         said.append([int(word[1:]) for word in answers[asked].split()])
         return score(case, *arguments)
 
-    monkeypatch.setattr(longbench, "prompt_ids", prompt_ids)
+    monkeypatch.setattr(evaluate, "prompt_ids", prompt_ids)
     monkeypatch.setattr(evaluate.Question, "score", score_of_script)
     monkeypatch.setattr(evaluate, "greedy_answer", lambda *_: said[-1])
     return prompts

@@ -15,17 +15,12 @@ from experiments.longbench import (
     BUCKETS,
     TASKS,
     best_rouge_l,
-    f1,
-    lcs,
-    normalize,
-    prompt_ids,
-    rouge_l,
     select,
     summarize,
-    truncate_middle,
 )
 from support.command import UserError
-from support.records import read_records
+from support.records import prompt_ids, read_records, truncate_middle
+from support.scores import f1, lcs, normalize, rouge_l
 from support.tokenizer import Tokenizer
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)

@@ -12,6 +12,7 @@ from experiments import caches, evaluate, measuring
 from support.calibration import init_factors
 from support.command import UserError
 from support.factors_file import save_factors
+from support.scores import wilson
 from support.tables import table
 from tests.evaluating import (
     ROOT,
@@ -31,8 +32,8 @@ ALL = ",".join(caches.CACHES)
 
 def test_wilson_by_hand():
     """46 of 50: (0.92 + 3.8416 / 100 -+ 1.96 sqrt(0.92 * 0.08 / 50 + 3.8416 / 10^4)) / 1.076832."""
-    assert measuring.wilson(46, 50) == pytest.approx((0.8116, 0.9685), abs=1e-4)
-    assert measuring.wilson(50, 50)[0] == pytest.approx(0.9287, abs=1e-4)
+    assert wilson(46, 50) == pytest.approx((0.8116, 0.9685), abs=1e-4)
+    assert wilson(50, 50)[0] == pytest.approx(0.9287, abs=1e-4)
 
 
 def test_a_cache_that_refuses_the_model_does_so_first(tmp_path, monkeypatch):
