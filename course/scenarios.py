@@ -135,7 +135,7 @@ def sequence(
         steps.append(cache.decode(x[:, t : t + 1], *(y[:, :, t : t + 1] for y in (q, k, v)), rope))
     if steps:
         result["steps"] = torch.cat(steps, 2)
-    return {**result, "final_length": cache.length, **contents(cache)}
+    return {**result, "final_length": cache.length}
 
 
 def contents(cache) -> dict:
@@ -170,10 +170,8 @@ def prefill_only(x: Tensor, q: Tensor, k: Tensor, v: Tensor, sizes: list, window
 def branches(
     x: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt: int, sizes: list, window: int, **more
 ) -> dict:
-    """What `decode` hands to `attend` at every step: q, k and v, and `first` and `old`.
-
-    Tokens of the full branch may come in any order.
-    """
+    """What `decode` hands to `attend` at every step, q, k, v, `first` and `old`, and what the cache
+    holds in the end. The student's `attend` is not called."""
     from model import Rope
 
     sinks, expected = more.pop("sinks"), more.pop("expected")
@@ -193,7 +191,7 @@ def branches(
     for i, t in enumerate(range(prompt, x.shape[1])):
         cache.decode(x[:, t : t + 1], *(y[:, :, t : t + 1] for y in (q, k, v)), rope)
         result |= {f"{name}{i}": value for name, value in zip("qkvfo", seen[-1], strict=True)}
-    return result | {"calls": len(seen)}
+    return {**result, "calls": len(seen), "final_length": cache.length, **contents(cache)}
 
 
 def attend(

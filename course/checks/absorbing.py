@@ -16,7 +16,7 @@ def same_as_plain(student: Sandbox, draw: Draw) -> None:
     """`attend` returns what problem c's does, whatever the length of a chunk."""
     for i in range(8):
         bias, sinks = i % 2 == 1, draw.choose([0, 0, 2])
-        tensors, numbers, want = draw_attend(draw, KIND, bias, sinks, torch.float32)
+        tensors, numbers, want = draw_attend(draw, KIND, bias, sinks, torch.float32, i > 5)
         chunk = draw.choose([1, 3, 5, 100])
         answer = student.ask("attend", tensors, **numbers, chunk=chunk)
         what = f"first {numbers['first']}, old {numbers['old']}, chunks of {chunk}, biases {bias}"

@@ -111,12 +111,15 @@ def draw_layer(draw: Draw, T: int, bias=False, sliding=None, window=3, sinks=0) 
     return Layer(H, H_kv, D, sliding, window, sinks, tensors)
 
 
-def draw_attend(draw: Draw, kind: str, bias: bool, sinks: int, dtype: torch.dtype) -> tuple:
-    """Tensors and numbers for the scenario `attend`, and what it must return."""
-    n, full = draw.integer(0 if bias else 5, 30), draw.integer(1, 6)
+def draw_attend(
+    draw: Draw, kind: str, bias: bool, sinks: int, dtype: torch.dtype, empty: bool = False
+) -> tuple:
+    """Tensors and numbers for the scenario `attend`, and what it must return. `empty`: no token is
+    attended through the compressed branch."""
+    n, full = draw.integer(5, 30), draw.integer(1, 6)
     layer = draw_layer(draw, n + full, bias, sinks=sinks)
     first = sinks + draw.integer(0, n // 2)
-    old = first + n - n // 2
+    old = first if empty else first + n - n // 2
     names = ("A_k", "B_k", "A_v", "B_v", "k_bias", "v_bias")
     tensors = {name: layer.tensors[name] for name in names if name in layer.tensors}
     # Latents of all tokens from `sinks` on, newer ones than `old` too, as in a real cache.

@@ -50,7 +50,7 @@ def latents_of_all_but_sinks(student: Sandbox, draw: Draw) -> None:
         T, prompt = draw.integer(20, 30), draw.integer(1, 15)
         layer = draw_layer(draw, T, **choice)
         numbers = {**layer.settings, "prompt": prompt, "expected": draw.choose([0, T])}
-        answer = student.ask("sequence", layer.tensors, **numbers)
+        answer = student.ask("branches", layer.tensors, **numbers)
         for name in "kv":
             want = layer.tensors["x"][:, layer.sinks :] @ layer.tensors[f"A_{name}"]
             expect(answer, f"c_{name}", want, 1e-5, f"sinks {layer.sinks}, prompt {prompt}")
@@ -65,7 +65,9 @@ def attend_is_one_softmax(student: Sandbox, draw: Draw) -> None:
     keys to their positions, and takes one softmax over them and the exact ones."""
     for i in range(6):
         bias, sinks = i % 2 == 1, draw.choose([0, 0, 2])
-        tensors, numbers, want = draw_attend(draw, "BiBranchCache", bias, sinks, torch.float64)
+        tensors, numbers, want = draw_attend(
+            draw, "BiBranchCache", bias, sinks, torch.float64, i == 5
+        )
         answer = student.ask("attend", tensors, **numbers)
         what = f"first {numbers['first']}, old {numbers['old']}, sinks {sinks}, biases {bias}"
         expect(answer, "out", want, TOLERANCE, what)
