@@ -28,7 +28,7 @@ COPIED += tuple(
     f"course/{name}"
     for name in ("README.md", "problems.toml", "problems.py", "grade.py", "sandbox.py")
 )
-COPIED += ("course/__init__.py", "course/worker.py", "course/scenarios.py")
+COPIED += ("course/__init__.py", "course/worker.py", "course/scenarios.py", "course/confine.py")
 
 README = """# CSKV, to be written by you
 

@@ -94,7 +94,7 @@ class Sandbox:
         for module, text in self.files.items():
             (self.folder / f"{module}.py").write_text(text, encoding="utf-8")
         shutil.copytree(ROOT / "support", self.folder / "support", ignore=only_python)
-        for name in ("worker.py", "scenarios.py"):
+        for name in ("worker.py", "scenarios.py", "confine.py"):
             shutil.copy(COURSE / name, self.folder)
         for path in [self.folder, *self.folder.rglob("*")]:
             path.chmod(0o755 if path.is_dir() else 0o644)

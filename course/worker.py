@@ -35,6 +35,8 @@ FORBIDDEN += ("os.truncate", "os.forkpty", "os.startfile", "os.utime", "os.setxa
 FORBIDDEN += ("resource.", "shutil.", "signal.pthread_kill", "socket.", "subprocess.", "syslog.")
 FORBIDDEN += ("sys.addaudithook", "tempfile.")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+DEVICES = (os.devnull, "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo")
+SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/sys/devices/system")  # libraries in C
 PATHS = os.path.realpath, os.path.isdir
 
 
@@ -53,14 +55,22 @@ def set_limits(cpu_seconds: int, memory: int, output: int) -> None:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, hard))
 
 
-def watch(folder: Path) -> None:
-    """Ends the process when it is about to do what no graded function needs to do, such as to
-    write a file, and refuses to read files other than its folder and Python's libraries."""
+def libraries() -> list[str]:
+    """Folders of Python's own modules and of installed ones."""
     paths = sysconfig.get_paths()
-    libraries = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    libraries += [str(Path(torch.__file__).parent.parent), *(p for p in sys.path if "site-" in p)]
-    readable = tuple(os.path.realpath(path) + "/" for path in [folder, *libraries])
-    devices = {os.devnull, "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo"}
+    folders = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return folders + [path for path in sys.path if "-packages" in path]
+
+
+def watch(folders: list[str]) -> None:
+    """Ends the process when it is about to do what no graded function needs to do, such as to
+    write a file, and refuses to read files outside of these folders.
+
+    Only of what Python does, and not against code that takes Python apart: confine.py holds against
+    that too, where there is Linux.
+    """
+    readable = tuple(os.path.realpath(path) + "/" for path in folders)
+    devices = DEVICES
     # Kept here: a student's code could put something else in the place of a module's names.
     forbidden, fspath, fsdecode, realpath, isdir = FORBIDDEN, os.fspath, os.fsdecode, *PATHS
     write, leave, status, writing = os.write, os._exit, STATUS, WRITING
@@ -151,11 +161,15 @@ def main() -> None:
     os.dup2(2, 1)
     torch.set_num_threads(1)
     set_limits(*map(int, sys.argv[1:4]))
-    sys.path.insert(0, str(folder))
     sys.argv[:] = sys.argv[:1]
     # PyTorch wants a folder for what it compiles when the first optimizer is made.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.tempdir = str(folder)
-    watch(folder)
+    sys.path.insert(0, str(folder))
+    from confine import confine
+
+    folders = [str(folder), *libraries()]
+    confine([*folders, *DEVICES, *SYSTEM])
+    watch(folders)
     while (request := read_message(requests)) is not None:
         write_message(answers, answer(request))
 

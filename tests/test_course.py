@@ -102,7 +102,7 @@ def wrong(name, *changes):
 
 
 ALL_WRONG = [(id, what) for id, ones in WRONG.items() for what in ones]
-FIRST = 4  # wrong solutions of each problem in a quick run
+FIRST = 3  # wrong solutions of each problem in a quick run
 QUICK = [(id, what) for id, ones in WRONG.items() for what in list(ones)[:FIRST]]
 SLOW = [pytest.param(*one, marks=pytest.mark.slow) for one in ALL_WRONG if one not in QUICK]
 

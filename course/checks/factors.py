@@ -23,10 +23,12 @@ def dropped(values: Tensor, rank: int) -> Tensor:
     return values.sort(descending=True).values[rank:].sum()
 
 
-def at_floor(what: str, loss: Tensor, floor: Tensor, tolerance: float) -> None:
-    """Raises `Failed` unless a loss is at the least value that it can have."""
-    if not loss <= floor * (1 + tolerance):
-        raise Failed(f"{what} is {loss / floor:.6g} times the least that it can be")
+def at_floor(what: str, loss: Tensor, floor: Tensor, whole: Tensor, tolerance: float) -> None:
+    """Raises `Failed` unless a loss is at the least value that it can have, which may be 0 but for
+    rounding. `whole` is the loss of A B = 0."""
+    least = floor.clamp(min=0) + 1e-10 * whole
+    if not loss <= least * (1 + tolerance):
+        raise Failed(f"{what} is {loss / least:.6g} times the least that it can be")
 
 
 def svd_is_nearest(student: Sandbox, draw: Draw) -> None:
@@ -37,7 +39,8 @@ def svd_is_nearest(student: Sandbox, draw: Draw) -> None:
         W = draw.normal(hidden, d_kv)
         answer = student.ask("svd", {"W": W}, rank=rank)
         loss = (W - product(answer, W, rank)).square().sum()
-        at_floor("|W - A B|^2", loss, dropped(torch.linalg.eigvalsh(W.T @ W), rank), 1e-8)
+        floor = dropped(torch.linalg.eigvalsh(W.T @ W), rank)
+        at_floor("|W - A B|^2", loss, floor, W.square().sum(), 1e-8)
 
 
 def svd_is_balanced(student: Sandbox, draw: Draw) -> None:
@@ -59,7 +62,8 @@ def weighed(student: Sandbox, draw: Draw, x_abs: Tensor, W: Tensor, rank: int, a
     S = x_abs.pow(alpha)[:, None]
     AB = product(answer, W, rank)
     floor = dropped(torch.linalg.eigvalsh((S * W).T @ (S * W)), rank)
-    at_floor(f"|S W - S A B|^2 with alpha {alpha}", (S * (W - AB)).square().sum(), floor, 1e-6)
+    loss, whole = (S * (W - AB)).square().sum(), (S * W).square().sum()
+    at_floor(f"|S W - S A B|^2 with alpha {alpha}", loss, floor, whole, 1e-6)
     return AB
 
 
@@ -98,7 +102,7 @@ def optimal_reaches_the_floor(student: Sandbox, draw: Draw) -> None:
         answer = student.ask("optimal", {"W": W, "moment": moment}, rank=rank)
         loss = (k - x @ product(answer, W, rank)).square().sum() / tokens
         floor = dropped(torch.linalg.svdvals(k).square() / tokens, rank)
-        at_floor("the loss", loss, floor + 1e-10 * moment.trace(), 1e-7)
+        at_floor("the loss", loss, floor, moment.trace(), 1e-7)
         A, B = answer["A"], answer["B"]
         if relative_error(B @ B.T, torch.eye(rank)) > 1e-8:
             raise Failed("the rows of B are not orthonormal; they are eigenvectors")
@@ -123,4 +127,5 @@ def metric_weighs_errors(student: Sandbox, draw: Draw) -> None:
         values, vectors = torch.linalg.eigh(metric)
         root = vectors * values.sqrt() @ vectors.T
         floor = dropped(torch.linalg.svdvals(k @ root).square() / tokens, rank)
-        at_floor("the loss", loss, floor, 1e-6)
+        whole = (k @ root).square().sum() / tokens
+        at_floor("the loss", loss, floor, whole, 1e-6)
