@@ -39,6 +39,7 @@ from support.calibration import (
     CALIBRATED,
     INITIALIZATIONS,
     calibrate,
+    count_tokens,
     equal_ranks,
     init_factors,
     layer_hooks,
@@ -54,6 +55,7 @@ from support.command import (
     user_values,
 )
 from support.factors_file import save_factors
+from support.options import add_options
 from support.processes import place, processes, say, summed
 from support.resume import Journal, make_plan, restore
 from support.text import batch_of, sample_tokens
@@ -120,17 +122,18 @@ def run_layers(
     tuners: list[Tuner],
     train: bool = False,
     moments: Tensor | None = None,
+    sinks: int = 0,
 ) -> Tensor:
     """Equation 2, layer by layer: the frozen model runs once over `samples` [1, T], shared out
     among the processes. Returns the loss of every tuner and layer, [tuners, layers], a mean over
-    all tokens. `train` adds gradients. `moments` [layers, 2, d_kv, d_kv], float64, gets k^T k and
-    v^T v added. Losses of `train` without `moments` have the rounding of float32; others are in
-    float64, for rounding could take a nearly optimal loss below its floor.
+    all tokens but the first `sinks`. `train` adds gradients. `moments` [layers, 2, d_kv, d_kv],
+    float64, gets k^T k and v^T v added. Losses of `train` without `moments` have the rounding of
+    float32; others are in float64, for rounding could take a nearly optimal one below its floor.
     """
     (rank, count), device = place(), model.lm_head.weight.device
     losses = torch.zeros(len(tuners), len(model.model.layers), dtype=torch.float64, device=device)
     exact = not train or moments is not None
-    all_tokens = sum(sample.numel() for sample in samples)
+    all_tokens = count_tokens(samples, sinks)
 
     def add(i: int, x: Tensor, k: Tensor, v: Tensor) -> None:
         share = x.shape[:2].numel() / all_tokens  # this sample's part of the mean
@@ -149,7 +152,7 @@ def run_layers(
                 y = y.flatten(0, 1).double()  # [B * T, d_kv]
                 total += y.T @ y
 
-    with layer_hooks(model, add):
+    with layer_hooks(model, add, sinks):
         for sample in samples[rank::count]:
             model(sample.to(device), logits_to_keep=1)
     if moments is not None:
@@ -165,7 +168,12 @@ def loss_floor(moment: Tensor, rank: int) -> Tensor:
 
 
 def measure(
-    model: Transformer, tuner: Tuner, samples: list[Tensor], bases: list[Tensor], train: bool
+    model: Transformer,
+    tuner: Tuner,
+    samples: list[Tensor],
+    bases: list[Tensor],
+    train: bool,
+    sinks: int = 0,
 ) -> Tensor:
     """Four losses of each layer on `samples`, [4, layers], in the units of equation 2:
 
@@ -179,7 +187,7 @@ def measure(
     """
     d_kv, layers = model.config.d_kv, len(model.model.layers)
     moments = torch.zeros(layers, 2, d_kv, d_kv, dtype=torch.float64, device=bases[0].device)
-    losses = run_layers(model, samples, [tuner], train, moments)
+    losses = run_layers(model, samples, [tuner], train, moments, sinks)
     if not losses.isfinite().all():
         return losses.expand(4, -1)  # for the caller to refuse
     rows = []
@@ -187,7 +195,7 @@ def measure(
         R = torch.eye(d_kv).to(moment) - V.double() @ V.double().T  # k R: what V_r leaves out
         floor = loss_floor(moment, V.shape[1])
         rows.append(torch.stack([floor, ((moment @ R) * R).sum(), moment.trace()]))
-    elements = sum(sample.numel() for sample in samples) * d_kv
+    elements = count_tokens(samples, sinks) * d_kv
     return torch.cat([losses, torch.stack(rows).view(layers, 2, 3).sum(1).T / elements])
 
 
@@ -199,6 +207,7 @@ def fine_tune(
     measure_samples: int = 32,
     batch_size: int = 1,
     seed: int = 0,
+    sinks: int = 0,
 ) -> None:
     """Takes the steps that `tuner` has left; measures the first samples before and after.
 
@@ -208,20 +217,20 @@ def fine_tune(
     steps, state, bases = tuner.steps, journal.state, journal.state["bases"]
     measured = samples[:measure_samples]
     if "initial" not in state:
-        state["initial"] = measure(model, tuner, measured, bases, train=False)
+        state["initial"] = measure(model, tuner, measured, bases, False, sinks)
     final = state["initial"]
     with journal.open(tuner.steps_done, steps):
         while (step := tuner.steps_done) < steps:
             batch, rate = batch_of(samples, step, batch_size, seed), tuner.rate
             if step in journal.logged:
-                losses = measure(model, tuner, batch, bases, train=True)
+                losses = measure(model, tuner, batch, bases, True, sinks)
             else:
-                losses = run_layers(model, batch, [tuner], train=True)
+                losses = run_layers(model, batch, [tuner], train=True, sinks=sinks)
             journal.check(losses[0], step)
             tuner.step()
             journal.record(step, rate, losses, tuner)
     if steps:
-        final = measure(model, tuner, measured, bases, train=False)
+        final = measure(model, tuner, measured, bases, False, sinks)
         journal.check(final[0], steps)
     journal.summarize(steps, final, len(measured))
 
@@ -251,14 +260,14 @@ def run(args: argparse.Namespace) -> None:
         if measuring or calibrating:
             tokenizer = load_tokenizer(args.model, model.config.vocab_size)
             length = min(args.seq_len, model.config.context_length)
-            samples = sample_tokens(args.data, tokenizer, args.samples, length, args.seed)
+            drawn = args.samples, length, args.seed, args.sinks
+            samples = sample_tokens(args.data, tokenizer, *drawn)
             say(f"{len(samples)} samples, {sum(sample.numel() for sample in samples)} tokens")
         steps = args.epochs * -(-len(samples) // args.batch_size)
         if args.steps is not None and args.steps > steps:
             say(f"{steps} steps, not {args.steps}: the epochs have no more; raise --epochs")
         steps = steps if args.steps is None else min(steps, args.steps)
 
-        # A start, or what a checkpoint has of it.
         if training and args.batch_size % place()[1]:
             say(f"batches of {args.batch_size}: some of {place()[1]} processes are idle at times")
         plan = make_plan(vars(args), model, samples)
@@ -266,7 +275,7 @@ def run(args: argparse.Namespace) -> None:
         journal = Journal(checkpoint, args.log, *every, plan, training and args.resume, device)
         goes_on = "step" in journal.state
         with user_values():
-            statistics = calibrate(model, samples) if samples and not goes_on else None
+            statistics = calibrate(model, samples, args.sinks) if samples and not goes_on else None
             init = "random" if goes_on else args.init  # what a checkpoint holds comes in its place
             factors = init_factors(init, model, k_ranks, v_ranks, statistics, args.seed)
             if measuring and not goes_on:
@@ -279,13 +288,12 @@ def run(args: argparse.Namespace) -> None:
         if goes_on:
             restore(tuner, journal.state)
         if measuring:
-            sizes = args.measure_samples, args.batch_size, args.seed
+            sizes = args.measure_samples, args.batch_size, args.seed, args.sinks
             fine_tune(model, tuner, samples, journal, *sizes)
         if place()[0] == 0:
             save_factors(args.out, tuner.factors, model, DTYPES[args.save_dtype])
             shape = f"ranks {k_ranks[0]} (keys) and {v_ranks[0]} (values) of {model.config.d_kv}"
-            size = f"{args.out.stat().st_size / 1e6:.2f} MB"
-            say(f"{args.out}: {args.init}, trained: {trained}, {shape}, {size}")
+            say(f"{args.out}: {args.init}, trained: {trained}, {shape}")
         if training:
             journal.forget()
 
@@ -293,32 +301,25 @@ def run(args: argparse.Namespace) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
     add, count = parser.add_argument, number(int, 1)
-    add("--model", required=True, help="checkpoint folder or hub name")
+    shared = "model samples seq-len sinks seed measure-samples clamped-zero-point device dtype"
+    add_options(parser, shared, {"sinks": "first tokens of a sample that are not learned from"})
     add("--data", type=Path, help=".txt, .jsonl or .parquet (field `text`), or a folder of them")
     add("--out", type=Path, required=True, help="factors file to write")
-    inits = "where factors start; optimal (default) is the minimum of the paper's loss (cskv.py)"
-    add("--init", choices=INITIALIZATIONS, default="optimal", help=inits)
+    add("--init", choices=INITIALIZATIONS, default="optimal", help="where to start; see cskv.py")
     bits = {"type": int, "choices": (2, 3, 4, 8, 16)}
     add("--bits", **bits, default=16, help="of the latents, rounded in training (default: 16, not)")
     for name, what in (("k", "key"), ("v", "value")):
         add(f"--{name}-ratio", type=float, default=0.8, help=f"of {what} channels removed (0.8)")
         add(f"--{name}-rank", type=count, help=f"{what} channels kept, instead of a ratio")
         add(f"--{name}-bits", **bits, help=f"of the latents of {what}s, if other than --bits")
-    add("--clamped-zero-point", action="store_true", help="round as the published code (quant.py)")
-    add("--samples", type=count, default=256, help="of text, to learn from (default: 256)")
-    add("--seq-len", type=number(int, 2), default=1024, help="tokens a sample at most (1024)")
     add("--epochs", type=number(int, 0), default=1, help="over the samples (1); 0: no training")
     add("--steps", type=number(int, 0), help="stop after so many; 0: no training")
     add("--lr", type=number(float, 0), default=5e-5, help="at first; falls to 0 linearly (5e-5)")
     add("--batch-size", type=count, default=1, help="samples a step (1)")
-    add("--seed", type=number(int, 0), default=0, help="of samples, their order, random factors")
     add("--log", type=Path, help="JSON lines: the loss of each step beside its floor, a summary")
     add("--log-every", type=count, default=1, help="steps a line (1): floors of a 7B take a while")
-    add("--measure-samples", type=count, default=32, help="measured before and after (32)")
     add("--checkpoint-every", type=count, default=50, help="steps between OUT.checkpoint (50)")
     add("--resume", action="store_true", help="go on from OUT.checkpoint if there is one")
-    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    add("--dtype", choices=DTYPES, default="float32", help="of the frozen model (float32)")
     add("--save-dtype", choices=DTYPES, default="float16", help="of the file (float16)")
     args = parser.parse_args(argv)
     args.k_bits, args.v_bits = args.k_bits or args.bits, args.v_bits or args.bits

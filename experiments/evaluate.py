@@ -102,8 +102,11 @@ def perplexity_cases(
     if length > model.config.context_length:
         raise UserError(f"{length} tokens do not fit into {model.config.context_length} of context")
     tokens = passages(tokenizer.encode("\n\n".join(read_documents(text))), count, length)
-    # The last token is not fed to the cache.
-    return [Passages({}, t[:, :context], length - 1, t[:, context:]) for t in tokens.split(batch)]
+    columns = {"text": text.stem, "context": context}
+    return [  # the last token is not fed to the cache
+        Passages(columns, some[:, :context], length - 1, some[:, context:])
+        for some in tokens.split(batch)
+    ]
 
 
 # ----------------------------------------------------------------------------------- retrieval

@@ -2,8 +2,8 @@
 
 Questions about long documents, a summary and a few-shot task, in English. A record is a JSON object
 with `input` (the question), `context`, `answers` (any is right) and `length` (in words). The
-prompts, in `experiments/prompts/`, are LongBench's word for word. What LV-Eval needs too, the table
-of means, is here, and `experiments/lveval.py` adds its sets.
+prompts, in `experiments/prompts/`, are LongBench's word for word. `experiments/lveval.py` adds its
+sets.
 
 Source:
     [1] Bai et al., "LongBench", 2023; github.com/THUDM/LongBench, pred.py, eval.py, metrics.py
@@ -11,7 +11,6 @@ Source:
 
 from collections.abc import Callable
 from functools import partial
-from statistics import fmean
 
 from experiments.prompts import read_prompt
 from support.records import Task, choose
@@ -19,7 +18,6 @@ from support.scores import f1, rouge_l
 
 MAX_LENGTH = 31_500  # tokens of a prompt in [1] for LongChat-32k: its context less 500
 BUCKETS = ("0-4k", "4-8k", "8k+")  # of a record's words: the columns of the paper's Table 1
-ALL = "all"
 
 
 def best_f1(output: str, record: dict) -> float:
@@ -38,30 +36,6 @@ def best_rouge_l(output: str, record: dict) -> float:
 def length_bucket(record: dict) -> str:
     """LongBench-E's bucket of a record, by its words: under 4000, under 8000, the rest."""
     return BUCKETS[(record["length"] >= 4000) + (record["length"] >= 8000)]
-
-
-def summarize(rows: list[dict]) -> list[dict]:
-    """Means of rows {"set", "bucket", "score" 0 .. 1}, in percent, as {"set", "bucket", "cases",
-    "score"}.
-
-    For each set, in the rows' order, each bucket that it has and "all" its cases; last, as the set
-    "average", each bucket's mean over the sets, whatever their sizes: a column of Table 1.
-    """
-    scores: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        for bucket in {row["bucket"], ALL}:
-            scores.setdefault((row["set"], bucket), []).append(row["score"])
-    means = []
-    for name in dict.fromkeys(row["set"] for row in rows):
-        for bucket in (*BUCKETS, ALL):
-            if values := scores.get((name, bucket)):
-                mean = {"set": name, "bucket": bucket, "cases": len(values)}
-                means.append({**mean, "score": 100 * fmean(values)})
-    for bucket in (*BUCKETS, ALL):
-        if column := [mean for mean in means if mean["bucket"] == bucket]:
-            mean = {"set": "average", "bucket": bucket, "cases": sum(m["cases"] for m in column)}
-            means.append({**mean, "score": fmean(m["score"] for m in column)})
-    return means
 
 
 def make_task(name: str, max_new_tokens: int, score: Callable, chat: bool = True) -> Task:

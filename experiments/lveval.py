@@ -13,11 +13,11 @@ Sources:
 
 from collections import Counter
 
-from experiments.longbench import ALL
 from experiments.prompts import read_prompt
 from support.command import UserError
 from support.records import Task, choose
 from support.scores import f1, normalize
+from support.tables import ALL
 
 MAX_LENGTH = 15_500  # tokens of a prompt in [1] by default
 LEVEL = "16k"

@@ -21,7 +21,7 @@ from infer import full_bytes, held_bytes
 from model import LayerCache, Rope, Transformer
 from support.notes import run_all
 from support.scores import wilson
-from support.tables import grouped
+from support.tables import ALL, grouped, summarize
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def with_score(rows: list[dict]) -> list[dict]:
 
 
 def benchmark_rows(rows: list[dict]) -> list[dict]:
-    """For each cache the means that `longbench.summarize` makes, in percent: a row for each set and
+    """For each cache the means that `summarize` makes, in percent: a row for each set and
     bucket, for each set, and over the sets."""
     shown = []
     for own in grouped(rows, *Row.COLUMNS).values():
@@ -158,12 +158,11 @@ def benchmark_rows(rows: list[dict]) -> list[dict]:
             for row in own
             for score in row["scores"]
         ]
-        for mean in longbench.summarize(scores):
+        for mean in summarize(scores, longbench.BUCKETS):
             counted = [
                 row
                 for row in own
-                if mean["set"] in (row["set"], "average")
-                and mean["bucket"] in (row["bucket"], longbench.ALL)
+                if mean["set"] in (row["set"], "average") and mean["bucket"] in (row["bucket"], ALL)
             ]
             tokens = sum(row["tokens"] * row["cases"] for row in counted)
             removed = sum(row["measured_ratio"] * row["tokens"] * row["cases"] for row in counted)

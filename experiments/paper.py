@@ -22,28 +22,42 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 import torch
 
-from experiments import figures, longeval
+from cskv import Factors
+from experiments import longeval
 from experiments.caches import CACHES, TOKENS, Row, make_row
 from experiments.evaluate import perplexity_cases, retrieval_cases
 from experiments.factors import FactorStore, Recipe
 from experiments.measuring import Case, measure, with_score
+from infer import nominal_ratio
+from support import figures
 from support.calibration import INITIALIZATIONS, rank_for
 from support.checkpoint import load_model
-from support.command import DTYPES, Arguments, UserError, make_folder, run_command
+from support.command import (
+    DTYPES,
+    Arguments,
+    UserError,
+    comma_list,
+    make_folder,
+    number,
+    run_command,
+)
 from support.demonstration import TEACHER
+from support.factors_file import load_factors
 from support.notes import all_that_counts, delete_notes
-from support.options import PROTOCOLS, add_options
+from support.options import PROTOCOLS, add_option, add_options
 from support.processes import place, processes
-from support.tables import SCORES, side_by_side, table, write_json, write_markdown
+from support.tables import SCORES, grouped, side_by_side, table, write_json, write_markdown
 from support.text import sample_tokens
 from support.tokenizer import load_tokenizer
 
 PAPER_LR = 5e-5
+FILES = {"factors": "files of experiments.budget, for budget"}
 LINES = [25, 50, 100]  # of the LongEval cases that factors are fitted to, and of table 1
 
 
@@ -60,11 +74,12 @@ class Experiment:
     out: Path  # of the table and the figure, without a suffix
     notes: Path
     arguments: dict  # that must be the same to go on with the notes
+    files: list[Factors]  # of `budget`
     began: float = field(default_factory=time.monotonic)
 
-    def plain(self, cache: str, ratio: float = 0.0) -> Row:
+    def plain(self, cache: str, ratio: float = 0.0, sinks: int = 0) -> Row:
         """A cache that needs no factors."""
-        return make_row(self.store.model, cache, ratio, dtype=self.dtype)
+        return make_row(self.store.model, cache, ratio, dtype=self.dtype, sinks=sinks)
 
     def cskv(self, recipe: Recipe, ratio: float | None = None, window: int = 32, **bits) -> Row:
         """CSKV with the recipe's factors; `bits` are those of `Factors.in_bits`."""
@@ -103,6 +118,8 @@ class Experiment:
 # ------------------------------------------------------------------------------------- tables
 
 
+PRUNING = [name for name, kind in CACHES.items() if kind.shrinks == TOKENS]
+COLOURS = {name: kind.colour for name, kind in CACHES.items()}
 NUMBERS = json.loads((Path(__file__).parent / "results" / "paper.json").read_text())
 
 
@@ -117,13 +134,12 @@ def paper_number(table: str, **row) -> str:
 
 def table1(e: Experiment) -> None:
     """All methods. `cskv, asvd, trained` is the paper's; `cskv, optimal` needs no training."""
-    pruning = [name for name, kind in CACHES.items() if kind.shrinks == TOKENS]
     recipes = [Recipe(init, r, r, init == "asvd") for r in e.ratios for init in e.inits]
     in_bits = Recipe("asvd", 0.8, 0.8, True, 4)
     e.store.factors(*recipes, *[in_bits] * ("asvd" in e.inits))
     rows = [e.plain("full")]
     for ratio in e.ratios:
-        rows += [e.plain(name, ratio) for name in pruning]
+        rows += [e.plain(name, ratio) for name in PRUNING]
         for init in e.inits:
             (factors,) = e.store.factors(Recipe(init, ratio, ratio))
             settings = {"origin": init, "dtype": e.dtype}
@@ -131,7 +147,7 @@ def table1(e: Experiment) -> None:
         rows += [e.cskv(recipe) for recipe in recipes if recipe.k_ratio == ratio]
     rows += [e.plain("kivi-4"), e.plain("kivi-2")]
     # 95%: four bits on top of 80%; of the tokens, a twentieth.
-    rows += [e.plain(name, 0.95) for name in pruning if 0.95 not in e.ratios]
+    rows += [e.plain(name, 0.95) for name in PRUNING if 0.95 not in e.ratios]
     if "asvd" in e.inits:
         rows.append(e.cskv(in_bits, 0.95))
     if "optimal" in e.inits:
@@ -144,7 +160,7 @@ def table1(e: Experiment) -> None:
     result = e.scores(rows, more, by_lines=True)
     own = ["question", "lines", "cache", "factors", "bits", "ratio"]
     e.write(result, [*own, *SCORES, "paper"])
-    figures.accuracy_against_bytes(result, e.out.with_suffix(".png"))
+    figures.accuracy_against_bytes(result, COLOURS, e.out.with_suffix(".png"))
 
 
 def trainings(e: Experiment) -> list[Recipe]:
@@ -228,6 +244,29 @@ def table5(e: Experiment) -> None:
     e.write(result, [*own, *SCORES, "paper"])
 
 
+def budget(e: Experiment) -> None:
+    """Perplexity at measured bytes, all methods: uniform factors, and with 4 sinks the files that
+    experiments/budget.py made; KIVI with and without sinks. Nothing is trained."""
+    rows = [e.plain("full")]
+    rows += [e.plain(name, ratio) for name in PRUNING for ratio in e.ratios]
+    rows += [e.plain(name, sinks=sinks) for name in ("kivi-4", "kivi-2") for sinks in (0, 4)]
+    for bits in (16, 4):
+        rows += [e.cskv(Recipe("optimal", r, r), k_bits=bits, v_bits=bits) for r in e.ratios]
+    settings = {"origin": "budget", "sinks": 4, "dtype": e.dtype}
+    for own in e.files:
+        ratio = nominal_ratio(e.store.model, own.in_bits(16, 16))  # of channels alone
+        rows.append(make_row(e.store.model, "cskv", ratio, own, **settings))
+    result = e.scores(rows, [{}] * len(rows))
+    for some in grouped(result, "text", "context").values():
+        for row in some:
+            row["of_full"] = (
+                row["perplexity"] / some[0]["perplexity"]
+            )  # the first is the full cache
+    own = ["text", "context", "cache", "factors", "bits", "sinks", "ratio"]
+    e.write(result, [*own, *SCORES, "of_full"])
+    figures.perplexity_against_bytes(result, COLOURS, e.out.with_suffix(".png"))
+
+
 def figure3(e: Experiment) -> None:
     """Singular values of keys and values, layer by layer."""
     spectra = torch.linalg.eigvalsh(e.store.moments()).clamp(min=0).cpu().flip(-1)
@@ -255,7 +294,8 @@ def figure4(e: Experiment) -> None:
     figures.loss_curves(curves, e.out.with_suffix(".png"))
 
 
-COMMANDS = {f.__name__: f for f in (table1, table2, table3, table4, table5, figure3, figure4)}
+TABLES = (table1, table2, table3, table4, table5, budget)
+COMMANDS = {f.__name__: f for f in (*TABLES, figure3, figure4)}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -263,8 +303,11 @@ def run(args: argparse.Namespace) -> None:
     the training, and not after it."""
     if args.what not in ("table2", "table5"):
         figures.pyplot()  # if it is missing, that is known before the work and not after
-    if args.text and not args.text.exists():
-        raise UserError(f"no file {args.text}; give held-out text")
+    for text in args.text:
+        if not text.exists():
+            raise UserError(f"no file {text}; give held-out text")
+    if args.what == "budget" and not args.text:
+        raise UserError("budget measures perplexity; give held-out text with --text")
     with processes(args.device) as device:
         model = load_model(args.model, device, DTYPES[args.dtype])
         tokenizer = load_tokenizer(args.model, model.config.vocab_size)
@@ -281,20 +324,21 @@ def run(args: argparse.Namespace) -> None:
             drawn = "longeval", LINES, args.samples, args.seed
             samples = longeval.samples(tokenizer, limit, *drawn)
         cases = []
-        if args.what.startswith("table"):
-            if args.text:
-                sizes = args.context, args.steps, args.passages, args.batch
-                cases = perplexity_cases(model, tokenizer, args.text, *sizes)
-            else:
+        if not args.what.startswith("figure"):
+            for text, context in product(args.text, args.context):
+                sizes = context, args.steps, args.passages, args.batch
+                cases += perplexity_cases(model, tokenizer, text, *sizes)
+            if not args.text:
                 drawn = args.question, args.lines, args.cases, args.seed
                 cases = retrieval_cases(model, tokenizer, "longeval", *drawn)
         training = args.measure_samples, args.epochs, args.lr, args.seed
         store = FactorStore(model, samples, work, *training)
         counts = {**vars(args), "out": None, "work": None, "samples": store.key}
         settings = args.ratios, args.inits, args.bits, DTYPES[args.cache_dtype]
-        files = args.out / args.what, work / f"{args.what}.json"
+        written = args.out / args.what, work / f"{args.what}.json"
+        files = [load_factors(file, model) for file in args.factors]
         counts = all_that_counts(counts, model, args.model)
-        experiment = Experiment(store, cases, *settings, *files, counts)
+        experiment = Experiment(store, cases, *settings, *written, counts, files)
         COMMANDS[args.what](experiment)
         if place()[0] == 0:
             delete_notes(experiment.notes)
@@ -311,7 +355,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_options(parser, "ratios cache-dtype")
     add_options(parser, "calibrate samples seq-len epochs lr measure-samples seed", samples=1024)
     add_options(parser, "cases question", cases=100, question=PROTOCOLS)
-    add_options(parser, "text context steps passages batch device dtype", text=None, passages=8)
+    add_options(parser, "factors steps passages batch device dtype", FILES, passages=8)
+    texts = {"type": Path, "nargs": "+", "default": []}
+    add_option(parser, "text", "held-out text, for perplexity; several for budget", **texts)
+    lengths = {"type": comma_list(number(int, 1)), "default": [1024]}
+    add_option(parser, "context", "tokens prefilled; several for budget", **lengths)
     args = parser.parse_args(argv)
     args.lines = args.lines or (LINES if args.what == "table1" else [50])
     if max(args.bits) > 8:  # others are latents that are not quantized, and in every table

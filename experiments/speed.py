@@ -4,8 +4,9 @@
 
 Every round times all caches one after the other, so that a slow moment of the machine hits all of
 them; what is printed are ratios of medians over the rounds. The rank decides the time, the values
-of the factors do not, so they come from `svd`, which needs no text. If the transformers package is
-there, the same checkpoint runs in it with its DynamicCache.
+of the factors do not, so they come from `svd`, which needs no text; `--factors` files with ranks
+and bits of their own come on top. If the transformers package is there, the same checkpoint runs in
+it with its DynamicCache.
 
 Beside the time stands what bounds it, for one decode step: `cache_mb`, the bytes that the cache
 holds, nearly all of which a step reads (cskv does not read the latents of its window), and `mflop`,
@@ -35,6 +36,7 @@ from model import Transformer
 from support.calibration import init_factors
 from support.checkpoint import load_model
 from support.command import DTYPES, Arguments, UserError, check_device, check_writable, run_command
+from support.factors_file import load_factors
 from support.options import add_options
 from support.tables import table, write_json
 
@@ -57,10 +59,16 @@ def transformers_runner(path: str, device: str, dtype: torch.dtype) -> Runner | 
 
 
 def our_runners(
-    model: Transformer, names: list[str], ratios: list[float], n: int, **settings
+    model: Transformer,
+    names: list[str],
+    ratios: list[float],
+    n: int,
+    files=(),
+    bits=None,
+    **settings,
 ) -> dict[str, Runner]:
     """A runner for each cache of up to `n` tokens, by its label; caches hold numbers of the
-    model's type. `settings` are those of `make_rows`."""
+    model's type. `files` keep their own bits. `settings` are those of `make_rows`."""
 
     def svd(_: str, rank: int):
         return init_factors("svd", model, *[[rank] * len(model.model.layers)] * 2)
@@ -69,8 +77,11 @@ def our_runners(
         return model(tokens, cache, logits_to_keep=1)
 
     names, dtype = list(dict.fromkeys(["full", *names])), model.lm_head.weight.dtype
-    rows = make_rows(model, names, ratios, svd, inits=["svd"], dtype=dtype, **settings)
-    return {replace(r, origin="").label: (partial(make_cache, model, r, n), run) for r in rows}
+    rows = make_rows(model, names, ratios, svd, inits=["svd"], bits=bits, dtype=dtype, **settings)
+    rows = [replace(row, origin="") for row in rows]
+    if files:
+        rows += make_rows(model, ["cskv"], [], svd, files=files, dtype=dtype, **settings)
+    return {row.label: (partial(make_cache, model, row, n), run) for row in rows}
 
 
 def timed(device: str, function: Callable, *args: object) -> float:
@@ -137,8 +148,9 @@ def run(args: argparse.Namespace) -> None:
     if theirs is None:
         print("transformers is not installed: ours only", file=sys.stderr)
     rows, generator = [], torch.Generator()
+    files = [(file.stem, load_factors(file, model)) for file in args.factors]
     for length in args.lengths:
-        settings = {"bits": args.bits, "window": args.window, "sinks": args.sinks}
+        settings = {"bits": args.bits, "window": args.window, "sinks": args.sinks, "files": files}
         runners = our_runners(model, args.caches, args.ratios, length + more, **settings)
         if theirs:
             runners["transformers, DynamicCache"] = theirs
@@ -153,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
     add_cache_options(parser)
-    add_options(parser, "model lengths bits", bits=[16, 4])
+    add_options(parser, "model lengths factors bits", bits=[16, 4])
     add_options(parser, "rounds steps threads device dtype json", steps=8)
     return parser.parse_args(argv)
 

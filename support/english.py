@@ -3,9 +3,10 @@
     python -m support.english --out runs/english
 
 writes `calibration.txt`, the language reference that comes with Python (package `pydoc_data`) and
-the docstrings of its standard library, and `heldout.txt`, the docstrings of PyTorch. Technical
-prose of different hands: what is fitted on the first is measured on the second. Both differ a
-little from version to version of Python and PyTorch.
+the docstrings of its standard library; `heldout.txt`, the docstrings of PyTorch; and
+`licences.txt`, the licences of PyTorch, NumPy and all that they contain. What is fitted on the
+first is measured on the others, technical prose of other hands and legal prose. All differ a little
+from version to version of Python and the packages.
 """
 
 import sys
@@ -18,6 +19,7 @@ import argparse
 import ast
 import inspect
 import sysconfig
+from importlib import metadata
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -65,10 +67,19 @@ def heldout_text(shortest: int = 800) -> str:
     return "\n\n".join(texts)
 
 
+def licences_text(shortest: int = 3000) -> str:
+    """The licences that the packages torch and numpy bring along, of at least `shortest` characters
+    and from the longest on, each once: most short ones are the same but for a name."""
+    files = [file for name in ("torch", "numpy") for file in metadata.files(name) or []]
+    texts = {file.read_text("utf-8") for file in files if "LICEN" in file.name.upper()}
+    return "\n\n".join(sorted((t for t in texts if len(t) >= shortest), key=lambda t: (-len(t), t)))
+
+
 def run(args: argparse.Namespace) -> None:
     make_folder(args.out)
-    for name, text in (("calibration", calibration_text()), ("heldout", heldout_text())):
-        file = args.out / f"{name}.txt"
+    makers = {"calibration": calibration_text, "heldout": heldout_text, "licences": licences_text}
+    for name, make in makers.items():
+        file, text = args.out / f"{name}.txt", make()
         with replacing(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
         print(f"{file}: {len(text)} characters")
@@ -76,5 +87,5 @@ def run(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the two files in")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the files in")
     run_command(lambda: run(parser.parse_args()))

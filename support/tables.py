@@ -25,7 +25,7 @@ FORMATS = {
     **dict.fromkeys(("kept_k", "kept_v"), "{:.1%}".format),
     "lr": "{:g}".format,
     **dict.fromkeys(("initial", "final", "loss", "floor"), four_digits),
-    **dict.fromkeys(("set", "bucket", "lines", "cases"), str),
+    **dict.fromkeys(("text", "context", "set", "bucket", "lines", "cases"), str),
     "tokens": "{:.0f}".format,
     **dict.fromkeys(("prefill_s", "prefill_ratio"), "{:.2f}".format),
     "decode_ms": "{:.1f}".format,
@@ -35,6 +35,7 @@ FORMATS = {
     "interval": interval,
     "score": "{:.2f}".format,
     "perplexity": lambda value: f"{value:.2f}" if value < 1e6 else f"{value:.3g}",
+    "of_full": "{:.3f}".format,  # times the full cache's
     **dict.fromkeys(("nominal_ratio", "measured_ratio"), "{:.1%}".format),
     **dict.fromkeys(("left_out_50%", "left_out_80%"), "{:.2%}".format),
     **dict.fromkeys(("prefill", "decode"), "{:.2f}".format),  # accuracies, side by side
@@ -95,3 +96,30 @@ def write_markdown(path: Path, command: str, tables: list[str], began: float) ->
     made += "minutes since it was started last"
     with replacing(path) as temporary:
         temporary.write_text("\n\n".join([f"`{command}`", tables[0], made, *tables[1:]]) + "\n")
+
+
+ALL = "all"  # the bucket of a benchmark that has every case
+
+
+def summarize(rows: list[dict], buckets: tuple[str, ...] = ()) -> list[dict]:
+    """Means of rows {"set", "bucket", "score" 0 .. 1}, in percent, as {"set", "bucket", "cases",
+    "score"}.
+
+    For each set, in the rows' order, each bucket that it has and "all" its cases; last, as the set
+    "average", each bucket's mean over the sets, whatever their sizes: a column of Table 1.
+    """
+    scores: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        for bucket in {row["bucket"], ALL}:
+            scores.setdefault((row["set"], bucket), []).append(row["score"])
+    means = []
+    for name in dict.fromkeys(row["set"] for row in rows):
+        for bucket in (*buckets, ALL):
+            if values := scores.get((name, bucket)):
+                mean = {"set": name, "bucket": bucket, "cases": len(values)}
+                means.append({**mean, "score": 100 * fmean(values)})
+    for bucket in (*buckets, ALL):
+        if column := [mean for mean in means if mean["bucket"] == bucket]:
+            mean = {"set": "average", "bucket": bucket, "cases": sum(m["cases"] for m in column)}
+            means.append({**mean, "score": fmean(m["score"] for m in column)})
+    return means

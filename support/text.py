@@ -86,19 +86,20 @@ def read_parquet(path: Path) -> Iterator[str]:
 
 
 def sample_tokens(
-    path: Path, tokenizer: Tokenizer, samples: int, length: int, seed: int
+    path: Path, tokenizer: Tokenizer, samples: int, length: int, seed: int, sinks: int = 0
 ) -> list[Tensor]:
-    """Up to `samples` tensors [1, T] with 2 <= T <= `length`, drawn without repetition.
+    """Up to `samples` tensors [1, T] with 2 <= T <= `length`, longer than the `sinks` that are not
+    learned from, drawn without repetition.
 
     A sample is a whole document, or a piece of one that is longer: never two documents in one.
     """
-    pieces = []
+    pieces, least = [], max(2, sinks + 1)
     for text in read_documents(path):
         ids = torch.tensor([tokenizer.encode(text)])  # [1, tokens]
-        pieces += [piece for piece in ids.split(length, dim=1) if piece.shape[1] > 1]
+        pieces += [piece for piece in ids.split(length, dim=1) if piece.shape[1] >= least]
     if not pieces:
-        what = "holds no text of two tokens or more"
-        raise UserError(f"{path} {what}; give some to calibrate on")
+        what = f"holds no text of {least} tokens or more"
+        raise UserError(f"{path} {what}; give longer text, or a higher --seq-len")
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
     return [pieces[i] for i in order[:samples].tolist()]
 

@@ -16,11 +16,11 @@ from experiments.longbench import (
     TASKS,
     best_rouge_l,
     select,
-    summarize,
 )
 from support.command import UserError
 from support.records import prompt_ids, read_records, truncate_middle
 from support.scores import f1, lcs, normalize, rouge_l
+from support.tables import summarize
 from support.tokenizer import Tokenizer
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
@@ -384,7 +384,7 @@ def test_buckets(length, bucket):
 def test_summarize():
     scores = [("q", "8k+", 0.5), ("p", "0-4k", 1), ("q", "0-4k", 0), ("q", "8k+", 0.25)]
     rows = [{"set": name, "bucket": bucket, "score": score} for name, bucket, score in scores]
-    assert [tuple(row.values()) for row in summarize(rows)] == [
+    assert [tuple(row.values()) for row in summarize(rows, BUCKETS)] == [
         ("q", "0-4k", 1, 0),
         ("q", "8k+", 2, 37.5),
         ("q", "all", 3, 25),
@@ -394,5 +394,5 @@ def test_summarize():
         ("average", "8k+", 2, 37.5),
         ("average", "all", 4, 62.5),  # of 25 and 100: every set counts the same
     ]
-    assert list(summarize(rows)[0]) == ["set", "bucket", "cases", "score"]
+    assert list(summarize(rows, BUCKETS)[0]) == ["set", "bucket", "cases", "score"]
     assert summarize([]) == []

@@ -10,8 +10,10 @@ import torch
 
 from experiments import evaluate, factors, paper
 from experiments.factors import FactorStore, Recipe
-from support.calibration import INITIALIZATIONS, layer_hooks, rank_for
+from support.calibration import INITIALIZATIONS, init_factors, layer_hooks, rank_for
+from support.checkpoint import load_model
 from support.command import UserError
+from support.factors_file import save_factors
 from support.text import sample_tokens
 from support.tokenizer import load_tokenizer
 from tests.helpers import call, save_checkpoint, tiny_model
@@ -297,3 +299,38 @@ def test_choice_of_unknown_recipe_is_refused(setup, tmp_path):
     store = factor_store(setup, tmp_path / "factors")
     with pytest.raises(UserError, match="no initialization 'best'"):
         store.factors(Recipe("best", 0.5, 0.5))
+
+
+def test_budget_compares_all_at_measured_bytes(setup, tmp_path, capsys):
+    """Two texts, two lengths: each cache once in each, and its perplexity over the full cache's."""
+    pytest.importorskip("matplotlib")
+    model, text = load_model(setup / "tiny"), setup / "text.txt"
+    own = init_factors("svd", model, [3, 5], [4, 6]).in_bits(4, 3)
+    save_factors(tmp_path / "f", own, model)
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(f"t{i * 7 % 61}" for i in range(400)))
+    args = text_flags(setup, "budget", tmp_path, "--text", text, other, "--context", "40,60")
+    code, _, err = call(paper, capsys, *args, "--factors", tmp_path / "f")
+    assert code == 0, err
+    rows = read(tmp_path, "budget")
+    assert len(rows) == 4 * 14
+    places = [("text", 40), ("text", 60), ("other", 40), ("other", 60)]
+    assert list(dict.fromkeys((row["text"], row["context"]) for row in rows)) == places
+    for text, context in places:
+        some = [row for row in rows if (row["text"], row["context"]) == (text, context)]
+        assert [(r["cache"], r["factors"], r["bits"], r["sinks"], r["ratio"]) for r in some] == [
+            ("full", "", "16", 0, 0),
+            *((name, "", "16", 0, ratio) for name in ("streaming", "h2o") for ratio in (0.5, 0.75)),
+            *((f"kivi-{b}", "", b, sinks, 0) for b in "42" for sinks in (0, 4)),
+            *(("cskv", "optimal", b, 0, ratio) for b in ("16", "4") for ratio in (0.5, 0.75)),
+            ("cskv", "budget", "4/3", 4, pytest.approx(1 - 18 / 48)),
+        ]
+        for row in some:
+            assert row["of_full"] == pytest.approx(row["perplexity"] / some[0]["perplexity"])
+    assert (tmp_path / "budget.png").stat().st_size
+    assert "| of full |" in (tmp_path / "budget.md").read_text()
+
+
+def test_budget_without_text_is_refused(setup, tmp_path, capsys):
+    code, _, err = call(paper, capsys, *flags(setup, "budget", tmp_path))
+    assert code == 2 and err.endswith("give held-out text with --text\n")

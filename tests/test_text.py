@@ -120,7 +120,7 @@ def test_files_that_hold_no_text_are_named_in_a_line(tmp_path, name):
 def test_documents_without_a_token_to_predict_are_named(tmp_path, document):
     tokenizer = load_tokenizer(save_checkpoint(tiny_model(), tmp_path / "model"))
     (tmp_path / "a.txt").write_text(document)
-    with pytest.raises(UserError, match=r"a\.txt holds no text of two tokens or more"):
+    with pytest.raises(UserError, match=r"a\.txt holds no text of 2 tokens or more"):
         text.sample_tokens(tmp_path / "a.txt", tokenizer, 4, 8, 0)
     (tmp_path / "a.txt").write_text("t5 t6")
     assert text.sample_tokens(tmp_path / "a.txt", tokenizer, 4, 8, 0)[0].tolist() == [[5, 6]]

@@ -475,8 +475,8 @@ def test_clamped_zero_point_reaches_training(setup, tmp_path, capsys):
 def test_divergence_stops_and_names_step_and_layer(setup, tmp_path, capsys, monkeypatch, how):
     real = train.run_layers
 
-    def run_layers(model, samples, tuners, train=False, moments=None):
-        losses = real(model, samples, tuners, train, moments)
+    def run_layers(model, samples, tuners, train=False, *more, **options):
+        losses = real(model, samples, tuners, train, *more, **options)
         if tuners[0].steps_done == 3 and train:
             losses[0, 1] *= {"nan": math.nan, "huge": 1e5}[how]
         return losses

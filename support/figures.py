@@ -1,4 +1,4 @@
-"""The pictures of experiments/paper.py, made with matplotlib (requirements-extra.txt).
+"""The pictures of experiments/, made with matplotlib (requirements-extra.txt).
 
 Each function gets the rows of a table, or what a figure needs, and writes one PNG.
 """
@@ -8,7 +8,6 @@ from statistics import fmean
 
 from torch import Tensor
 
-from experiments.caches import CACHES
 from support.pictures import draw, draw_lines, pyplot, save_figure
 from support.tables import grouped
 
@@ -34,8 +33,9 @@ def draw_scores(rows: list[dict], panel: str, titles: dict, paper: str, path: Pa
     draw_lines(rows, panel, titles, score, theirs, path, ylabel=LABELS[score], **axes)
 
 
-def accuracy_against_bytes(rows: list[dict], path: Path) -> None:
-    """Every method in one picture: the score against the bytes really held, a panel a protocol."""
+def accuracy_against_bytes(rows: list[dict], colours: dict, path: Path) -> None:
+    """Every method in one picture: the score against the bytes really held, a panel a protocol.
+    `colours` are of the caches; None lets matplotlib choose."""
     lines = []
     for group in grouped(rows, "question", "cache", "factors", "ratio", "bits").values():
         row, kind = group[0], group[0]["factors"].replace(" in 4 bits", "")
@@ -47,10 +47,26 @@ def accuracy_against_bytes(rows: list[dict], path: Path) -> None:
         marks = ("s" if row["cache"] == "asvd" else "o") + ("--" if "optimal" in kind else "-")
         label = f"{row['cache']}, {kind}" if kind else row["cache"]
         own = {"question": row.get("question", ""), "x": means["measured_ratio"], "paper": ""}
-        own |= {"colour": CACHES[row["cache"]].colour, "label": label, "marks": marks}
+        own |= {"colour": colours[row["cache"]], "label": label, "marks": marks}
         lines.append({**means, **own})
     xlabel = "measured compression ratio, means over the lengths"
     draw_scores(lines, "question", PROTOCOL, "", path, xlabel=xlabel)
+
+
+def perplexity_against_bytes(rows: list[dict], colours: dict, path: Path) -> None:
+    """Perplexity against the bytes really held, a panel for each text and each length of context.
+    KIVI's points are joined from none to some sinks, and so are those of factors of one kind."""
+    lines = []
+    for row in rows:
+        kind = f", {row['factors']}" if row["factors"] else ""
+        kind += f", {row['bits']} bits" if row["factors"] and row["bits"] in ("16", "4") else ""
+        own = {"panel": f"{row['text']}, {row['context']} tokens", "x": row["measured_ratio"]}
+        own |= {"label": row["cache"] + kind, "colour": colours[row["cache"]], "paper": ""}
+        own |= {"marks": "o-" if row["bits"] == "16" else "o--"}
+        own |= {"marks": "s-"} if row["factors"] == "budget" else {}
+        lines.append({**row, **own})
+    xlabel = "measured compression ratio"
+    draw_scores(lines, "panel", {}, "", path, xlabel=xlabel, yscale="log")
 
 
 def of_factors(row: dict, x: float, marks: str, label: str = "") -> dict:

@@ -1,0 +1,96 @@
+"""What it costs a model's predictions to read its older tokens through low rank and few bits.
+
+Measured as decoding would show it, but in one pass over a text (`DecodeMode`), and for one layer at
+a time (`Probe`): a text is read exactly once, and the input that it gives each layer is kept.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import quant
+from cskv import LowRank
+from model import Attention, LayerCache, Rope, Transformer
+
+SIDES = {"k": quant.TOKENS, "v": quant.CHANNELS}  # of a layer, and how their latents are grouped
+
+
+class DecodeMode(LayerCache):
+    """Reads a text at once, and gives what decoding it token by token would: a token attends to the
+    first `sinks` tokens and to the last `window` exactly, and to those between through `pairs`.
+
+    A side without a pair is exact. Latents in few bits are all rounded, while a real cache has up
+    to 31 tokens behind its window that still wait for it.
+    """
+
+    def __init__(self, attention: Attention, pairs: dict[str, LowRank], window: int, sinks: int):
+        self.attention, self.pairs, self.window, self.sinks = attention, pairs, window, sinks
+
+    def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        T, sliding_window = x.shape[1], self.attention.config.sliding_window
+        k_hat, v_hat = self.rebuild("k", x, k), self.rebuild("v", x, v)
+        q, k, k_hat = (rope.rotate(y, 0) for y in (q, k, k_hat))
+        j = torch.arange(T, device=x.device)
+        i = j[:, None]
+        seen = (j <= i) & (i - j < (sliding_window or T))  # [T, T]: token j by token i
+        exact = (j < self.sinks) | (i - j < self.window)
+        # Every token is there twice, exact and rebuilt, and one softmax sees it once.
+        mask = torch.cat([seen & exact, seen & ~exact], dim=1)  # [T, 2 T]
+        k, v = torch.cat([k, k_hat], dim=2), torch.cat([v, v_hat], dim=2)  # [B, H_kv, 2 T, D]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    def rebuild(self, side: str, x: Tensor, y: Tensor) -> Tensor:
+        """Keys or values y [B, H_kv, T, D] of x [B, T, hidden], through the pair of their side."""
+        if side not in self.pairs:
+            return y
+        pair, bias = self.pairs[side], getattr(self.attention, f"{side}_proj").bias
+        c = x @ pair.A  # [B, T, r]
+        if pair.bits < 16:
+            c[:, self.sinks :] = quant.fake_quantize(c[:, self.sinks :], pair.bits, SIDES[side])
+        return F.linear(c, pair.B.T, bias).unflatten(-1, (-1, y.shape[-1])).transpose(1, 2)
+
+
+class Probe:
+    """Texts, and what it costs to read them with one layer in decode mode.
+
+    Args:
+        texts: token ids [1, T].
+        predictions: of a text, how many next tokens are predicted, evenly spread.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: Transformer, texts: list[Tensor], window: int, sinks: int, predictions=96
+    ):
+        self.model, self.window, self.sinks = model, window, sinks
+        self.inputs: list[list[Tensor]] = []  # of each text: of every layer, [1, T, hidden]
+        self.at, self.exact = [], []
+        for text in texts:
+            T, device = text.shape[1], model.lm_head.weight.device
+            first = min(sinks + window, T - 1)  # the first token that meets a rebuilt one
+            spread = torch.linspace(first, T - 1, min(predictions, T - first)).long()
+            model.rope.reach(T, device)
+            x, inputs = model.model.embed_tokens(text.to(device)), []
+            for layer in model.model.layers:
+                inputs.append(x)
+                x = layer(x, model.rope, None)
+            self.inputs.append(inputs)
+            self.at.append(spread.to(device))
+            self.exact.append(self.log_probabilities(x, self.at[-1]))
+
+    def log_probabilities(self, x: Tensor, at: Tensor) -> Tensor:
+        """Of the token after each of those `at`, from the last layer's output: [n, vocab]."""
+        return self.model.lm_head(self.model.model.norm(x[0, at])).float().log_softmax(-1)
+
+    @torch.no_grad()
+    def cost(self, i: int, pairs: dict[str, LowRank]) -> float:
+        """KL divergence in nats, a mean over all predictions, with `pairs` in layer i alone."""
+        first, *others = self.model.model.layers[i:]
+        cache = DecodeMode(first.self_attn, pairs, self.window, self.sinks)
+        divergences = []
+        for inputs, at, exact in zip(self.inputs, self.at, self.exact, strict=True):
+            x = first(inputs[i], self.model.rope, cache)
+            for layer in others:
+                x = layer(x, self.model.rope, None)
+            divergences.append((exact.exp() * (exact - self.log_probabilities(x, at))).sum(-1))
+        return max(0.0, torch.cat(divergences).mean().item())  # below 0 by rounding alone

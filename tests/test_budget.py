@@ -1,0 +1,364 @@
+"""One byte budget: decode mode in one pass, probes, the spending, and the command."""
+
+import itertools
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import quant
+from cskv import bi_branch_cache
+from experiments import budget
+from experiments.budget import Choice, choices, convex_hull, latent_bytes, spend
+from infer import full_bytes, held_bytes
+from model import FullCache, full_cache
+from support.calibration import calibrate, init_factors
+from support.checkpoint import load_model
+from support.factors_file import load_factors
+from support.probing import DecodeMode, Probe
+from tests.evaluating import notes_beside, torchrun
+from tests.helpers import (
+    bits,
+    call,
+    decode_all,
+    make_factors,
+    naive_forward,
+    quick,
+    shapes,
+    sinks,
+    tiny_model,
+    tiny_tokens,
+    windows,
+)
+
+torch.set_grad_enabled(False)
+
+
+# --------------------------------------------------------------------------------------- sinks
+
+
+@pytest.mark.parametrize("first", [0, 1, 4])
+def test_moments_leave_the_sinks_out(first):
+    model = tiny_model()
+    samples = [tiny_tokens(model, 1, length, seed=length) for length in (3, 9, 30)]
+    seen = calibrate(model, samples, first)[0]
+    x = torch.cat([model.model.embed_tokens(s)[0, first:] for s in samples]).double()
+    layer = model.model.layers[0]
+    h = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.input_layernorm.weight
+    k = h @ layer.self_attn.k_proj.weight.T.double()
+    torch.testing.assert_close(seen.k_moment, k.T @ k / len(k), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(seen.x_abs, h.abs().mean(0), rtol=1e-5, atol=1e-7)
+
+
+# --------------------------------------------------------------------------------- decode mode
+
+
+def with_decode_mode(model, tokens, pairs, window, first):
+    """Logits with the layers named in `pairs` in decode mode, and all others exact."""
+    caches = [
+        DecodeMode(layer.self_attn, pairs[i], window, first)
+        if i in pairs
+        else FullCache(model.config)
+        for i, layer in enumerate(model.model.layers)
+    ]
+    return model(tokens, caches)
+
+
+@quick
+@given(shapes, st.integers(2, 24), windows, sinks, st.integers(1, 5))
+def test_decode_mode_is_the_window_mask_written_out(shape, T, window, first, rank):
+    model = tiny_model(**shape)
+    factors = make_factors(model, rank, rank + 1).in_bits(32, 32)
+    tokens = tiny_tokens(model, 1, T)
+    pairs = {i: {"k": f.k, "v": f.v} for i, f in enumerate(factors.layers)}
+    expected = naive_forward(model, tokens[0], factors, window, 0, first)
+    found = with_decode_mode(model, tokens, pairs, window, first)[0]
+    torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
+
+
+@quick
+@given(st.integers(2, 60), windows, sinks, st.sampled_from("kv"))
+def test_decode_mode_is_what_decoding_step_by_step_gives(T, window, first, side):
+    """One side of one layer of low rank, as a probe has it."""
+    model = tiny_model()
+    whole = make_factors(model, 12, 13).in_bits(32, 32)
+    exact = whole.layers[1]
+    pair = {
+        name: getattr(make_factors(model, 3, 3).in_bits(32, 32).layers[1], name) for name in side
+    }
+    layers = [whole.layers[0], replace(exact, **pair)]
+    cache = bi_branch_cache(model, replace(whole, layers=layers), window, sinks=first)
+    stepwise = decode_all(model, tiny_tokens(model, 2, T), 1, cache)
+    found = with_decode_mode(model, tiny_tokens(model, 2, T), {1: pair}, window, first)
+    torch.testing.assert_close(found, stepwise, atol=2e-3, rtol=1e-3)
+
+
+@quick
+@given(st.integers(40, 80), st.sampled_from([0, 4]), bits)
+def test_decode_mode_rounds_as_the_cache_does(T, first, b):
+    """Rebuilt keys and values are those of packed latents, in groups that begin after the sinks."""
+    model = tiny_model()
+    factors = make_factors(model, 5, 5).in_bits(b, b)
+    x = torch.randn(1, T, 24, generator=torch.Generator().manual_seed(T))
+    pairs = {"k": factors.layers[0].k, "v": factors.layers[0].v}
+    mode = DecodeMode(model.model.layers[0].self_attn, pairs, 1, first)
+    for side, dim in (("k", quant.TOKENS), ("v", quant.CHANNELS)):
+        latents = quant.Packed(b, dim)
+        latents.append((x @ pairs[side].A)[:, first:])
+        packed = latents.read(0, latents.packed) @ pairs[side].B
+        found = mode.rebuild(side, x, torch.empty(1, 2, T, 6)).transpose(1, 2).flatten(2)
+        found = found[:, first : first + latents.packed]
+        torch.testing.assert_close(found, packed, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------- probe
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_a_probe_from_stored_inputs_is_the_whole_run(layer, side):
+    model = tiny_model()
+    texts = [tiny_tokens(model, 1, 40, seed=3), tiny_tokens(model, 1, 29, seed=4)]
+    probe = Probe(model, texts, 5, 2, predictions=1000)
+    pairs = {side: getattr(make_factors(model, 2, 4).in_bits(4, 4).layers[layer], side)}
+    divergences = []
+    for text in texts:
+        exact = model(text)[0, 7:].double().log_softmax(-1)
+        other = with_decode_mode(model, text, {layer: pairs}, 5, 2)[0, 7:].double().log_softmax(-1)
+        divergences.append(F.kl_div(other, exact, log_target=True, reduction="none").sum(-1))
+    expected = torch.cat(divergences).mean().item()
+    assert expected > 1e-3
+    assert probe.cost(layer, pairs) == pytest.approx(expected, rel=1e-3)
+
+
+def test_predictions_are_spread_to_the_last_token():
+    probe = Probe(tiny_model(), [tiny_tokens(tiny_model(), 1, 40)], 5, 2, predictions=4)
+    assert probe.at[0].tolist() == [7, 17, 28, 39]
+    assert probe.cost(0, {}) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------- bytes
+
+
+@quick
+@given(st.integers(1, 300), st.integers(1, 12), windows, sinks, bits, bits)
+def test_bytes_are_what_a_cache_holds(T, rank, window, first, k_bits, v_bits):
+    model = tiny_model()
+    factors = init_factors("svd", model, [rank] * 2, [rank] * 2).in_bits(k_bits, v_bits)
+    dtype = torch.bfloat16
+    model = model.to(dtype)
+    cache = bi_branch_cache(model, factors.to(torch.empty(0, dtype=dtype)), window, T, sinks=first)
+    model(tiny_tokens(model, 1, T), cache)
+    tokens = T - min(T, first)
+    latents = sum(
+        latent_bytes(rank, b, side, tokens, window) for b, side in ((k_bits, "k"), (v_bits, "v"))
+    )
+    assert held_bytes(cache) == 2 * latents + full_bytes(model, min(T, window + first))
+
+
+# ------------------------------------------------------------------------------------- spending
+
+costs = st.floats(0, 10, allow_nan=False, width=32)
+some_choices = st.lists(
+    st.builds(Choice, st.integers(1, 99), st.just(4), st.integers(1, 40), costs),
+    min_size=1,
+    max_size=8,
+)
+plans = settings(max_examples=300, deadline=None, derandomize=True)
+
+
+def total(plan, name):
+    return sum(getattr(choice, name) for choice in plan)
+
+
+@plans
+@given(st.lists(some_choices, min_size=1, max_size=5), st.integers(0, 200))
+def test_a_plan_never_exceeds_its_bytes_and_takes_choices_of_each_side(sides, room):
+    least = sum(min(choice.nbytes for choice in side) for side in sides)
+    if room < least:
+        with pytest.raises(ValueError, match="remove less"):
+            spend(sides, room)
+        return
+    plan = spend(sides, room)
+    assert total(plan, "nbytes") <= room
+    assert all(choice in side for choice, side in zip(plan, sides, strict=True))
+
+
+@plans
+@given(st.lists(some_choices, min_size=1, max_size=5), st.integers(0, 200), st.integers(0, 60))
+def test_more_bytes_never_give_a_worse_plan(sides, room, more):
+    room += sum(min(choice.nbytes for choice in side) for side in sides)
+    few, many = spend(sides, room), spend(sides, room + more)
+    assert total(many, "cost") <= total(few, "cost") + 1e-9
+    best = sum(min(choice.cost for choice in side) for side in sides)
+    assert total(spend(sides, 10**6), "cost") == pytest.approx(best)
+
+
+@plans
+@given(
+    st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=5), min_size=1, max_size=4),
+    st.data(),
+)
+def test_greedy_is_the_best_plan_of_convex_sides(falls, data):
+    """Each side's cost falls less and less with each further byte: against all plans there are."""
+    sides = []
+    for own in falls:
+        left = [sum(sorted(own)[: len(own) - n]) for n in range(len(own) + 1)]
+        sides.append([Choice(n, 4, 1 + n, float(cost)) for n, cost in enumerate(left)])
+    room = data.draw(st.integers(len(sides), sum(map(len, sides))))
+    allowed = (p for p in itertools.product(*sides) if total(p, "nbytes") <= room)
+    assert total(spend(sides, room), "cost") == min(total(plan, "cost") for plan in allowed)
+
+
+@plans
+@given(some_choices)
+def test_the_hull_has_no_choice_above_a_line_of_two_others(side):
+    hull = convex_hull(side)
+    assert hull[0].nbytes == min(choice.nbytes for choice in side)
+    assert hull[-1].cost == min(choice.cost for choice in side)
+    for a, b in itertools.pairwise(hull):
+        assert a.nbytes < b.nbytes and a.cost > b.cost
+        for c in side:  # none below the line from a to b
+            if a.nbytes <= c.nbytes <= b.nbytes:
+                share = (c.nbytes - a.nbytes) / (b.nbytes - a.nbytes)
+                assert c.cost >= a.cost + share * (b.cost - a.cost) - 1e-6
+
+
+def test_what_is_left_goes_to_the_side_whose_step_is_too_large():
+    side = [Choice(1, 4, 1, 9.0), Choice(2, 4, 3, 8.0), Choice(3, 4, 10, 0.0)]
+    assert [spend([side], room)[0].rank for room in (1, 2, 3, 9, 10)] == [1, 1, 2, 2, 3]
+
+
+def test_costs_between_the_probed_ranks_lie_on_a_line_of_their_logarithm():
+    measured = [[1e-1, 1e-3], [1e-2, 1e-4], [1e-2, 1e-6], [1e-2, 0.0]]
+    nbytes = {(rank, b): rank * b for rank in (2, 4, 6) for b in budget.WIDTHS}
+    found = {(c.rank, c.bits): c for c in choices(measured, {**nbytes, (6, 16): 96}, [2, 6])}
+    for (rank, b), cost in {(2, 2): 1e-1, (4, 2): 1e-2, (6, 3): 1e-4, (4, 4): 1e-4}.items():
+        assert found[rank, b].cost == pytest.approx(cost)
+        assert found[rank, b].nbytes == rank * b
+    assert found[6, 16].cost == 0
+
+
+# -------------------------------------------------------------------------------------- command
+
+
+def flags(everything, *outs, **more):
+    options = {"model": everything / "model", "data": everything / "text.txt", "samples": 6}
+    options |= {"seq_len": 50, "window": 4, "sinks": 2, "length": 200, "probe_len": 40, **more}
+    shown = [
+        part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)
+    ]
+    removed = (0.4, 0.6)[: len(outs)]
+    return [*shown, "--remove", *removed, "--out", *outs]
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".png"}
+
+
+def test_the_command_writes_what_the_cache_will_hold(everything, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    outs = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    code, out, err = call(budget, capsys, *flags(everything, *outs))
+    assert code == 0, err
+    assert not out and err.count("removed, ") == 2
+    model = load_model(everything / "model")
+    sixteen = load_model(everything / "model", dtype=torch.bfloat16)
+    for file, remove in zip(outs, (0.4, 0.6), strict=True):
+        plan = json.loads(file.with_suffix(".json").read_text())
+        factors = load_factors(file, sixteen)
+        assert [(p.rank, p.bits) for p in factors.pairs] == [(r["rank"], r["bits"]) for r in plan]
+        assert [(r["layer"], r["of"]) for r in plan] == [
+            (i, of) for i in range(2) for of in ("keys", "values")
+        ]
+        cache = bi_branch_cache(sixteen, factors, 4, 200, sinks=2)
+        sixteen(tiny_tokens(model, 1, 200), cache)
+        full = full_bytes(model, 200)
+        assert held_bytes(cache) == sum(r["nbytes"] for r in plan) + full_bytes(model, 6)
+        assert held_bytes(cache) <= (1 - remove) * full
+        assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert sum(r["cost"] for r in plan) >= 0
+    # One at a time gives the same.
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert call(budget, capsys, *flags(everything, alone / "a.safetensors"))[0] == 0
+    assert (alone / "a.safetensors").read_bytes() == outs[0].read_bytes()
+
+
+def test_full_ranks_in_16_bits_are_the_full_cache():
+    model = tiny_model()
+    seen = calibrate(model, [tiny_tokens(model, 2, 60)], 2)
+    sides = [[Choice(3, 4, 10, 1.0), Choice(12, 16, 99, 0.0)] for _ in range(4)]
+    factors = budget.plan_factors(model, spend(sides, 10**6), seen)
+    assert {(pair.rank, pair.bits) for pair in factors.pairs} == {(12, 16)}
+    tokens = tiny_tokens(model, 2, 50)
+    exact = decode_all(model, tokens, 10, full_cache(model))
+    cache = bi_branch_cache(model, factors.in_bits(32, 32), 4, sinks=2)
+    torch.testing.assert_close(decode_all(model, tokens, 10, cache), exact, atol=2e-4, rtol=1e-3)
+
+
+def test_an_interrupted_probing_goes_on(everything, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    assert call(budget, capsys, *flags(everything, whole / "f.safetensors"))[0] == 0
+    real, calls = budget.probe_side, []
+
+    def probe_side(*args):
+        calls.append(args[2:])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(budget, "probe_side", probe_side)
+    arguments = flags(everything, parts / "f.safetensors")
+    assert call(budget, capsys, *arguments)[0] == 130
+    assert len(notes_beside(parts / "f.safetensors")) == 1 and len(contents(parts)) == 1
+    assert call(budget, capsys, *flags(everything, parts / "f.safetensors", window=5))[0] == 2
+    assert call(budget, capsys, *arguments)[0] == 0
+    assert calls == [(0, "k"), (0, "v"), (1, "k"), (1, "k"), (1, "v")]
+    assert contents(parts) == contents(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_plan(everything, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    assert call(budget, capsys, *flags(everything, one / "f.safetensors"))[0] == 0
+    arguments = map(str, flags(everything, two / "f.safetensors"))
+    done = torchrun(sys.executable, "-m", "experiments.budget", *arguments)
+    assert done.returncode == 0, done.stderr
+    plans = [json.loads((folder / "f.json").read_text()) for folder in (one, two)]
+    for a, b in zip(*plans, strict=True):
+        assert (a["rank"], a["bits"]) == (b["rank"], b["bits"])
+
+
+MISTAKES = {
+    "more --remove than --out": ({}, ["--remove", 0.7], "3 --remove, but 2 --out"),
+    "nothing left": ({}, ["--remove", 0.99, "--out", "c"], "remove less"),
+    "a length past the context": ({"length": 601}, [], "--length 601 exceeds the context of 600"),
+    "a short text": ({"samples": 1, "passages": 9}, [], "text.txt is too short"),
+    "a large window": ({"window": 39, "sinks": 4}, [], "text.txt is too short"),
+    "one file twice": ({}, ["--remove", 0.7, "--out", "a.safetensors"], "are both"),
+    "no such text": ({"data": "nowhere.txt"}, [], "nowhere.txt"),
+    "a share above 1": ({}, ["--remove", 1.5, "--out", "c"], "'1.5' is not a number"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_take_one_line(everything, tmp_path, capsys, monkeypatch, name):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    options, more, message = MISTAKES[name]
+    code, out, err = call(
+        budget, capsys, *flags(everything, "a.safetensors", "b.safetensors", **options), *more
+    )
+    assert code == 2 and not out
+    assert message in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in err and not list(tmp_path.iterdir())
