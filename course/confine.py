@@ -21,18 +21,23 @@ TCP = 0b11  # to bind, to connect; from version 4
 SCOPES = 0b11  # other processes' abstract sockets, and signals to them; from version 6
 
 
+def version() -> int:
+    """Of Landlock here; 0 if there is none."""
+    if sys.platform != "linux":
+        return 0
+    return max(0, ctypes.CDLL(None).syscall(CREATE_RULESET, None, ctypes.c_size_t(0), VERSION))
+
+
 def confine(readable: Iterable[str]) -> bool:
     """From now on this process reads no file but those in or below `readable`, writes none, has no
     TCP, and signals no process but those that it starts. Returns whether the kernel does that."""
-    if sys.platform != "linux":
+    known = version()
+    if not known:
         return False
-    call = ctypes.CDLL(None, use_errno=True).syscall
-    version = call(CREATE_RULESET, None, ctypes.c_size_t(0), VERSION)
-    if version < 1:
-        return False
-    tcp, scopes = TCP if version >= 4 else 0, SCOPES if version >= 6 else 0
-    rules = struct.pack("=QQQ", FILE_ACCESS[min(version, 3)], tcp, scopes)
-    size = 8 if version < 4 else 16 if version < 6 else 24  # what this version knows
+    call = ctypes.CDLL(None).syscall
+    tcp, scopes = TCP if known >= 4 else 0, SCOPES if known >= 6 else 0
+    rules = struct.pack("=QQQ", FILE_ACCESS[min(known, 3)], tcp, scopes)
+    size = 8 if known < 4 else 16 if known < 6 else 24  # what this version knows
     ruleset = call(CREATE_RULESET, rules, ctypes.c_size_t(size), 0)
     for path in readable:
         if not os.path.exists(path):

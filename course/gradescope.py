@@ -5,7 +5,8 @@
 The zip has this project's files, `setup.sh`, which installs what they need, and `run_autograder`,
 which writes zero points to results/results.json first. So there is a result after a crash and
 after Gradescope's time limit too; each problem's points are added when they are known.
-Students hand in the five files, cskv.py, infer.py, model.py, quant.py and train.py.
+Students hand in the five files, cskv.py, infer.py, model.py, quant.py and train.py, and perhaps a
+plan.json, for the leaderboard.
 """
 
 import sys
@@ -20,6 +21,7 @@ import os
 import zipfile
 from pathlib import Path
 
+from course import leaderboard
 from course.grade import Verdict, fresh_seed, grade
 from course.problems import GIVEN, MODULES, ROOT, Problem, load_problems, load_reference
 from support.command import Arguments, UserError, check_writable, replacing, run_command
@@ -52,7 +54,8 @@ export OMP_NUM_THREADS=1
     --results "$home/results/results.json"
 """
 
-PACKED = ("support", "course", "LICENSE", "requirements.txt")
+PACKED = ("support", "course", "weights/teacher", "LICENSE", "requirements.txt")
+PACKED += ("experiments/__init__.py", "experiments/longeval.py", "experiments/prompts")
 
 
 def test_entry(problem: Problem, points: int, text: str) -> dict:
@@ -68,8 +71,14 @@ def test_entry(problem: Problem, points: int, text: str) -> dict:
     }
 
 
-def results(verdicts: list[Verdict], seed: int | None, note: str = "") -> dict:
-    """results.json: the verdicts so far, and zero points for the other problems."""
+def results(
+    verdicts: list[Verdict],
+    seed: int | None,
+    note: str = "",
+    score: leaderboard.Score | None = None,
+) -> dict:
+    """results.json: the verdicts so far, and zero points for the other problems; `score` is that of
+    a plan, problem g."""
     done = {verdict.problem.id: verdict for verdict in verdicts}
     tests = []
     for problem in load_problems():
@@ -79,18 +88,15 @@ def results(verdicts: list[Verdict], seed: int | None, note: str = "") -> dict:
             text = "not graded: the grader ended before. Submit again, or ask the instructor."
             tests.append(test_entry(problem, 0, text))
     points = sum(test["score"] for test in tests)
+    board = [{"name": "points", "value": points, "order": "desc"}]
+    if score and score.share <= leaderboard.BUDGET:
+        board.append({"name": leaderboard.NAME, "value": round(score.nats, 4), "order": "asc"})
     return {
         "output": note or f"seed {seed}",
         "visibility": "visible",
         "stdout_visibility": "hidden",
         "tests": tests,
-        "leaderboard": [
-            {"name": "points", "value": points, "order": "desc"},
-            {
-                "name": "problems solved",
-                "value": sum(v.points == v.problem.points for v in verdicts),
-            },
-        ],
+        "leaderboard": board,
     }
 
 
@@ -112,9 +118,15 @@ def grade_submission(submission: Path, path: Path) -> None:
     """Writes results.json anew after every problem. Raises `UserError` if it cannot be written."""
     seed, verdicts = fresh_seed(), []
     try:
-        for verdict in grade(find_files(submission), seed):
+        folder = find_files(submission)
+        for verdict in grade(folder, seed):
             verdicts.append(verdict)
             write_results(path, results(verdicts, seed))
+        plan = folder / "plan.json"
+        if plan.exists():
+            score = leaderboard.measure(plan)
+            note = f"seed {seed}; problem g, plan.json: {leaderboard.judge(score)}"
+            write_results(path, results(verdicts, seed, note, score))
     except UserError as error:
         write_results(path, results(verdicts, seed, str(error)))
 

@@ -26,8 +26,16 @@ from support.command import Arguments, UserError, run_command
 COPIED = ("support", "weights/teacher", "course/checks", "LICENSE", "requirements.txt")
 COPIED += tuple(
     f"course/{name}"
-    for name in ("README.md", "problems.toml", "problems.py", "grade.py", "sandbox.py")
+    for name in (
+        "README.md",
+        "problems.toml",
+        "problems.py",
+        "grade.py",
+        "sandbox.py",
+        "leaderboard.py",
+    )
 )
+COPIED += ("experiments/__init__.py", "experiments/longeval.py", "experiments/prompts")
 COPIED += ("course/__init__.py", "course/worker.py", "course/scenarios.py", "course/confine.py")
 
 README = """# CSKV, to be written by you

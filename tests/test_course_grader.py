@@ -12,10 +12,11 @@ import zipfile
 
 import pytest
 
-from course import grade, gradescope, problems, release
+from course import confine, grade, gradescope, leaderboard, problems, release
 from course.problems import ROOT
 from course.sandbox import Limits
-from tests.helpers import call
+from support.command import UserError
+from tests.helpers import call, tiny_model
 from tests.test_course import PROBLEMS, REFERENCE, SOLVED, wrong
 
 SVD = "cskv.svd_factors"
@@ -275,6 +276,8 @@ def cheat(body):
     [pytest.param(w, marks=[] if w in QUICK else pytest.mark.slow) for w in CHEATS],
 )
 def test_cheat_has_no_points(what, tmp_path):
+    if "code in C" in what and not confine.version():
+        pytest.skip("no Landlock here")
     body, said = CHEATS[what]
     body = body.replace("{elsewhere}", str(tmp_path)).replace("{root}", str(ROOT))
     body = body.replace("{{", "{").replace("}}", "}")
@@ -367,6 +370,38 @@ def test_gradescope_has_results_after_a_crash(tmp_path, how):
     results = check_results(tmp_path)
     assert sum(test["score"] for test in results["tests"]) == 0
     assert "not come to an end" in results["output"]
+
+
+@pytest.mark.slow
+def test_gradescope_measures_a_plan(tmp_path):
+    """Within the budget it is on the leaderboard, beyond it or damaged it is not, with a reason."""
+    layers = json.loads((ROOT / "weights" / "teacher" / "config.json").read_text())[
+        "num_hidden_layers"
+    ]
+    (tmp_path / "cskv.py").write_text("")
+    for pairs, what in (
+        ([[4, 2]] * layers, "nats a digit"),
+        ([[60, 16]] * layers, "does not count"),
+    ):
+        (tmp_path / "plan.json").write_text(json.dumps({"keys": pairs, "values": pairs}))
+        gradescope.grade_submission(tmp_path, tmp_path / "results.json")
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert what in results["output"], results["output"]
+        assert len(results["leaderboard"]) == (2 if what == "nats a digit" else 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"keys": []}', '{"keys": [[1, 4]], "values": [[1, 4]]}', "[" * 10**5, "1e999"]
+    + [
+        json.dumps({"keys": [[r, b]] * 2, "values": [[1, 4]] * 2})
+        for r, b in ((0, 4), (1, 5), (13, 4))
+    ],
+)
+def test_a_plan_that_is_none(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(UserError, match="is no plan"):
+        leaderboard.read_plan(tmp_path / "plan.json", tiny_model())
 
 
 def test_gradescope_without_files(tmp_path):
