@@ -9,7 +9,8 @@ A plan gives every layer a rank and bits for its keys and for its values, one pa
 The factors are the closed form (`attention`) on texts that are always the same. Two things are
 measured: the bytes that the cache really holds, which must be within the budget, and how surprised
 the model is by the right digits, in nats a digit (the mean of -log p), with the text compressed
-before the question comes. Less is better. A plan is numbers: nothing of a student's code runs on the grader for it.
+before the question comes. Less is better. A plan is numbers: for it, no code of a student
+runs on the grader.
 """
 
 import sys

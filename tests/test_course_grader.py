@@ -169,10 +169,10 @@ CHEATS = {
     "the process is left": ("import os; os._exit(0)", "ended the process, with status 0"),
     "an endless loop": ("while True: pass", "at most 4 seconds"),
     "sleep": ("import time; time.sleep(1000)", "did not end within"),
-    "a print flood": ("while True: print('x' * 1000)", "printed"),
+    "a print flood": ("while True: print('x' * 1000)", "it printed"),
     "a quiet flood": (
         f"try:\n        while True: print('x' * 1000)\n    except OSError: pass\n    {ZEROS}",
-        "printed",
+        "it printed",
     ),
     "all of the memory": ("[bytearray(2**28) for _ in range(1000)]", "MemoryError"),
     "a crash": ("import signal; signal.raise_signal(signal.SIGSEGV)", "crashed with signal 11"),
