@@ -255,14 +255,15 @@ def run(args: argparse.Namespace) -> None:
         def statistics() -> list:
             length = min(args.seq_len, limit)
             if args.calibrate:
-                text = args.calibrate, tokenizer, args.samples, length, args.seed
-                return calibrate(model, sample_tokens(*text))
+                text = args.calibrate, tokenizer, args.samples, length, args.seed, args.sinks
+                return calibrate(model, sample_tokens(*text), args.sinks)
             if args.what not in ANSWER_TOKENS:
                 raise UserError(
                     "factors for cskv and asvd are made from text; give --calibrate TEXT"
                 )
             drawn = [max(args.lines)], min(args.samples, 64), args.seed, args.spelled
-            return calibrate(model, longeval.samples(tokenizer, length, args.what, *drawn))
+            drawn = longeval.samples(tokenizer, length, args.what, *drawn)
+            return calibrate(model, drawn, args.sinks)
 
         @functools.cache
         def make_factors(init: str, rank: int):
