@@ -42,6 +42,9 @@ from course.sandbox import Draw, Failed, Limits, Sandbox, Stopped, protect_memor
 from support.command import Arguments, UserError, comma_list, number, one_of, run_command
 
 
+UNREADABLE = (ValueError, TypeError, KeyError, IndexError, RuntimeError, OverflowError)
+
+
 @dataclass
 class Verdict:
     """Of one problem."""
@@ -78,6 +81,10 @@ def check_part(
                 try:
                     check(student, Draw(f"{seed}-{name}"))
                     verdict.points += points
+                except UNREADABLE as error:  # what came back was strange in a way nobody thought of
+                    verdict.lost.append(
+                        f"-{points}  {name}: no check of this was possible: {error}"
+                    )
                 except Failed as error:
                     must = f"    must hold: {describe(check)}"
                     verdict.lost.append(f"-{points}  {name}: {error}\n{must}")
@@ -116,7 +123,6 @@ def grade(
     student = read_modules(folder)
     if not student:
         raise UserError(f"{folder} has no cskv.py or other file of the course; give its folder")
-    protect_memory()
     torch.set_num_threads(1)
     problems = load_problems()
     reference = load_reference(problems)
@@ -135,6 +141,7 @@ def run(args: argparse.Namespace) -> None:
     folder = args.folder or ROOT
     if args.folder is None and not GIVEN.exists():
         raise UserError("no folder of a student; python -m course.grade DIR")
+    protect_memory()
     verdicts = []
     print(f"seed {seed}")
     for verdict in grade(folder, seed, args.problem):

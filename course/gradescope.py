@@ -24,6 +24,7 @@ from pathlib import Path
 from course import leaderboard
 from course.grade import Verdict, fresh_seed, grade
 from course.problems import GIVEN, MODULES, ROOT, Problem, load_problems, load_reference
+from course.sandbox import protect_memory
 from support.command import Arguments, UserError, check_writable, replacing, run_command
 
 SETUP = """#!/usr/bin/env bash
@@ -116,6 +117,7 @@ def write_results(path: Path, content: dict) -> None:
 
 def grade_submission(submission: Path, path: Path) -> None:
     """Writes results.json anew after every problem. Raises `UserError` if it cannot be written."""
+    protect_memory()
     seed, verdicts = fresh_seed(), []
     try:
         folder = find_files(submission)

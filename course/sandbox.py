@@ -218,8 +218,11 @@ class Sandbox:
     def most_memory(self) -> int:
         """The most bytes of memory that the process has held. It may end by this."""
         if sys.platform == "linux":
-            text = Path(f"/proc/{self.process.pid}/status").read_text()
-            return 1024 * int(text.split("VmHWM:")[1].split()[0])
+            try:
+                text = Path(f"/proc/{self.process.pid}/status").read_text()
+                return 1024 * int(text.split("VmHWM:")[1].split()[0])
+            except (OSError, IndexError):  # it has ended, or is about to
+                raise Stopped(self.why_it_ended()) from None
         if not hasattr(os, "wait4"):
             raise Failed("this system does not say how much memory was used; the grader's does")
         self.process.stdin.close()

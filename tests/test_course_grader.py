@@ -13,8 +13,9 @@ import zipfile
 import pytest
 
 from course import confine, grade, gradescope, leaderboard, problems, release
+from course.checks import factors
 from course.problems import ROOT
-from course.sandbox import Limits
+from course.sandbox import Limits, Sandbox, Stopped
 from support.command import UserError
 from tests.helpers import call, tiny_model
 from tests.test_course import PROBLEMS, REFERENCE, SOLVED, wrong
@@ -286,6 +287,22 @@ def test_cheat_has_no_points(what, tmp_path):
     assert verdict.points == 0, verdict.text()
     assert said in verdict.text(), verdict.text()
     assert not list(tmp_path.iterdir())
+
+
+def test_strange_answers_are_no_end_of_the_grader(monkeypatch):
+    """An error in a check, and a process that is gone when its memory is asked for."""
+
+    def strange(student, draw):
+        raise ValueError("strange")
+
+    monkeypatch.setattr(factors, "svd_is_nearest", strange)
+    verdict = grade.grade_problem(PROBLEMS["b"], REFERENCE, cheat("return 0"), 1, FAST)
+    assert verdict.points == 0 and "no check of this was possible: strange" in verdict.text()
+    with Sandbox(REFERENCE.given, FAST) as student:
+        student.process.kill()
+        student.process.wait()
+        with pytest.raises(Stopped):
+            student.most_memory()
 
 
 def test_a_link_to_the_reference_is_no_solution(tmp_path):
