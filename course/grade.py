@@ -41,7 +41,6 @@ from course.problems import (
 from course.sandbox import Draw, Failed, Limits, Sandbox, Stopped, protect_memory
 from support.command import Arguments, UserError, comma_list, number, one_of, run_command
 
-
 UNREADABLE = (ValueError, TypeError, KeyError, IndexError, RuntimeError, OverflowError)
 
 

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load, save
 
 from course import grade, problems, worker
@@ -63,7 +64,8 @@ class InThisProcess(Sandbox):
         before = swap_modules(self.modules)
         sys.path.insert(0, str(self.folder))
         try:
-            answer = worker.answer(request)
+            with torch.enable_grad():  # as in a process of its own, whatever other tests have set
+                answer = worker.answer(request)
         finally:
             sys.path.remove(str(self.folder))
             self.modules = swap_modules(before)
