@@ -12,7 +12,8 @@ plan.json, for the leaderboard.
 import sys
 
 if not __package__:
-    print("error: run this as python -m course.gradescope from the folder", file=sys.stderr)
+    message = "error: run this as python -m course.gradescope from the project's folder"
+    print(message, file=sys.stderr)
     sys.exit(2)
 
 import argparse

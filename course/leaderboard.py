@@ -16,7 +16,8 @@ runs on the grader.
 import sys
 
 if not __package__:
-    print("error: run this as python -m course.leaderboard from the folder", file=sys.stderr)
+    message = "error: run this as python -m course.leaderboard from the project's folder"
+    print(message, file=sys.stderr)
     sys.exit(2)
 
 import argparse
