@@ -34,6 +34,9 @@ Sources:
     [1] Cover and Thomas, "Elements of Information Theory", section 10.3.3: reverse water-filling
 """
 
+if not __package__:  # run as a script: this says what to do
+    import experiments  # noqa: F401
+
 import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -71,11 +74,7 @@ from support.tokenizer import load_tokenizer
 
 WIDTHS = (2, 3, 4)  # bits that are probed, each at these shares of the channels:
 SHARES = (1 / 24, 1 / 3, 2 / 3, 1)
-HELPS = {
-    "data": "text to calibrate and to probe on",
-    "samples": "of the text, to calibrate on",
-    "passages": "of the text, to probe with",
-}
+HELPS = {"data": "text to calibrate and to probe on", "passages": "of it, to probe with"}
 OF = ("keys", "values")
 STEP = 4  # ranks to choose from are its multiples
 

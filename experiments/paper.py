@@ -28,7 +28,6 @@ from statistics import fmean
 
 import torch
 
-from cskv import Factors
 from experiments import longeval
 from experiments.caches import CACHES, TOKENS, Row, make_row
 from experiments.evaluate import perplexity_cases, retrieval_cases
@@ -74,7 +73,7 @@ class Experiment:
     out: Path  # of the table and the figure, without a suffix
     notes: Path
     arguments: dict  # that must be the same to go on with the notes
-    files: list[Factors]  # of `budget`
+    files: list  # of Factors, for `budget`
     began: float = field(default_factory=time.monotonic)
 
     def plain(self, cache: str, ratio: float = 0.0, sinks: int = 0) -> Row:

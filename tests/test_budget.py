@@ -36,7 +36,7 @@ from tests.helpers import (
     windows,
 )
 
-torch.set_grad_enabled(False)
+
 
 
 # --------------------------------------------------------------------------------------- sinks

@@ -186,7 +186,7 @@ def test_every_command_on_a_full_disk_and_in_ascii(setup, tmp_path, name):
     assert done.returncode == 0 and done.stdout and b"Traceback" not in done.stderr
 
 
-MODULES = [f"experiments.{name}" for name in ("evaluate", "paper", "speed", "longeval")]
+MODULES = [f"experiments.{name}" for name in ("evaluate", "paper", "speed", "longeval", "budget")]
 MODULES += ["support.english", "weights.train_teacher", "weights.check_teacher"]
 
 

@@ -45,7 +45,7 @@ COLUMNS = {
 }
 COLUMNS |= {"cases", "tokens"}
 OWN_COLUMNS = {
-    "perplexity": {"perplexity"},
+    "perplexity": {"perplexity", "text", "context"},
     "longeval": {"question", "lines", "accuracy", "interval"},
     "passkey": {"question", "lines", "accuracy", "interval"},
     "longbench": {"set", "bucket", "score"},
@@ -283,9 +283,9 @@ def test_retrieval_calibrates_on_cases_of_another_seed(
     samples, texts = [], []
     calibrate, encode = evaluate.calibrate, Tokenizer.encode
 
-    def seen_by_calibrate(model, given):
+    def seen_by_calibrate(model, given, sinks):
         samples.extend(given)
-        return calibrate(model, given)
+        return calibrate(model, given, sinks)
 
     def seen_by_encode(self, text, special=True):
         texts.append(text)
