@@ -33,7 +33,8 @@ def layer_hooks(
     def of_layer(i: int):
         def call(attention: Attention, args: tuple) -> None:
             x, projections = args[0][:, sinks:], (attention.k_proj, attention.v_proj)
-            hook(i, x.float(), *(F.linear(x, p.weight).float() for p in projections))
+            if x.shape[1]:  # else a sample of sinks alone
+                hook(i, x.float(), *(F.linear(x, p.weight).float() for p in projections))
 
         return call
 
