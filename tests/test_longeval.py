@@ -145,7 +145,7 @@ def test_published_cases(tmp_path):
 )
 def test_published_files_that_are_none(tmp_path, line):
     (tmp_path / "200_lines.jsonl").write_text(f"{line}\n")
-    with pytest.raises(UserError, match="200_lines.jsonl, line 1"):
+    with pytest.raises(UserError, match=r"200_lines\.jsonl, line 1"):
         longeval.read_cases(tmp_path, 200)
 
 

@@ -102,19 +102,20 @@ class Level:
     preamble: float  # probability of the text before the record
     spelled: float  # share of batches whose keys are made-up words
     passkey: float  # share of batches that hide one number in filler text
+    rate: float  # factor on the learning rates: long records are few in a batch, and it is noisier
 
 
 LEVELS = (
-    Level(lines=4, bare=1.0, worded=0.0, preamble=0.0, spelled=0.3, passkey=0.0),
-    Level(lines=5, bare=0.5, worded=0.0, preamble=0.0, spelled=0.3, passkey=0.0),
-    Level(lines=8, bare=0.1, worded=0.5, preamble=0.1, spelled=0.4, passkey=0.0),
-    Level(lines=12, bare=0.0, worded=0.9, preamble=0.5, spelled=0.5, passkey=0.05),
-    Level(lines=25, bare=0.0, worded=0.9, preamble=0.9, spelled=0.6, passkey=0.05),
-    Level(lines=50, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.05),
-    Level(lines=100, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.1),
-    Level(lines=200, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.1),
-    Level(lines=350, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.1),
-    Level(lines=500, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.1),
+    Level(4, bare=1.0, worded=0.0, preamble=0.0, spelled=0.0, passkey=0.0, rate=1.0),
+    Level(5, bare=0.5, worded=0.0, preamble=0.0, spelled=0.0, passkey=0.0, rate=1.0),
+    Level(8, bare=0.1, worded=0.5, preamble=0.1, spelled=0.3, passkey=0.0, rate=1.0),
+    Level(12, bare=0.0, worded=0.9, preamble=0.5, spelled=0.5, passkey=0.05, rate=1.0),
+    Level(25, bare=0.0, worded=0.9, preamble=0.9, spelled=0.6, passkey=0.05, rate=1.0),
+    Level(50, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.05, rate=1.0),
+    Level(100, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.1, rate=0.8),
+    Level(200, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.1, rate=0.6),
+    Level(350, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.1, rate=0.5),
+    Level(500, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.1, rate=0.5),
 )
 SLOWNESS = 30  # batches that the running share looks back on
 QUESTIONS = 48  # questions a record, at most: a long record is worth many
@@ -257,6 +258,7 @@ class Plan:
     adam_lr: float = 0.002  # embeddings, norms, output
     warmup: int = 50  # steps
     advance: float = 0.9  # share of right numbers that opens the next level
+    patience: int = 500  # steps after which it opens in any case
     final: int = 700  # steps at the last level, while the learning rates fall to zero
     levels: int = len(LEVELS)  # of the curriculum
 
@@ -301,10 +303,11 @@ class Trainer:
         self.running = 0.0  # share of right numbers, of the last batches that have records
 
     def rate(self) -> float:
-        """Factor on the learning rates: a ramp up, flat, and down to zero at the last level."""
+        """Factor on the learning rates: a ramp up, the level's, down to zero at the last level."""
+        rate = LEVELS[self.level].rate
         if self.level == self.plan.levels - 1:
-            return max(0.0, 1 - (self.step - self.entered) / self.plan.final)
-        return min(1.0, (self.step + 1) / self.plan.warmup)
+            return rate * max(0.0, 1 - (self.step - self.entered) / self.plan.final)
+        return rate * min(1.0, (self.step + 1) / self.plan.warmup)
 
     def done(self) -> bool:
         return self.level == self.plan.levels - 1 and self.step - self.entered >= self.plan.final
@@ -336,7 +339,8 @@ class Trainer:
             "running": round(self.running, 4),
         }
         self.step += 1
-        if self.running >= plan.advance and self.level < plan.levels - 1:
+        learned = self.running >= plan.advance or self.step - self.entered >= plan.patience
+        if learned and self.level < plan.levels - 1:
             self.level, self.entered = self.level + 1, self.step
             self.running = 0.5  # so that no level is left within a few batches
         return row
