@@ -199,7 +199,7 @@ def test_teacher_answers():
     """A few cases of both tasks with the repository's model; check_teacher.py measures many."""
     model, tokenizer = load_model(TEACHER), load_tokenizer(TEACHER)
     assert tokenizer.backend.to_str() == TOKENIZER.to_str()
-    for task, lines in (("longeval", 40), ("passkey", 20)):
+    for task, lines in (("longeval", 40), ("longeval", 200), ("passkey", 20)):
         cases = list(longeval.make_cases(task, lines, 12, seed=5))
         assert check_teacher.count_right(model, tokenizer, cases)[0] >= 11
     config = json.loads((TEACHER / "config.json").read_text())
