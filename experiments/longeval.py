@@ -129,6 +129,22 @@ def make_cases(
         yield longeval_case(rng, lines, spelled) if task == "longeval" else passkey_case(rng, lines)
 
 
+def read_cases(folder: Path, lines: int) -> list[RetrievalCase]:
+    """LongEval's own cases [1], from its `testcases` folder with `200_lines.jsonl` and so on."""
+    path, mark = folder / f"{lines}_lines.jsonl", "\nNow the record is over"
+    cases = []
+    with path.open(encoding="utf-8") as file:
+        for i, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                end = row["prompt"].rindex(mark)
+                context, question = row["prompt"][:end], row["prompt"][end:]
+                cases.append(RetrievalCase(context, question, int(row["expected_number"])))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{path}, line {i}: no case of LongEval; fetch it again") from None
+    return cases
+
+
 def samples(
     tokenizer: Tokenizer,
     length: int,

@@ -125,6 +125,30 @@ def test_errors():
             call()
 
 
+def test_published_cases(tmp_path):
+    """Whole prompts, the space at their ends included, cut where the record ends."""
+    prompt = "Below ...\n\nline a-b: REGISTER_CONTENT is <7>\n\nNow the record is over. Tell me? "
+    row = {"prompt": prompt, "expected_number": 7, "random_idx": ["a-b", 0], "num_lines": 1}
+    file = tmp_path / "200_lines.jsonl"
+    file.write_text(f"{json.dumps(row)}\n{json.dumps({**row, 'expected_number': 8})}\n")
+    first, second = longeval.read_cases(tmp_path, 200)
+    assert first.prompt == second.prompt == prompt
+    assert first.context.endswith("<7>\n") and first.question.startswith("\nNow the record")
+    assert (first.answer, second.answer) == (7, 8)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", "7", "null", "{}", '{"prompt": "", "expected_number": 7}']
+    + [json.dumps({"prompt": "\nNow the record is over", "expected_number": n}) for n in (None, "")]
+    + [json.dumps({"prompt": 7, "expected_number": 7})],
+)
+def test_published_files_that_are_none(tmp_path, line):
+    (tmp_path / "200_lines.jsonl").write_text(f"{line}\n")
+    with pytest.raises(UserError, match=r"200_lines\.jsonl, line 1"):
+        longeval.read_cases(tmp_path, 200)
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "experiments.longeval", *arguments],

@@ -1,6 +1,7 @@
 """Measures the teaching model with the full cache, and draws the learning curve of its training.
 
 python -m weights.check_teacher --cases 200 --seed 1
+python -m weights.check_teacher --data FOLDER
 python -m weights.check_teacher --curve runs/teacher/curve.jsonl --png curve.png
 """
 
@@ -17,9 +18,10 @@ import argparse
 import itertools
 import json
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from experiments.longeval import QUESTION, RetrievalCase, is_correct, make_cases
+from experiments.longeval import RetrievalCase, is_correct, make_cases, read_cases
 from infer import generate, make_sampler
 from model import Transformer, full_cache
 from support.checkpoint import load_model
@@ -33,10 +35,10 @@ UNSEEN = (  # questions in words that train_teacher.py never asks
 )
 
 
-def accuracy(
+def count_right(
     model: Transformer, tokenizer: Tokenizer, cases: list[RetrievalCase]
-) -> tuple[float, int]:
-    """Share of cases that infer.py's greedy decoding answers rightly, and the longest prompt."""
+) -> tuple[int, int]:
+    """Cases that infer.py's greedy decoding answers rightly, and the longest prompt in tokens."""
     right = longest = 0
     for case in cases:
         prompt = tokenizer.encode(case.prompt)
@@ -44,26 +46,39 @@ def accuracy(
         output = list(generate(model, prompt, cache, 100, make_sampler(0, 1, 0)))
         right += is_correct(tokenizer.decode(output), case.answer)
         longest = max(longest, len(prompt))
-    return right / len(cases), longest
+    return right, longest
 
 
-def check(folder: Path, count: int, seed: int) -> None:
-    """Prints what a finished model can do with the full cache: a line for each task and length."""
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    sets = {f"{n} lines": make_cases("longeval", n, count, seed) for n in (25, 50, 75, 100)}
-    for n in (12, 25, 50):
-        sets[f"{n} lines, made-up words"] = make_cases("longeval", n, count, seed, spelled=True)
-    for n in (10, 25, 50):
-        sets[f"passkey in {n} fillers"] = make_cases("passkey", n, count, seed)
-    for wording in (QUESTION, *UNSEEN):
-        sets[f"50 lines, asked {wording.strip()!r}"] = (
+def fresh_cases(count: int, seed: int) -> Iterator[tuple[str, Iterable[RetrievalCase]]]:
+    """Our own cases: a name and `count` cases for each task, length and wording."""
+    for n in (25, 50, 100, 200, 300, 400, 500):
+        yield f"{n} lines", make_cases("longeval", n, count, seed)
+    for n in (50, 200, 500):
+        yield f"{n} lines, made-up words", make_cases("longeval", n, count, seed, spelled=True)
+    for n in (25, 100, 500):
+        yield f"passkey in {n} fillers", make_cases("passkey", n, count, seed)
+    for n, wording in itertools.product((50, 500), UNSEEN):
+        cases = (
             RetrievalCase(case.context, wording.format(key=key), case.answer)
-            for case in make_cases("longeval", 50, count, seed)
+            for case in make_cases("longeval", n, count, seed)
             for key in re.findall(r"in line (\S+)\?", case.question)
         )
-    for name, cases in sets.items():
-        share, tokens = accuracy(model, tokenizer, list(cases))
-        print(f"{share:.3f}  {name} ({count} cases of up to {tokens} tokens)", flush=True)
+        yield f"{n} lines, asked {wording.strip()!r}", cases
+
+
+def published_cases(data: Path) -> Iterator[tuple[str, Iterable[RetrievalCase]]]:
+    """LongEval's own files, whole."""
+    for n in (200, 300, 400, 500):
+        yield f"{n} lines, published", read_cases(data, n)
+
+
+def check(folder: Path, sets: Iterable[tuple[str, Iterable[RetrievalCase]]]) -> None:
+    """Prints what a finished model can do with the full cache: a line for each set of cases."""
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    for name, cases in sets:
+        cases = list(cases)
+        right, tokens = count_right(model, tokenizer, cases)
+        print(f"{right:4} of {len(cases)}  {name} (up to {tokens} tokens)", flush=True)
 
 
 def plot(curve: Path, png: Path) -> None:
@@ -100,16 +115,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Path("weights/teacher"))
     parser.add_argument("--cases", type=number(int, 1), default=200, help="a line of the table")
     parser.add_argument("--seed", type=int, default=1, help="another seed gives other cases")
+    parser.add_argument(
+        "--data", type=Path, help="LongEval's own files (200_lines.jsonl, ...) instead of our cases"
+    )
     parser.add_argument("--curve", type=Path, help="draw this log of train_teacher.py instead")
     parser.add_argument("--png", type=Path, default=Path("weights/teacher/learning_curve.png"))
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.curve is None:
-        check(args.model, args.cases, args.seed)
-    else:
+    if args.curve is not None:
         plot(args.curve, args.png)
+    elif args.data is not None:
+        check(args.model, published_cases(args.data))
+    else:
+        check(args.model, fresh_cases(args.cases, args.seed))
 
 
 if __name__ == "__main__":
