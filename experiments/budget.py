@@ -7,8 +7,9 @@ The paper leaves the choice of ratios for single layers, and for keys and values
 Here each side (the keys or the values) of each layer gets a rank and bits of its own, without any
 training, such that a cache of `--length` tokens has so many bytes and loses as little as possible.
 
-Take one side first: how to spend its bits on its channels? Theory [1] answers for Gaussian ones:
-pour water of one level D over the eigenvalues. A channel with an eigenvalue above D gets
+Take one side first: how to spend its bits on its channels? For Gaussian ones theory answers with
+reverse water-filling (Cover and Thomas, "Elements of Information Theory", section 10.3.3): pour
+water of one level D over the eigenvalues. A channel with an eigenvalue above D gets
 1/2 log2(eigenvalue / D) bits and keeps an error D, one below is dropped and keeps all of its own.
 Then one bit more lowers the error as much in every channel that has any, so none should be moved.
 The values of SmolLM2's layer 10 have 192 channels with eigenvalues from 9.0 down to 0.013. With 192
@@ -29,9 +30,6 @@ this differs by factors of hundreds, and eigenvalues do not tell. So it is measu
 For SmolLM2, two cores probe 12 minutes, after 2 of calibration. For LongChat-7B these would be
 64 sides x 12 probes x 1,024 tokens x 16.5 layers x 0.4 GFLOP = 5e15 operations, a minute or two for
 a GPU that does 1e14 a second, with 0.3 GB of stored inputs.
-
-Sources:
-    [1] Cover and Thomas, "Elements of Information Theory", section 10.3.3: reverse water-filling
 """
 
 if not __package__:  # run as a script: this says what to do
@@ -75,7 +73,6 @@ from support.tokenizer import load_tokenizer
 WIDTHS = (2, 3, 4)  # bits that are probed, each at these shares of the channels:
 SHARES = (1 / 24, 1 / 3, 2 / 3, 1)
 HELPS = {"data": "text to calibrate and to probe on", "passages": "of it, to probe with"}
-OF = ("keys", "values")
 STEP = 4  # ranks to choose from are its multiples
 
 
@@ -214,11 +211,11 @@ def write_plan(
     """Beside each other: the factors of a plan; its choices and the probed costs as JSON; and a
     picture of the choices."""
     save_factors(out, factors, model)
-    rows = [
-        {"layer": n // 2, "of": OF[n % 2], **asdict(choice), "probed_ranks": probed_ranks(model)}
-        | {f"costs_{bits}_bits": own for bits, own in zip(WIDTHS, costs[n], strict=True)}
-        for n, choice in enumerate(plan)
-    ]
+    rows = []
+    for n, choice in enumerate(plan):
+        row = {"layer": n // 2, "of": ("keys", "values")[n % 2], **asdict(choice)}
+        probed = {f"costs_{bits}_bits": own for bits, own in zip(WIDTHS, costs[n], strict=True)}
+        rows.append({**row, "probed_ranks": probed_ranks(model), **probed})
     write_json(out.with_suffix(".json"), rows)
     figures.budget_plan(rows, out.with_suffix(".png"))
 

@@ -15,7 +15,6 @@ Sources:
 import argparse
 import json
 import random
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor
 from experiments.prompts import read_prompt
 from support.command import Arguments, UserError, number, replacing, run_command
 from support.options import add_options
+from support.scores import is_correct, read_answer  # noqa: F401 (in their place beside the cases)
 from support.tokenizer import Tokenizer
 
 PREAMBLE = read_prompt("longeval_preamble")
@@ -162,17 +162,6 @@ def samples(
     cases = [case for group in zip(*of_each, strict=True) for case in group]
     ids = [tokenizer.encode_prompt(case.text, chat=False) for case in cases[:count]]
     return [torch.tensor([tokens[:length]]) for tokens in ids]
-
-
-def read_answer(output: str, first: bool = False) -> int | None:
-    """The last run of digits, LongEval's rule, or the `first`, as an integer; None if there is
-    none."""
-    runs = re.findall(r"[0-9]+", output)
-    return int(runs[0 if first else -1]) if runs else None
-
-
-def is_correct(output: str, answer: int, first: bool = False) -> bool:
-    return read_answer(output, first) == answer
 
 
 def run(args: argparse.Namespace) -> None:

@@ -68,6 +68,17 @@ def rouge_l(output: str, reference: str) -> float:
     return 2 * P * R / (P + R + 1e-8)
 
 
+def read_answer(output: str, first: bool = False) -> int | None:
+    """The last run of digits, LongEval's rule, or the `first`, as an integer; None if there is
+    none."""
+    runs = re.findall(r"[0-9]+", output)
+    return int(runs[0 if first else -1]) if runs else None
+
+
+def is_correct(output: str, answer: int, first: bool = False) -> bool:
+    return read_answer(output, first) == answer
+
+
 def wilson(right: float, cases: int, z: float = 1.96) -> tuple[float, float]:
     """The 95% interval of a share, by Wilson (1927): right near 0 and 1, where it matters here."""
     p, n = right / cases, cases
