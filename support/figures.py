@@ -63,7 +63,7 @@ def perplexity_against_bytes(rows: list[dict], colours: dict, path: Path) -> Non
         own = {"panel": f"{row['text']}, {row['context']} tokens", "x": row["measured_ratio"]}
         own |= {"label": row["cache"] + kind, "colour": colours[row["cache"]], "paper": ""}
         own |= {"marks": "o-" if row["bits"] == "16" else "o--"}
-        own |= {"marks": "s-"} if row["factors"] == "budget" else {}
+        own |= {"marks": "s-", "colour": "tab:red"} if row["factors"] == "budget" else {}
         lines.append({**row, **own})
     xlabel = "measured compression ratio"
     draw_scores(lines, "panel", {}, "", path, xlabel=xlabel, yscale="log")
