@@ -27,6 +27,13 @@ TOKENIZER = build_tokenizer()
 TINY = {"layers": 1, "hidden": 16, "mlp": 8, "tokens": 64, "warmup": 2, "levels": 3, "advance": 0.0}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def gradients():
+    """On, whatever other tests have set."""
+    with torch.enable_grad():
+        yield
+
+
 # ----------------------------------------------------------------------------------- tokenizer
 
 
