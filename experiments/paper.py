@@ -300,13 +300,13 @@ COMMANDS = {f.__name__: f for f in (*TABLES, figure3, figure4)}
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed. A case that does not fit is refused before
     the training, and not after it."""
-    if args.what not in ("table2", "table5"):
-        figures.pyplot()  # if it is missing, that is known before the work and not after
     for text in args.text:
         if not text.exists():
             raise UserError(f"no file {text}; give held-out text")
     if args.what == "budget" and not args.text:
         raise UserError("budget measures perplexity; give held-out text with --text")
+    if args.what not in ("table2", "table5"):
+        figures.pyplot()  # if it is missing, that is known before the work and not after
     with processes(args.device) as device:
         model = load_model(args.model, device, DTYPES[args.dtype])
         tokenizer = load_tokenizer(args.model, model.config.vocab_size)
