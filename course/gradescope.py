@@ -27,6 +27,7 @@ from course.grade import Verdict, fresh_seed, grade
 from course.problems import GIVEN, MODULES, ROOT, Problem, load_problems, load_reference
 from course.sandbox import protect_memory
 from support.command import Arguments, UserError, check_writable, replacing, run_command
+from support.tables import write_json
 
 SETUP = """#!/usr/bin/env bash
 # Gradescope runs this once, to make the image.
@@ -111,11 +112,6 @@ def find_files(submission: Path) -> Path:
     raise UserError("no cskv.py, infer.py, model.py, quant.py or train.py; hand in these files")
 
 
-def write_results(path: Path, content: dict) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-
 def grade_submission(submission: Path, path: Path) -> None:
     """Writes results.json anew after every problem. Raises `UserError` if it cannot be written."""
     protect_memory()
@@ -124,14 +120,14 @@ def grade_submission(submission: Path, path: Path) -> None:
         folder = find_files(submission)
         for verdict in grade(folder, seed):
             verdicts.append(verdict)
-            write_results(path, results(verdicts, seed))
+            write_json(path, results(verdicts, seed))
         plan = folder / "plan.json"
         if plan.exists():
             score = leaderboard.measure(plan)
             note = f"seed {seed}; problem g, plan.json: {leaderboard.judge(score)}"
-            write_results(path, results(verdicts, seed, note, score))
+            write_json(path, results(verdicts, seed, note, score))
     except UserError as error:
-        write_results(path, results(verdicts, seed, str(error)))
+        write_json(path, results(verdicts, seed, str(error)))
 
 
 def write_zip(path: Path) -> None:

@@ -108,9 +108,10 @@ def probed_ranks(model: Transformer) -> list[int]:
 def plan_factors(model: Transformer, plan: list["Choice"], seen: list[Statistics]) -> Factors:
     """The factors of a plan: its choices are of the keys and the values of each layer in turn."""
     pairs = []
-    for n, (rank, bits) in enumerate((choice.rank, choice.bits) for choice in plan):
+    for n, choice in enumerate(plan):
         i, side = n // 2, "kv"[n % 2]
-        pairs.append(cut(init_pair("attention", model, i, side, rank, seen[i]), side, rank, bits))
+        whole = init_pair("attention", model, i, side, choice.rank, seen[i])
+        pairs.append(cut(whole, side, choice.rank, choice.bits))
     layers = [LayerFactors(k, v) for k, v in zip(pairs[::2], pairs[1::2], strict=True)]
     return Factors(layers, {"init": "attention", "trained": "none"})
 
@@ -260,21 +261,20 @@ def run(args: argparse.Namespace) -> None:
         counts = all_that_counts(counts, model, args.model)
         keys = [(i, n) for i in range(config.num_hidden_layers) for n in range(len(SIDES))]
         done = run_all([[key] for key in keys], probed, args.out[0], counts, "side")
-        ranks = probed_ranks(model)
         costs = [done[key]["costs"] for key in keys]
-        sides = [choices(*curve, ranks) for curve in zip(costs, nbytes, strict=True)]
+        sides = [choices(*curve, probed_ranks(model)) for curve in zip(costs, nbytes, strict=True)]
+        if place()[0]:
+            return
         for remove, room, out in zip(args.remove, rooms, args.out, strict=True):
             plan = spend(sides, room)
             factors = plan_factors(model, plan, seen)
             bought = f"{1 - remove:g} of a full cache's bytes at {args.length} tokens"
             factors.info.update(data=args.data.name, budget=bought)
-            if place()[0] == 0:
-                write_plan(out, plan, factors, model, costs)
-                removed = 1 - (exact + sum(choice.nbytes for choice in plan)) / full
-                cost = sum(choice.cost for choice in plan)
-                say(f"{out}: {removed:.1%} of the bytes removed, {cost:.3g} nats in all")
-        if place()[0] == 0:
-            delete_notes(args.out[0])
+            write_plan(out, plan, factors, model, costs)
+            removed = 1 - (exact + sum(choice.nbytes for choice in plan)) / full
+            cost = sum(choice.cost for choice in plan)
+            say(f"{out}: {removed:.1%} of the bytes removed, {cost:.3g} nats in all")
+        delete_notes(args.out[0])
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
