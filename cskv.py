@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quant
-from model import Attention, LayerCache, Rope, Transformer, causal_attention, reserve
+from model import Attention, LayerCache, Rope, Transformer, reserve
 
 # ------------------------------------------------------ section 2.1: inference with two branches
 
@@ -101,16 +101,16 @@ class BiBranchCache(LayerCache):
         self.c_k = empty_latents(factors.k, quant.TOKENS, self.window, expected)
         self.c_v = empty_latents(factors.v, quant.CHANNELS, self.window, expected)
 
-    def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """The whole prompt (Figure 1a). Its output is exactly the original model's."""
-        self.check_prefill()
+    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
+        """The whole prompt (Figure 1a): what both branches keep of it. `prefill` attends as the
+        original model does, with all exact keys and values, which are dropped after it."""
         B, H_kv, T, D = k.shape
         # 1. Compressed branch: the latents of all tokens but the sinks.
         self.c_k.append(x[:, self.sinks :] @ self.A_k)  # [B, T - sinks, r_k]
         self.c_v.append(x[:, self.sinks :] @ self.A_v)  # [B, T - sinks, r_v]
-        # 2. Exact keys, rotated to positions 0 .. T - 1, and exact values.
-        q, k = rope.rotate(q, 0), rope.rotate(k, 0)
-        # 3. Full-precision branch: the sinks, then the last m of the others, as a ring.
+        # 2. Full-precision branch: keys, rotated to positions 0 .. T - 1, and values of the sinks,
+        #    then of the last m of the others, as a ring.
+        k = rope.rotate(k, 0)
         S, m = min(T, self.sinks), max(0, min(T - self.sinks, self.window))
         room = min(max(T, self.expected), self.sinks + self.window)
         kept = torch.cat([torch.arange(S), torch.arange(T - m, T)]).to(x.device)
@@ -119,8 +119,6 @@ class BiBranchCache(LayerCache):
         self.v = torch.empty_like(self.k)
         self.k[:, :, slots], self.v[:, :, slots] = k[:, :, kept], v[:, :, kept]
         self.length = T
-        # 4. Attention with all exact keys and values, which are dropped after it.
-        return causal_attention(q, k, v, self.sliding_window)
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """One new token, at position t (Figure 1b)."""

@@ -133,10 +133,17 @@ class LayerCache:
     """
 
     length = 0  # tokens seen
-    exact_prefill = True  # its output is that of plain attention, so that several caches can share
+    sliding_window: int | None = None  # the model's
 
     def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """The whole prompt at once, on an empty cache."""
+        """The whole prompt at once, on an empty cache: it is remembered, and attended exactly."""
+        if self.length:
+            raise ValueError(f"prefill on a cache that holds {self.length} tokens; make a new one")
+        self.remember(x, q, k, v, rope)
+        return causal_attention(rope.rotate(q, 0), rope.rotate(k, 0), v, self.sliding_window)
+
+    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
+        """What stays of a prompt. The attention is apart: caches of one prompt can share it."""
         raise NotImplementedError
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
@@ -150,10 +157,6 @@ class LayerCache:
     def nbytes(self) -> int:
         """Bytes of the memory behind `tensors()`, room for tokens to come included."""
         return sum(t.untyped_storage().nbytes() for t in self.tensors())
-
-    def check_prefill(self) -> None:
-        if self.length:
-            raise ValueError(f"prefill on a cache that holds {self.length} tokens; make a new one")
 
     def check_decode(self, q: Tensor) -> None:
         if not self.length:
@@ -186,15 +189,12 @@ class FullCache(LayerCache):
     def __init__(self, config: Config, expected: int = 0):
         self.expected, self.sliding_window = expected, config.sliding_window
 
-    def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        self.check_prefill()
+    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
         B, H_kv, T, D = k.shape
-        q, k = rope.rotate(q, 0), rope.rotate(k, 0)
         self.k = k.new_empty(B, H_kv, max(T, self.expected), D)
         self.v = torch.empty_like(self.k)
-        self.k[:, :, :T], self.v[:, :, :T] = k, v
+        self.k[:, :, :T], self.v[:, :, :T] = rope.rotate(k, 0), v
         self.length = T
-        return causal_attention(q, k, v, self.sliding_window)
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_decode(q)

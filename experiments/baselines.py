@@ -1,6 +1,6 @@
 """The caches that the paper's Table 1 compares CSKV with: StreamingLLM, H2O, ASVD, and KIVI beside.
 
-Each is one more `model.LayerCache`, for one layer, with the two methods prefill and decode. What
+Each is one more `model.LayerCache`, for one layer, with the two methods remember and decode. What
 they remember, of a prompt of T tokens at compression ratio c:
 
     StreamingCache    all channels of (1 - c) T tokens: the first 4 and the newest [1]
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cskv import ChunkedBiBranchCache, LayerFactors
-from model import Attention, Config, LayerCache, Rope, causal_attention, reserve
+from model import Attention, Config, LayerCache, Rope, reserve
 from quant import BITS, CHANNELS, TOKENS, Packed
 from support.command import UserError
 
@@ -110,19 +110,15 @@ class StreamingCache(PrunedCache):
         super().set_budget(T)
         self.budget = min(self.budget, self.sliding_window or self.budget)
 
-    def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """The whole prompt, exactly."""
-        self.check_prefill()
+    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
+        """The sinks, and as many of the newest tokens as the budget leaves. Keys before RoPE."""
         T = k.shape[2]
         self.set_budget(T)
-        # 1. The sinks, and as many of the newest tokens as the budget leaves. Keys before RoPE.
         n = min(T, self.budget)
         slots = torch.arange(n, device=k.device)
         kept = torch.where(slots < self.sinks, slots, slots + T - n)[None, None, :, None]
         self.k, self.v = self.kept_of(k, kept), self.kept_of(v, kept)
         self.length = T
-        # 2. Attention with all exact keys and values, which are dropped after it.
-        return causal_attention(rope.rotate(q, 0), rope.rotate(k, 0), v, self.sliding_window)
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """One new token: the oldest one behind the sinks makes way for it."""
@@ -201,9 +197,8 @@ class HeavyHitterCache(PrunedCache):
                 " only (sliding_window); use another cache"
             )
 
-    def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """The whole prompt, exactly."""
-        self.check_prefill()
+    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
+        """The tokens that the prompt attends to most, and the newest."""
         T = k.shape[2]
         self.set_budget(T)
         self.heavy = self.budget // 2
@@ -222,8 +217,6 @@ class HeavyHitterCache(PrunedCache):
         self.k, self.v = self.kept_of(k, kept), self.kept_of(v, kept)
         self.scores = self.kept_of(received, kept)
         self.length = T
-        # 3. Attention with all exact keys and values, which are dropped after it.
-        return causal_attention(q, k, v)
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """One new token, at position t."""
@@ -287,22 +280,18 @@ class KiviCache(LayerCache):
         self.bits, self.residual, self.expected = bits, residual, max(0, expected - sinks)
         self.sliding_window, self.sinks = config.sliding_window, sinks
 
-    def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """The whole prompt, exactly."""
-        self.check_prefill()
+    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
+        """Groups older than the residual, packed; the rest waits for it."""
         # On a CPU a chunk of unpacked keys should stay in its cache; a GPU wants few, large steps.
         self.chunk = 1024 if k.device.type == "cpu" else 8192
-        q, k = rope.rotate(q, 0), rope.rotate(k, 0)
-        # 1. Groups older than the residual are packed, the rest waits. Heads count as sequences:
-        #    [B * H_kv, T, D].
+        k = rope.rotate(k, 0)
+        # Heads count as sequences: [B * H_kv, T, D].
         sizes = self.residual, self.expected
         self.k, self.v = (Packed(self.bits, dim, *sizes) for dim in (TOKENS, CHANNELS))
         self.k.append(k[:, :, self.sinks :].flatten(0, 1))
         self.v.append(v[:, :, self.sinks :].flatten(0, 1))
         self.first_k, self.first_v = (y[:, :, : self.sinks].clone() for y in (k, v))
         self.length = k.shape[2]
-        # 2. Attention with the exact keys and values.
-        return causal_attention(q, k, v, self.sliding_window)
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """One new token, at position t."""
@@ -357,8 +346,6 @@ class LowRankCache(ChunkedBiBranchCache):
 
     The arguments are those of `BiBranchCache`, without a window; `bits` is 16, or 32 for tests.
     """
-
-    exact_prefill = False
 
     def __init__(
         self, attention: Attention, factors: LayerFactors, expected: int = 0, bits: int = 16

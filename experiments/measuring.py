@@ -20,6 +20,7 @@ from experiments.caches import Row, make_cache
 from infer import full_bytes, held_bytes
 from model import LayerCache, Rope, Transformer
 from support.notes import run_all
+from support.rounded import Rounded
 from support.scores import wilson
 from support.tables import ALL, grouped, summarize
 
@@ -39,14 +40,22 @@ class Case:
 
 
 class SharedPrefill(LayerCache):
-    """Several caches with an exact prefill, reading one prompt: their output is the same."""
+    """Several caches with an exact prefill, reading one prompt: its attention is computed once."""
 
     def __init__(self, caches: tuple[LayerCache, ...]):
         self.caches = caches
 
     def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        outs = [cache.prefill(x, q, k, v, rope) for cache in self.caches]
-        return outs[0]
+        first, *others = self.caches
+        for cache in others:
+            cache.remember(x, q, k, v, rope)
+        return first.prefill(x, q, k, v, rope)
+
+
+def reads_exactly(cache: LayerCache) -> bool:
+    """Whether its prefill is the one that all caches have unless they write their own."""
+    own = cache.cache if isinstance(cache, Rounded) else cache
+    return type(own).prefill is LayerCache.prefill
 
 
 def measure(
@@ -85,7 +94,7 @@ def measure(
 def run_case(model: Transformer, rows: list[Row], case: Case) -> Iterator[dict]:
     """Yields for each row, in order, what notes keep of the case."""
     caches = [make_cache(model, row, case.length) for row in rows]
-    exact = [cache for cache in caches if cache[0].exact_prefill]
+    exact = [cache for cache in caches if reads_exactly(cache[0])]
     device = model.lm_head.weight.device
     prompt = case.prompt.to(device)
     start = clock(device)
@@ -95,7 +104,7 @@ def run_case(model: Transformer, rows: list[Row], case: Case) -> Iterator[dict]:
         share = (clock(device) - start) / len(exact)
     for row, cache in zip(rows, caches, strict=True):
         start = clock(device)
-        if cache[0].exact_prefill:
+        if reads_exactly(cache[0]):
             logits, start = shared, start - share
         else:
             logits = model(prompt, cache, logits_to_keep=1)

@@ -15,7 +15,7 @@ class Rounded(LayerCache):
     """
 
     def __init__(self, cache: LayerCache, dtype: torch.dtype):
-        self.cache, self.dtype, self.exact_prefill = cache, dtype, cache.exact_prefill
+        self.cache, self.dtype = cache, dtype
 
     @property
     def length(self) -> int:
@@ -23,6 +23,9 @@ class Rounded(LayerCache):
 
     def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         return self.cache.prefill(*(y.to(self.dtype) for y in (x, q, k, v)), rope).to(x.dtype)
+
+    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
+        self.cache.remember(*(y.to(self.dtype) for y in (x, q, k, v)), rope)
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         return self.cache.decode(*(y.to(self.dtype) for y in (x, q, k, v)), rope).to(x.dtype)

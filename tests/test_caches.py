@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import infer
+import model
 from experiments import baselines, caches, evaluate, speed
 from model import Transformer, full_cache
 from support import figures
 from support.calibration import init_factors
+from support.checkpoint import load_model
 from tests.evaluating import (
     ROOT,
     arguments,
@@ -35,18 +37,27 @@ def test_together_equals_alone(everything, brief, tmp_path, capsys):
 
 
 def test_the_prompt_is_read_once_by_all_but_asvd(everything, brief, tmp_path, capsys, monkeypatch):
-    lengths, real = [], Transformer.forward
+    """And attended once in each layer, whatever the number of caches that remember it."""
+    lengths, attended = [], []
+    real, attend = Transformer.forward, model.causal_attention
 
     def forward(model, tokens, *rest, **more):
         lengths.append(tokens.shape[1])
         return real(model, tokens, *rest, **more)
 
+    def causal_attention(q, *rest):
+        attended.append(q.shape[2])
+        return attend(q, *rest)
+
     monkeypatch.setattr(Transformer, "forward", forward)
+    monkeypatch.setattr(model, "causal_attention", causal_attention)
     more = ["--caches", ALL, "--inits", "svd", "--calibrate", everything / "text.txt"]
     rows = measured(everything, capsys, tmp_path / "rows", "longeval", *more)
     assert len(rows) == len(caches.CACHES)
     prompts = [length for length in lengths if 70 < length < 400]  # 400: the calibration text
     assert len(prompts) == 2 * 2  # two cases, twice each
+    layers = len(load_model(everything / "model").model.layers)
+    assert sorted(length for length in attended if 70 < length < 400) == sorted(prompts * layers)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -220,13 +220,13 @@ def test_answers_and_scores_of_both_protocols(everything, tmp_path, capsys, monk
         ids = [int(word[1:]) for word in (context + asked).split()]
         cases.append(RetrievalCase(context, asked, greedy(model, ids, limit)[-1] + error))
     monkeypatch.setattr(evaluate, "make_cases", lambda *_: cases)
-    prefills, real = [], FullCache.prefill
+    prefills, real = [], FullCache.remember
 
-    def prefill(cache, x, *rest):
+    def remember(cache, x, *rest):
         prefills.append(x.shape[1])
         return real(cache, x, *rest)
 
-    monkeypatch.setattr(FullCache, "prefill", prefill)
+    monkeypatch.setattr(FullCache, "remember", remember)
     more = ["--caches", "full", "--question", question]
     (row,) = measured(everything, capsys, tmp_path / "rows", "longeval", *more)
     assert (row["accuracy"], row["cases"]) == (2 / 3, 3)

@@ -70,11 +70,11 @@ WRONG = {
             f"{PLAIN}.attend",
             "return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)",
         ),
-        "sinks have latents": (f"{PLAIN}.prefill", "x[:, self.sinks :]", "x"),
-        "prompt read with the factors": (
-            f"{PLAIN}.prefill",
-            "return causal_attention(q, k, v",
-            "return causal_attention(q, k, v * 0.9",
+        "sinks have latents": (f"{PLAIN}.remember", "x[:, self.sinks :]", "x"),
+        "the prompt's keys changed": (
+            f"{PLAIN}.remember",
+            "k = rope.rotate(k, 0)",
+            "k = k.copy_(rope.rotate(k, 0))",
         ),
         "one head only": (f"{PLAIN}.attend", "enable_gqa=True", "enable_gqa=False"),
     },

@@ -24,7 +24,8 @@ def settings(draw: Draw) -> list[dict]:
 
 def prefill_is_exact(student: Sandbox, draw: Draw) -> None:
     """`prefill` returns causal attention with the exact keys and values, as if there were no
-    factors. It sets `length`, and a second prefill is a ValueError."""
+    factors: `remember` has left them as they were. `length` is set, so a second prefill is a
+    ValueError."""
     for choice in settings(draw):
         T = draw.integer(6, 16)
         layer = draw_layer(draw, T, **choice)
