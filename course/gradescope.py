@@ -58,7 +58,6 @@ export OMP_NUM_THREADS=1
 """
 
 PACKED = ("support", "course", "weights/teacher", "LICENSE", "requirements.txt")
-PACKED += ("experiments/__init__.py", "experiments/longeval.py", "experiments/prompts")
 
 
 def test_entry(problem: Problem, points: int, text: str) -> dict:

@@ -32,9 +32,9 @@ import torch
 import quant
 from course.problems import LARGEST, ROOT
 from cskv import Factors, LayerFactors, bi_branch_cache, rotate
-from experiments import longeval
 from infer import full_bytes, held_bytes
 from model import Transformer
+from support import retrieval
 from support.calibration import calibrate, init_factors
 from support.checkpoint import load_model
 from support.command import Arguments, UserError, run_command
@@ -79,7 +79,7 @@ def read_plan(path: Path, model: Transformer) -> dict[str, list[list[int]]]:
 def plan_factors(model: Transformer, tokenizer: Tokenizer, plan: dict) -> Factors:
     """The closed form of each side's rank, in its bits; values of few bits are rotated first."""
     length = model.config.context_length
-    texts = longeval.samples(tokenizer, length, "longeval", [10, 20, 40], 48, seed=0)
+    texts = retrieval.samples(tokenizer, length, "longeval", [10, 20, 40], 48, seed=0)
     with redirect_stderr(io.StringIO()):  # without a bar of progress
         statistics = calibrate(model, texts)
     ranks = ([rank for rank, _ in plan[side]] for side in "kv")
@@ -100,7 +100,7 @@ def measure(path: Path) -> Score:
     tokenizer = load_tokenizer(TEACHER, model.config.vocab_size)
     factors = plan_factors(model, tokenizer, read_plan(path, model))
     shares, losses = [], []
-    for case in longeval.make_cases("longeval", LINES, CASES, seed=1):
+    for case in retrieval.make_cases("longeval", LINES, CASES, seed=1):
         context = tokenizer.encode_prompt(case.context, chat=False)
         ids = tokenizer.encode_prompt(case.text, chat=False)
         digits = len(ids) - len(tokenizer.encode_prompt(case.prompt, chat=False))

@@ -35,7 +35,6 @@ COPIED += tuple(
         "leaderboard.py",
     )
 )
-COPIED += ("experiments/__init__.py", "experiments/longeval.py", "experiments/prompts")
 COPIED += ("course/__init__.py", "course/worker.py", "course/scenarios.py", "course/confine.py")
 
 README = """# CSKV, to be written by you

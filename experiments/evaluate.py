@@ -30,11 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments import longbench, longeval, lveval
+from experiments import longbench, lveval
 from experiments.caches import add_cache_options, make_rows
-from experiments.longeval import is_correct, make_cases
 from experiments.measuring import Case, measure, with_score
-from experiments.prompts import read_prompt
 from infer import generate, make_sampler
 from model import LayerCache, Transformer
 from support.calibration import CALIBRATED, calibrate, init_factors
@@ -44,7 +42,10 @@ from support.factors_file import load_factors
 from support.notes import all_that_counts, delete_notes
 from support.options import add_options
 from support.processes import place, processes
+from support.prompts import read_prompt
 from support.records import prompt_ids, read_records
+from support.retrieval import PUBLISHED, RetrievalCase, make_cases, read_cases, samples
+from support.scores import is_correct
 from support.tables import table, write_json
 from support.text import WIDER_CACHES, check_finite, passages, read_documents, sample_tokens
 from support.tokenizer import Tokenizer, load_tokenizer
@@ -142,7 +143,7 @@ def greedy_answer(
 
 
 def split_prompt(
-    tokenizer: Tokenizer, case: longeval.RetrievalCase, question: str, chat: bool = True
+    tokenizer: Tokenizer, case: RetrievalCase, question: str, chat: bool = True
 ) -> tuple[list[int], list[int]]:
     """A case's tokens as (prefilled, decoded), the same ones in both protocols; in the chat
     template of a model that has one, unless `chat` is False."""
@@ -166,9 +167,11 @@ def retrieval_cases(
     count: int,
     seed: int = 0,
     spelled: bool = False,
+    data: Path | None = None,
 ) -> list[Question]:
     """`count` LongEval or passkey cases of every length; the score is 1 for a right answer, else 0.
 
+    `data` is a folder with LongEval's own files, to take the first `count` of each length from.
     A passkey prompt is a text to continue, so it goes into no chat template. Raises `UserError` for
     a case that leaves no room for a number in the model's context.
     """
@@ -176,7 +179,8 @@ def retrieval_cases(
     cases = []
     for protocol in protocols:
         for n in lines:
-            for case in make_cases(task, n, count, seed, spelled):
+            own = read_cases(data, n)[:count] if data else make_cases(task, n, count, seed, spelled)
+            for case in own:
                 prompt, question = split_prompt(tokenizer, case, protocol, chat=not passkey)
                 length = len(prompt) + len(question)
                 if length + room > limit:
@@ -246,7 +250,7 @@ def run(args: argparse.Namespace) -> None:
             sizes = args.cases, args.max_length
             cases = benchmark_cases(model, tokenizer, args.what, args.sets, args.data, *sizes)
         else:
-            drawn = args.lines, args.cases, args.seed, args.spelled
+            drawn = args.lines, args.cases, args.seed, args.spelled, getattr(args, "data", None)
             cases = retrieval_cases(model, tokenizer, args.what, args.question, *drawn)
         if args.equal and args.equal > limit:
             raise UserError(f"--equal {args.equal} exceeds the context of {limit}")
@@ -262,8 +266,7 @@ def run(args: argparse.Namespace) -> None:
                     "factors for cskv and asvd are made from text; give --calibrate TEXT"
                 )
             drawn = [max(args.lines)], min(args.samples, 64), args.seed, args.spelled
-            drawn = longeval.samples(tokenizer, length, args.what, *drawn)
-            return calibrate(model, drawn, args.sinks)
+            return calibrate(model, samples(tokenizer, length, args.what, *drawn), args.sinks)
 
         @functools.cache
         def make_factors(init: str, rank: int):
@@ -306,14 +309,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         add_options(what.add_parser(name, parents=[shared], help=help), names, helps, **defaults)
 
     add("perplexity", "decoded token by token", "text context steps passages batch")
-    for task in ANSWER_TOKENS:
-        own = {"lines": [50], "cases": 50, "question": ["prefill"]}
-        add(task, f"retrieval, {task} cases from a seed", "lines cases question spelled", **own)
+    own = {"cases": 50, "question": ["prefill"]}
+    helps = {"data": "folder of LongEval's own files, `200_lines.jsonl` and so on, instead of ours"}
+    helps["lines"] = "of a record (default: 50, or with --data 200,300,400,500)"
+    add("longeval", "retrieval", "lines data cases question spelled", helps, **own)
+    names = "lines cases question spelled"
+    add("passkey", "retrieval, from filler text", names, lines=[50], **own)
     for name, module in BENCHMARKS.items():
         helps = {"sets": f"of {', '.join(module.TASKS)} (default: all)"}
         helps["max-length"] = f"of a prompt, its middle cut out (default: {module.MAX_LENGTH})"
         add(name, module.__doc__.splitlines()[0], "data sets cases max-length", helps)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.what == "longeval":
+        args.lines = args.lines or (PUBLISHED if args.data else [50])
+        if args.data and args.spelled:
+            parser.error("--spelled is for our own cases; leave it or --data out")
+    return args
 
 
 if __name__ == "__main__":

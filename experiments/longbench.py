@@ -2,7 +2,7 @@
 
 Questions about long documents, a summary and a few-shot task, in English. A record is a JSON object
 with `input` (the question), `context`, `answers` (any is right) and `length` (in words). The
-prompts, in `experiments/prompts/`, are LongBench's word for word. `experiments/lveval.py` adds its
+prompts, in `support/prompts/`, are LongBench's word for word. `experiments/lveval.py` adds its
 sets.
 
 Source:
@@ -12,7 +12,7 @@ Source:
 from collections.abc import Callable
 from functools import partial
 
-from experiments.prompts import read_prompt
+from support.prompts import read_prompt
 from support.records import Task, choose
 from support.scores import f1, rouge_l
 

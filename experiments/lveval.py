@@ -13,8 +13,8 @@ Sources:
 
 from collections import Counter
 
-from experiments.prompts import read_prompt
 from support.command import UserError
+from support.prompts import read_prompt
 from support.records import Task, choose
 from support.scores import f1, normalize
 from support.tables import ALL

@@ -1,6 +1,7 @@
 """The paper's experiments, one command each, and what they leave open.
 
     python -m experiments.paper table1        or table2 .. table5, figure3, figure4; see COMMANDS
+    python -m experiments.paper table1 --data FOLDER        LongEval's own files, as in the paper
 
 Without more arguments they run on the embedded teaching model, with LongEval accuracy, in both
 protocols of experiments/evaluate.py. With `--text` the measure is perplexity in decode mode:
@@ -24,11 +25,9 @@ import time
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 
 import torch
 
-from experiments import longeval
 from experiments.caches import CACHES, TOKENS, Row, make_row
 from experiments.evaluate import perplexity_cases, retrieval_cases
 from experiments.factors import FactorStore, Recipe
@@ -51,12 +50,28 @@ from support.factors_file import load_factors
 from support.notes import all_that_counts, delete_notes
 from support.options import PROTOCOLS, add_option, add_options
 from support.processes import place, processes
-from support.tables import SCORES, grouped, side_by_side, table, write_json, write_markdown
+from support.retrieval import PUBLISHED, samples
+from support.tables import (
+    SCORES,
+    beside,
+    grouped,
+    side_by_side,
+    table,
+    write_json,
+    write_markdown,
+)
 from support.text import sample_tokens
 from support.tokenizer import load_tokenizer
 
 PAPER_LR = 5e-5
-FILES = {"factors": "files of experiments.budget, for budget"}
+HELPS = {
+    "factors": "files of experiments.budget, for table1 and budget",
+    "bits": "of table5",
+    "inits": "of factors: random,svd,asvd,optimal,attention",
+    "lines": "of LongEval (default: 25,50,100 in table1, else 50; with --data 200,300,400,500 "
+    "in table1, else 200)",
+    "data": "folder of LongEval's own files, `200_lines.jsonl` and so on, instead of our cases",
+}
 LINES = [25, 50, 100]  # of the LongEval cases that factors are fitted to, and of table 1
 
 
@@ -73,22 +88,32 @@ class Experiment:
     out: Path  # of the table and the figure, without a suffix
     notes: Path
     arguments: dict  # that must be the same to go on with the notes
-    files: list  # of Factors, for `budget`
+    files: list  # of Factors, those of a budget
     began: float = field(default_factory=time.monotonic)
 
     def plain(self, cache: str, ratio: float = 0.0, sinks: int = 0) -> Row:
         """A cache that needs no factors."""
         return make_row(self.store.model, cache, ratio, dtype=self.dtype, sinks=sinks)
 
-    def cskv(self, recipe: Recipe, ratio: float | None = None, window: int = 32, **bits) -> Row:
+    def cskv(
+        self, recipe: Recipe, ratio: float | None = None, window: int = 32, sinks: int = 0, **bits
+    ) -> Row:
         """CSKV with the recipe's factors; `bits` are those of `Factors.in_bits`."""
         name = recipe.init + (", trained" if recipe.trained else "")
         name += f" in {recipe.bits} bits" if recipe.trained and recipe.bits < 16 else ""
         name += f", lr {recipe.lr:g}" if recipe.lr else ""
         (factors,) = self.store.factors(recipe)
-        settings = {"dtype": self.dtype, "origin": name, "window": window}
+        settings = {"dtype": self.dtype, "origin": name, "window": window, "sinks": sinks}
         ratio = recipe.k_ratio if ratio is None else ratio
         return make_row(self.store.model, "cskv", ratio, factors.in_bits(**bits), **settings)
+
+    def budgets(self) -> list[Row]:
+        """CSKV with ranks and bits of a budget, and 4 sinks: a row for each file."""
+        settings, rows = {"origin": "budget", "sinks": 4, "dtype": self.dtype}, []
+        for own in self.files:
+            ratio = nominal_ratio(self.store.model, own.in_bits(16, 16))  # of channels alone
+            rows.append(make_row(self.store.model, "cskv", ratio, own, **settings))
+        return rows
 
     def scores(self, rows: list[Row], more: list[dict], by_lines: bool = False) -> list[dict]:
         """Rows of `measure`, with what `more` has for each: of perplexity, or of LongEval in each
@@ -123,16 +148,18 @@ NUMBERS = json.loads((Path(__file__).parent / "results" / "paper.json").read_tex
 
 
 def paper_number(table: str, **row) -> str:
-    """The paper's accuracy in the row of its table that has these values, "" if it has none."""
+    """The paper's accuracy in the row of its table that has these values, those of all lengths in
+    table 1; "" if it has none."""
     for theirs in NUMBERS[table]:
         if all(theirs[name] == value for name, value in row.items()):
             values = theirs["accuracy"]
-            return f"{fmean(values) if isinstance(values, list) else values:.2f}"
+            return beside(values if isinstance(values, list) else [values])
     return ""
 
 
 def table1(e: Experiment) -> None:
-    """All methods. `cskv, asvd, trained` is the paper's; `cskv, optimal` needs no training."""
+    """All methods. `cskv, asvd, trained` is the paper's. What goes beyond it: `optimal`, without
+    training; KIVI; the first 4 tokens exact; and a budget's ranks and bits, of `--factors`."""
     recipes = [Recipe(init, r, r, init == "asvd") for r in e.ratios for init in e.inits]
     in_bits = Recipe("asvd", 0.8, 0.8, True, 4)
     e.store.factors(*recipes, *[in_bits] * ("asvd" in e.inits))
@@ -151,13 +178,15 @@ def table1(e: Experiment) -> None:
         rows.append(e.cskv(in_bits, 0.95))
     if "optimal" in e.inits:
         rows.append(e.cskv(Recipe("optimal", 0.8, 0.8), 0.95, k_bits=4, v_bits=4))
+        rows += [e.cskv(Recipe("optimal", ratio, ratio), sinks=4) for ratio in e.ratios]
+    rows += [e.plain("kivi-2", sinks=4), *e.budgets()]
     more = []
     for row in rows:
-        theirs = row.origin.startswith("asvd") or not row.origin
+        theirs = not row.sinks and (row.origin.startswith("asvd") or not row.origin)
         number = paper_number("table1", cache=row.cache, ratio=row.ratio) if theirs else ""
         more.append({"paper": number})
     result = e.scores(rows, more, by_lines=True)
-    own = ["question", "lines", "cache", "factors", "bits", "ratio"]
+    own = ["question", "lines", "cache", "factors", "bits", "sinks", "ratio"]
     e.write(result, [*own, *SCORES, "paper"])
     figures.accuracy_against_bytes(result, COLOURS, e.out.with_suffix(".png"))
 
@@ -251,16 +280,11 @@ def budget(e: Experiment) -> None:
     rows += [e.plain(name, sinks=sinks) for name in ("kivi-4", "kivi-2") for sinks in (0, 4)]
     for bits in (16, 4):
         rows += [e.cskv(Recipe("optimal", r, r), k_bits=bits, v_bits=bits) for r in e.ratios]
-    settings = {"origin": "budget", "sinks": 4, "dtype": e.dtype}
-    for own in e.files:
-        ratio = nominal_ratio(e.store.model, own.in_bits(16, 16))  # of channels alone
-        rows.append(make_row(e.store.model, "cskv", ratio, own, **settings))
+    rows += e.budgets()
     result = e.scores(rows, [{}] * len(rows))
-    for some in grouped(result, "text", "context").values():
-        for row in some:
-            row["of_full"] = (
-                row["perplexity"] / some[0]["perplexity"]
-            )  # the first is the full cache
+    for full, *others in grouped(result, "text", "context").values():
+        for row in (full, *others):
+            row["of_full"] = row["perplexity"] / full["perplexity"]
     own = ["text", "context", "cache", "factors", "bits", "sinks", "ratio"]
     e.write(result, [*own, *SCORES, "of_full"])
     figures.perplexity_against_bytes(result, COLOURS, e.out.with_suffix(".png"))
@@ -305,6 +329,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"no file {text}; give held-out text")
     if args.what == "budget" and not args.text:
         raise UserError("budget measures perplexity; give held-out text with --text")
+    if args.text and args.data:
+        raise UserError("--text asks for perplexity, --data for LongEval; leave one out")
     if args.what not in ("table2", "table5"):
         figures.pyplot()  # if it is missing, that is known before the work and not after
     with processes(args.device) as device:
@@ -316,22 +342,22 @@ def run(args: argparse.Namespace) -> None:
             make_folder(folder)
         if args.calibrate:
             drawn = args.samples, min(args.seq_len, limit), args.seed
-            samples = sample_tokens(args.calibrate, tokenizer, *drawn)
+            texts = sample_tokens(args.calibrate, tokenizer, *drawn)
         elif args.text:
             raise UserError("factors are made from text; give some with --calibrate")
         else:
             drawn = "longeval", LINES, args.samples, args.seed
-            samples = longeval.samples(tokenizer, limit, *drawn)
+            texts = samples(tokenizer, limit, *drawn)
         cases = []
         if not args.what.startswith("figure"):
             for text, context in product(args.text, args.context):
                 sizes = context, args.steps, args.passages, args.batch
                 cases += perplexity_cases(model, tokenizer, text, *sizes)
             if not args.text:
-                drawn = args.question, args.lines, args.cases, args.seed
+                drawn = args.question, args.lines, args.cases, args.seed, False, args.data
                 cases = retrieval_cases(model, tokenizer, "longeval", *drawn)
         training = args.measure_samples, args.epochs, args.lr, args.seed
-        store = FactorStore(model, samples, work, *training)
+        store = FactorStore(model, texts, work, *training)
         counts = {**vars(args), "out": None, "work": None, "samples": store.key}
         settings = args.ratios, args.inits, args.bits, DTYPES[args.cache_dtype]
         written = args.out / args.what, work / f"{args.what}.json"
@@ -348,19 +374,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("what", choices=COMMANDS)
     out = {"out": Path("runs/paper"), "work": Path("runs/factors")}
     add_options(parser, "model out work", model=TEACHER, **out)
-    helps = {"bits": "of table5", "inits": "of factors: random,svd,asvd,optimal,attention"}
-    helps["lines"] = "of LongEval (default: 25,50,100 in table1, else 50)"
-    add_options(parser, "bits inits lines", helps, inits=["asvd", "optimal"], bits=[4, 3, 2])
+    add_options(parser, "bits inits lines data", HELPS, inits=["asvd", "optimal"], bits=[4, 3, 2])
     add_options(parser, "ratios cache-dtype")
     add_options(parser, "calibrate samples seq-len epochs lr measure-samples seed", samples=1024)
     add_options(parser, "cases question", cases=100, question=PROTOCOLS)
-    add_options(parser, "factors steps passages batch device dtype", FILES, passages=8)
+    add_options(parser, "factors steps passages batch device dtype", HELPS, passages=8)
     texts = {"type": Path, "nargs": "+", "default": []}
     add_option(parser, "text", "held-out text, for perplexity; several for budget", **texts)
     lengths = {"type": comma_list(number(int, 1)), "default": [1024]}
     add_option(parser, "context", "tokens prefilled; several for budget", **lengths)
     args = parser.parse_args(argv)
-    args.lines = args.lines or (LINES if args.what == "table1" else [50])
+    all_lengths, one = (PUBLISHED, PUBLISHED[:1]) if args.data else (LINES, [50])
+    args.lines = args.lines or (all_lengths if args.what == "table1" else one)
     if max(args.bits) > 8:  # others are latents that are not quantized, and in every table
         parser.error("--bits of the paper's experiments are 2, 3, 4 or 8, for table5")
     return args

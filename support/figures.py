@@ -37,7 +37,7 @@ def accuracy_against_bytes(rows: list[dict], colours: dict, path: Path) -> None:
     """Every method in one picture: the score against the bytes really held, a panel a protocol.
     `colours` are of the caches; None lets matplotlib choose."""
     lines = []
-    for group in grouped(rows, "question", "cache", "factors", "ratio", "bits").values():
+    for group in grouped(rows, "question", "cache", "factors", "ratio", "bits", "sinks").values():
         row, kind = group[0], group[0]["factors"].replace(" in 4 bits", "")
         means = {
             name: fmean(one[name] for one in group)
@@ -46,8 +46,10 @@ def accuracy_against_bytes(rows: list[dict], colours: dict, path: Path) -> None:
         }  # over the lengths
         marks = ("s" if row["cache"] == "asvd" else "o") + ("--" if "optimal" in kind else "-")
         label = f"{row['cache']}, {kind}" if kind else row["cache"]
+        label += f", {row['sinks']} sinks" if int(row.get("sinks", 0)) else ""
         own = {"question": row.get("question", ""), "x": means["measured_ratio"], "paper": ""}
         own |= {"colour": colours[row["cache"]], "label": label, "marks": marks}
+        own |= {"colour": "tab:red"} if kind == "budget" else {}
         lines.append({**means, **own})
     xlabel = "measured compression ratio, means over the lengths"
     draw_scores(lines, "question", PROTOCOL, "", path, xlabel=xlabel)

@@ -38,7 +38,6 @@ FORMATS = {
     "of_full": "{:.3f}".format,  # times the full cache's
     **dict.fromkeys(("nominal_ratio", "measured_ratio"), "{:.1%}".format),
     **dict.fromkeys(("left_out_50%", "left_out_80%"), "{:.2%}".format),
-    **dict.fromkeys(("prefill", "decode"), "{:.2f}".format),  # accuracies, side by side
     "seconds": "{:.0f}".format,
     **dict.fromkeys(("trained_together", "paper"), str),
 }
@@ -52,7 +51,8 @@ def table(rows: list[dict], columns: list[str] | None = None) -> str:
     columns = [name for name in columns or FORMATS if name in rows[0]]
     lines = ["| " + " | ".join(columns).replace("_", " ") + " |", "|" + " --- |" * len(columns)]
     for row in rows:
-        lines.append("| " + " | ".join(FORMATS[name](row[name]) for name in columns) + " |")
+        cells = [FORMATS.get(name, str)(row[name]) for name in columns]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -71,20 +71,27 @@ def grouped(rows: list[dict], *keys: str) -> dict:
     return result
 
 
+def beside(accuracies: list[float]) -> str:
+    return " / ".join(f"{value:.2f}" for value in accuracies)
+
+
 def side_by_side(rows: list[dict], columns: list[str]) -> tuple[list[dict], list[str]]:
-    """Rows and columns with a column of accuracies for each protocol; these and measured ratios are
-    means over the lengths."""
+    """Rows and columns with a column of accuracies for each protocol, those of all lengths in one
+    cell; measured ratios are means over the lengths."""
     questions = list(dict.fromkeys(row["question"] for row in rows if "question" in row))
     if not questions:
         return rows, columns
+    lengths = list(dict.fromkeys(row["lines"] for row in rows if "lines" in row))
+    of = f", {' / '.join(map(str, lengths))} lines" if lengths else ""
     keys = [name for name in columns if name not in ("question", "lines", *SCORES)]
     merged = []
     for group in grouped(rows, *keys, "nominal_ratio").values():
-        scores = {q: fmean(r["accuracy"] for r in group if r["question"] == q) for q in questions}
         measured = fmean(row["measured_ratio"] for row in group)
-        merged.append({**group[0], **scores, "measured_ratio": measured})
+        merged.append({**group[0], "measured_ratio": measured})
+        for q in questions:
+            merged[-1][q + of] = beside([r["accuracy"] for r in group if r["question"] == q])
     shown = [name for name in keys if name != "paper"]
-    shown += ["nominal_ratio", "measured_ratio", *questions]
+    shown += ["nominal_ratio", "measured_ratio", *(q + of for q in questions)]
     return merged, shown + ["paper"] * ("paper" in columns)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 import cskv
 from experiments import caches, evaluate, longbench, measuring
-from experiments.longeval import RetrievalCase, make_cases
 from model import FullCache
 from support import records
 from support.calibration import init_factors
@@ -18,14 +17,11 @@ from support.checkpoint import load_model
 from support.command import UserError
 from support.demonstration import TEACHER
 from support.factors_file import save_factors
+from support.retrieval import RetrievalCase, make_cases
 from support.scores import wilson
 from support.text import passages
 from support.tokenizer import Tokenizer, load_tokenizer
-from tests.evaluating import (
-    arguments,
-    measured,
-    write_records,
-)
+from tests.evaluating import arguments, measured, without_seconds, write_records
 from tests.helpers import call, naive_forward, save_checkpoint, tiny_model, tiny_tokens
 
 ALL = ",".join(caches.CACHES)
@@ -251,6 +247,29 @@ def test_both_protocols_read_the_same_tokens():
         assert evaluate.split_prompt(tokenizer, case, "decode") == (context, question)
         assert evaluate.split_prompt(tokenizer, case, "prefill") == (context + question, [])
     assert evaluate.split_prompt(chat, case, "decode", chat=False) == ([0, 0], [3, 0])
+
+
+def test_published_cases_in_the_place_of_ours(tmp_path, capsys):
+    """The first of each file, as if the same cases had been drawn."""
+    for n in (200, 3):
+        rows = [
+            {"prompt": case.prompt, "expected_number": case.answer}
+            for case in make_cases("longeval", n, 3, seed=9)
+        ]
+        write_records(tmp_path / f"{n}_lines.jsonl", *rows)
+    args = ["longeval", "--model", TEACHER, "--caches", "full,kivi-2", "--lines", "200,3"]
+    args += ["--cases", 2, "--question", "prefill,decode", "--seed", 9]
+    found = []
+    for more in (["--data", tmp_path], []):
+        assert call(evaluate, capsys, *args, *more, "--json", tmp_path / "rows")[0] == 0
+        found.append(without_seconds(json.loads((tmp_path / "rows").read_text())))
+    assert found[0] == found[1] and len(found[0]) == 2 * 2 * 2
+    for more, said in (
+        (["--lines", "200,300"], "no file .*300_lines.jsonl; .* 200, 300, 400, 500 lines"),
+        (["--spelled"], "leave it or --data out"),
+    ):
+        code, _, err = call(evaluate, capsys, *args, "--data", tmp_path, *more)
+        assert code == 2 and err.count("\n") == 1 and re.search(said, err)
 
 
 @pytest.mark.parametrize("question", ["prefill", "decode"])

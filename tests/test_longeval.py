@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import longeval
-from experiments.longeval import make_cases, passkey_case, read_answer
+from support import retrieval
 from support.command import UserError, run_command
+from support.retrieval import make_cases, passkey_case
+from support.scores import is_correct, read_answer
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,12 +51,12 @@ def test_records(spelled):
         asked = re.search(r"in line ([a-z]+)-([a-z]+)\?", case.prompt)
         assert [int(n) for *key, n in lines if tuple(key) == asked.groups()] == [case.answer]
         if not spelled:
-            assert {a for a, *_ in lines} <= set(longeval.ADJECTIVES)
-            assert {b for _, b, _ in lines} <= set(longeval.NOUNS)
+            assert {a for a, *_ in lines} <= set(retrieval.ADJECTIVES)
+            assert {b for _, b, _ in lines} <= set(retrieval.NOUNS)
 
 
 def test_word_lists():
-    for words in (longeval.ADJECTIVES, longeval.NOUNS):
+    for words in (retrieval.ADJECTIVES, retrieval.NOUNS):
         assert len(words) == len(set(words))
         assert all(word.isascii() and word.isalpha() and word.islower() for word in words)
 
@@ -98,12 +100,12 @@ def test_passkey():
 )
 def test_scoring(output, number):
     assert read_answer(output) == number
-    assert longeval.is_correct(output, 12345) == (number == 12345)
+    assert is_correct(output, 12345) == (number == 12345)
 
 
 def test_a_passkey_is_the_first_number():
     assert read_answer(" 12345. The pass key is 9", first=True) == 12345
-    assert longeval.is_correct(" 12345. The pass key is 9", 12345, first=True)
+    assert is_correct(" 12345. The pass key is 9", 12345, first=True)
     assert read_answer("no idea", first=True) is None
 
 
@@ -111,7 +113,7 @@ def test_a_passkey_is_the_first_number():
 def test_scoring_reads_the_number_after_any_words(words, number):
     assert read_answer(f"{words}{number}") == number
     assert read_answer(f"{number}{words}") == number
-    assert not longeval.is_correct(f"{words}{number}", number + 1)
+    assert not is_correct(f"{words}{number}", number + 1)
 
 
 def test_errors():
@@ -131,7 +133,7 @@ def test_published_cases(tmp_path):
     row = {"prompt": prompt, "expected_number": 7, "random_idx": ["a-b", 0], "num_lines": 1}
     file = tmp_path / "200_lines.jsonl"
     file.write_text(f"{json.dumps(row)}\n{json.dumps({**row, 'expected_number': 8})}\n")
-    first, second = longeval.read_cases(tmp_path, 200)
+    first, second = retrieval.read_cases(tmp_path, 200)
     assert first.prompt == second.prompt == prompt
     assert first.context.endswith("<7>\n") and first.question.startswith("\nNow the record")
     assert (first.answer, second.answer) == (7, 8)
@@ -139,14 +141,17 @@ def test_published_cases(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "[]", "7", "null", "{}", '{"prompt": "", "expected_number": 7}']
+    ["", "{", "[]", "7", "null", "{}", '{"prompt": "", "expected_number": 7}']
     + [json.dumps({"prompt": "\nNow the record is over", "expected_number": n}) for n in (None, "")]
     + [json.dumps({"prompt": 7, "expected_number": 7})],
 )
 def test_published_files_that_are_none(tmp_path, line):
-    (tmp_path / "200_lines.jsonl").write_text(f"{line}\n")
+    (tmp_path / "200_lines.jsonl").write_text(line and f"{line}\n", encoding="utf-16")
     with pytest.raises(UserError, match=r"200_lines\.jsonl, line 1"):
-        longeval.read_cases(tmp_path, 200)
+        retrieval.read_cases(tmp_path, 200)
+    (tmp_path / "200_lines.jsonl").write_text(line and f"{line}\n")
+    with pytest.raises(UserError, match=r"200_lines\.jsonl, line 1"):
+        retrieval.read_cases(tmp_path, 200)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

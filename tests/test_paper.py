@@ -85,22 +85,27 @@ def rows_of_table(setup, tmp_path, capsys, monkeypatch, what, *more):
 
 
 def test_the_rows_of_table_1(setup, tmp_path, capsys, monkeypatch):
-    """d_kv is 12: ranks 6 and 2. The paper's numbers are means over its four lengths."""
-    found, *_ = rows_of_table(setup, tmp_path, capsys, monkeypatch, "table1")
+    """d_kv is 12: ranks 6 and 2. The paper's numbers are those of its four lengths. A file of a
+    budget has its own ranks and bits; its row and three more have 4 sinks."""
+    model = tiny_model()
+    budget = init_factors("svd", model, [5] * 2, [3] * 2).in_bits(4, 3)
+    save_factors(tmp_path / "b.safetensors", budget, model)
+    more = "--factors", tmp_path / "b.safetensors"
+    found, said, asked = rows_of_table(setup, tmp_path, capsys, monkeypatch, "table1", *more)
     trained = "asvd, trained"
     assert found == [
-        ("full", "", None, "16", 0, "0.99"),
-        ("streaming", "", None, "16", 0.5, "0.14"),
-        ("h2o", "", None, "16", 0.5, "0.55"),
-        ("asvd", "asvd", (6, 6), "16", 0.5, "0.94"),
+        ("full", "", None, "16", 0, "1.00 / 1.00 / 0.98 / 0.98"),
+        ("streaming", "", None, "16", 0.5, "0.12 / 0.16 / 0.06 / 0.20"),
+        ("h2o", "", None, "16", 0.5, "0.62 / 0.56 / 0.52 / 0.50"),
+        ("asvd", "asvd", (6, 6), "16", 0.5, "0.92 / 0.96 / 0.92 / 0.94"),
         ("asvd", "optimal", (6, 6), "16", 0.5, ""),
-        ("cskv", trained, (6, 6), "16", 0.5, "0.95"),
+        ("cskv", trained, (6, 6), "16", 0.5, "0.98 / 0.94 / 0.96 / 0.94"),
         ("cskv", "optimal", (6, 6), "16", 0.5, ""),
-        ("streaming", "", None, "16", 0.8, "0.04"),
-        ("h2o", "", None, "16", 0.8, "0.20"),
-        ("asvd", "asvd", (2, 2), "16", 0.8, "0.12"),
+        ("streaming", "", None, "16", 0.8, "0.06 / 0.06 / 0.02 / 0.02"),
+        ("h2o", "", None, "16", 0.8, "0.18 / 0.24 / 0.26 / 0.10"),
+        ("asvd", "asvd", (2, 2), "16", 0.8, "0.26 / 0.12 / 0.06 / 0.04"),
         ("asvd", "optimal", (2, 2), "16", 0.8, ""),
-        ("cskv", trained, (2, 2), "16", 0.8, "0.93"),
+        ("cskv", trained, (2, 2), "16", 0.8, "0.92 / 0.94 / 0.94 / 0.90"),
         ("cskv", "optimal", (2, 2), "16", 0.8, ""),
         ("kivi-4", "", None, "4", 0, ""),
         ("kivi-2", "", None, "2", 0, ""),
@@ -108,7 +113,25 @@ def test_the_rows_of_table_1(setup, tmp_path, capsys, monkeypatch):
         ("h2o", "", None, "16", 0.95, ""),
         ("cskv", "asvd, trained in 4 bits", (2, 2), "4", 0.95, ""),
         ("cskv", "optimal", (2, 2), "4", 0.95, ""),
+        ("cskv", "optimal", (6, 6), "16", 0.5, ""),
+        ("cskv", "optimal", (2, 2), "16", 0.8, ""),
+        ("kivi-2", "", None, "2", 0, ""),
+        ("cskv", "budget", (5, 3), "4/3", 0.6667, ""),
     ]
+    assert [row.sinks for row in asked] == [0] * 19 + [4] * 4
+    assert [row["sinks"] for row in said] == [row.sinks for row in asked] * 2
+
+
+def test_lengths_of_the_published_files():
+    """All four in table 1, the first in the others; our own cases without such files."""
+    for what, data, lines in (
+        ("table1", ["--data", "F"], [200, 300, 400, 500]),
+        ("table3", ["--data", "F"], [200]),
+        ("table1", [], [25, 50, 100]),
+        ("table3", [], [50]),
+        ("table3", ["--data", "F", "--lines", "300"], [300]),
+    ):
+        assert paper.parse_arguments([what, *data]).lines == lines
 
 
 def test_the_rows_of_table_3(setup, tmp_path, capsys, monkeypatch):
@@ -192,7 +215,7 @@ def test_every_command_writes_its_table(setup, tmp_path, capsys, monkeypatch, wh
 
 
 def test_protocols_stand_side_by_side():
-    """Accuracies and measured ratios are means over the lengths, by hand."""
+    """Accuracies stand beside each other, measured ratios are means over the lengths, by hand."""
 
     def row(question, lines, cache, accuracy, removed):
         score = {"question": question, "lines": lines, "accuracy": accuracy, "paper": "0.5"}
@@ -203,11 +226,12 @@ def test_protocols_stand_side_by_side():
     rows += [row(q, n, "b", 1.0, 0.5) for q in ("prefill", "decode") for n in (25, 50)]
     columns = ["question", "lines", "cache", *paper.SCORES, "paper"]
     merged, shown = paper.side_by_side(rows, columns)
-    names = ["cache", "nominal_ratio", "measured_ratio", "prefill", "decode", "paper"]
+    scores = ["prefill, 25 / 50 lines", "decode, 25 / 50 lines"]
+    names = ["cache", "nominal_ratio", "measured_ratio", *scores, "paper"]
     assert shown == names
     assert [[r[name] for name in names] for r in merged] == [
-        ["a", 0.8, pytest.approx(0.72), pytest.approx(0.7), pytest.approx(0.45), "0.5"],
-        ["b", 0.8, 0.5, 1.0, 1.0, "0.5"],
+        ["a", 0.8, pytest.approx(0.72), "0.80 / 0.60", "0.50 / 0.40", "0.5"],
+        ["b", 0.8, 0.5, "1.00 / 1.00", "1.00 / 1.00", "0.5"],
     ]
 
 
@@ -329,6 +353,12 @@ def test_budget_compares_all_at_measured_bytes(setup, tmp_path, capsys):
             assert row["of_full"] == pytest.approx(row["perplexity"] / some[0]["perplexity"])
     assert (tmp_path / "budget.png").stat().st_size
     assert "| of full |" in (tmp_path / "budget.md").read_text()
+
+
+def test_perplexity_and_published_cases_are_one_too_many(setup, tmp_path, capsys):
+    args = text_flags(setup, "table2", tmp_path, "--data", tmp_path)
+    code, _, err = call(paper, capsys, *args)
+    assert code == 2 and err.count("\n") == 1 and "leave one out" in err
 
 
 def test_budget_without_text_is_refused(setup, tmp_path, capsys):

@@ -21,11 +21,12 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from experiments.longeval import RetrievalCase, is_correct, make_cases, read_cases
 from infer import generate, make_sampler
 from model import Transformer, full_cache
 from support.checkpoint import load_model
 from support.command import Arguments, UserError, number, replacing, run_command
+from support.retrieval import PUBLISHED, RetrievalCase, make_cases, read_cases
+from support.scores import is_correct
 from support.tokenizer import Tokenizer, load_tokenizer
 
 UNSEEN = (  # questions in words that train_teacher.py never asks
@@ -68,7 +69,7 @@ def fresh_cases(count: int, seed: int) -> Iterator[tuple[str, Iterable[Retrieval
 
 def published_cases(data: Path) -> Iterator[tuple[str, Iterable[RetrievalCase]]]:
     """LongEval's own files, whole."""
-    for n in (200, 300, 400, 500):
+    for n in PUBLISHED:
         yield f"{n} lines, published", read_cases(data, n)
 
 

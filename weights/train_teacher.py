@@ -39,14 +39,14 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from experiments import longeval
-from experiments.longeval import QUESTION
 from model import Config, Transformer
+from support import retrieval
 from support.command import Arguments, UserError, number, replacing, run_command
+from support.retrieval import QUESTION
 
 EOS = "<|endoftext|>"
 
-ALL_WORDS = longeval.ADJECTIVES + longeval.NOUNS
+ALL_WORDS = retrieval.ADJECTIVES + retrieval.NOUNS
 
 # Questions in other words, so that the model does not hang on LongEval's.
 BARE = "\nline {key}?"
@@ -76,8 +76,8 @@ def build_tokenizer() -> Tokenizer:
     space or a hyphen is a pair too. Every digit is a piece of its own. No key is, whole: what the
     model learns of one word serves for all words.
     """
-    fixed = [longeval.PREAMBLE, QUESTION, longeval.PASSKEY_PREAMBLE, longeval.PASSKEY_LINE]
-    fixed += [longeval.PASSKEY_FILLER, longeval.PASSKEY_QUESTION, longeval.LINE, *WORDINGS]
+    fixed = [retrieval.PREAMBLE, QUESTION, retrieval.PASSKEY_PREAMBLE, retrieval.PASSKEY_LINE]
+    fixed += [retrieval.PASSKEY_FILLER, retrieval.PASSKEY_QUESTION, retrieval.LINE, *WORDINGS]
     texts = [re.sub(r"\{\w+\}", "", text) for text in fixed]
     words = {word for text in texts for word in re.findall(r" ?[A-Za-z]{2,}| I", text)}
     words |= {a + b for a in f"{ascii_lowercase} -" for b in ascii_lowercase}
@@ -156,7 +156,7 @@ def make_word(rng: random.Random) -> str:
     if rng.random() < 0.5:
         first, second = rng.choice(ALL_WORDS), rng.choice(ALL_WORDS)
         return first[: rng.randint(2, len(first))] + second[rng.randrange(len(second) - 1) :]
-    return longeval.spell(rng) + (longeval.spell(rng) if rng.random() < 0.5 else "")
+    return retrieval.spell(rng) + (retrieval.spell(rng) if rng.random() < 0.5 else "")
 
 
 def draw_record(rng: random.Random, lines: int, spelled: bool) -> dict[str, int]:
@@ -166,20 +166,20 @@ def draw_record(rng: random.Random, lines: int, spelled: bool) -> dict[str, int]
     word with others, and only both words together tell them apart.
     """
     if not spelled:
-        return longeval.draw_record(rng, lines)
+        return retrieval.draw_record(rng, lines)
     least = math.isqrt(2 * lines) + 1
     words = [make_word(rng) for _ in range(2 * rng.randint(least, max(least, 2 * lines)))]
     record: dict[str, int] = {}
     while len(record) < lines:
         key = f"{rng.choice(words[::2])}-{rng.choice(words[1::2])}"
-        record[key] = rng.randint(1, longeval.LARGEST)
+        record[key] = rng.randint(1, retrieval.LARGEST)
     return record
 
 
 def draw_text(rng: random.Random, level: Level, kind: str, lines: int) -> list[str]:
     """One training sequence: prompt, answer, further question, answer, ..."""
     if kind == "passkey":
-        case = longeval.passkey_case(rng, lines)
+        case = retrieval.passkey_case(rng, lines)
         return [case.prompt, f" {case.answer}"]
     record = draw_record(rng, lines, kind == "spelled")
     if rng.random() < level.bare:  # the classic induction task [1]: what followed this key?
@@ -190,9 +190,9 @@ def draw_text(rng: random.Random, level: Level, kind: str, lines: int) -> list[s
             parts += [text + f"line {key}", f"{record[key]}"]
             text = ""
         return parts
-    text = longeval.format_record(record)
+    text = retrieval.format_record(record)
     if rng.random() < level.preamble:
-        text = longeval.PREAMBLE + text
+        text = retrieval.PREAMBLE + text
     parts = []
     for key in rng.sample(list(record), min(lines, QUESTIONS)):
         wording = BARE
