@@ -251,7 +251,7 @@ def run(args: argparse.Namespace) -> None:
         if not samples or texts[0].shape[1] <= window + sinks:
             raise UserError(f"{args.data} is too short to calibrate and to probe; give more text")
         seen = calibrate(model, samples, sinks)
-        probe = Probe(model, texts, window, sinks, args.predictions)
+        probe = Probe(model, texts, window, sinks, args.predictions, args.spread)
 
         def probed(keys: list[tuple[int, int]]) -> Iterator[dict]:
             for i, n in keys:
@@ -288,6 +288,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_option(parser, "length", "tokens that the bytes are of", type=count, default=4000)
     add_option(parser, "probe-len", "tokens of a passage, its last", type=count, default=512)
     add_option(parser, "predictions", "of a passage, to compare", type=count, default=96)
+    spread = "tokens at the end of a passage that predictions are spread over; without it, all"
+    add_option(parser, "spread", spread, type=count)
     add_options(parser, "window sinks seed device dtype", sinks=4)
     return parser.parse_args(argv)
 

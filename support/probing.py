@@ -56,11 +56,18 @@ class Probe:
     Args:
         texts: token ids [1, T].
         predictions: of a text, how many next tokens are predicted, evenly spread.
+        spread: over so many of its last tokens; None is over all that meet a rebuilt one.
     """
 
     @torch.no_grad()
     def __init__(
-        self, model: Transformer, texts: list[Tensor], window: int, sinks: int, predictions=96
+        self,
+        model: Transformer,
+        texts: list[Tensor],
+        window: int,
+        sinks: int,
+        predictions: int = 96,
+        spread: int | None = None,
     ):
         self.model, self.window, self.sinks = model, window, sinks
         self.inputs: list[list[Tensor]] = []  # of each text: of every layer, [1, T, hidden]
@@ -68,14 +75,15 @@ class Probe:
         for text in texts:
             T, device = text.shape[1], model.lm_head.weight.device
             first = min(sinks + window, T - 1)  # the first token that meets a rebuilt one
-            spread = torch.linspace(first, T - 1, min(predictions, T - first)).long()
+            first = max(first, T - (spread or T))
+            at = torch.linspace(first, T - 1, min(predictions, T - first)).long()
             model.rope.reach(T, device)
             x, inputs = model.model.embed_tokens(text.to(device)), []
             for layer in model.model.layers:
                 inputs.append(x)
                 x = layer(x, model.rope, None)
             self.inputs.append(inputs)
-            self.at.append(spread.to(device))
+            self.at.append(at.to(device))
             self.exact.append(self.log_probabilities(x, self.at[-1]))
 
     def log_probabilities(self, x: Tensor, at: Tensor) -> Tensor:

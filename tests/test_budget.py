@@ -137,6 +137,9 @@ def test_predictions_are_spread_to_the_last_token():
     probe = Probe(tiny_model(), [tiny_tokens(tiny_model(), 1, 40)], 5, 2, predictions=4)
     assert probe.at[0].tolist() == [7, 17, 28, 39]
     assert probe.cost(0, {}) < 1e-6
+    for spread, at in ((4, [36, 37, 38, 39]), (30, [10, 19, 29, 39]), (99, [7, 17, 28, 39])):
+        other = Probe(tiny_model(), [tiny_tokens(tiny_model(), 1, 40)], 5, 2, 4, spread)
+        assert other.at[0].tolist() == at
 
 
 # ---------------------------------------------------------------------------------------- bytes
