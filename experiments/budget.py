@@ -45,6 +45,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import quant
 from cskv import Factors, LayerFactors, LowRank, empty_latents, rotate
 from infer import full_bytes
 from model import Transformer
@@ -56,7 +57,9 @@ from support.command import (
     Arguments,
     UserError,
     check_files,
+    comma_list,
     number,
+    one_of,
     run_command,
     user_values,
 )
@@ -70,7 +73,7 @@ from support.tables import write_json
 from support.text import sample_tokens
 from support.tokenizer import load_tokenizer
 
-WIDTHS = (2, 3, 4)  # bits that are probed, each at these shares of the channels:
+WIDTHS = [2, 3, 4]  # bits that are probed, each at these shares of the channels:
 SHARES = (1 / 24, 1 / 3, 2 / 3, 1)
 HELPS = {"data": "text to calibrate and to probe on", "passages": "of it, to probe with"}
 STEP = 4  # ranks to choose from are its multiples
@@ -88,15 +91,18 @@ def cut(pair: LowRank, side: str, rank: int, bits: int) -> LowRank:
     return replace(pair, bits=bits)
 
 
-def probe_side(probe: Probe, seen: Statistics, i: int, side: str) -> list[list[float]]:
-    """The costs of one side of layer i: for each of WIDTHS a list, for each of `probed_ranks`."""
+def probe_side(
+    probe: Probe, seen: Statistics, i: int, side: str, widths: list[int]
+) -> list[list[float]]:
+    """The costs of one side of layer i: for each of the widths in bits a list, for each of
+    `probed_ranks`."""
     model = probe.model
     whole = init_pair("attention", model, i, side, probed_ranks(model)[-1], seen)
     like = model.lm_head.weight
     whole = replace(whole, A=whole.A.to(like), B=whole.B.to(like))
     return [
         [probe.cost(i, {side: cut(whole, side, rank, bits)}) for rank in probed_ranks(model)]
-        for bits in WIDTHS
+        for bits in widths
     ]
 
 
@@ -138,7 +144,9 @@ def latent_bytes(rank: int, bits: int, side: str, tokens: int, window: int) -> i
     return sum(tensor.untyped_storage().nbytes() for tensor in latents.tensors())
 
 
-def choices(costs: list[list[float]], nbytes: dict, probed: list[int]) -> list[Choice]:
+def choices(
+    costs: list[list[float]], nbytes: dict, probed: list[int], widths: list[int]
+) -> list[Choice]:
     """All choices of one side from its probed `costs`: those of ranks between are interpolated, as
     straight lines of the logarithm. Full rank in 16 bits costs nothing.
 
@@ -146,8 +154,8 @@ def choices(costs: list[list[float]], nbytes: dict, probed: list[int]) -> list[C
     """
     found = []
     for (rank, bits), size in nbytes.items():
-        if bits in WIDTHS:
-            logs = np.log(np.maximum(costs[WIDTHS.index(bits)], 1e-9))
+        if bits in widths:
+            logs = np.log(np.maximum(costs[widths.index(bits)], 1e-9))
             found.append(Choice(rank, bits, size, float(np.exp(np.interp(rank, probed, logs)))))
         else:
             found.append(Choice(rank, bits, size, 0.0))
@@ -198,16 +206,23 @@ def spend(sides: list[list[Choice]], budget: float) -> list[Choice]:
 # ------------------------------------------------------------------------------- command line
 
 
-def sizes(model: Transformer, side: str, tokens: int, window: int) -> dict[tuple[int, int], int]:
+def sizes(
+    model: Transformer, side: str, tokens: int, window: int, widths: list[int]
+) -> dict[tuple[int, int], int]:
     """The bytes of each (rank, bits) that a side of a layer may be given."""
     least, *_, most = probed_ranks(model)
     ranks = [*range(least, most, STEP), most]
-    kinds = [(rank, bits) for rank in ranks for bits in WIDTHS] + [(most, 16)]
+    kinds = [(rank, bits) for rank in ranks for bits in widths] + [(most, 16)]
     return {kind: latent_bytes(*kind, side, tokens, window) for kind in kinds}
 
 
 def write_plan(
-    out: Path, plan: list[Choice], factors: Factors, model: Transformer, costs: list
+    out: Path,
+    plan: list[Choice],
+    factors: Factors,
+    model: Transformer,
+    costs: list,
+    widths: list[int],
 ) -> None:
     """Beside each other: the factors of a plan; its choices and the probed costs as JSON; and a
     picture of the choices."""
@@ -215,7 +230,7 @@ def write_plan(
     rows = []
     for n, choice in enumerate(plan):
         row = {"layer": n // 2, "of": ("keys", "values")[n % 2], **asdict(choice)}
-        probed = {f"costs_{bits}_bits": own for bits, own in zip(WIDTHS, costs[n], strict=True)}
+        probed = {f"costs_{bits}_bits": own for bits, own in zip(widths, costs[n], strict=True)}
         rows.append({**row, "probed_ranks": probed_ranks(model), **probed})
     write_json(out.with_suffix(".json"), rows)
     figures.budget_plan(rows, out.with_suffix(".png"))
@@ -241,7 +256,8 @@ def run(args: argparse.Namespace) -> None:
         )
         rooms = [(1 - remove) * full - exact for remove in args.remove]
         old = args.length - min(args.length, sinks)  # tokens that have latents
-        nbytes = [sizes(model, side, old, window) for side in SIDES] * config.num_hidden_layers
+        nbytes = [sizes(model, side, old, window, args.widths) for side in SIDES]
+        nbytes = nbytes * config.num_hidden_layers
         spend([[Choice(*kind, own[kind], 0.0) for kind in own] for own in nbytes], min(rooms))
 
         drawn = args.samples + args.passages, min(args.seq_len, limit), args.seed, sinks
@@ -255,14 +271,15 @@ def run(args: argparse.Namespace) -> None:
 
         def probed(keys: list[tuple[int, int]]) -> Iterator[dict]:
             for i, n in keys:
-                yield {"costs": probe_side(probe, seen[i], i, "kv"[n])}
+                yield {"costs": probe_side(probe, seen[i], i, "kv"[n], args.widths)}
 
         counts = {**vars(args), "remove": None, "out": None, "length": None}
         counts = all_that_counts(counts, model, args.model)
         keys = [(i, n) for i in range(config.num_hidden_layers) for n in range(len(SIDES))]
         done = run_all([[key] for key in keys], probed, args.out[0], counts, "side")
         costs = [done[key]["costs"] for key in keys]
-        sides = [choices(*curve, probed_ranks(model)) for curve in zip(costs, nbytes, strict=True)]
+        ranks = probed_ranks(model)
+        sides = [choices(*own, ranks, args.widths) for own in zip(costs, nbytes, strict=True)]
         if place()[0]:
             return
         for remove, room, out in zip(args.remove, rooms, args.out, strict=True):
@@ -270,7 +287,7 @@ def run(args: argparse.Namespace) -> None:
             factors = plan_factors(model, plan, seen)
             bought = f"{1 - remove:g} of a full cache's bytes at {args.length} tokens"
             factors.info.update(data=args.data.name, budget=bought)
-            write_plan(out, plan, factors, model, costs)
+            write_plan(out, plan, factors, model, costs, args.widths)
             removed = 1 - (exact + sum(choice.nbytes for choice in plan)) / full
             cost = sum(choice.cost for choice in plan)
             say(f"{out}: {removed:.1%} of the bytes removed, {cost:.3g} nats in all")
@@ -285,6 +302,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_option(parser, "out", "factors files to write, one each", type=Path, **several)
     add_options(parser, "model data samples seq-len passages", HELPS, samples=64, passages=2)
     count = number(int, 1)
+    widths = comma_list(one_of(quant.BITS, "number of bits"))
+    add_option(parser, "widths", "bits to choose from, beside 16", type=widths, default=WIDTHS)
     add_option(parser, "length", "tokens that the bytes are of", type=count, default=4000)
     add_option(parser, "probe-len", "tokens of a passage, its last", type=count, default=512)
     add_option(parser, "predictions", "of a passage, to compare", type=count, default=96)

@@ -2,6 +2,7 @@
 
     python -m experiments.paper table1        or table2 .. table5, figure3, figure4; see COMMANDS
     python -m experiments.paper table1 --data FOLDER        LongEval's own files, as in the paper
+    python -m experiments.paper all --data FOLDER           every file in experiments/results
 
 Without more arguments they run on the embedded teaching model, with LongEval accuracy, in both
 protocols of experiments/evaluate.py. With `--text` the measure is perplexity in decode mode:
@@ -23,7 +24,7 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import torch
@@ -50,7 +51,8 @@ from support.factors_file import load_factors
 from support.notes import all_that_counts, delete_notes
 from support.options import PROTOCOLS, add_option, add_options
 from support.processes import place, processes
-from support.retrieval import PUBLISHED, samples
+from support.remake import remake
+from support.retrieval import PUBLISHED, read_cases, samples
 from support.tables import (
     SCORES,
     beside,
@@ -134,7 +136,10 @@ class Experiment:
         text, whole = table(merged, shown), table(rows, columns)
         print(text)
         write_json(self.out.with_suffix(".json"), rows)
-        command = f"python -m experiments.paper {shlex.join(sys.argv[1:]) or self.out.name}"
+        given = [
+            "FOLDER" if flag == "--data" else word for flag, word in pairwise(["", *sys.argv[1:]])
+        ]
+        command = f"python -m experiments.paper {shlex.join(given) or self.out.name}"
         tables = [text] + [whole] * (whole != text)
         write_markdown(self.out.with_suffix(".md"), command, tables, self.began)
 
@@ -144,7 +149,8 @@ class Experiment:
 
 PRUNING = [name for name, kind in CACHES.items() if kind.shrinks == TOKENS]
 COLOURS = {name: kind.colour for name, kind in CACHES.items()}
-NUMBERS = json.loads((Path(__file__).parent / "results" / "paper.json").read_text())
+RESULTS = Path(__file__).parent / "results"
+NUMBERS = json.loads((RESULTS / "paper.json").read_text())
 
 
 def paper_number(table: str, **row) -> str:
@@ -324,6 +330,12 @@ COMMANDS = {f.__name__: f for f in (*TABLES, figure3, figure4)}
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed. A case that does not fit is refused before
     the training, and not after it."""
+    if args.what == "all":
+        if args.data is None:
+            raise UserError("all needs LongEval's own files; give their folder with --data")
+        read_cases(args.data, PUBLISHED[0])  # a wrong folder is known before the work
+        remake(RESULTS / "commands.txt", args.data, Path("runs/all"), args.processes)
+        return
     for text in args.text:
         if not text.exists():
             raise UserError(f"no file {text}; give held-out text")
@@ -371,7 +383,9 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=COMMANDS)
+    parser.add_argument("what", choices=[*COMMANDS, "all"])
+    number_of = {"type": number(int, 1), "default": 1}
+    add_option(parser, "processes", "to share the work of all out among", **number_of)
     out = {"out": Path("runs/paper"), "work": Path("runs/factors")}
     add_options(parser, "model out work", model=TEACHER, **out)
     add_options(parser, "bits inits lines data", HELPS, inits=["asvd", "optimal"], bits=[4, 3, 2])

@@ -236,9 +236,9 @@ def test_what_is_left_goes_to_the_side_whose_step_is_too_large():
 
 def test_costs_between_the_probed_ranks_lie_on_a_line_of_their_logarithm():
     measured = [[1e-1, 1e-3], [1e-2, 1e-4], [1e-2, 1e-6]]
-    nbytes = {(rank, b): rank * b for rank in (2, 4, 6) for b in budget.WIDTHS}
-    found = {(c.rank, c.bits): c for c in choices(measured, {**nbytes, (6, 16): 96}, [2, 6])}
-    for (rank, b), cost in {(2, 2): 1e-1, (4, 2): 1e-2, (6, 3): 1e-4, (4, 4): 1e-4}.items():
+    nbytes = {(rank, b): rank * b for rank in (2, 4, 6) for b in (2, 3, 8)} | {(6, 16): 96}
+    found = {(c.rank, c.bits): c for c in choices(measured, nbytes, [2, 6], [2, 3, 8])}
+    for (rank, b), cost in {(2, 2): 1e-1, (4, 2): 1e-2, (6, 3): 1e-4, (4, 8): 1e-4}.items():
         assert found[rank, b].cost == pytest.approx(cost)
         assert found[rank, b].nbytes == rank * b
     assert found[6, 16].cost == 0
@@ -264,7 +264,7 @@ def contents(folder):
 def test_the_command_writes_what_the_cache_will_hold(everything, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     outs = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    code, out, err = call(budget, capsys, *flags(everything, *outs))
+    code, out, err = call(budget, capsys, *flags(everything, *outs, widths="2,3,8"))
     assert code == 0, err
     assert not out and err.count("removed, ") == 2
     model = load_model(everything / "model")
@@ -286,7 +286,8 @@ def test_the_command_writes_what_the_cache_will_hold(everything, tmp_path, capsy
     # One at a time gives the same.
     alone = tmp_path / "alone"
     alone.mkdir()
-    assert call(budget, capsys, *flags(everything, alone / "a.safetensors"))[0] == 0
+    again = flags(everything, alone / "a.safetensors", widths="2,3,8")
+    assert call(budget, capsys, *again)[0] == 0
     assert (alone / "a.safetensors").read_bytes() == outs[0].read_bytes()
 
 
@@ -310,7 +311,7 @@ def test_an_interrupted_probing_goes_on(everything, tmp_path, capsys, monkeypatc
     real, calls = budget.probe_side, []
 
     def probe_side(*args):
-        calls.append(args[2:])
+        calls.append(args[2:4])
         if len(calls) == 3:
             raise KeyboardInterrupt
         return real(*args)
