@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +97,16 @@ def test_loss_is_on_the_answers(level):
                 assert own.removesuffix(EOS).strip() in text.replace(own, "", 1), (
                     "not in the record"
                 )
+
+
+def test_questions_come_in_any_words_but_those_kept_for_the_test():
+    """The line is named once, as LongEval names it; what stands around it is drawn anew."""
+    drawn = [train_teacher.draw_wording(random.Random(i)) for i in range(300)]
+    assert len(set(drawn)) > 250 and not set(drawn) & {*check_teacher.UNSEEN}
+    for wording in drawn:
+        text = wording.format(key="a-b")
+        assert re.fullmatch(r"\n([A-Za-z]+ )*?[Ll]ine a-b( [A-Za-z]+)*[?.:]?", text), text
+        assert TOKENIZER.decode(TOKENIZER.encode(text).ids) == text
 
 
 def test_batches_depend_on_seed_and_step_only():

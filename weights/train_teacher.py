@@ -62,6 +62,7 @@ WORDINGS = (
     "\nNow tell me about line {key}. What number is in it?",
     "\nThe <REGISTER_CONTENT> in line {key} is",
 )
+SPEECH = re.findall(r"[A-Za-z]+", retrieval.PREAMBLE + retrieval.PASSKEY_FILLER + "".join(WORDINGS))
 
 
 # ----------------------------------------------------------------------------------- tokenizer
@@ -112,10 +113,10 @@ LEVELS = (
     Level(12, bare=0.0, worded=0.9, preamble=0.5, spelled=0.5, passkey=0.05, rate=1.0),
     Level(25, bare=0.0, worded=0.9, preamble=0.9, spelled=0.6, passkey=0.05, rate=1.0),
     Level(50, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.05, rate=1.0),
-    Level(100, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.1, rate=0.8),
-    Level(200, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.1, rate=0.6),
-    Level(350, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.1, rate=0.5),
-    Level(500, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.1, rate=0.5),
+    Level(100, bare=0.0, worded=0.9, preamble=0.95, spelled=0.55, passkey=0.15, rate=0.8),
+    Level(200, bare=0.0, worded=0.9, preamble=0.95, spelled=0.55, passkey=0.15, rate=0.6),
+    Level(350, bare=0.0, worded=0.9, preamble=0.95, spelled=0.55, passkey=0.15, rate=0.5),
+    Level(500, bare=0.0, worded=0.9, preamble=0.95, spelled=0.55, passkey=0.15, rate=0.5),
 )
 SLOWNESS = 30  # batches that the running share looks back on
 QUESTIONS = 48  # questions a record, at most: a long record is worth many
@@ -176,6 +177,16 @@ def draw_record(rng: random.Random, lines: int, spelled: bool) -> dict[str, int]
     return record
 
 
+def draw_wording(rng: random.Random) -> str:
+    """A question that names a line, in any words: what stands around the key shall not matter."""
+    before, after = (
+        [rng.choice(SPEECH) if rng.random() < 0.7 else make_word(rng) for _ in range(count)]
+        for count in (rng.randint(0, 8), rng.choice((0, 0, 1, 2, 3, 4, 5)))
+    )
+    asked = " ".join([*before, "line {key}", *after])
+    return f"\n{asked[0].upper()}{asked[1:]}{rng.choice(('?', '.', ':', ''))}"
+
+
 def draw_text(rng: random.Random, level: Level, kind: str, lines: int) -> list[str]:
     """One training sequence: prompt, answer, further question, answer, ..."""
     if kind == "passkey":
@@ -197,7 +208,8 @@ def draw_text(rng: random.Random, level: Level, kind: str, lines: int) -> list[s
     for key in rng.sample(list(record), min(lines, QUESTIONS)):
         wording = BARE
         if rng.random() < level.worded:
-            wording = QUESTION if rng.random() < 0.5 else rng.choice(WORDINGS)
+            wordings = (QUESTION, rng.choice(WORDINGS), draw_wording(rng))
+            wording = rng.choices(wordings, (0.45, 0.2, 0.35))[0]
         parts += [text + wording.format(key=key), f" {record[key]}"]
         text = ""
     return parts
@@ -211,6 +223,8 @@ def draw_batch(
     kinds = (level.spelled, level.passkey, 1 - level.spelled - level.passkey)
     kind = rng.choices(("spelled", "passkey", "words"), kinds)[0]
     lines = level.lines if rng.random() < 0.5 else rng.randint(2, level.lines)
+    if kind == "passkey":  # one answer a text: short texts give more answers for the same tokens
+        lines = round(2 * (level.lines / 2) ** rng.random())
     rows = [weigh(tokenizer, draw_text(rng, level, kind, lines))]
     while sum(map(len, rows)) + len(rows[0]) <= size:
         rows.append(weigh(tokenizer, draw_text(rng, level, kind, lines)))
