@@ -151,11 +151,13 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     codes = []
     for width, lowest in fields(bits):
         rows = blocks.narrow(TOKENS, GROUP * lowest // 8, GROUP * width // 8).unsqueeze(-3)
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)[:, None, None]
-        parts = (rows >> shifts) & (2**width - 1)  # [..., T / 32, 8 / width, 4 * width, C]
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+        # All parts of a byte at once, then in place: few and large steps, little new memory.
+        parts = rows >> shifts[:, None, None]  # [..., T / 32, 8 / width, 4 * width, C]
+        parts &= 2**width - 1
         codes.append(parts.flatten(-4, -2))
     low, *high = codes
-    return low | (high[0] << 2) if high else low
+    return low.add_(high[0], alpha=4) if high else low  # low + 4 high
 
 
 class Packed:
