@@ -345,7 +345,8 @@ class ChunkedBiBranchCache(BiBranchCache):
         super().__init__(attention, factors, *args, **more)
         self.H_kv = attention.config.num_key_value_heads
         on_cpu = self.B_k.device.type == "cpu"
-        self.chunk = 1024 if on_cpu else 8192  # a GPU wants few, large steps
+        # On a CPU 2 MB of rebuilt keys, in 32 bits; a GPU wants few, large steps.
+        self.chunk = max(1024, 2**19 // self.B_k.shape[1]) if on_cpu else 8192
         # B works in 32 bits on a CPU, where products of 16-bit floats are slow.
         dtype = torch.float32 if on_cpu else self.B_k.dtype
 

@@ -150,11 +150,14 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     blocks = packed.unflatten(TOKENS, (-1, GROUP * bits // 8))  # [..., T / 32, 4 * bits, C]
     codes = []
     for width, lowest in fields(bits):
-        rows = blocks.narrow(TOKENS, GROUP * lowest // 8, GROUP * width // 8)
-        parts = [(rows >> (i * width)) & (2**width - 1) for i in range(8 // width)]
-        codes.append(torch.cat(parts, TOKENS))
+        rows = blocks.narrow(TOKENS, GROUP * lowest // 8, GROUP * width // 8).unsqueeze(-3)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+        # All parts of a byte at once, then in place: few and large steps, little new memory.
+        parts = rows >> shifts[:, None, None]  # [..., T / 32, 8 / width, 4 * width, C]
+        parts &= 2**width - 1
+        codes.append(parts.flatten(-4, -2))
     low, *high = codes
-    return (low | (high[0] << 2) if high else low).flatten(-3, -2)
+    return low.add_(high[0], alpha=4) if high else low  # low + 4 high
 
 
 class Packed:
@@ -179,9 +182,8 @@ class Packed:
     def __init__(self, bits, dim, residual=0, expected=0, clamped=False, dtype=None):
         self.bits, self.dim, self.residual, self.clamped = bits, dim, residual, clamped
         self.dtype, self.room = dtype, max(0, expected - residual) // GROUP
-        limits = 1 if dim == TOKENS else GROUP  # rows of 32 tokens in codes, scales and minima:
-        self.rows = GROUP * bits // 8, limits, limits
-        self.buffers: list[Tensor] = []  # of these three, [B, T / 32 or more, their numbers]
+        # Codes, scales and minima, [B, T / 32 or more, rows of 32 tokens, their channels] each.
+        self.buffers: list[Tensor] = []
 
     def append(self, x: Tensor) -> None:
         """x [B, n, C], the next n tokens."""
@@ -200,30 +202,28 @@ class Packed:
         start, groups = self.packed // GROUP, x.shape[1] // GROUP
         q, stop = quantize(x, self.bits, self.dim, self.clamped), start + groups
         parts = pack(q.codes, self.bits), q.scale, q.minimum
-        parts = [part.unflatten(1, (groups, -1)).flatten(2) for part in parts]
+        parts = [part.unflatten(1, (groups, -1)) for part in parts]
         if not self.buffers:
             room = max(groups, self.room)
-            self.buffers = [p.new_empty(len(p), room, p.shape[2]) for p in parts]
+            self.buffers = [p.new_empty(len(p), room, *p.shape[2:]) for p in parts]
         elif stop > self.buffers[0].shape[1]:
             more = stop - self.buffers[0].shape[1] - 1 + self.grow // GROUP
-            self.buffers = [F.pad(buffer, (0, 0, 0, more)) for buffer in self.buffers]
+            self.buffers = [F.pad(buffer, (0, 0, 0, 0, 0, more)) for buffer in self.buffers]
         for buffer, part in zip(self.buffers, parts, strict=True):
             buffer[:, start:stop] = part
         self.packed += x.shape[1]
 
     def read(self, start: int, stop: int) -> Tensor:
-        """The tokens from `start` to `stop` - 1 again, [B, stop - start, C]; packed: in float32."""
+        """The tokens from `start` to `stop` - 1 again, [B, stop - start, C] in float32."""
         end, parts = min(stop, self.packed), []
         if start < end:
             first, last = start // GROUP, -(-end // GROUP)  # the groups that they lie in
-            packed, scale, minimum = (
-                buffer[:, first:last].unflatten(2, (rows, -1)).flatten(1, 2)
-                for buffer, rows in zip(self.buffers, self.rows, strict=True)
-            )
+            packed, scale, minimum = (b[:, first:last].flatten(1, 2) for b in self.buffers)
             x = dequantize(Quantized(unpack(packed, self.bits), scale, minimum), self.dim)
             parts.append(x[:, start - first * GROUP : end - first * GROUP])
         if stop > self.packed or not parts:
-            parts.append(self.waiting[:, max(0, start - self.packed) : max(0, stop - self.packed)])
+            start, stop = max(0, start - self.packed), max(0, stop - self.packed)
+            parts.append(self.waiting[:, start:stop].float())
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def tensors(self) -> list[Tensor]:

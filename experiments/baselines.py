@@ -282,8 +282,8 @@ class KiviCache(LayerCache):
 
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
         """Groups older than the residual, packed; the rest waits for it."""
-        # On a CPU a chunk of unpacked keys should stay in its cache; a GPU wants few, large steps.
-        self.chunk = 1024 if k.device.type == "cpu" else 8192
+        # On a CPU 2 MB of unpacked keys, in 32 bits; a GPU wants few, large steps.
+        self.chunk = max(1024, 2**19 // k[0, :, 0].numel()) if k.device.type == "cpu" else 8192
         k = rope.rotate(k, 0)
         # Heads count as sequences: [B * H_kv, T, D].
         sizes = self.residual, self.expected

@@ -13,6 +13,7 @@ from cskv import (
     LowRank,
     bi_branch_cache,
 )
+from experiments.baselines import KiviCache
 from infer import nominal_ratio
 from model import Attention, FullCache, Rope, full_cache
 from support.calibration import init_factors
@@ -222,12 +223,26 @@ def test_factors_of_another_number_of_layers_are_an_error():
 
 
 def test_the_fast_cache_rebuilds_in_32_bits_on_a_cpu():
-    """Where products of 16-bit floats are slow, in chunks that fit the processor's cache."""
+    """Where products of 16-bit floats are slow."""
     model = tiny_model().to(torch.bfloat16)
     factors = make_factors(tiny_model(), 3, 3).to(model.lm_head.weight)
     cache = bi_branch_cache(model, factors)[0]
-    assert (cache.B_k.dtype, cache.B_v.dtype, cache.chunk) == (torch.float32, torch.float32, 1024)
+    assert (cache.B_k.dtype, cache.B_v.dtype) == (torch.float32, torch.float32)
     assert cache.A_k.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("D", "chunk"), [(64, 4096), (96, 2730), (256, 1024), (300, 1024)])
+def test_a_chunk_of_rebuilt_keys_takes_two_megabytes(D, chunk):
+    """On a CPU, and has at least 1,024 tokens; the same for unpacked keys of KIVI."""
+    config = tiny_config(num_key_value_heads=2, num_attention_heads=2, head_dim=D)
+    pair = LowRank(torch.zeros(config.hidden_size, 1), torch.zeros(1, config.d_kv))
+    cache = ChunkedBiBranchCache(Attention(config), LayerFactors(pair, pair))
+    assert cache.chunk == chunk
+    kivi, x = KiviCache(config), torch.zeros(1, 2, 1, D)
+    rope = Rope(config)
+    rope.reach(1, x.device)
+    kivi.remember(x, x, x, x, rope)
+    assert kivi.chunk == chunk
 
 
 def test_nominal_ratio_counts_bits_and_ranks_of_every_layer():

@@ -80,9 +80,10 @@ def test_stored_value_is_the_nearest_level(x, bits, dim):
             assert min(abs(b - level) for level in levels) <= 1e-6 * max(1e-4, abs(b))
 
 
+@pytest.mark.parametrize("bits", BITS)  # drawn, 3 bits may not come up
 @quick
-@given(st.integers(1, 3), st.integers(1, 4), sizes, bits, st.integers(0, 99))
-def test_pack_holds_exactly_its_bits_and_unpack_gives_them_back(batch, groups, C, bits, seed):
+@given(st.integers(1, 3), st.integers(1, 4), sizes, st.integers(0, 99))
+def test_pack_holds_exactly_its_bits_and_unpack_gives_them_back(bits, batch, groups, C, seed):
     generator = torch.Generator().manual_seed(seed)
     shape = batch, groups * GROUP, C
     codes = torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8)
