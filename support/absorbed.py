@@ -122,7 +122,7 @@ def absorbed_operations(config: Config, rank: int, split: Split) -> float:
 def more_calls(split: Split, device: torch.device) -> float:
     """What the further calls of PyTorch for a chunk cost, in operations a token. However small its
     tensors are, a call takes some microseconds, in which a CPU does 1e6 operations, a GPU 1e9."""
-    calls = 20 + 3 * len(split.needs) if split.needs else 0
+    calls = 20 + 2 * len(split.needs) if split.needs else 0
     return 1e6 * calls / 1024 if device.type == "cpu" else 1e9 * calls / 8192
 
 
@@ -178,12 +178,13 @@ class AbsorbedBiBranchCache(ChunkedBiBranchCache):
             return
         # 2. The two tables of the series: conj(i^p) a_p of the pairs, T_p of the tokens.
         L, terms = split.length, range(len(split.needs))
-        self.w = Rope(config).frequencies[self.fast :].double()  # [slow]
-        a = [(2 if p else 1) * (-1j) ** p * bessel(p, self.w * L / 2) for p in terms]
-        angle = ((2 * torch.arange(L, dtype=torch.float64) - (L - 1)) / L).arccos()
-        self.a = torch.stack(a)[:, None, None, None, None].to(B.device, torch.complex64)
-        self.T = torch.stack([(p * angle).cos() for p in terms]).float().to(B.device)  # [P, L]
-        self.w = self.w.to(B.device)
+        w = Rope(config).frequencies[self.fast :].double()  # [slow]
+        a = [(2 if p else 1) * (-1j) ** p * bessel(p, w * L / 2) for p in terms]
+        x = (2 * torch.arange(L, dtype=torch.float64) - (L - 1)) / L
+        T = [(p * x.arccos()).cos() for p in terms]
+        self.frequencies = w.to(B.device)
+        self.series = torch.stack(a)[:, None, None, None, None].to(B.device, torch.complex64)
+        self.chebyshev = torch.stack(T).to(B.device, torch.float32)  # [P, L]
 
     def old_scores(self, q: Tensor, c_k: Tensor, s: int, rope: Rope) -> Tensor:
         """q [B, H_kv, G, D] with the keys of c_k [B, n, r], from token s on: [B, H_kv, G, n]."""
@@ -203,11 +204,11 @@ class AbsorbedBiBranchCache(ChunkedBiBranchCache):
         q = torch.view_as_complex(q[..., rows:].unflatten(-1, (-1, 2)).contiguous())
         q = (q * rope.cis[t, self.fast :].conj()).transpose(0, 1)  # [H_kv, B, G, slow]
         middles = s + (L - 1) / 2 + L * torch.arange(m, dtype=torch.float64, device=q.device)
-        angle = torch.outer(t - middles, self.w)  # [m, slow]
+        angle = torch.outer(t - middles, self.frequencies)  # [m, slow]
         turn = torch.polar(torch.ones_like(angle), angle).to(q.dtype)
         q = q[:, :, None] * turn[:, None]  # [H_kv, B, m, G, slow]
         # 2. The vectors u_p of each segment, head and term.
-        x = torch.view_as_real(q * self.a).flatten(-2).flatten(2, 4).to(c_k.dtype)
+        x = torch.view_as_real(q * self.series).flatten(-2).flatten(2, 4).to(c_k.dtype)
         u = c_k.new_empty(B, m, H_kv, len(x), G, self.B_slow.shape[2])
         for p, need in enumerate(self.split.needs):
             u_p = x[p, ..., : 2 * need] @ self.B_slow[:, : 2 * need]  # [H_kv, B * m * G, r]
@@ -217,5 +218,5 @@ class AbsorbedBiBranchCache(ChunkedBiBranchCache):
         y = u[..., :r] @ segments.transpose(2, 3)  # [B, m, H_kv * P * G, L]
         if self.k_bias is not None:
             y = y + u[..., r:]
-        y = y.float().unflatten(2, (H_kv, -1, G)).mul_(self.T[:, None, : min(n, L)])
+        y = y.float().unflatten(2, (H_kv, -1, G)).mul_(self.chebyshev[:, None, : min(n, L)])
         return rebuilt + y.sum(3).permute(0, 2, 3, 1, 4).flatten(3)
