@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from experiments.caches import make_cache, make_rows
 from experiments.measuring import clock
@@ -74,7 +75,7 @@ def measure_shape(
     for cache in caches.values():
         cache.remember(*prompt, model.rope)
     order = random.Random(0)  # no one always runs behind the same one
-    for _ in range(rounds + 1):
+    for _ in tqdm(range(rounds + 1), desc=f"{length} tokens", leave=False):
         news = [list(inputs(1)) for _ in range(steps)]
         for label in order.sample(list(caches), len(caches)):
             start = clock(device)

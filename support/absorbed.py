@@ -35,8 +35,8 @@ many query heads a key head, H P approaches the key channels that it saves.
 
 The bound holds for each pair, so a score's error is at most `precision` times |q| |k|. Angles are
 made in float64 from the distance between the query and t0, never from positions. `Rope`'s tables
-round the angle t w to float32 (as Hugging Face's do), off by 2e-5 at t w = 300: the rebuilding
-caches have this error twice, in the query and in the key, the slow pairs here do not have it.
+round the angle t w to float32 (as Hugging Face's do), off by up to 1.5e-5 at t w = 300. Rebuilding
+has this error twice, in the query and in the key; the slow pairs here are without it.
 
 Shapes as in model.py, and r the rank of the keys, L tokens a segment, P terms, m segments.
 
