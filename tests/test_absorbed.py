@@ -32,6 +32,7 @@ from tests.helpers import (
     LargestTensor,
     decode_all,
     make_factors,
+    most_slow,
     naive_frequencies,
     quick,
     sinks,
@@ -55,13 +56,6 @@ shapes = st.fixed_dictionaries(
         "rope_scaling": scalings,
     }
 )
-
-
-def a_split(config, length, precision=1e-6):
-    """The split with most slow pairs in segments of `length` tokens."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(absorbed, "LENGTHS", (length,))
-        return max(absorbed.possible_splits(config, precision), key=lambda split: split.slow)
 
 
 @quick
@@ -90,7 +84,7 @@ def test_bessel_functions_are_their_integral():
 def test_slow_pairs_keep_the_promised_precision(shape, length, precision):
     """The tables of a cache, put together for every token of a segment and every slow pair."""
     config = tiny_config(**shape)
-    split = a_split(config, length, precision)
+    split = most_slow(config, length, precision)
     rank, d_kv = 2, config.d_kv
     pair = LowRank(torch.ones(24, rank), torch.ones(rank, d_kv), 32)
     cache = AbsorbedBiBranchCache(Attention(config), LayerFactors(pair, pair), split=split)
@@ -123,7 +117,7 @@ def test_absorbed_equals_rebuilt(shape, prompt, steps, window, first, bits, leng
     model = tiny_model(num_hidden_layers=1, scale=0.3, **shape)
     factors = make_factors(model, 5, 4).in_bits(bits, 16)
     tokens = tiny_tokens(model, 2, prompt + steps)
-    kind = partial(AbsorbedBiBranchCache, split=a_split(model.config, length))
+    kind = partial(AbsorbedBiBranchCache, split=most_slow(model.config, length))
     caches = [
         bi_branch_cache(model, factors, window, kind=kind, sinks=first)
         for kind in (BiBranchCache, ChunkedBiBranchCache, kind)
@@ -200,7 +194,7 @@ def test_scores_equal_float64_ones_up_to_32k(heads, D, bias, theta, scaling, n, 
     )
     attention, factors, g = layer_of(config, 3)
     q, c = torch.randn(4, D, generator=g), torch.randn(n, 3, generator=g)
-    kind = partial(AbsorbedBiBranchCache, split=a_split(config, length))
+    kind = partial(AbsorbedBiBranchCache, split=most_slow(config, length))
     args = config, attention, factors, q, c, n + ahead
     ours, rebuilt = (scores_of(k, *args) for k in (kind, ChunkedBiBranchCache))
     exact = exact_scores(config, factors.k.B, attention.k_proj.bias, q, c, n + ahead)
@@ -217,7 +211,7 @@ def test_far_positions_lose_nothing():
     config = tiny_config(head_dim=32, rope_theta=1e4)
     attention, factors, g = layer_of(config, 5)
     q, c, t = torch.randn(4, 32, generator=g), torch.randn(32_000, 5, generator=g), 32_100
-    kind = partial(AbsorbedBiBranchCache, split=a_split(config, 8))
+    kind = partial(AbsorbedBiBranchCache, split=most_slow(config, 8))
     assert kind(attention, factors).fast == 0
     args = config, attention, factors, q, c, t
     exact = exact_scores(config, factors.k.B, None, q, c, t)
@@ -233,7 +227,7 @@ def test_the_working_memory_is_one_chunk():
     model = tiny_model(num_hidden_layers=1, rope_theta=1e6, **shape)
     factors, largest = init_factors("svd", model, [4], [4]), []
     for T in (2000, 8000):
-        kind = partial(AbsorbedBiBranchCache, split=a_split(model.config, 256))
+        kind = partial(AbsorbedBiBranchCache, split=most_slow(model.config, 256))
         cache = bi_branch_cache(model, factors, 8, T + 1, kind)[0]
         x, q = torch.zeros(1, T, 24), torch.zeros(1, 1, T, 6)
         model.rope.reach(T + 1, CPU)

@@ -10,7 +10,7 @@ import infer
 import model
 from experiments import baselines, caches, evaluate, speed
 from model import Transformer, full_cache
-from support import absorbed, figures
+from support import figures
 from support.calibration import init_factors
 from support.checkpoint import load_model
 from tests.evaluating import (
@@ -19,7 +19,7 @@ from tests.evaluating import (
     measured,
     without_seconds,
 )
-from tests.helpers import call, tiny_model, tiny_tokens
+from tests.helpers import absorb_most, call, tiny_model, tiny_tokens
 
 ALL = ",".join(caches.CACHES)
 
@@ -63,7 +63,7 @@ def test_the_prompt_is_read_once_by_all_but_asvd(everything, brief, tmp_path, ca
 @pytest.mark.parametrize("bias", [False, True])
 def test_caches_hold_16_bits_in_a_model_of_32(bias, monkeypatch):
     """Of every kind, with the logits of the model up to the rounding of keys and values."""
-    monkeypatch.setattr(absorbed, "LENGTHS", (8,))  # tiny models turn fast
+    absorb_most(monkeypatch)
     model = tiny_model(attention_bias=bias)
     tokens, factors = tiny_tokens(model, 2, 50), init_factors("svd", model, [12, 12], [12, 12])
 

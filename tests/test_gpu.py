@@ -15,7 +15,7 @@ from model import full_cache
 from support import absorbed
 from support.calibration import init_factors
 from support.processes import place
-from tests.helpers import make_factors, tiny_model, tiny_tokens
+from tests.helpers import absorb_most, make_factors, tiny_model, tiny_tokens
 from train import Tuner, run_layers
 
 torch.set_grad_enabled(False)
@@ -26,9 +26,8 @@ T, STEPS = 100, 12
 
 
 @pytest.fixture(autouse=True)
-def short_segments(monkeypatch):
-    """So that tiny models, which turn fast, have slow pairs in them."""
-    monkeypatch.setattr(absorbed, "LENGTHS", (8,))
+def absorbing(monkeypatch):
+    absorb_most(monkeypatch)
 
 
 def on_gpu(dtype=torch.float32, **shape):
