@@ -27,7 +27,7 @@ there remain P products of r numbers a head. Only the fast pairs are rebuilt.
     operations a token      rebuilt     2 r d_kv                + 2 H D
                             absorbed    2 r 2 fast H_kv         + 2 H 2 fast
                                         + 2 r H P               the products u_p c
-                                        + 2 r H 2 sum(needs) / L    making u: needs[p] pairs a term
+                                        + 2 r H 2 sum(made) / L     making u of made[p] pairs
 
 A long segment spreads the last line over more tokens, a short one makes more pairs slow, more terms
 do too: `choose_split` tries them all and counts. Absorbing pays most without grouped queries; with
@@ -56,7 +56,8 @@ from model import Attention, Config, Rope, Transformer
 from support.processes import say
 
 MOST_TERMS = 16
-LENGTHS = 256, 512, 1024  # of a segment; in shorter ones writing all the u takes too long
+TOGETHER = 4  # terms whose u are made in one product: fewer calls, for some pairs too many
+LENGTHS = 512, 1024  # of a segment; with shorter ones, writing all the u takes too long
 
 
 def precision_for(bits: int) -> float:
@@ -85,14 +86,18 @@ def bessel(p: int, z: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Split:
     """How slow pairs are absorbed: the last needs[0] of RoPE's pairs, which run from fast to slow,
-    in segments of `length` tokens. Term p takes the first needs[p] of them."""
+    in segments of `length` tokens. Term p needs the first needs[p] of them, gets made[p]."""
 
     length: int
-    needs: tuple[int, ...]  # of each term; no term: all pairs are rebuilt
+    needs: tuple[int, ...]  # pairs of each term; no term: all pairs are rebuilt
 
     @property
     def slow(self) -> int:
         return self.needs[0] if self.needs else 0
+
+    @property
+    def made(self) -> list[int]:
+        return [self.needs[p - p % TOGETHER] for p in range(len(self.needs))]
 
 
 def possible_splits(config: Config, precision: float) -> list[Split]:
@@ -116,14 +121,14 @@ def absorbed_operations(config: Config, rank: int, split: Split) -> float:
     """The same with the slow pairs of `split` absorbed: the table at the top of this file."""
     H, fast = config.num_attention_heads, config.head_dim // 2 - split.slow
     rebuilding = 4 * fast * (rank * config.num_key_value_heads + H)
-    return rebuilding + 2 * rank * H * (len(split.needs) + 2 * sum(split.needs) / split.length)
+    return rebuilding + 2 * rank * H * (len(split.needs) + 2 * sum(split.made) / split.length)
 
 
 def more_calls(split: Split, device: torch.device) -> float:
     """What the further calls of PyTorch for a chunk cost, in operations a token. However small its
     tensors are, a call takes some microseconds, in which a CPU does 1e6 operations, a GPU 1e9."""
-    calls = 20 + 2 * len(split.needs) if split.needs else 0
-    return 1e6 * calls / 1024 if device.type == "cpu" else 1e9 * calls / 8192
+    calls = 20 + 2 * -(-len(split.needs) // TOGETHER) if split.needs else 0
+    return 1e6 * calls / 2048 if device.type == "cpu" else 1e9 * calls / 16384
 
 
 def choose_split(config: Config, rank: int, precision: float) -> Split:
@@ -166,6 +171,7 @@ class AbsorbedBiBranchCache(ChunkedBiBranchCache):
         config, B = attention.config, self.B_k.view(self.H_kv, self.D, -1)  # pairs side by side
         split = split or choose_split(config, factors.k.rank, precision_for(factors.k.bits))
         self.split, self.fast = split, self.D // 2 - split.slow
+        self.chunk *= 2  # of fewer channels, so in no more memory
         # 1. Of B_k and the bias: rows of fast pairs for the parent class, of slow ones for here.
         rows, channels = slice(0, 2 * self.fast), slice(2 * self.fast, self.D)
         self.B_k, self.B_slow = B[:, rows].flatten(0, 1), B[:, channels]
@@ -183,7 +189,7 @@ class AbsorbedBiBranchCache(ChunkedBiBranchCache):
         x = (2 * torch.arange(L, dtype=torch.float64) - (L - 1)) / L
         T = [(p * x.arccos()).cos() for p in terms]
         self.frequencies = w.to(B.device)
-        self.series = torch.stack(a)[:, None, None, None, None].to(B.device, torch.complex64)
+        self.series = torch.stack(a)[:, None, None, None].to(B.device, torch.complex64)
         self.chebyshev = torch.stack(T).to(B.device, torch.float32)  # [P, L]
 
     def old_scores(self, q: Tensor, c_k: Tensor, s: int, rope: Rope) -> Tensor:
@@ -208,11 +214,13 @@ class AbsorbedBiBranchCache(ChunkedBiBranchCache):
         turn = torch.polar(torch.ones_like(angle), angle).to(q.dtype)
         q = q[:, :, None] * turn[:, None]  # [H_kv, B, m, G, slow]
         # 2. The vectors u_p of each segment, head and term.
-        x = torch.view_as_real(q * self.series).flatten(-2).flatten(2, 4).to(c_k.dtype)
-        u = c_k.new_empty(B, m, H_kv, len(x), G, self.B_slow.shape[2])
-        for p, need in enumerate(self.split.needs):
-            u_p = x[p, ..., : 2 * need] @ self.B_slow[:, : 2 * need]  # [H_kv, B * m * G, r]
-            u[:, :, :, p] = u_p.view(H_kv, B, m, G, -1).permute(1, 2, 0, 3, 4)
+        q = (q[:, None] * self.series).contiguous()  # [H_kv, P, B, m, G, slow]
+        x = torch.view_as_real(q).flatten(-2).flatten(2, 4).to(c_k.dtype)
+        u = c_k.new_empty(B, m, H_kv, x.shape[1], G, self.B_slow.shape[2])
+        for p in range(0, x.shape[1], TOGETHER):
+            some, rows = slice(p, p + TOGETHER), slice(0, 2 * self.split.needs[p])
+            u_p = x[:, some, :, rows].flatten(1, 2) @ self.B_slow[:, rows]
+            u[:, :, :, some] = u_p.view(H_kv, -1, B, m, G, u.shape[-1]).permute(2, 3, 0, 1, 4, 5)
         # 3. Their products with the latents, times T_p, summed over the terms.
         u = u.flatten(2, 4)  # [B, m, H_kv * P * G, r]
         y = u[..., :r] @ segments.transpose(2, 3)  # [B, m, H_kv * P * G, L]

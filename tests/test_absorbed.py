@@ -226,7 +226,7 @@ def test_the_working_memory_is_one_chunk():
     shape = {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 9999}
     model = tiny_model(num_hidden_layers=1, rope_theta=1e6, **shape)
     factors, largest = init_factors("svd", model, [4], [4]), []
-    for T in (2000, 8000):
+    for T in (3000, 9000):
         kind = partial(AbsorbedBiBranchCache, split=most_slow(model.config, 256))
         cache = bi_branch_cache(model, factors, 8, T + 1, kind)[0]
         x, q = torch.zeros(1, T, 24), torch.zeros(1, 1, T, 6)
@@ -237,7 +237,7 @@ def test_the_working_memory_is_one_chunk():
         with LargestTensor(known) as seen:
             cache.decode(x, q, q, q, model.rope)
         largest.append(seen.largest)
-    assert largest[1] <= max(largest[0], 4 * 8001)
+    assert largest[1] <= max(largest[0], 4 * 9001)
 
 
 # ----------------------------------------------------------------------------------------- the rule
@@ -249,7 +249,7 @@ RANKS = {"longchat": 819, "mistral": 205, "smollm2": 38, "teacher": 13}  # at 80
 @pytest.mark.parametrize("name", SHAPES)
 def test_counted_operations_are_those_of_the_products(name):
     """Those that PyTorch's own counter sees, of a chunk."""
-    config, rank, n = shape_config(name, 2000), RANKS[name] // 10 + 7, 1024
+    config, rank, n = shape_config(name, 3000), RANKS[name] // 10 + 7, 1024
     attention, factors, g = layer_of(config, rank)
     split = absorbed.choose_split(config, rank, 1e-6)
     q = torch.randn(config.num_attention_heads, config.head_dim, generator=g)
@@ -269,7 +269,7 @@ def test_the_split_has_the_fewest_operations(name):
     config, rank = shape_config(name, 2000), RANKS[name]
     best = absorbed.choose_split(config, rank, 1e-6)
     count = absorbed.absorbed_operations(config, rank, best)
-    for length in (256, 512, 1024):
+    for length in (512, 1024):
         z = Rope(config).frequencies.double() * length / 2
         need = [next((p for p in range(17) if remainder(y, p) <= 1e-6), 99) for y in z]
         for slow in range(1, len(need) + 1):
@@ -348,6 +348,6 @@ def test_more_calls_is_how_many_there_are():
             with Calls() as calls:
                 cache.old_scores(q, torch.randn(1, 1024, 8, generator=g), 0, rope)
             counts.append(calls.count)
-        price = absorbed.more_calls(cache.split, CPU) * 1024 / 1e6
+        price = absorbed.more_calls(cache.split, CPU) * 2048 / 1e6
         assert counts[1] - counts[0] == pytest.approx(price, abs=2)
         assert absorbed.more_calls(Split(256, ()), CPU) == 0
