@@ -171,7 +171,6 @@ class AbsorbedBiBranchCache(ChunkedBiBranchCache):
         config, B = attention.config, self.B_k.view(self.H_kv, self.D, -1)  # pairs side by side
         split = split or choose_split(config, factors.k.rank, precision_for(factors.k.bits))
         self.split, self.fast = split, self.D // 2 - split.slow
-        self.chunk *= 2  # of fewer channels, so in no more memory
         # 1. Of B_k and the bias: rows of fast pairs for the parent class, of slow ones for here.
         rows, channels = slice(0, 2 * self.fast), slice(2 * self.fast, self.D)
         self.B_k, self.B_slow = B[:, rows].flatten(0, 1), B[:, channels]
@@ -182,6 +181,7 @@ class AbsorbedBiBranchCache(ChunkedBiBranchCache):
         self.B_slow = self.B_slow.contiguous()  # [H_kv, 2 slow, r], with a bias r + 1
         if not split.needs:
             return
+        self.chunk *= 2  # of fewer channels, so in no more memory
         # 2. The two tables of the series: conj(i^p) a_p of the pairs, T_p of the tokens.
         L, terms = split.length, range(len(split.needs))
         w = Rope(config).frequencies[self.fast :].double()  # [slow]
@@ -201,13 +201,13 @@ class AbsorbedBiBranchCache(ChunkedBiBranchCache):
             last = n - n % L
             parts = (c_k[:, :last], s), (c_k[:, last:], s + last)
             return torch.cat([self.old_scores(q, *part, rope) for part in parts], -1)
-        rows = 2 * self.fast
-        rebuilt = super().old_scores(q[..., :rows], c_k, s, rope)  # [B, H_kv, G, n]
+        fast, slow = q.split([2 * self.fast, 2 * self.split.slow], -1)  # side by side, fast first
+        rebuilt = super().old_scores(fast, c_k, s, rope)  # [B, H_kv, G, n]
         # 1. The query as it is seen from each middle: turned back to where it was before RoPE, then
         #    on by the distance.
         t, segments = self.length - 1, c_k.unflatten(1, (-1, min(n, L)))  # [B, m, L, r]
         m = segments.shape[1]
-        q = torch.view_as_complex(q[..., rows:].unflatten(-1, (-1, 2)).contiguous())
+        q = torch.view_as_complex(slow.unflatten(-1, (-1, 2)).contiguous())  # [B, H_kv, G, slow]
         q = (q * rope.cis[t, self.fast :].conj()).transpose(0, 1)  # [H_kv, B, G, slow]
         middles = s + (L - 1) / 2 + L * torch.arange(m, dtype=torch.float64, device=q.device)
         angle = torch.outer(t - middles, self.frequencies)  # [m, slow]
@@ -219,7 +219,7 @@ class AbsorbedBiBranchCache(ChunkedBiBranchCache):
         u = c_k.new_empty(B, m, H_kv, x.shape[1], G, self.B_slow.shape[2])
         for p in range(0, x.shape[1], TOGETHER):
             some, rows = slice(p, p + TOGETHER), slice(0, 2 * self.split.needs[p])
-            u_p = x[:, some, :, rows].flatten(1, 2) @ self.B_slow[:, rows]
+            u_p = x[:, some, :, rows].flatten(1, 2) @ self.B_slow[:, rows]  # [H_kv, .., r]
             u[:, :, :, some] = u_p.view(H_kv, -1, B, m, G, u.shape[-1]).permute(2, 3, 0, 1, 4, 5)
         # 3. Their products with the latents, times T_p, summed over the terms.
         u = u.flatten(2, 4)  # [B, m, H_kv * P * G, r]
