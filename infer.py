@@ -204,7 +204,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", help="text to answer or to continue (without --model: a LongEval case)")
     add("--model", default=TEACHER, help="checkpoint folder or hub name (the embedded model)")
     add("--factors", help="factors file for this model, made by train.py")
-    kinds = "cskv: the cheaper of -rebuilt and -absorbed (its keys); cskv-plain: the class to read"
+    kinds = "cskv: the cheaper of cskv-rebuilt and cskv-absorbed; cskv-plain: the class to read"
     add("--cache", choices=["cskv", *KINDS, "full"], default="cskv", help=kinds)
     add("--compare", action="store_true", help="answer from the full cache as well, side by side")
     window = "newest tokens kept in full precision: costs memory, helps a little (32)"

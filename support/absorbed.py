@@ -126,9 +126,9 @@ def absorbed_operations(config: Config, rank: int, split: Split) -> float:
 
 def more_calls(split: Split, device: torch.device) -> float:
     """What the further calls of PyTorch for a chunk cost, in operations a token. However small its
-    tensors are, a call takes some microseconds, in which a CPU does 1e6 operations, a GPU 1e9."""
+    tensors are, a call takes some microseconds, in which a CPU does 1e6 operations, a GPU 5e9."""
     calls = 20 + 2 * -(-len(split.needs) // TOGETHER) if split.needs else 0
-    return 1e6 * calls / 2048 if device.type == "cpu" else 1e9 * calls / 16384
+    return 1e6 * calls / 2048 if device.type == "cpu" else 5e9 * calls / 16384
 
 
 def choose_split(config: Config, rank: int, precision: float) -> Split:
