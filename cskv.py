@@ -22,9 +22,7 @@ itself is frozen: it still reads the prompt with the exact W_K and W_V.
     K^, V^              k_hat, v_hat              rebuilt keys and values
 
 Section 2.1 is `BiBranchCache`, section 2.2 where the factors start (train.py goes on from there).
-Then follows `ChunkedBiBranchCache`: the same results in less time and working memory.
-
-Shapes as in model.py.
+Then follows `ChunkedBiBranchCache`: the same in less time and memory. Shapes as in model.py.
 
 Sources:
     [1] Wang et al., 2024, the paper
@@ -338,16 +336,15 @@ class ChunkedBiBranchCache(BiBranchCache):
     Side-by-side pairs: the columns of B_k are stored so that the two channels that RoPE turns
     together come out as neighbours. They are a complex number then, and RoPE one multiplication.
     Absorbed values: p (C_v B_v) = (p C_v) B_v. So values are never rebuilt: they cost r_v
-    operations a token and head, not D. Keys must be: RoPE stands between B_k and the query.
+    operations a token and head, not D. RoPE forbids it for keys (but see support/absorbed.py).
     """
 
     def __init__(self, attention: Attention, factors: LayerFactors, *args, **more):
         super().__init__(attention, factors, *args, **more)
         self.H_kv = attention.config.num_key_value_heads
         on_cpu = self.B_k.device.type == "cpu"
-        # On a CPU 2 MB of rebuilt keys, in 32 bits; a GPU wants few, large steps.
+        # On a CPU in 32 bits and 2 MB of keys at a time; a GPU wants few and large steps.
         self.chunk = max(1024, 2**19 // self.B_k.shape[1]) if on_cpu else 8192
-        # B works in 32 bits on a CPU, where products of 16-bit floats are slow.
         dtype = torch.float32 if on_cpu else self.B_k.dtype
 
         def heads(x: Tensor | None) -> Tensor | None:  # [..., d_kv] -> [..., H_kv, D]
@@ -368,11 +365,7 @@ class ChunkedBiBranchCache(BiBranchCache):
         q_pairs = interleave_rope_pairs(q).float()
         for s, e in chunks:
             c_k = self.c_k.read(s - S, e - S).to(self.B_k.dtype)  # [B, e - s, r_k]
-            k_hat = F.linear(c_k, self.B_k, self.k_bias).float()  # [B, e - s, d_kv]
-            k_hat = k_hat.view(B, e - s, self.H_kv, D // 2, 2)  # pairs: complex numbers
-            torch.view_as_complex(k_hat).mul_(rope.cis[s:e, None])  # RoPE, in place
-            k_hat = k_hat.view(B, e - s, self.H_kv, D).permute(0, 2, 3, 1)  # [B, H_kv, D, e - s]
-            scores[..., s - first : e - first] = q_pairs @ k_hat
+            scores[..., s - first : e - first] = self.old_scores(q_pairs, c_k, s, rope)
         scores[..., n:] = q.float() @ k.transpose(-1, -2).float()
         # 5. One softmax over both branches, then the values of both.
         p = scores.softmax(-1).to(self.B_v.dtype)  # [B, H_kv, G, n + those of k]
@@ -387,6 +380,14 @@ class ChunkedBiBranchCache(BiBranchCache):
             if self.v_bias is not None:
                 out = out + p[..., :n].sum(-1, keepdim=True) * self.v_bias
         return out.to(v.dtype).reshape(B, H, 1, D)
+
+    def old_scores(self, q: Tensor, c_k: Tensor, s: int, rope: Rope) -> Tensor:
+        """q [B, H_kv, G, D] with the keys of c_k [B, n, r_k], from token s on: [B, H_kv, G, n]."""
+        n, pairs = c_k.shape[1], q.shape[-1] // 2
+        k_hat = F.linear(c_k, self.B_k, self.k_bias).float()  # [B, n, d_kv]
+        k_hat = k_hat.view(*k_hat.shape[:2], self.H_kv, pairs, 2)  # pairs: complex numbers
+        torch.view_as_complex(k_hat).mul_(rope.cis[s : s + n, None, :pairs])  # RoPE, in place
+        return q @ k_hat.flatten(3).permute(0, 2, 3, 1)
 
 
 def bi_branch_cache(

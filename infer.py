@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cskv import BiBranchCache, ChunkedBiBranchCache, Factors, bi_branch_cache
 from model import LayerCache, Transformer, full_cache
+from support.absorbed import AbsorbedBiBranchCache, cheapest_kind
 from support.checkpoint import load_model
 from support.command import DTYPES, Arguments, UserError, check_device, number, run_command
 from support.demonstration import ENGLISH, FACTORS, TEACHER, read_case, shorten
@@ -28,7 +29,8 @@ from support.processes import say
 from support.text import check_finite, check_prompt
 from support.tokenizer import Tokenizer, load_tokenizer
 
-KINDS = {"cskv": ChunkedBiBranchCache, "cskv-plain": BiBranchCache}
+KINDS = {"cskv-rebuilt": ChunkedBiBranchCache, "cskv-absorbed": AbsorbedBiBranchCache}
+KINDS["cskv-plain"] = BiBranchCache
 
 
 def make_sampler(temperature: float, top_p: float, seed: int) -> Callable[[Tensor], int]:
@@ -132,10 +134,9 @@ def report(results: dict[str, dict]) -> str:
         "prefill, s": lambda r: f"{r['prefill_seconds']:.2f}",
         "decode, ms a token": lambda r: f"{1e3 * r['decode_seconds_per_token']:.1f}",
     }
-    lines = [f"{'':25}" + "".join(f"{name:>12}" for name in results)]
-    for label, value in rows.items():
-        lines.append(f"{label:25}" + "".join(f"{value(r):>12}" for r in results.values()))
-    return "\n".join(lines)
+    width, lines = 8 + max(map(len, results)), [["", *results]]
+    lines += [[label, *map(value, results.values())] for label, value in rows.items()]
+    return "\n".join(f"{a:25}" + "".join(f"{x:>{width}}" for x in more) for a, *more in lines)
 
 
 # --------------------------------------------------------------------------------- command line
@@ -179,8 +180,8 @@ def run(args: argparse.Namespace) -> None:
         if name == "full":
             cache, nominal = full_cache(model, expected), 0.0
         else:
-            sizes = args.window, expected, KINDS[name], args.sinks
-            cache = bi_branch_cache(model, factors, *sizes)
+            kind = KINDS[name] if name in KINDS else cheapest_kind(model, factors)
+            cache = bi_branch_cache(model, factors, args.window, expected, kind, args.sinks)
             nominal = nominal_ratio(model, factors)
         sample = make_sampler(args.temperature, args.top_p, args.seed)
         stream = [] if args.json else [lambda text: print(text, end="", flush=True)]
@@ -203,7 +204,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", help="text to answer or to continue (without --model: a LongEval case)")
     add("--model", default=TEACHER, help="checkpoint folder or hub name (the embedded model)")
     add("--factors", help="factors file for this model, made by train.py")
-    add("--cache", choices=[*KINDS, "full"], default="cskv", help="cskv-plain: the class to read")
+    kinds = "cskv: the cheaper of cskv-rebuilt and cskv-absorbed; cskv-plain: the class to read"
+    add("--cache", choices=["cskv", *KINDS, "full"], default="cskv", help=kinds)
     add("--compare", action="store_true", help="answer from the full cache as well, side by side")
     window = "newest tokens kept in full precision: costs memory, helps a little (32)"
     add("--window", type=number(int, 1), default=32, help=window)

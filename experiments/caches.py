@@ -6,6 +6,7 @@
     asvd        factors in the place of W_K and W_V themselves       a ratio removes channels
     cskv        factors beside W_K and W_V, and a window             a ratio removes channels
     cskv-plain  the same, computed step by step as in Figure 1       a ratio removes channels
+    cskv-absorbed  the same, with slow channels of keys not rebuilt  a ratio removes channels
     kivi-4      KIVI in 4 bits (2, 3 and 8 as well)                  every token and channel
 
 A `Kind` says how a cache of that name is made; a `Row` is one of them with its settings. All hold
@@ -25,6 +26,7 @@ from cskv import BiBranchCache, ChunkedBiBranchCache, Factors, LowRank
 from experiments.baselines import HeavyHitterCache, KiviCache, LowRankCache, StreamingCache
 from infer import full_bytes, nominal_ratio
 from model import FullCache, LayerCache, Transformer
+from support.absorbed import AbsorbedBiBranchCache
 from support.calibration import init_factors, rank_for
 from support.command import UserError, comma_list, one_of
 from support.options import add_option, add_options
@@ -116,6 +118,7 @@ CACHES = {
     ),
     "cskv": bi_branch(ChunkedBiBranchCache, "tab:blue"),
     "cskv-plain": bi_branch(BiBranchCache),
+    "cskv-absorbed": bi_branch(AbsorbedBiBranchCache),
     "kivi-2": kivi(2, "limegreen"),
     "kivi-3": kivi(3),
     "kivi-4": kivi(4, "tab:green"),

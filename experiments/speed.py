@@ -13,6 +13,8 @@ holds, nearly all of which a step reads (cskv does not read the latents of its w
 the multiplications and additions of its matrix products. Both leave something out: a step reads the
 weights too, and cskv and asvd their A and B; rotating keys and unpacking bits are no products. With
 `--dtype float32`, the default, keys and values are 32-bit numbers, but latents 16-bit ones.
+
+`--shape longchat` needs no checkpoint: one layer of that shape; see shapes.py.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from tqdm import tqdm
 
 from experiments.caches import add_cache_options, make_cache, make_rows
 from experiments.measuring import clock
+from experiments.shapes import measure_shape
 from infer import held_bytes
 from model import Transformer
 from support.calibration import init_factors
@@ -38,24 +41,9 @@ from support.checkpoint import load_model
 from support.command import DTYPES, Arguments, UserError, check_device, check_writable, run_command
 from support.factors_file import load_factors
 from support.options import add_options
+from support.shapes import SHAPES
 from support.tables import table, write_json
-
-# A runner makes an empty cache; `run(tokens, cache)` feeds it and returns the last logits.
-Runner = tuple[Callable[[], object], Callable[[Tensor, object], Tensor]]
-
-
-def transformers_runner(path: str, device: str, dtype: torch.dtype) -> Runner | None:
-    """The same checkpoint in the transformers package, or None without it."""
-    try:
-        from transformers import AutoModelForCausalLM, DynamicCache
-    except ImportError:
-        return None
-    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-
-    def run(tokens: Tensor, cache: object) -> Tensor:
-        return theirs(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-
-    return DynamicCache, run
+from support.transformers_runner import Runner, transformers_runner
 
 
 def our_runners(
@@ -138,6 +126,16 @@ def run(args: argparse.Namespace) -> None:
     check_writable(args.json)
     torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype]
+    settings = {"bits": args.bits, "window": args.window, "sinks": args.sinks}
+    if args.shape:
+        sizes, names = (args.rounds, args.steps, args.device, dtype), ["full", *args.caches]
+        settings |= {"names": list(dict.fromkeys(names)), "ratios": args.ratios}
+        lengths = args.lengths
+        rows = [row for n in lengths for row in measure_shape(args.shape, n, *sizes, **settings)]
+        print(table(rows))
+        return write_json(args.json, rows)
+    if args.model is None:
+        raise UserError("give a checkpoint, --model FOLDER, or a --shape without weights")
     model = load_model(args.model, args.device, dtype)
     more = (args.rounds + 1) * args.steps + 1  # one more is counted
     if max(args.lengths) + more > model.config.context_length:
@@ -150,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
     rows, generator = [], torch.Generator()
     files = [(file.stem, load_factors(file, model)) for file in args.factors]
     for length in args.lengths:
-        settings = {"bits": args.bits, "window": args.window, "sinks": args.sinks, "files": files}
+        settings["files"] = files
         runners = our_runners(model, args.caches, args.ratios, length + more, **settings)
         if theirs:
             runners["transformers, DynamicCache"] = theirs
@@ -165,7 +163,8 @@ def run(args: argparse.Namespace) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
     add_cache_options(parser)
-    add_options(parser, "model lengths factors bits", bits=[16, 4])
+    add_options(parser, "model lengths factors bits", bits=[16, 4], model=None)
+    parser.add_argument("--shape", choices=SHAPES, help="instead of a checkpoint: random weights")
     add_options(parser, "rounds steps threads device dtype json", steps=8)
     return parser.parse_args(argv)
 

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import quant
 from cskv import BiBranchCache, ChunkedBiBranchCache, Factors
 from model import Config, Transformer
+from support import absorbed
 from support.calibration import calibrate, init_factors
 from support.command import run_command
 
@@ -204,6 +206,18 @@ def make_factors(model, k_rank, v_rank, init="optimal", seed=0):
     k_ranks = [max(1, min(most, k_rank + i)) for i in range(n)]
     v_ranks = [max(1, min(most, v_rank - i)) for i in range(n)]
     return init_factors(init, model, k_ranks, v_ranks, statistics)
+
+
+def most_slow(config, length, precision=1e-6):
+    """The split of absorbed keys with most slow pairs in segments of `length` tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(absorbed, "LENGTHS", (length,))
+        return max(absorbed.possible_splits(config, precision), key=lambda split: split.slow)
+
+
+def absorb_most(monkeypatch):
+    """Tiny models turn fast and have few channels: let them absorb what would not pay."""
+    monkeypatch.setattr(absorbed, "choose_split", lambda config, *_: most_slow(config, 8))
 
 
 def decode_all(model, tokens, prompt, cache):

@@ -19,7 +19,7 @@ from tests.evaluating import (
     measured,
     without_seconds,
 )
-from tests.helpers import call, tiny_model, tiny_tokens
+from tests.helpers import absorb_most, call, tiny_model, tiny_tokens
 
 ALL = ",".join(caches.CACHES)
 
@@ -61,8 +61,9 @@ def test_the_prompt_is_read_once_by_all_but_asvd(everything, brief, tmp_path, ca
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_caches_hold_16_bits_in_a_model_of_32(bias):
+def test_caches_hold_16_bits_in_a_model_of_32(bias, monkeypatch):
     """Of every kind, with the logits of the model up to the rounding of keys and values."""
+    absorb_most(monkeypatch)
     model = tiny_model(attention_bias=bias)
     tokens, factors = tiny_tokens(model, 2, 50), init_factors("svd", model, [12, 12], [12, 12])
 
@@ -71,7 +72,7 @@ def test_caches_hold_16_bits_in_a_model_of_32(bias):
 
     rows = [row("full"), row("streaming", 0.0, budget=99), row("h2o", 0.0, budget=99)]
     rows += [row("asvd", 0, factors), row("cskv", 0, factors, window=4), row("kivi-8")]
-    rows.append(row("cskv-plain", 0, factors, window=4))
+    rows += [row(name, 0, factors, window=4) for name in ("cskv-plain", "cskv-absorbed")]
     expected = model(tokens)
     assert {t.dtype for layer in full_cache(model) for t in layer.tensors()} <= {torch.float32}
     for row in rows:

@@ -55,7 +55,8 @@ def test_every_cache_in_every_command(everything, brief, tmp_path, capsys, what)
     assert list(dict.fromkeys(row["cache"] for row in rows)) == list(caches.CACHES)
     assert all(set(row) == COLUMNS | OWN_COLUMNS[what] for row in rows)
     by_name = {row["cache"]: row for row in rows}
-    nominal = {"full": 0, "streaming": 0.5, "h2o": 0.5, "asvd": 0.5, "cskv": 0.5, "cskv-plain": 0.5}
+    nominal = {"full": 0, "streaming": 0.5, "h2o": 0.5, "asvd": 0.5}
+    nominal |= {"cskv": 0.5, "cskv-plain": 0.5, "cskv-absorbed": 0.5}
     nominal |= {"kivi-2": 7 / 8, "kivi-3": 13 / 16, "kivi-4": 3 / 4, "kivi-8": 1 / 2}
     assert {name: row["nominal_ratio"] for name, row in by_name.items()} == nominal
     assert [by_name[name]["bits"] for name in ("full", "cskv", "kivi-3")] == ["16", "16", "3"]
@@ -63,6 +64,7 @@ def test_every_cache_in_every_command(everything, brief, tmp_path, capsys, what)
 
 
 WEIGHTS = {"A_k", "A_v", "B_k", "B_v", "k_bias", "v_bias", "projections"}  # not the sequence's
+WEIGHTS |= {"B_slow", "frequencies", "series", "chebyshev"}
 
 
 def tensors_in(thing):

@@ -12,16 +12,22 @@ import infer
 import quant
 from experiments.caches import CACHES, make_cache, make_row
 from model import full_cache
+from support import absorbed
 from support.calibration import init_factors
 from support.processes import place
-from tests.helpers import make_factors, tiny_model, tiny_tokens
+from tests.helpers import absorb_most, make_factors, tiny_model, tiny_tokens
 from train import Tuner, run_layers
 
 torch.set_grad_enabled(False)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DTYPES = [torch.float32, torch.bfloat16]
-KINDS = [cskv.BiBranchCache, cskv.ChunkedBiBranchCache]
+KINDS = [cskv.BiBranchCache, cskv.ChunkedBiBranchCache, absorbed.AbsorbedBiBranchCache]
 T, STEPS = 100, 12
+
+
+@pytest.fixture(autouse=True)
+def absorbing(monkeypatch):
+    absorb_most(monkeypatch)
 
 
 def on_gpu(dtype=torch.float32, **shape):
@@ -116,7 +122,7 @@ def test_two_caches_at_once_are_two_caches_one_by_one():
 
 
 @gpu
-@pytest.mark.parametrize("name", ["full", "cskv", "cskv-plain", "kivi-4"])
+@pytest.mark.parametrize("name", ["full", "cskv", "cskv-plain", "cskv-absorbed", "kivi-4"])
 def test_a_token_waits_for_the_gpu_once(name):
     """PyTorch says each time that the processor has to wait."""
     model, tokens, factors = on_gpu()

@@ -11,8 +11,9 @@ import torch
 
 import infer
 import train
-from cskv import Factors, LayerFactors
+from cskv import BiBranchCache, ChunkedBiBranchCache, Factors, LayerFactors, bi_branch_cache
 from model import full_cache
+from support import absorbed
 from support.calibration import CALIBRATED, INITIALIZATIONS, init_factors
 from support.checkpoint import load_model
 from support.factors_file import load_factors, save_factors
@@ -128,6 +129,29 @@ def test_compare_answers_twice(setup, capsys):
     full = json.loads(call(infer, capsys, *arguments(setup, "--cache", "full", "--json"))[1])
     assert result["full"]["tokens"] == full["tokens"]
     assert result["full"]["cache_bytes"] == 2 * full["full_cache_bytes"]  # it runs in float32 here
+
+
+def test_cskv_is_the_cheaper_of_two_caches(setup, capsys, monkeypatch):
+    """It says which one, in one line; each can be named, and is then not weighed."""
+    kinds = []
+
+    def noted(model, factors, window, expected, kind, sinks):
+        kinds.append(kind)
+        return bi_branch_cache(model, factors, window, expected, kind, sinks)
+
+    monkeypatch.setattr(infer, "bi_branch_cache", noted)
+    results = {}
+    for name in ("cskv-rebuilt", "cskv-absorbed", "cskv-plain", "cskv"):
+        code, out, err = call(infer, capsys, *arguments(setup, "--cache", name, "--json"))
+        results[name] = json.loads(out)
+        assert code == 0 and err.count("keys are rebuilt: ") == (name == "cskv")
+        assert results[name].keys() == results["cskv-rebuilt"].keys()
+    assert len({str(result["tokens"]) for result in results.values()}) == 1
+    monkeypatch.setattr(absorbed, "more_calls", lambda split, device: -1e9)
+    _, out, err = call(infer, capsys, *arguments(setup))
+    assert err.count("keys are absorbed: ") == 1 and "keys" not in out
+    rebuilt, absorbing = ChunkedBiBranchCache, absorbed.AbsorbedBiBranchCache
+    assert kinds == [rebuilt, absorbing, BiBranchCache, rebuilt, absorbing]
 
 
 def test_the_demonstration(capsys):

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from experiments import speed
+from experiments import shapes, speed
+from support import absorbed
 from tests.helpers import call
 
 
@@ -54,3 +55,36 @@ def test_speed_times_each_cache_by_itself(monkeypatch):
         ("slow", 9, 3.0, 1.5, 1000.0, 4.0),
         ("fast", 9, 1.0, 0.5, 125.0, 0.5),
     ]
+
+
+def test_a_shape_needs_no_checkpoint(tmp_path, capsys):
+    """Bytes and operations of one layer, by hand: 2 heads of D 32, rank 13, and 16-bit latents."""
+    args = ["--shape", "teacher", "--lengths", "100,300", "--ratios", "0.8", "--bits", "32,16"]
+    args += ["--caches", "cskv,cskv-absorbed,kivi-2", "--rounds", 1, "--steps", 2, "--threads", 1]
+    code, out, _ = call(speed, capsys, *args, "--json", tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert code == 0 and len(out.splitlines()) == 2 + len(rows) == 2 + 2 * 6
+    assert absorbed.choose_split(shapes.shape_config("teacher", 999), 13, 1e-6).slow
+    for row in rows:
+        name, tokens = row["cache"].split()[0], row["tokens"] + 5  # with a round to warm up, one
+        old = tokens - 32  # that counts, of 2 steps each, and one more step
+        full, ring, factors = (2 * 64 * n for n in (tokens, 32, 2 * 13))
+        latents = 2 * 13 * tokens
+        narrow = {"full": full, "kivi-2": 0}.get(name, ring + factors + latents)
+        if narrow:
+            wide = 2 * narrow - (latents if row["cache"].endswith("80%") else 0)
+            assert row["gpu_read_us"] == pytest.approx(2 * narrow / 3.35e6)
+            assert row["read_mb"] == pytest.approx(2 * wide / 1e6)
+        new, values = 2 * 2 * 64 * 13, 2 * 2 * 13 * (old + 32)  # x A; p C_v, then B_v
+        keys = old * (2 * 13 * 64 + 2 * 64)
+        counts = {"full": 2 * full, "kivi-2": 2 * full, "cskv": 2 * ring + new + values + keys}
+        if name in counts:
+            assert row["mflop"] == pytest.approx(counts[name] / 1e6) and row["difference"] == 0
+        else:
+            assert row["mflop"] < counts["cskv"] / 1e6 and 0 < row["difference"] < 1e-5
+        assert row["gpu_mflop_us"] == pytest.approx(row["mflop"] / 990)
+
+
+def test_neither_checkpoint_nor_shape(capsys):
+    code, out, err = call(speed, capsys, "--lengths", 30)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "--model FOLDER, or a --shape" in err

@@ -138,9 +138,9 @@ WRONG = {
     },
     "f": {
         "positions start at each chunk": (
-            f"{FAST}.attend",
-            "rope.cis[s:e, None]",
-            "rope.cis[: e - s, None]",
+            f"{FAST}.old_scores",
+            "rope.cis[s : s + n, None",
+            "rope.cis[:n, None",
         ),
         "last chunk lost": (
             f"{FAST}.attend",
