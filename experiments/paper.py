@@ -400,6 +400,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     all_lengths, one = (PUBLISHED, PUBLISHED[:1]) if args.data else (LINES, [50])
     args.lines = args.lines or (all_lengths if args.what == "table1" else one)
+    if args.processes > 1 and args.what != "all":
+        parser.error(f"--processes is for all; torchrun shares out the work of {args.what}")
     if max(args.bits) > 8:  # others are latents that are not quantized, and in every table
         parser.error("--bits of the paper's experiments are 2, 3, 4 or 8, for table5")
     return args

@@ -86,6 +86,10 @@ def test_processes_share_what_torchrun_starts():
 
 
 def test_all_needs_the_published_files(tmp_path, capsys):
-    for more, said in (([], "--data"), (["--data", tmp_path], "no file .*200_lines.jsonl")):
-        code, _, err = call(paper, capsys, "all", *more)
+    for args, said in (
+        (["all"], "--data"),
+        (["all", "--data", tmp_path], "no file .*200_lines.jsonl"),
+        (["table1", "--processes", 2], "torchrun"),
+    ):
+        code, _, err = call(paper, capsys, *args)
         assert code == 2 and err.count("\n") == 1 and re.search(said, err)
