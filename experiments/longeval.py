@@ -3,6 +3,9 @@
 python -m experiments.longeval --lines 50 --cases 1000 --seed 0 --out cases.jsonl
 """
 
+if not __package__:  # run as a script: this says what to do
+    import experiments  # noqa: F401
+
 import argparse
 import json
 import sys
