@@ -46,6 +46,7 @@ Sources:
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -141,11 +142,12 @@ def cheapest_kind(model: Transformer, factors: Factors) -> type[ChunkedBiBranchC
     """The cheaper of the two caches for these factors; says which, with the operations of both."""
     config, device = model.config, model.lm_head.weight.device
     rebuilt = absorbed = calls = 0.0
-    for pair in (layer.k for layer in factors.layers):
-        split = choose_split(config, pair.rank, precision_for(pair.bits))
-        rebuilt += rebuilt_operations(config, pair.rank) / 1e6
-        absorbed += absorbed_operations(config, pair.rank, split) / 1e6
-        calls += more_calls(split, device) / 1e6
+    kinds = Counter((layer.k.rank, layer.k.bits) for layer in factors.layers)
+    for (rank, bits), layers in kinds.items():
+        split = choose_split(config, rank, precision_for(bits))
+        rebuilt += layers * rebuilt_operations(config, rank) / 1e6
+        absorbed += layers * absorbed_operations(config, rank, split) / 1e6
+        calls += layers * more_calls(split, device) / 1e6
     once, more = f"{rebuilt:.3g} MFLOP", f"{absorbed:.3g} MFLOP and calls worth {calls:.3g}"
     if absorbed + calls < rebuilt:
         say(f"keys are absorbed: {more} an old token; rebuilt: {once}")

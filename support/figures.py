@@ -17,6 +17,7 @@ COLOURS = {
     "asvd": "tab:orange",
     "optimal": "tab:blue",
     "attention": "tab:purple",
+    "budget": "tab:red",
 }
 LABELS = {"accuracy": "LongEval, share answered right", "perplexity": "perplexity"}
 PROTOCOL = {
@@ -49,7 +50,7 @@ def accuracy_against_bytes(rows: list[dict], colours: dict, path: Path) -> None:
         label += f", {row['sinks']} sinks" if int(row.get("sinks", 0)) else ""
         own = {"question": row.get("question", ""), "x": means["measured_ratio"], "paper": ""}
         own |= {"colour": colours[row["cache"]], "label": label, "marks": marks}
-        own |= {"colour": "tab:red"} if kind == "budget" else {}
+        own |= {"colour": COLOURS["budget"]} if kind == "budget" else {}
         lines.append({**means, **own})
     xlabel = "measured compression ratio, means over the lengths"
     draw_scores(lines, "question", PROTOCOL, "", path, xlabel=xlabel)
@@ -65,7 +66,7 @@ def perplexity_against_bytes(rows: list[dict], colours: dict, path: Path) -> Non
         own = {"panel": f"{row['text']}, {row['context']} tokens", "x": row["measured_ratio"]}
         own |= {"label": row["cache"] + kind, "colour": colours[row["cache"]], "paper": ""}
         own |= {"marks": "o-" if row["bits"] == "16" else "o--"}
-        own |= {"marks": "s-", "colour": "tab:red"} if row["factors"] == "budget" else {}
+        own |= {"marks": "s-", "colour": COLOURS["budget"]} if row["factors"] == "budget" else {}
         lines.append({**row, **own})
     xlabel = "measured compression ratio"
     draw_scores(lines, "panel", {}, "", path, xlabel=xlabel, yscale="log")

@@ -18,6 +18,8 @@ from pathlib import Path
 from support.command import UserError, make_folder
 from support.processes import say
 
+SHARED = "torch.distributed.run"  # torchrun as a module
+
 
 def read_blocks(path: Path) -> list[tuple[list[Path], str]]:
     """The files and the command of each block."""
@@ -28,7 +30,7 @@ def read_blocks(path: Path) -> list[tuple[list[Path], str]]:
             blocks.append((files, line.strip()))
             files = []
         elif not line.startswith("#"):
-            files = files + [Path(name) for name in line.split()]
+            files += [Path(name) for name in line.split()]
     return blocks
 
 
@@ -36,7 +38,7 @@ def words(command: str, data: Path, count: int) -> list[str]:
     """A command as it is started, with `count` processes if it can be shared out."""
     program, *rest = [word.format(data=data) for word in shlex.split(command)]
     if program == "torchrun" and count > 1:
-        rest = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--", *rest]
+        rest = ["-m", SHARED, "--nproc-per-node", str(count), "--", *rest]
     return [sys.executable, *rest]
 
 
@@ -55,9 +57,9 @@ def remake(path: Path, data: Path, done: Path, count: int) -> None:
         for file in files:
             make_folder(file.parent)
         say(f"{n} of {len(blocks)}: {command}")
-        shared = command.startswith("torchrun") and count > 1
-        more = {"OMP_NUM_THREADS": "1"} if shared else {}
-        if subprocess.run(words(command, data, count), env={**os.environ, **more}).returncode:
+        started = words(command, data, count)
+        more = {"OMP_NUM_THREADS": "1"} if SHARED in started else {}
+        if subprocess.run(started, env={**os.environ, **more}).returncode:
             raise UserError(f"this failed, mend it and start again: {command}")
         missing = [str(file) for file in files if not file.exists()]
         if missing:
