@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 
-from cskv import Factors
 from experiments.caches import CACHES, TOKENS, Row, make_row
 from experiments.evaluate import perplexity_cases, retrieval_cases
 from experiments.factors import FactorStore, Recipe
@@ -91,7 +90,7 @@ class Experiment:
     out: Path  # of the table and the figure, without a suffix
     notes: Path
     arguments: dict  # that must be the same to go on with the notes
-    files: list[Factors]  # of a budget
+    files: list  # of Factors, those of a budget
     began: float = field(default_factory=time.monotonic)
 
     def plain(self, cache: str, ratio: float = 0.0, sinks: int = 0) -> Row:
