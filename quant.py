@@ -91,9 +91,10 @@ def quantize(x: Tensor, bits: int, dim: int, clamped: bool = False) -> Quantized
     return Quantized(codes.to(torch.uint8), scale, minimum)
 
 
-def dequantize(q: Quantized, dim: int) -> Tensor:
-    """minimum + scale * code, [..., T, C] in float32."""
-    x, scale, minimum = q.codes.float(), q.scale.float(), q.minimum.float()
+def dequantize(q: Quantized, dim: int, out: Tensor | None = None) -> Tensor:
+    """minimum + scale * code, [..., T, C] in float32, written to `out` if it is given."""
+    x = q.codes.float() if out is None else out.copy_(q.codes)
+    scale, minimum = q.scale.float(), q.minimum.float()
     whole, rest = divmod(x.shape[dim], GROUP)
     # In place on views: a decode step does this to the whole cache, and repeating takes longer.
     groups = x.narrow(dim, 0, whole * GROUP).unflatten(dim, (whole, GROUP))
@@ -156,8 +157,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         parts = rows >> shifts[:, None, None]  # [..., T / 32, 8 / width, 4 * width, C]
         parts &= 2**width - 1
         codes.append(parts.flatten(-4, -2))
-    low, *high = codes
-    return low.add_(high[0], alpha=4) if high else low  # low + 4 high
+    return codes[0] if len(codes) == 1 else codes[0].add_(codes[1], alpha=4)  # low + 4 high
 
 
 class Packed:
@@ -215,16 +215,16 @@ class Packed:
 
     def read(self, start: int, stop: int) -> Tensor:
         """The tokens from `start` to `stop` - 1 again, [B, stop - start, C] in float32."""
-        end, parts = min(stop, self.packed), []
-        if start < end:
-            first, last = start // GROUP, -(-end // GROUP)  # the groups that they lie in
-            packed, scale, minimum = (b[:, first:last].flatten(1, 2) for b in self.buffers)
-            x = dequantize(Quantized(unpack(packed, self.bits), scale, minimum), self.dim)
-            parts.append(x[:, start - first * GROUP : end - first * GROUP])
-        if stop > self.packed or not parts:
-            start, stop = max(0, start - self.packed), max(0, stop - self.packed)
-            parts.append(self.waiting[:, start:stop].float())
-        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        start, stop, end, waiting = max(0, start), max(0, stop), self.packed, self.waiting
+        first, last = min(start, end) // GROUP, -(-min(stop, end) // GROUP)  # groups they lie in
+        n, m = (last - first) * GROUP, max(0, stop - end)  # packed and waiting tokens, side by side
+        x = waiting.new_empty(len(waiting), n + m, waiting.shape[2], dtype=torch.float32)
+        if n:
+            packed, scale, minimum = (buffer[:, first:last] for buffer in self.buffers)
+            q, blocks = Quantized(unpack(packed, self.bits), scale, minimum), (-1, GROUP)
+            dequantize(q, self.dim, out=x[:, :n].unflatten(1, blocks))  # [B, n / 32, 32, C]
+        x[:, n:] = waiting[:, :m]
+        return x[:, start - first * GROUP : stop - first * GROUP]
 
     def tensors(self) -> list[Tensor]:
         return [*self.buffers, self.waiting] if self.length else []
