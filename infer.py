@@ -22,7 +22,7 @@ from cskv import BiBranchCache, ChunkedBiBranchCache, Factors, bi_branch_cache
 from model import LayerCache, Transformer, full_cache
 from support.absorbed import AbsorbedBiBranchCache, cheapest_kind
 from support.checkpoint import load_model
-from support.command import DTYPES, Arguments, UserError, check_device, number, run_command
+from support.command import DTYPES, Arguments, UserError, number, run_command, use_device
 from support.demonstration import ENGLISH, FACTORS, TEACHER, read_case, shorten
 from support.factors_file import load_factors
 from support.processes import say
@@ -144,7 +144,7 @@ def report(results: dict[str, dict]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
-    check_device(args.device)
+    use_device(args.device)
     text, file, compare, most = args.prompt, args.factors, args.compare, args.max_new_tokens
     hint = ""
     if Path(args.model).resolve() == TEACHER:

@@ -38,7 +38,7 @@ from infer import held_bytes
 from model import Transformer
 from support.calibration import init_factors
 from support.checkpoint import load_model
-from support.command import DTYPES, Arguments, UserError, check_device, check_writable, run_command
+from support.command import DTYPES, Arguments, UserError, check_writable, run_command, use_device
 from support.factors_file import load_factors
 from support.options import add_options
 from support.shapes import SHAPES
@@ -122,7 +122,7 @@ def compare(runners: dict[str, Runner], prompt: Tensor, rounds: int, steps: int)
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
-    check_device(args.device)
+    use_device(args.device)
     check_writable(args.json)
     torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype]

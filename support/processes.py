@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from support.command import UserError, check_device
+from support.command import UserError, use_device
 
 
 def place() -> tuple[int, int]:
@@ -29,7 +29,7 @@ def processes(device: str) -> Iterator[str]:
     A `UserError` or an interruption ends all of them, but only the first says so.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
-        check_device(device)
+        use_device(device)
         yield device
         return
     try:
@@ -38,7 +38,7 @@ def processes(device: str) -> Iterator[str]:
                 raise UserError(f"{torch.cuda.device_count()} GPUs here; start as many processes")
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        check_device(device)
+        use_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         yield device
         dist.barrier()  # or one takes its connections down while another still uses them

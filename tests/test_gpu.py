@@ -59,14 +59,20 @@ def test_prefill_is_bit_equal(kind, dtype):
 @pytest.mark.parametrize("shape", [{}, {"attention_bias": True}, {"sliding_window": 40}])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fast_equals_plain_equals_full(dtype, shape):
-    """With factors of full rank and latents that are not rounded further."""
-    model, tokens, factors = on_gpu(dtype, **shape)
-    factors = factors.in_bits(32, 32) if dtype == torch.float32 else factors
+    """With factors of full rank. In 16 bits keys are rounded three times on the way through A, the
+    latents and B, so they may be three times as far from a model in float32 as a full cache's."""
+    model, tokens, factors = on_gpu(**shape)
+    exact = decoded(model, tokens, full_cache(model))
+    model, factors = model.to(dtype), factors.in_bits(32, 32)
+    if dtype == torch.bfloat16:
+        factors = factors.in_bits(16, 16).to(model.lm_head.weight)
     full = decoded(model, tokens, full_cache(model))
-    tolerance = 2e-4 if dtype == torch.float32 else 0.1
     for kind in KINDS:
         ours = decoded(model, tokens, cskv.bi_branch_cache(model, factors, 8, kind=kind))
-        torch.testing.assert_close(ours, full, atol=tolerance, rtol=tolerance)
+        if dtype == torch.float32:
+            torch.testing.assert_close(ours, full, atol=2e-4, rtol=2e-4)
+        else:
+            assert (ours - exact).norm() < 3 * (full - exact).norm()
 
 
 @gpu
