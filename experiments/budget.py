@@ -20,7 +20,7 @@ Between sides the rule is the same, if errors are counted in what they cost the 
 this differs by factors of hundreds, and eigenvalues do not tell. So it is measured:
 
 1. Calibrate. Factors of all ranks come at once: those of rank r are the first r columns of A and
-   rows of B of full rank (`attention`, see support/calibration.py).
+   rows of B of full rank. They keep the output of the attention (support/outputs.py).
 2. Probe: one side of one layer at a few ranks and bits, all else exact. What it costs is the KL
    divergence, in nats, of the next token's distribution from the exact model's, in decode mode.
    Lower layers see nothing of it, so a probe starts from the stored input of its layer.
@@ -50,7 +50,7 @@ from cskv import Factors, LayerFactors, LowRank, empty_latents, rotate
 from infer import full_bytes
 from model import Transformer
 from support import figures
-from support.calibration import Statistics, calibrate, init_pair
+from support.calibration import Statistics, init_pair
 from support.checkpoint import load_model
 from support.command import (
     DTYPES,
@@ -66,6 +66,7 @@ from support.command import (
 from support.factors_file import save_factors
 from support.notes import all_that_counts, delete_notes, run_all
 from support.options import add_option, add_options
+from support.outputs import calibrate_outputs
 from support.pictures import pyplot
 from support.probing import SIDES, Probe
 from support.processes import place, processes, say
@@ -119,7 +120,7 @@ def plan_factors(model: Transformer, plan: list["Choice"], seen: list[Statistics
         whole = init_pair("attention", model, i, side, choice.rank, seen[i])
         pairs.append(cut(whole, side, choice.rank, choice.bits))
     layers = [LayerFactors(k, v) for k, v in zip(pairs[::2], pairs[1::2], strict=True)]
-    return Factors(layers, {"init": "attention", "trained": "none"})
+    return Factors(layers, {"init": "outputs", "trained": "none"})
 
 
 # ----------------------------------------------------------------------------------- 3. spend
@@ -266,7 +267,7 @@ def run(args: argparse.Namespace) -> None:
         samples = samples[: -args.passages]
         if not samples or texts[0].shape[1] <= window + sinks:
             raise UserError(f"{args.data} is too short to calibrate and to probe; give more text")
-        seen = calibrate(model, samples, sinks)
+        seen = calibrate_outputs(model, samples, window, sinks)
         probe = Probe(model, texts, window, sinks, args.predictions, args.spread)
 
         def probed(keys: list[tuple[int, int]]) -> Iterator[dict]:

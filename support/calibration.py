@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import cskv
 from cskv import Factors, LayerFactors, LowRank
-from model import Attention, Transformer
+from model import Attention, LayerCache, Transformer
 from support.command import UserError
 from support.processes import place, summed
 
@@ -67,12 +67,18 @@ class Statistics:
     x_abs: Tensor  # [hidden]       mean of |x|
     k_moment: Tensor  # [d_kv, d_kv]   mean of k k^T, k before RoPE and without bias
     v_moment: Tensor  # [d_kv, d_kv]   mean of v v^T
+    k_metric: Tensor | None = None  # [d_kv, d_kv]   what errors of keys cost; see outputs.py
 
 
 @torch.no_grad()
-def calibrate(model: Transformer, samples: list[Tensor], sinks: int = 0) -> list[Statistics]:
+def calibrate(
+    model: Transformer,
+    samples: list[Tensor],
+    sinks: int = 0,
+    caches: list[LayerCache] | None = None,
+) -> list[Statistics]:
     """Runs the frozen model once over `samples` [B, T], shared out among the processes; the first
-    `sinks` tokens of each do not count.
+    `sinks` tokens of each do not count. `caches` that are given stay empty, and may look on.
 
     Returns one `Statistics` a layer. Raises `UserError` for no samples, or fewer than processes,
     and for keys or values that overflow.
@@ -97,7 +103,7 @@ def calibrate(model: Transformer, samples: list[Tensor], sinks: int = 0) -> list
 
     with layer_hooks(model, add, sinks):
         for tokens in tqdm(samples[rank::count], "calibrating", unit="sample", disable=rank > 0):
-            model(tokens.to(device), logits_to_keep=1)
+            model(tokens.to(device), caches, logits_to_keep=1)
     for i, s in enumerate(result):  # in place: the moments of LongChat-7B are 8.6 GB
         for total in (s.x_abs, s.k_moment, s.v_moment):
             summed(total).div_(counted)
@@ -191,5 +197,7 @@ def init_pair(
         return cskv.svd_factors(W, rank)
     if name == "asvd":
         return cskv.asvd_factors(W, rank, seen.x_abs.float())
-    metric = cskv.output_metric(attention) if (name, side) == ("attention", "v") else None
+    metric = None
+    if name == "attention":
+        metric = cskv.output_metric(attention) if side == "v" else seen.k_metric
     return cskv.optimal_factors(W, rank, getattr(seen, f"{side}_moment"), metric)

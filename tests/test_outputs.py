@@ -1,0 +1,78 @@
+"""Statistics of what the attention makes of keys and values, against sums written out."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from support.calibration import calibrate
+from support.command import UserError
+from support.outputs import EVERY, calibrate_outputs
+from tests.helpers import quick, shapes, sinks, tiny_model, tiny_tokens, windows
+
+torch.set_grad_enabled(False)
+
+
+def inputs_of_first_layer(model, tokens):
+    """Unrotated q [T, H, D], k [T, H_kv, D] and, without its bias, v, in float64."""
+    layer = model.model.layers[0]
+    x = layer.input_layernorm(model.model.embed_tokens(tokens))[0].double()
+    q, k, v = (getattr(layer.self_attn, f"{name}_proj") for name in "qkv")
+    plain = [x @ proj.weight.T.double() for proj in (q, k, v)]
+    for y, proj in zip(plain, (q, k), strict=False):
+        y += 0 if proj.bias is None else proj.bias.double()
+    return [y.unflatten(-1, (-1, model.config.head_dim)) for y in plain]
+
+
+def turned(y, t, model):
+    """y [D], half-split, turned to position t."""
+    angle = t * model.rope.frequencies.double()
+    a, b = y.chunk(2)
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])
+
+
+@settings(quick, max_examples=10)
+@given(shapes, windows, sinks, st.integers(1, 30))
+def test_moment_and_metric_are_the_sums_written_out(shape, window, first, length):
+    model = tiny_model(**shape)
+    config = model.config
+    samples = [tiny_tokens(model, 1, length, seed=1), tiny_tokens(model, 1, 30, seed=2)]
+    d_kv, groups = config.d_kv, config.num_attention_heads // config.num_key_value_heads
+    values = torch.zeros(d_kv, d_kv, dtype=torch.float64)
+    queries, mass = torch.zeros(config.num_key_value_heads, config.head_dim).double(), 0.0
+    for tokens in samples:
+        model.rope.reach(tokens.shape[1], tokens.device)
+        q, k, plain_v = inputs_of_first_layer(model, tokens)
+        for i in range(first + window, tokens.shape[1], EVERY):
+            least = max(0, i + 1 - (config.sliding_window or i + 1))
+            for h in range(config.num_attention_heads):
+                g = h // groups
+                query = turned(q[i, h], i, model)
+                s = [query @ turned(k[j, g], j, model) for j in range(least, i + 1)]
+                p = (torch.stack(s) / math.sqrt(config.head_dim)).softmax(0)
+                read = [j for j in range(max(least, first), i - window + 1)]
+                p = {j: p[j - least].item() for j in read}
+                u = sum((p[j] * plain_v[j].flatten() for j in read), torch.zeros(d_kv))
+                values += torch.outer(u, u).double()
+                half = config.head_dim // 2
+                power = [(q[i, h, f % half] ** 2 + q[i, h, f % half + half] ** 2) / 2
+                         for f in range(config.head_dim)]  # fmt: skip
+                queries[g] += sum(p.values()) * torch.stack(power)
+                mass += sum(p.values())
+    if not mass:
+        with pytest.raises(UserError, match="longer text"):
+            calibrate_outputs(model, samples, window, first)
+        return
+    seen = calibrate_outputs(model, samples, window, first)[0]
+    assert torch.equal(seen.k_moment, calibrate(model, samples, first)[0].k_moment)
+    torch.testing.assert_close(seen.v_moment, values / mass, rtol=1e-3, atol=1e-5)
+    metric = (queries / queries.mean()).flatten().clamp(min=1e-3).diag()
+    torch.testing.assert_close(seen.k_metric, metric, rtol=1e-3, atol=1e-5)
+
+
+def test_a_text_that_never_leaves_the_window_is_refused():
+    model = tiny_model()
+    with pytest.raises(UserError, match="longer text"):
+        calibrate_outputs(model, [tiny_tokens(model, 1, 12)], 8, 4)
