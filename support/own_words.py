@@ -1,0 +1,91 @@
+"""Text to calibrate on that spreads over more than one kind: half of it the model writes itself.
+
+    python -m support.own_words --model M --data TEXT --out F.jsonl
+
+Factors fitted to one kind of text lose most on another. But a model carries a sample of all that it
+was trained on: what it writes, token by token from its own distribution, after a first token drawn
+at random (Liu et al., "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models",
+2023, section 2.1). It need not make sense. The file has as many pieces of TEXT as texts of its own.
+"""
+
+if not __package__:
+    import sys
+
+    print(
+        "error: run this as python -m support.own_words from the project's folder", file=sys.stderr
+    )
+    sys.exit(2)
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model import Transformer, full_cache
+from support.checkpoint import load_model
+from support.command import (
+    DTYPES,
+    Arguments,
+    UserError,
+    check_files,
+    replacing,
+    run_command,
+    use_device,
+    user_values,
+)
+from support.options import add_option, add_options
+from support.text import check_finite, sample_tokens
+from support.tokenizer import load_tokenizer
+
+
+@torch.no_grad()
+def write_texts(model: Transformer, count: int, length: int, generator: torch.Generator) -> Tensor:
+    """`count` texts of the model's own, [count, length] token ids, without an end of text."""
+    config, device = model.config, model.lm_head.weight.device
+    tokens = torch.randint(config.vocab_size, (count, 1), generator=generator)
+    cache = full_cache(model, length)
+    for _ in tqdm(range(length - 1), "writing", unit="token", leave=False):
+        logits = model(tokens[:, -1:].to(device), cache)[:, -1].float().cpu()  # [count, vocab]
+        check_finite(bool(logits.isfinite().all()))
+        logits[:, list(config.eos_token_ids)] = -math.inf
+        new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, new], 1)
+    return tokens
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command line, with arguments already parsed."""
+    use_device(args.device)
+    check_files({"--out": args.out}, {"--data": args.data})
+    if args.out.suffix != ".jsonl":
+        raise UserError(f"--out {args.out} must end in .jsonl, the kind of file that is written")
+    with user_values():
+        model = load_model(args.model, args.device, DTYPES[args.dtype])
+        tokenizer = load_tokenizer(args.model, model.config.vocab_size)
+        if args.seq_len > model.config.context_length:
+            limit = model.config.context_length
+            raise UserError(f"--seq-len {args.seq_len} exceeds the context of {limit}")
+        others = sample_tokens(args.data, tokenizer, args.samples, args.seq_len, args.seed)
+        generator = torch.Generator().manual_seed(args.seed)
+        own = write_texts(model, args.samples, args.seq_len, generator)
+    texts = [tokenizer.decode(ids.flatten().tolist()) for ids in (*own, *others)]
+    with replacing(args.out) as temporary:
+        temporary.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    print(f"{args.out}: {len(own)} texts of the model's own, {len(others)} pieces of {args.data}")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Arguments(description=__doc__.splitlines()[0])
+    helps = {"samples": "of its own, and pieces of --data", "data": "text of another kind"}
+    add_options(parser, "model data samples seq-len", helps, samples=32)
+    add_option(parser, "out", "file to write, .jsonl", type=Path, required=True)
+    add_options(parser, "seed device dtype")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(lambda: run(parse_arguments()))
