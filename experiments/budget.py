@@ -20,7 +20,7 @@ Between sides the rule is the same, if errors are counted in what they cost the 
 this differs by factors of hundreds, and eigenvalues do not tell. So it is measured:
 
 1. Calibrate. Factors of all ranks come at once: those of rank r are the first r columns of A and
-   rows of B of full rank. They keep the output of the attention (support/outputs.py).
+   rows of B of full rank. They keep the output of the attention: see support/outputs.py.
 2. Probe: one side of one layer at a few ranks and bits, all else exact. What it costs is the KL
    divergence, in nats, of the next token's distribution from the exact model's, in decode mode.
    Lower layers see nothing of it, so a probe starts from the stored input of its layer.
@@ -45,21 +45,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import quant
 from cskv import Factors, LayerFactors, LowRank, empty_latents, rotate
 from infer import full_bytes
 from model import Transformer
 from support import figures
-from support.calibration import Statistics, init_pair
+from support.calibration import Statistics, calibrate, init_pair
 from support.checkpoint import load_model
 from support.command import (
     DTYPES,
     Arguments,
     UserError,
     check_files,
-    comma_list,
     number,
-    one_of,
     run_command,
     user_values,
 )
@@ -74,8 +71,7 @@ from support.tables import write_json
 from support.text import sample_tokens
 from support.tokenizer import load_tokenizer
 
-WIDTHS = [2, 3, 4]  # bits that are probed, each at these shares of the channels:
-SHARES = (1 / 24, 1 / 3, 2 / 3, 1)
+SHARES = (1 / 24, 1 / 3, 2 / 3, 1)  # of the channels, probed with each of `--widths`
 HELPS = {"data": "text to calibrate and to probe on", "passages": "of it, to probe with"}
 STEP = 4  # ranks to choose from are its multiples
 
@@ -120,7 +116,7 @@ def plan_factors(model: Transformer, plan: list["Choice"], seen: list[Statistics
         whole = init_pair("attention", model, i, side, choice.rank, seen[i])
         pairs.append(cut(whole, side, choice.rank, choice.bits))
     layers = [LayerFactors(k, v) for k, v in zip(pairs[::2], pairs[1::2], strict=True)]
-    return Factors(layers, {"init": "outputs", "trained": "none"})
+    return Factors(layers, {"trained": "none"})
 
 
 # ----------------------------------------------------------------------------------- 3. spend
@@ -267,7 +263,10 @@ def run(args: argparse.Namespace) -> None:
         samples = samples[: -args.passages]
         if not samples or texts[0].shape[1] <= window + sinks:
             raise UserError(f"{args.data} is too short to calibrate and to probe; give more text")
-        seen = calibrate_outputs(model, samples, window, sinks)
+        if args.init == "attention":
+            seen = calibrate(model, samples, sinks)
+        else:
+            seen = calibrate_outputs(model, samples, window, sinks)
         probe = Probe(model, texts, window, sinks, args.predictions, args.spread)
 
         def probed(keys: list[tuple[int, int]]) -> Iterator[dict]:
@@ -287,7 +286,7 @@ def run(args: argparse.Namespace) -> None:
             plan = spend(sides, room)
             factors = plan_factors(model, plan, seen)
             bought = f"{1 - remove:g} of a full cache's bytes at {args.length} tokens"
-            factors.info.update(data=args.data.name, budget=bought)
+            factors.info.update(init=args.init, data=args.data.name, budget=bought)
             write_plan(out, plan, factors, model, costs, args.widths)
             removed = 1 - (exact + sum(choice.nbytes for choice in plan)) / full
             cost = sum(choice.cost for choice in plan)
@@ -302,14 +301,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_option(parser, "remove", "shares of a full cache's bytes to remove", type=share, **several)
     add_option(parser, "out", "factors files to write, one each", type=Path, **several)
     add_options(parser, "model data samples seq-len passages", HELPS, samples=64, passages=2)
-    count = number(int, 1)
-    widths = comma_list(one_of(quant.BITS, "number of bits"))
-    add_option(parser, "widths", "bits to choose from, beside 16", type=widths, default=WIDTHS)
-    add_option(parser, "length", "tokens that the bytes are of", type=count, default=4000)
-    add_option(parser, "probe-len", "tokens of a passage, its last", type=count, default=512)
-    add_option(parser, "predictions", "of a passage, to compare", type=count, default=96)
-    spread = "tokens at the end of a passage that predictions are spread over; without it, all"
-    add_option(parser, "spread", spread, type=count)
+    add_options(parser, "init widths length probe-len predictions spread")
     add_options(parser, "window sinks seed device dtype", sinks=4)
     return parser.parse_args(argv)
 

@@ -56,6 +56,21 @@ OPTIONS = {
         type=number(float, 0), default=5e-3,
         help="of the training; table2 and figure4 have the paper's 5e-5 as well",
     ),
+    "init": dict(
+        choices=("outputs", "attention"), default="outputs",
+        help="what factors keep: the attention's output, or keys and values; see outputs.py",
+    ),
+    "widths": dict(
+        type=comma_list(one_of(quant.BITS, "number of bits")), default=[2, 3, 4],
+        help="bits to choose from, beside 16",
+    ),
+    "length": dict(type=count, default=4000, help="tokens that the bytes are of"),
+    "probe-len": dict(type=count, default=512, help="tokens of a passage, its last"),
+    "predictions": dict(type=count, default=96, help="of a passage, to compare"),
+    "spread": dict(
+        type=count,
+        help="tokens at the end of a passage that predictions are spread over; without it, all",
+    ),
     "measure-samples": dict(type=count, default=32, help="to measure losses on"),
     # cases
     "text": dict(type=Path, required=True, help="held-out .txt or .jsonl, for perplexity"),
