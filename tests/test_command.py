@@ -187,7 +187,12 @@ def test_every_command_on_a_full_disk_and_in_ascii(setup, tmp_path, name):
 
 
 MODULES = [f"experiments.{name}" for name in ("evaluate", "paper", "speed", "longeval", "budget")]
-MODULES += ["support.english", "weights.train_teacher", "weights.check_teacher"]
+MODULES += [
+    "support.english",
+    "support.own_words",
+    "weights.train_teacher",
+    "weights.check_teacher",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,14 +1,16 @@
 """Text files to samples."""
 
+import re
 import sys
 import types
 
 import pytest
+import torch
 
-from support import english, text
+from support import english, own_words, text
 from support.command import UserError
 from support.tokenizer import load_tokenizer
-from tests.helpers import save_checkpoint, tiny_model
+from tests.helpers import call, save_checkpoint, tiny_model
 
 
 class Parquet:
@@ -146,3 +148,40 @@ def test_english_is_there_and_the_two_texts_are_apart(tmp_path, capsys):
     assert len(calibration) > 300_000 and len(heldout) > 300_000
     paragraphs = {p for p in calibration.split("\n\n") if len(p) > 100}
     assert not paragraphs & set(heldout.split("\n\n"))
+
+
+# ---------------------------------------------------------------------------- a model's own words
+
+
+def test_own_words_are_drawn_from_the_models_distribution():
+    model = tiny_model(eos_token_ids=(3, 5))
+    own = own_words.write_texts(model, 3, 12, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    expected = torch.randint(model.config.vocab_size, (3, 1), generator=generator)
+    for _ in range(11):
+        p = model(expected)[:, -1].softmax(-1)
+        p[:, [3, 5]] = 0  # the text does not end
+        p /= p.sum(-1, keepdim=True)
+        expected = torch.cat([expected, torch.multinomial(p, 1, generator=generator)], 1)
+    assert torch.equal(own, expected)
+
+
+def test_own_words_stand_beside_as_much_other_text(setup, tmp_path, capsys):
+    file = tmp_path / "own.jsonl"
+    args = ["--model", setup / "model", "--data", setup / "text.jsonl", "--samples", 2]
+    code, out, _ = call(own_words, capsys, *args, "--seq-len", 9, "--out", file)
+    assert code == 0 and out.startswith(f"{file}: 2 texts of the model's own, 2 pieces of")
+    texts = list(text.read_documents(file))
+    others = "\n".join(text.read_documents(setup / "text.jsonl"))
+    assert len(texts) == 4 and all(texts)
+    assert [piece.strip() in others for piece in texts] == [False, False, True, True]
+    again = tmp_path / "again.jsonl"
+    assert call(own_words, capsys, *args, "--seq-len", 9, "--out", again)[0] == 0
+    assert file.read_bytes() == again.read_bytes()
+    for more, message in {
+        ("--out", tmp_path / "own.txt"): r"error: --out .*own\.txt must end in \.jsonl",
+        ("--out", file, "--seq-len", 10**6): "error: --seq-len 1000000 exceeds the context of",
+        ("--out", setup / "text.jsonl"): "error: --out and --data are both",
+    }.items():
+        code, out, err = call(own_words, capsys, *args, *more)
+        assert code == 2 and out == "" and re.match(message, err.splitlines()[-1]), err
