@@ -72,7 +72,7 @@ from support.text import sample_tokens
 from support.tokenizer import load_tokenizer
 
 SHARES = (1 / 24, 1 / 3, 2 / 3, 1)  # of the channels, probed with each of `--widths`
-HELPS = {"data": "text to calibrate and to probe on", "passages": "of it, to probe with"}
+HELPS = {"passages": "of --data, to probe with"}
 STEP = 4  # ranks to choose from are its multiples
 
 
@@ -300,7 +300,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     share = number(float, 0, 0.9999)
     add_option(parser, "remove", "shares of a full cache's bytes to remove", type=share, **several)
     add_option(parser, "out", "factors files to write, one each", type=Path, **several)
-    add_options(parser, "model data samples seq-len passages", HELPS, samples=64, passages=2)
+    add_option(parser, "data", "text to calibrate and to probe on", type=Path, required=True)
+    add_options(parser, "model samples seq-len passages", HELPS, samples=64, passages=2)
     add_options(parser, "init widths length probe-len predictions spread")
     add_options(parser, "window sinks seed device dtype", sinks=4)
     return parser.parse_args(argv)

@@ -80,8 +80,9 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    helps = {"samples": "of its own, and pieces of --data", "data": "text of another kind"}
-    add_options(parser, "model data samples seq-len", helps, samples=32)
+    add_option(parser, "data", "text of another kind", type=Path, required=True)
+    helps = {"samples": "of its own, and pieces of --data"}
+    add_options(parser, "model samples seq-len", helps, samples=32)
     add_option(parser, "out", "file to write, .jsonl", type=Path, required=True)
     add_options(parser, "seed device dtype")
     return parser.parse_args(argv)

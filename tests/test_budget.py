@@ -20,7 +20,10 @@ from model import FullCache, full_cache
 from support.calibration import calibrate, init_factors
 from support.checkpoint import load_model
 from support.factors_file import load_factors
+from support.outputs import calibrate_outputs
 from support.probing import DecodeMode, Probe
+from support.text import sample_tokens
+from support.tokenizer import load_tokenizer
 from tests.evaluating import notes_beside, torchrun
 from tests.helpers import (
     bits,
@@ -251,7 +254,10 @@ def flags(everything, *outs, **more):
     options = {"model": everything / "model", "data": everything / "text.txt", "samples": 6}
     options |= {"seq_len": 50, "window": 4, "sinks": 2, "length": 200, "probe_len": 40, **more}
     shown = [
-        part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)
+        part
+        for name, value in options.items()
+        for part in (f"--{name.replace('_', '-')}", value)
+        if value is not None
     ]
     removed = (0.4, 0.6)[: len(outs)]
     return [*shown, "--remove", *removed, "--out", *outs]
@@ -326,6 +332,28 @@ def test_an_interrupted_probing_goes_on(everything, tmp_path, capsys, monkeypatc
     assert contents(parts) == contents(whole)
 
 
+@pytest.mark.parametrize("init", ["outputs", "attention"])
+def test_factors_keep_what_is_asked_for(everything, tmp_path, capsys, init):
+    pytest.importorskip("matplotlib")
+    outs = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    arguments = flags(everything, *outs, init=init, passages=2)
+    assert call(budget, capsys, *arguments)[0] == 0
+    model = load_model(everything / "model")
+    tokenizer = load_tokenizer(everything / "model")
+    drawn = sample_tokens(everything / "text.txt", tokenizer, 6 + 2, 50, 0, 2)
+    samples = sorted(drawn, key=torch.Tensor.numel)[:-2]
+    seen = calibrate(model, samples, 2)
+    if init == "outputs":
+        seen = calibrate_outputs(model, samples, 4, 2)
+    factors = load_factors(outs[1], model)
+    assert factors.info["init"] == init
+    ranks = [[pair.rank for pair in factors.pairs[side::2]] for side in (0, 1)]
+    expected = init_factors("attention", model, *ranks, seen)
+    for layer, other in zip(factors.layers, expected.layers, strict=True):
+        for ours, theirs in ((layer.k, other.k), (layer.v, other.v)):  # values may be rotated
+            torch.testing.assert_close(ours.A @ ours.B, theirs.A @ theirs.B, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_same_plan(everything, tmp_path, capsys):
     pytest.importorskip("matplotlib")
@@ -347,6 +375,7 @@ MISTAKES = {
     "a short text": ({"samples": 1, "passages": 9}, [], "text.txt is too short"),
     "a large window": ({"window": 39, "sinks": 4}, [], "text.txt is too short"),
     "one file twice": ({}, ["--remove", 0.7, "--out", "a.safetensors"], "are both"),
+    "no text": ({"data": None}, [], "required: --data"),
     "no such text": ({"data": "nowhere.txt"}, [], "nowhere.txt"),
     "a share above 1": ({}, ["--remove", 1.5, "--out", "c"], "'1.5' is not a number"),
 }

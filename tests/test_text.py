@@ -182,6 +182,7 @@ def test_own_words_stand_beside_as_much_other_text(setup, tmp_path, capsys):
         ("--out", tmp_path / "own.txt"): r"error: --out .*own\.txt must end in \.jsonl",
         ("--out", file, "--seq-len", 10**6): "error: --seq-len 1000000 exceeds the context of",
         ("--out", setup / "text.jsonl"): "error: --out and --data are both",
+        ("--out", file, "--seq-len", 9, "--data", tmp_path / "no.txt"): r"error: .*no\.txt",
     }.items():
         code, out, err = call(own_words, capsys, *args, *more)
         assert code == 2 and out == "" and re.match(message, err.splitlines()[-1]), err
