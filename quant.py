@@ -221,8 +221,8 @@ class Packed:
         x = waiting.new_empty(len(waiting), n + m, waiting.shape[2], dtype=torch.float32)
         if n:
             packed, scale, minimum = (buffer[:, first:last] for buffer in self.buffers)
-            q, blocks = Quantized(unpack(packed, self.bits), scale, minimum), (-1, GROUP)
-            dequantize(q, self.dim, out=x[:, :n].unflatten(1, blocks))  # [B, n / 32, 32, C]
+            blocks = x[:, :n].unflatten(1, (-1, GROUP))  # [B, n / 32, 32, C]
+            dequantize(Quantized(unpack(packed, self.bits), scale, minimum), self.dim, blocks)
         x[:, n:] = waiting[:, :m]
         return x[:, start - first * GROUP : stop - first * GROUP]
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from model import Attention, LayerCache, Rope, Transformer, causal_attention
 from support.calibration import Statistics, calibrate
 from support.command import UserError
+from support.probing import branches
 from support.processes import summed
 
 EVERY = 8  # of this many queries one is looked at
@@ -49,13 +50,11 @@ class Attended(LayerCache):
         first = min(self.sinks + self.window, T)  # the first query that reads a compressed token
         at = torch.arange(first, T, EVERY, device=x.device)
         if len(at):
-            i, j = at[:, None], torch.arange(T, device=x.device)
-            seen = (j <= i) & (i - j < (sliding_window or T))  # [n, T]: token j by query i
-            old = seen & (j >= self.sinks) & (i - j >= self.window)
+            seen, exact = branches(at, T, self.window, self.sinks, sliding_window)  # [n, T]
             q_at, k_all = q_rotated[:, :, at].float(), k_rotated.float()
             scores = q_at.unflatten(1, (k.shape[1], -1)) @ k_all[:, :, None].transpose(-1, -2)
             scores = scores.masked_fill(~seen, -math.inf) / math.sqrt(k.shape[-1])
-            self.add(scores.softmax(-1) * old, q[:, :, at], x)
+            self.add(scores.softmax(-1) * (seen & ~exact), q[:, :, at], x)
         return causal_attention(q_rotated, k_rotated, v, sliding_window)
 
     def add(self, p: Tensor, q: Tensor, x: Tensor) -> None:

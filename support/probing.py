@@ -15,6 +15,15 @@ from model import Attention, LayerCache, Rope, Transformer
 SIDES = {"k": quant.TOKENS, "v": quant.CHANNELS}  # of a layer, and how their latents are grouped
 
 
+def branches(
+    i: Tensor, T: int, window: int, sinks: int, sliding_window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Which of T tokens the queries i [n] of a bi-branch cache see, and which in full precision
+    (of those they do not see too): [n, T] both."""
+    i, j = i[:, None], torch.arange(T, device=i.device)
+    return (j <= i) & (i - j < (sliding_window or T)), (j < sinks) | (i - j < window)
+
+
 class DecodeMode(LayerCache):
     """Reads a text at once, and gives what decoding it token by token would: a token attends to the
     first `sinks` tokens and to the last `window` exactly, and to those between through `pairs`.
@@ -30,10 +39,8 @@ class DecodeMode(LayerCache):
         T, sliding_window = x.shape[1], self.attention.config.sliding_window
         k_hat, v_hat = self.rebuild("k", x, k), self.rebuild("v", x, v)
         q, k, k_hat = (rope.rotate(y, 0) for y in (q, k, k_hat))
-        j = torch.arange(T, device=x.device)
-        i = j[:, None]
-        seen = (j <= i) & (i - j < (sliding_window or T))  # [T, T]: token j by token i
-        exact = (j < self.sinks) | (i - j < self.window)
+        i = torch.arange(T, device=x.device)
+        seen, exact = branches(i, T, self.window, self.sinks, sliding_window)
         # Every token is there twice, exact and rebuilt, and one softmax sees it once.
         mask = torch.cat([seen & exact, seen & ~exact], dim=1)  # [T, 2 T]
         k, v = torch.cat([k, k_hat], dim=2), torch.cat([v, v_hat], dim=2)  # [B, H_kv, 2 T, D]
