@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.calibration import calibrate
 from support.command import UserError
 from support.outputs import EVERY, calibrate_outputs
-from tests.helpers import quick, shapes, sinks, tiny_model, tiny_tokens, windows
+from tests.helpers import naive_rotate, quick, shapes, sinks, tiny_model, tiny_tokens, windows
 
 torch.set_grad_enabled(False)
 
@@ -26,11 +26,10 @@ def inputs_of_first_layer(model, tokens):
     return [y.unflatten(-1, (-1, model.config.head_dim)) for y in plain]
 
 
-def turned(y, t, model):
-    """y [D], half-split, turned to position t."""
-    angle = t * model.rope.frequencies.double()
-    a, b = y.chunk(2)
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])
+def turned(y, model):
+    """y [T, heads, D], each token turned to its position."""
+    t, frequencies = torch.arange(len(y)).double(), model.rope.frequencies.double()
+    return torch.stack([naive_rotate(y[:, h], t, frequencies) for h in range(y.shape[1])], 1)
 
 
 @settings(quick, max_examples=10)
@@ -43,14 +42,13 @@ def test_moment_and_metric_are_the_sums_written_out(shape, window, first, length
     values = torch.zeros(d_kv, d_kv, dtype=torch.float64)
     queries, mass = torch.zeros(config.num_key_value_heads, config.head_dim).double(), 0.0
     for tokens in samples:
-        model.rope.reach(tokens.shape[1], tokens.device)
         q, k, plain_v = inputs_of_first_layer(model, tokens)
+        q_turned, k_turned = turned(q, model), turned(k, model)
         for i in range(first + window, tokens.shape[1], EVERY):
             least = max(0, i + 1 - (config.sliding_window or i + 1))
             for h in range(config.num_attention_heads):
                 g = h // groups
-                query = turned(q[i, h], i, model)
-                s = [query @ turned(k[j, g], j, model) for j in range(least, i + 1)]
+                s = [q_turned[i, h] @ k_turned[j, g] for j in range(least, i + 1)]
                 p = (torch.stack(s) / math.sqrt(config.head_dim)).softmax(0)
                 read = [j for j in range(max(least, first), i - window + 1)]
                 p = {j: p[j - least].item() for j in read}
