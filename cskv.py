@@ -57,10 +57,16 @@ class LowRank:
     B: Tensor
     bits: int = 16  # of a stored latent: 32, 16, or packed in 8, 4, 3 or 2 (appendix C.4)
     clamped: bool = False  # quantized as the paper's published code does; see quant.py
+    group: int | None = None  # tokens that share a scale in each channel; None: as in KIVI
 
     @property
     def rank(self) -> int:
         return self.A.shape[1]
+
+    def quantizer(self, dim: int) -> dict:
+        """How quant.py quantizes its latents, if KIVI groups those of its side along `dim`."""
+        dim, group = (dim, quant.GROUP) if self.group is None else (quant.TOKENS, self.group)
+        return {"dim": dim, "clamped": self.clamped, "group": group}
 
 
 @dataclass(frozen=True)
@@ -186,13 +192,12 @@ class Latents:
 
 
 def empty_latents(pair: LowRank, dim: int, window: int, expected: int) -> Latents | quant.Packed:
-    """A place for latents of `pair.bits` bits, of which few are packed in groups along `dim`.
-
-    16 bits are the 16-bit type of A, or float16 if A is in float32.
-    """
+    """A place for latents of `pair.bits` bits; KIVI's groups lie along `dim`, and wait for `window`
+    newer tokens. 16 bits are the 16-bit type of A, or float16 if A is in float32."""
     sixteen = pair.A.dtype if pair.A.dtype.itemsize == 2 else torch.float16
     if pair.bits in quant.BITS:
-        return quant.Packed(pair.bits, dim, window, expected, pair.clamped, sixteen)
+        how, residual = pair.quantizer(dim), window if pair.group is None else 0
+        return quant.Packed(pair.bits, residual=residual, expected=expected, dtype=sixteen, **how)
     if pair.bits not in (16, 32):
         raise ValueError(f"{pair.bits}-bit latents; choose 2, 3, 4, 8, 16 or 32")
     return Latents(sixteen if pair.bits == 16 else torch.float32, expected)
@@ -225,16 +230,12 @@ class Factors:
         """The same factors with the type and on the device of `like`, such as a model's weight."""
         return self.map(lambda pair: replace(pair, A=pair.A.to(like), B=pair.B.to(like)))
 
-    def in_bits(
-        self, k_bits: int | None = None, v_bits: int | None = None, clamped: bool = False
-    ) -> "Factors":
-        """The same factors with latents in other bits; None leaves them as they are.
-
-        Value latents that go from full precision to few bits are rotated first (`rotate`).
-        """
+    def in_bits(self, k_bits=None, v_bits=None, clamped=False) -> "Factors":
+        """The same factors with latents in other bits; None leaves them as they are. Value latents
+        that go from full precision to few bits in KIVI's groups are rotated first (`rotate`)."""
         generator, layers = torch.Generator().manual_seed(0), []
         for k, v in ((layer.k, layer.v) for layer in self.layers):
-            if v_bits in quant.BITS and v.bits not in quant.BITS:
+            if v_bits in quant.BITS and v.bits not in quant.BITS and v.group is None:
                 v = rotate(v, generator)
             k = replace(k, bits=k_bits or k.bits, clamped=k.clamped or clamped)
             v = replace(v, bits=v_bits or v.bits, clamped=v.clamped or clamped)
@@ -250,8 +251,7 @@ def rotate(pair: LowRank, generator: torch.Generator) -> LowRank:
     first ones of `svd` and `optimal`, sets the step for the 31 others of its group. R mixes all
     channels evenly. Keys, quantized per channel, need none.
     """
-    R, _ = torch.linalg.qr(torch.randn(pair.rank, pair.rank, generator=generator))
-    R = R.to(pair.A.device)
+    R = torch.linalg.qr(torch.randn(pair.rank, pair.rank, generator=generator)).Q.to(pair.A.device)
     A, B = (pair.A.float() @ R).to(pair.A), (R.T @ pair.B.float()).to(pair.B)
     return replace(pair, A=A, B=B)
 
@@ -311,7 +311,6 @@ def output_metric(attention: Attention) -> Tensor:
     """What an error of the values costs in the layer's output, as e M e^T: M [d_kv, d_kv], float64.
 
     M has a block W_O^T W_O [D, D] for each value head, the sum over the query heads that share it.
-    (The same for keys, weighed by the queries' second moment, made SmolLM2 worse.)
     """
     W = attention.o_proj.weight.double()  # [hidden, H * D]
     W = W.unflatten(1, (attention.config.num_key_value_heads, -1, attention.config.head_dim))

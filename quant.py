@@ -61,12 +61,12 @@ def round_down(x: Tensor) -> Tensor:
     return torch.where(half > x, lower, half)
 
 
-def group_limits(x: Tensor, bits: int, dim: int, clamped: bool = False) -> tuple[Tensor, Tensor]:
+def group_limits(x: Tensor, bits: int, dim: int, clamped=False, group=GROUP) -> tuple:
     """Scale and minimum of every group of x [..., T, C] along `dim`, in float16."""
     n = x.shape[dim]
     # A short last group is filled up with its last element, which changes neither of its limits.
-    index = torch.arange(-(-n // GROUP) * GROUP, device=x.device).clamp(max=n - 1)
-    groups = x.float().index_select(dim, index).unflatten(dim, (-1, GROUP))
+    index = torch.arange(-(-n // group) * group, device=x.device).clamp(max=n - 1)
+    groups = x.float().index_select(dim, index).unflatten(dim, (-1, group))
     low, high = (limit(dim=dim) for limit in (groups.amin, groups.amax))
     levels = 2**bits - 1
     if clamped:
@@ -77,47 +77,46 @@ def group_limits(x: Tensor, bits: int, dim: int, clamped: bool = False) -> tuple
     return -round_down((minimum.float() - high) / levels), minimum
 
 
-def repeat_per_group(per_group: Tensor, dim: int, n: int) -> Tensor:
+def repeat_per_group(per_group: Tensor, dim: int, n: int, group: int = GROUP) -> Tensor:
     """Gives each of `n` elements along `dim` the number of its group, in float32."""
-    return per_group.float().index_select(dim, torch.arange(n, device=per_group.device) // GROUP)
+    return per_group.float().index_select(dim, torch.arange(n, device=per_group.device) // group)
 
 
-def quantize(x: Tensor, bits: int, dim: int, clamped: bool = False) -> Quantized:
+def quantize(x: Tensor, bits: int, dim: int, clamped=False, group=GROUP) -> Quantized:
     """x [..., T, C] in `bits` bits, in groups along `dim`."""
-    scale, minimum = group_limits(x, bits, dim, clamped)
-    n = x.shape[dim]
-    step = repeat_per_group(scale, dim, n).clamp(min=2**-24)  # a group of equal numbers has scale 0
-    codes = ((x.float() - repeat_per_group(minimum, dim, n)) / step).round().clamp(0, 2**bits - 1)
-    return Quantized(codes.to(torch.uint8), scale, minimum)
+    limits = group_limits(x, bits, dim, clamped, group)
+    step, low = (repeat_per_group(limit, dim, x.shape[dim], group) for limit in limits)
+    step = step.clamp(min=2**-24)  # a group of equal numbers has scale 0
+    codes = ((x.float() - low) / step).round().clamp(0, 2**bits - 1)
+    return Quantized(codes.to(torch.uint8), *limits)
 
 
-def dequantize(q: Quantized, dim: int, out: Tensor | None = None) -> Tensor:
+def dequantize(q: Quantized, dim: int, out: Tensor | None = None, group: int = GROUP) -> Tensor:
     """minimum + scale * code, [..., T, C] in float32, written to `out` if it is given."""
     x = q.codes.float() if out is None else out.copy_(q.codes)
     scale, minimum = q.scale.float(), q.minimum.float()
-    whole, rest = divmod(x.shape[dim], GROUP)
+    whole, rest = divmod(x.shape[dim], group)
     # In place on views: a decode step does this to the whole cache, and repeating takes longer.
-    groups = x.narrow(dim, 0, whole * GROUP).unflatten(dim, (whole, GROUP))
+    groups = x.narrow(dim, 0, whole * group).unflatten(dim, (whole, group))
     groups.mul_(scale.narrow(dim, 0, whole).unsqueeze(dim))
     groups.add_(minimum.narrow(dim, 0, whole).unsqueeze(dim))
     if rest:  # the short last group
-        last = x.narrow(dim, whole * GROUP, rest)
+        last = x.narrow(dim, whole * group, rest)
         last.mul_(scale.narrow(dim, whole, 1)).add_(minimum.narrow(dim, whole, 1))
     return x
 
 
-def fake_quantize(x: Tensor, bits: int, dim: int, clamped: bool = False) -> Tensor:
+def fake_quantize(x: Tensor, bits: int, dim: int, clamped=False, group=GROUP) -> Tensor:
     """What storage makes of x, in x's type and with a gradient: for training with the loss in it.
 
     Rounding has no useful gradient, so it is passed straight through (Bengio et al., 2013): as if
     this were the identity for an x within the levels of its group, and a constant for one beyond.
     """
     with torch.no_grad():
-        q = quantize(x, bits, dim, clamped)
-        n, levels = x.shape[dim], 2**bits - 1
-        low, step = repeat_per_group(q.minimum, dim, n), repeat_per_group(q.scale, dim, n)
-        inside = (x >= low) & (x <= low + step * levels)
-        stored = dequantize(q, dim).to(x.dtype)
+        q = quantize(x, bits, dim, clamped, group)
+        low, step = (repeat_per_group(y, dim, x.shape[dim], group) for y in (q.minimum, q.scale))
+        inside = (x >= low) & (x <= low + step * (2**bits - 1))
+        stored = dequantize(q, dim, group=group).to(x.dtype)
     return torch.where(inside, stored + (x - x.detach()), stored)
 
 
@@ -174,14 +173,15 @@ class Packed:
         residual: newest tokens that are not packed.
         expected: final number of tokens, if known; memory is then taken once.
         dtype: of the tokens that wait. None: as they come.
+        group: in place of 32, in both senses: of a scale, and of packing. A multiple of it.
     """
 
     length = packed = 0  # tokens held, and how many of these are packed
     grow = 256  # tokens to make room for when there is none left
 
-    def __init__(self, bits, dim, residual=0, expected=0, clamped=False, dtype=None):
+    def __init__(self, bits, dim, residual=0, expected=0, clamped=False, dtype=None, group=GROUP):
         self.bits, self.dim, self.residual, self.clamped = bits, dim, residual, clamped
-        self.dtype, self.room = dtype, max(0, expected - residual) // GROUP
+        self.dtype, self.group, self.room = dtype, group, max(0, expected - residual) // group
         # Codes, scales and minima, [B, T / 32 or more, rows of 32 tokens, their channels] each.
         self.buffers: list[Tensor] = []
 
@@ -191,7 +191,7 @@ class Packed:
         # A copy a step, but of fewer than residual + 32 tokens, however long the text is.
         waiting = torch.cat([self.waiting, x] if self.length else [x], 1)
         self.length += x.shape[1]
-        n = max(0, waiting.shape[1] - self.residual) // GROUP * GROUP
+        n = max(0, waiting.shape[1] - self.residual) // self.group * self.group
         if n:
             self.pack_groups(waiting[:, :n])
             waiting = waiting[:, n:].clone()  # a view would keep the memory of the packed ones
@@ -199,15 +199,14 @@ class Packed:
 
     def pack_groups(self, x: Tensor) -> None:
         """x [B, n, C], n a multiple of 32."""
-        start, groups = self.packed // GROUP, x.shape[1] // GROUP
-        q, stop = quantize(x, self.bits, self.dim, self.clamped), start + groups
+        start, groups = self.packed // self.group, x.shape[1] // self.group
+        q, stop = quantize(x, self.bits, self.dim, self.clamped, self.group), start + groups
         parts = pack(q.codes, self.bits), q.scale, q.minimum
         parts = [part.unflatten(1, (groups, -1)) for part in parts]
         if not self.buffers:
-            room = max(groups, self.room)
-            self.buffers = [p.new_empty(len(p), room, *p.shape[2:]) for p in parts]
+            self.buffers = [p.new_empty(len(p), max(stop, self.room), *p.shape[2:]) for p in parts]
         elif stop > self.buffers[0].shape[1]:
-            more = stop - self.buffers[0].shape[1] - 1 + self.grow // GROUP
+            more = stop - self.buffers[0].shape[1] - 1 + max(1, self.grow // self.group)
             self.buffers = [F.pad(buffer, (0, 0, 0, 0, 0, more)) for buffer in self.buffers]
         for buffer, part in zip(self.buffers, parts, strict=True):
             buffer[:, start:stop] = part
@@ -216,15 +215,16 @@ class Packed:
     def read(self, start: int, stop: int) -> Tensor:
         """The tokens from `start` to `stop` - 1 again, [B, stop - start, C] in float32."""
         start, stop, end, waiting = max(0, start), max(0, stop), self.packed, self.waiting
-        first, last = min(start, end) // GROUP, -(-min(stop, end) // GROUP)  # groups they lie in
-        n, m = (last - first) * GROUP, max(0, stop - end)  # packed and waiting tokens, side by side
+        G = self.group
+        first, last = min(start, end) // G, -(-min(stop, end) // G)  # groups they lie in
+        n, m = (last - first) * G, max(0, stop - end)  # packed and waiting tokens, side by side
         x = waiting.new_empty(len(waiting), n + m, waiting.shape[2], dtype=torch.float32)
         if n:
             packed, scale, minimum = (buffer[:, first:last] for buffer in self.buffers)
-            blocks = x[:, :n].unflatten(1, (-1, GROUP))  # [B, n / 32, 32, C]
-            dequantize(Quantized(unpack(packed, self.bits), scale, minimum), self.dim, blocks)
+            blocks = x[:, :n].unflatten(1, (-1, G))  # [B, n / 32, 32, C]
+            dequantize(Quantized(unpack(packed, self.bits), scale, minimum), self.dim, blocks, G)
         x[:, n:] = waiting[:, :m]
-        return x[:, start - first * GROUP : stop - first * GROUP]
+        return x[:, start - first * G : stop - first * G]
 
     def tensors(self) -> list[Tensor]:
         return [*self.buffers, self.waiting] if self.length else []

@@ -72,7 +72,7 @@ def layer_loss(pair: LowRank, x: Tensor, k: Tensor, dim: int, dtype=torch.float3
     """
     c = x @ pair.A  # [B, T, r]
     if pair.bits < 16:
-        c = quant.fake_quantize(c, pair.bits, dim, pair.clamped)
+        c = quant.fake_quantize(c, pair.bits, **pair.quantizer(dim))
     return F.mse_loss(c.to(dtype) @ pair.B.to(dtype), k.to(dtype))
 
 

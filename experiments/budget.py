@@ -80,23 +80,22 @@ STEP = 4  # ranks to choose from are its multiples
 
 
 def cut(pair: LowRank, side: str, rank: int, bits: int) -> LowRank:
-    """The first `rank` channels of a pair, in `bits`; values are rotated for these, as by
-    `Factors.in_bits`."""
-    pair = LowRank(pair.A[:, :rank], pair.B[:rank])
-    if side == "v" and bits < 16:
+    """The first `rank` channels of a pair, in `bits`, values rotated as by `Factors.in_bits`."""
+    pair = replace(pair, A=pair.A[:, :rank], B=pair.B[:rank])
+    if side == "v" and bits < 16 and pair.group is None:
         pair = rotate(pair, torch.Generator().manual_seed(0))
     return replace(pair, bits=bits)
 
 
 def probe_side(
-    probe: Probe, seen: Statistics, i: int, side: str, widths: list[int]
+    probe: Probe, seen: Statistics, i: int, side: str, widths: list[int], group: int | None
 ) -> list[list[float]]:
     """The costs of one side of layer i: for each of the widths in bits a list, for each of
     `probed_ranks`."""
     model = probe.model
     whole = init_pair("attention", model, i, side, probed_ranks(model)[-1], seen)
     like = model.lm_head.weight
-    whole = replace(whole, A=whole.A.to(like), B=whole.B.to(like))
+    whole = LowRank(whole.A.to(like), whole.B.to(like), group=group)
     return [
         [probe.cost(i, {side: cut(whole, side, rank, bits)}) for rank in probed_ranks(model)]
         for bits in widths
@@ -108,13 +107,15 @@ def probed_ranks(model: Transformer) -> list[int]:
     return sorted({max(1, STEP * round(share * most / STEP)) for share in SHARES[:-1]} | {most})
 
 
-def plan_factors(model: Transformer, plan: list["Choice"], seen: list[Statistics]) -> Factors:
+def plan_factors(
+    model: Transformer, plan: list["Choice"], seen: list[Statistics], group: int | None = None
+) -> Factors:
     """The factors of a plan: its choices are of the keys and the values of each layer in turn."""
     pairs = []
     for n, choice in enumerate(plan):
         i, side = n // 2, "kv"[n % 2]
         whole = init_pair("attention", model, i, side, choice.rank, seen[i])
-        pairs.append(cut(whole, side, choice.rank, choice.bits))
+        pairs.append(cut(replace(whole, group=group), side, choice.rank, choice.bits))
     layers = [LayerFactors(k, v) for k, v in zip(pairs[::2], pairs[1::2], strict=True)]
     return Factors(layers, {"trained": "none"})
 
@@ -132,10 +133,13 @@ class Choice:
     cost: float
 
 
-def latent_bytes(rank: int, bits: int, side: str, tokens: int, window: int) -> int:
+def latent_bytes(
+    rank: int, bits: int, side: str, tokens: int, window: int, group: int | None = None
+) -> int:
     """Bytes of a side's latents of `tokens`, as a cache really holds them: they are laid out in one
     that has shapes, but no memory."""
-    pair = LowRank(torch.empty(0, rank, dtype=torch.float16), torch.empty(rank, 0), bits)
+    A = torch.empty(0, rank, dtype=torch.float16)
+    pair = LowRank(A, A.T, bits, group=group)
     latents = empty_latents(pair, SIDES[side], window, tokens)
     latents.append(torch.empty(1, tokens, rank, device="meta"))
     return sum(tensor.untyped_storage().nbytes() for tensor in latents.tensors())
@@ -204,13 +208,13 @@ def spend(sides: list[list[Choice]], budget: float) -> list[Choice]:
 
 
 def sizes(
-    model: Transformer, side: str, tokens: int, window: int, widths: list[int]
+    model: Transformer, side: str, tokens: int, window: int, widths: list[int], group: int | None
 ) -> dict[tuple[int, int], int]:
     """The bytes of each (rank, bits) that a side of a layer may be given."""
     least, *_, most = probed_ranks(model)
     ranks = [*range(least, most, STEP), most]
     kinds = [(rank, bits) for rank in ranks for bits in widths] + [(most, 16)]
-    return {kind: latent_bytes(*kind, side, tokens, window) for kind in kinds}
+    return {kind: latent_bytes(*kind, side, tokens, window, group) for kind in kinds}
 
 
 def write_plan(
@@ -237,6 +241,8 @@ def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     if len(args.remove) != len(args.out):
         raise UserError(f"{len(args.remove)} --remove, but {len(args.out)} --out; give a file each")
+    if args.group % 32:
+        raise UserError(f"--group {args.group} is no multiple of 32; choose 128, or 0")
     pyplot()  # if it is missing, that is known before the work and not after
     files = [file for out in args.out for file in (out, *map(out.with_suffix, (".json", ".png")))]
     check_files({f"file {n} of --out": file for n, file in enumerate(files)}, {"--data": args.data})
@@ -253,7 +259,8 @@ def run(args: argparse.Namespace) -> None:
         )
         rooms = [(1 - remove) * full - exact for remove in args.remove]
         old = args.length - min(args.length, sinks)  # tokens that have latents
-        nbytes = [sizes(model, side, old, window, args.widths) for side in SIDES]
+        group = args.group or None
+        nbytes = [sizes(model, side, old, window, args.widths, group) for side in SIDES]
         nbytes = nbytes * config.num_hidden_layers
         spend([[Choice(*kind, own[kind], 0.0) for kind in own] for own in nbytes], min(rooms))
 
@@ -271,7 +278,7 @@ def run(args: argparse.Namespace) -> None:
 
         def probed(keys: list[tuple[int, int]]) -> Iterator[dict]:
             for i, n in keys:
-                yield {"costs": probe_side(probe, seen[i], i, "kv"[n], args.widths)}
+                yield {"costs": probe_side(probe, seen[i], i, "kv"[n], args.widths, group)}
 
         counts = {**vars(args), "remove": None, "out": None, "length": None}
         counts = all_that_counts(counts, model, args.model)
@@ -284,7 +291,7 @@ def run(args: argparse.Namespace) -> None:
             return
         for remove, room, out in zip(args.remove, rooms, args.out, strict=True):
             plan = spend(sides, room)
-            factors = plan_factors(model, plan, seen)
+            factors = plan_factors(model, plan, seen, group)
             bought = f"{1 - remove:g} of a full cache's bytes at {args.length} tokens"
             factors.info.update(init=args.init, data=args.data.name, budget=bought)
             write_plan(out, plan, factors, model, costs, args.widths)
@@ -302,7 +309,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_option(parser, "out", "factors files to write, one each", type=Path, **several)
     add_option(parser, "data", "text to calibrate and to probe on", type=Path, required=True)
     add_options(parser, "model samples seq-len passages", HELPS, samples=64, passages=2)
-    add_options(parser, "init widths length probe-len predictions spread")
+    add_options(parser, "init widths group length probe-len predictions spread")
     add_options(parser, "window sinks seed device dtype", sinks=4)
     return parser.parse_args(argv)
 

@@ -1,8 +1,9 @@
 """Factors in a file: safetensors, with metadata that says what they are and whose.
 
 A and B of every k_proj and v_proj are tensors, named after the projection. The metadata hold the
-format's version, the ranks, the bits, the initialization, what trained them on what, and a
-fingerprint of the projections they belong to: on another model they would give fluent nonsense.
+format's version, the ranks, the bits and their groups, the initialization, what trained them on
+what, and a fingerprint of the projections they belong to: on another model they would give fluent
+nonsense.
 """
 
 import json
@@ -12,13 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+import quant
 from cskv import Factors, LayerFactors, LowRank
 from model import Transformer
 from support.command import UserError, first_line, replacing
 
 FORMAT, VERSION = "cskv-factors", "1"
 CLAMPED = "clamped zero-point"  # the quantizer of factors that were trained for it; see quant.py
-DESCRIBED = ("format", "version", "k_ranks", "v_ranks", "k_bits", "v_bits", "quantizer")
+DESCRIBED = ("format", "version", "k_ranks", "v_ranks", "k_bits", "v_bits", "quantizer", "group")
 DESCRIBED += ("fingerprint",)  # metadata that follow from factors and model; the rest is `info`
 
 
@@ -82,6 +84,11 @@ def save_factors(
     }
     if any(pair.clamped for pair in factors.pairs):
         metadata["quantizer"] = CLAMPED
+    groups = {pair.group for pair in factors.pairs}
+    if len(groups) > 1:
+        raise UserError(f"factors with groups of {groups} tokens in one file; give all the same")
+    if (group := groups.pop()) is not None:
+        metadata["group"] = str(group)
     data = save(tensors, metadata)
     # safetensors orders metadata by chance; sorted, equal factors are equal files.
     end = 8 + int.from_bytes(data[:8], "little")
@@ -117,6 +124,9 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
     try:
         theirs = json.loads(info["fingerprint"])
         k_bits, v_bits = (for_each(json.loads(info[name]), layers) for name in ("k_bits", "v_bits"))
+        group = int(info["group"]) if "group" in info else None
+        if group is not None and (group < 1 or group % quant.GROUP):
+            raise ValueError(f"group {group} is no multiple of {quant.GROUP}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged (metadata: {error}); make it again") from None
 
@@ -134,7 +144,7 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
                 f"{path}: {prefix} has A {tuple(A.shape)} and B {tuple(B.shape)}, which do not fit "
                 f"hidden size {model.config.hidden_size} and {model.config.d_kv} channels"
             )
-        return LowRank(A, B, bits, clamped)
+        return LowRank(A, B, bits, clamped, group)
 
     try:
         pairs = [

@@ -64,6 +64,10 @@ OPTIONS = {
         type=comma_list(one_of(quant.BITS, "number of bits")), default=[2, 3, 4],
         help="bits to choose from, beside 16",
     ),
+    "group": dict(
+        type=number(int, 0), default=128,
+        help="tokens that share a scale in each channel, a multiple of 32; 0: groups as in KIVI",
+    ),
     "length": dict(type=count, default=4000, help="tokens that the bytes are of"),
     "probe-len": dict(type=count, default=512, help="tokens of a passage, its last"),
     "predictions": dict(type=count, default=96, help="of a passage, to compare"),

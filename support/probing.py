@@ -28,8 +28,8 @@ class DecodeMode(LayerCache):
     """Reads a text at once, and gives what decoding it token by token would: a token attends to the
     first `sinks` tokens and to the last `window` exactly, and to those between through `pairs`.
 
-    A side without a pair is exact. Latents in few bits are all rounded, while a real cache has up
-    to 31 tokens behind its window that still wait for it.
+    A side without a pair is exact. Latents in few bits are all rounded, while a real cache has some
+    behind its window that still wait for the rest of their group.
     """
 
     def __init__(self, attention: Attention, pairs: dict[str, LowRank], window: int, sinks: int):
@@ -53,7 +53,8 @@ class DecodeMode(LayerCache):
         pair, bias = self.pairs[side], getattr(self.attention, f"{side}_proj").bias
         c = x @ pair.A  # [B, T, r]
         if pair.bits < 16:
-            c[:, self.sinks :] = quant.fake_quantize(c[:, self.sinks :], pair.bits, SIDES[side])
+            how, old = pair.quantizer(SIDES[side]), c[:, self.sinks :]
+            c[:, self.sinks :] = quant.fake_quantize(old, pair.bits, **how)
         return F.linear(c, pair.B.T, bias).unflatten(-1, (-1, y.shape[-1])).transpose(1, 2)
 
 

@@ -197,6 +197,7 @@ windows = st.integers(1, 30)
 sinks = st.sampled_from([0, 1, 4])
 kinds = st.sampled_from([BiBranchCache, ChunkedBiBranchCache])
 bits = st.sampled_from([2, 3, 4, 8])
+groups = st.sampled_from([None, 32, 64])  # of latents; see LowRank
 
 
 def make_factors(model, k_rank, v_rank, init="optimal", seed=0):
@@ -226,13 +227,14 @@ def decode_all(model, tokens, prompt, cache):
     return torch.cat([model(step, cache) for step in steps], dim=1)
 
 
-def dequantized(c, quantized, b, dim, clamped=False):
+def dequantized(c, quantized, b, dim, clamped=False, group=32):
     """What a cache reads back of the latents c [B, T, r]: the first `quantized` tokens in b bits,
     the others in 16, as the cache first gets them all."""
     c = c.half().float()
     if b == 16 or not quantized:
         return c
-    return torch.cat([quant.fake_quantize(c[:, :quantized], b, dim, clamped), c[:, quantized:]], 1)
+    few = quant.fake_quantize(c[:, :quantized], b, dim, clamped, group)
+    return torch.cat([few, c[:, quantized:]], 1)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -29,6 +29,7 @@ from tests.helpers import (
     bits,
     call,
     decode_all,
+    groups,
     make_factors,
     naive_forward,
     quick,
@@ -99,16 +100,16 @@ def test_decode_mode_is_what_decoding_step_by_step_gives(T, window, first, side)
 
 
 @quick
-@given(st.integers(40, 80), st.sampled_from([0, 4]), bits)
-def test_decode_mode_rounds_as_the_cache_does(T, first, b):
+@given(st.integers(40, 80), st.sampled_from([0, 4]), bits, groups)
+def test_decode_mode_rounds_as_the_cache_does(T, first, b, group):
     """Rebuilt keys and values are those of packed latents, in groups that begin after the sinks."""
     model = tiny_model()
-    factors = make_factors(model, 5, 5).in_bits(b, b)
+    factors = make_factors(model, 5, 5).in_bits(b, b).map(lambda pair: replace(pair, group=group))
     x = torch.randn(1, T, 24, generator=torch.Generator().manual_seed(T))
     pairs = {"k": factors.layers[0].k, "v": factors.layers[0].v}
     mode = DecodeMode(model.model.layers[0].self_attn, pairs, 1, first)
     for side, dim in (("k", quant.TOKENS), ("v", quant.CHANNELS)):
-        latents = quant.Packed(b, dim)
+        latents = quant.Packed(b, quant.TOKENS if group else dim, group=group or 32)
         latents.append((x @ pairs[side].A)[:, first:])
         packed = latents.read(0, latents.packed) @ pairs[side].B
         found = mode.rebuild(side, x, torch.empty(1, 2, T, 6)).transpose(1, 2).flatten(2)
@@ -149,17 +150,19 @@ def test_predictions_are_spread_to_the_last_token():
 
 
 @quick
-@given(st.integers(1, 300), st.integers(1, 12), windows, sinks, bits, bits)
-def test_bytes_are_what_a_cache_holds(T, rank, window, first, k_bits, v_bits):
+@given(st.integers(1, 300), st.integers(1, 12), windows, sinks, bits, bits, groups)
+def test_bytes_are_what_a_cache_holds(T, rank, window, first, k_bits, v_bits, group):
     model = tiny_model()
     factors = init_factors("svd", model, [rank] * 2, [rank] * 2).in_bits(k_bits, v_bits)
+    factors = factors.map(lambda pair: replace(pair, group=group))
     dtype = torch.bfloat16
     model = model.to(dtype)
     cache = bi_branch_cache(model, factors.to(torch.empty(0, dtype=dtype)), window, T, sinks=first)
     model(tiny_tokens(model, 1, T), cache)
     tokens = T - min(T, first)
     latents = sum(
-        latent_bytes(rank, b, side, tokens, window) for b, side in ((k_bits, "k"), (v_bits, "v"))
+        latent_bytes(rank, b, side, tokens, window, group)
+        for b, side in ((k_bits, "k"), (v_bits, "v"))
     )
     assert held_bytes(cache) == 2 * latents + full_bytes(model, min(T, window + first))
 
@@ -267,10 +270,13 @@ def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".png"}
 
 
-def test_the_command_writes_what_the_cache_will_hold(everything, tmp_path, capsys):
+@pytest.mark.parametrize("group", [0, 64, 128])
+def test_the_command_writes_what_the_cache_will_hold(everything, tmp_path, capsys, group):
     pytest.importorskip("matplotlib")
-    outs = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    code, out, err = call(budget, capsys, *flags(everything, *outs, widths="2,3,8"))
+    outs, more = (tmp_path / "a.safetensors", tmp_path / "b.safetensors"), {"widths": "2,3,8"}
+    if group != 128:
+        more["group"] = group
+    code, out, err = call(budget, capsys, *flags(everything, *outs, **more))
     assert code == 0, err
     assert not out and err.count("removed, ") == 2
     model = load_model(everything / "model")
@@ -279,6 +285,7 @@ def test_the_command_writes_what_the_cache_will_hold(everything, tmp_path, capsy
         plan = json.loads(file.with_suffix(".json").read_text())
         factors = load_factors(file, sixteen)
         assert [(p.rank, p.bits) for p in factors.pairs] == [(r["rank"], r["bits"]) for r in plan]
+        assert {pair.group for pair in factors.pairs} == {group or None}
         assert [(r["layer"], r["of"]) for r in plan] == [
             (i, of) for i in range(2) for of in ("keys", "values")
         ]
@@ -292,7 +299,7 @@ def test_the_command_writes_what_the_cache_will_hold(everything, tmp_path, capsy
     # One at a time gives the same.
     alone = tmp_path / "alone"
     alone.mkdir()
-    again = flags(everything, alone / "a.safetensors", widths="2,3,8")
+    again = flags(everything, alone / "a.safetensors", **more)
     assert call(budget, capsys, *again)[0] == 0
     assert (alone / "a.safetensors").read_bytes() == outs[0].read_bytes()
 
@@ -375,6 +382,7 @@ MISTAKES = {
     "a short text": ({"samples": 1, "passages": 9}, [], "text.txt is too short"),
     "a large window": ({"window": 39, "sinks": 4}, [], "text.txt is too short"),
     "one file twice": ({}, ["--remove", 0.7, "--out", "a.safetensors"], "are both"),
+    "a group of no whole blocks": ({"group": 33}, [], "--group 33 is no multiple of 32"),
     "no text": ({"data": None}, [], "required: --data"),
     "no such text": ({"data": "nowhere.txt"}, [], "nowhere.txt"),
     "a share above 1": ({}, ["--remove", 1.5, "--out", "c"], "'1.5' is not a number"),

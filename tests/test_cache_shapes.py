@@ -1,5 +1,7 @@
 """What the bi-branch cache holds: which token in which branch, and how many bytes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -22,6 +24,7 @@ from tests.helpers import (
     bits,
     decode_all,
     dequantized,
+    groups,
     kinds,
     make_factors,
     quick,
@@ -138,17 +141,18 @@ def test_working_memory_is_the_scores_and_one_chunk():
 @given(st.integers(1, 150), st.integers(0, 70), windows, st.integers(1, 40), bits, st.data())
 def test_packed_latents_are_whole_groups_older_than_the_window(T, steps, window, rank, b, data):
     """Wherever it is read, a token's latent is what fake quantization makes of it once its group
-    of 32 has left the window, and what 16 bits make of it before."""
+    has left the window, and what 16 bits make of it before."""
     generator = torch.Generator().manual_seed(T)
     c = torch.randn(2, T + steps, rank, generator=generator) + 2
     dim = data.draw(st.sampled_from([quant.TOKENS, quant.CHANNELS]))
-    latents = quant.Packed(b, dim, window, dtype=torch.float16)
+    group = data.draw(st.sampled_from([32, 64]))
+    latents = quant.Packed(b, dim, window, dtype=torch.float16, group=group)
     latents.append(c[:, :T])
     for t in range(T, T + steps):
         latents.append(c[:, t : t + 1])
     old = max(0, T + steps - window)
-    expected = dequantized(c, old // 32 * 32, b, dim)
-    assert latents.length == T + steps and latents.packed == old // 32 * 32
+    expected = dequantized(c, old // group * group, b, dim, group=group)
+    assert latents.length == T + steps and latents.packed == old // group * group
     start = data.draw(st.integers(0, T + steps - 1))
     stop = data.draw(st.integers(start + 1, T + steps))
     assert torch.equal(latents.read(start, stop).float(), expected[:, start:stop])
@@ -156,20 +160,22 @@ def test_packed_latents_are_whole_groups_older_than_the_window(T, steps, window,
 
 
 @quick
-@given(st.integers(1, 200), st.integers(0, 40), windows, sinks, bits, bits, st.data())
-def test_bytes_in_bits_are_those_of_the_formula(T, steps, window, first, k_bits, v_bits, data):
+@given(st.integers(1, 200), st.integers(0, 40), windows, sinks, bits, bits, groups, st.data())
+def test_bytes_in_bits_are_those_of_the_formula(T, steps, window, first, k_bits, v_bits, g, data):
     """Packed: bits, scale and minimum. Waiting: 16 bits. Sinks and ring: the model's 32 bits."""
     model = tiny_model(num_hidden_layers=1)
     d_kv = model.config.d_kv
     r_k, r_v = data.draw(st.integers(1, d_kv)), data.draw(st.integers(1, d_kv))
     factors = init_factors("random", model, [r_k], [r_v])
-    factors = factors.in_bits(k_bits, v_bits)
+    factors = factors.in_bits(k_bits, v_bits).map(lambda pair: replace(pair, group=g))
     cache = bi_branch_cache(model, factors, window, T + steps, sinks=first)
     tokens = tiny_tokens(model, 2, T + steps)
     decode_all(model, tokens, T, cache)
     latents = max(0, T + steps - first)
     packed = max(0, latents - window) // 32 * 32
     per_token = r_k * quant.bits_per_element(k_bits) + r_v * quant.bits_per_element(v_bits, r_v)
+    if g:  # packed as soon as they are whole
+        packed, per_token = latents // g * g, r_k * (k_bits + 32 / g) + r_v * (v_bits + 32 / g)
     waiting = (latents - packed) * 16 * (r_k + r_v)
     ring = min(T + steps, first + window) * 32 * 2 * d_kv
     assert 8 * cache[0].nbytes() == pytest.approx(2 * (packed * per_token + waiting + ring))

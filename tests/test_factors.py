@@ -1,11 +1,14 @@
 """Factors: the initializations against what they minimize, bits, and their files."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import cskv
 import quant
@@ -292,6 +295,40 @@ def test_factors_survive_a_file(tmp_path):
         for x, y in ((a.k, b.k), (a.v, b.v)):
             assert torch.equal(x.A, y.A) and torch.equal(x.B, y.B)
     assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
+
+
+def test_groups_survive_a_file(tmp_path):
+    model = tiny_model()
+    path, factors = tmp_path / "f.safetensors", make_factors(model, 3, 5).in_bits(4, 2)
+    for group in (None, 32, 128):
+        save_factors(path, factors.map(lambda pair, g=group: replace(pair, group=g)), model)
+        again = load_factors(path, model)
+        assert {pair.group for pair in again.pairs} == {group} and "group" not in again.info
+        assert [pair.bits for pair in again.pairs] == [4, 2, 4, 2]
+    path.unlink()
+    mixed = [replace(layer, k=replace(layer.k, group=64)) for layer in factors.layers]
+    with pytest.raises(UserError, match="in one file; give all the same"):
+        save_factors(path, replace(factors, layers=mixed), model)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("group", ["0", "-32", "33", "many", "64.0", ""])
+def test_a_damaged_group_is_refused(tmp_path, group):
+    model, path = tiny_model(), tmp_path / "f.safetensors"
+    save_factors(path, make_factors(model, 3, 5), model)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        save_file(tensors, path, {**file.metadata(), "group": group})
+    with pytest.raises(UserError, match=r"is damaged \(metadata: .*make it again"):
+        load_factors(path, model)
+
+
+def test_few_bits_in_groups_of_tokens_need_no_rotation():
+    """Each channel has scales of its own there."""
+    model = tiny_model()
+    factors = make_factors(model, 4, 4).map(lambda pair: replace(pair, group=64))
+    assert factors.in_bits(4, 4).layers[0].v.A is factors.layers[0].v.A
+    assert {pair.group for pair in factors.in_bits(4, 4).pairs} == {64}
 
 
 def test_factors_fit_the_same_model_in_other_bits_and_no_other(tmp_path):

@@ -1,6 +1,7 @@
 """Prefill equals the original model, bit for bit; decode equals independent computations."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.helpers import (
     bits,
     decode_all,
     dequantized,
+    groups,
     kinds,
     lengths,
     make_factors,
@@ -164,15 +166,16 @@ def test_a_sixteen_bit_model_decodes_closely(dtype, bias):
     bits,
     st.sampled_from([2, 4, 16]),
     st.booleans(),
+    groups,
 )
 def test_decode_in_bits_equals_decode_with_fake_quantized_latents(
-    shape, prompt, steps, window, first, k_bits, v_bits, clamped
+    shape, prompt, steps, window, first, k_bits, v_bits, clamped, group
 ):
     """One layer against plain attention over what fake-quantized latents are rebuilt to."""
     model = tiny_model(num_hidden_layers=1, **shape)
     config, attention = model.config, model.model.layers[0].self_attn
     factors = make_factors(model, 5, 4)
-    factors = factors.in_bits(k_bits, v_bits, clamped)
+    factors = factors.in_bits(k_bits, v_bits, clamped).map(lambda p: replace(p, group=group))
     pair, T = factors.layers[0], prompt + steps
     model.rope.reach(T, torch.device("cpu"))
     x = torch.randn(2, T, config.hidden_size, generator=torch.Generator().manual_seed(prompt))
@@ -196,7 +199,10 @@ def test_decode_in_bits_equals_decode_with_fake_quantized_latents(
         (pair.k, k_bits, quant.TOKENS, attention.k_proj, k),
         (pair.v, v_bits, quant.CHANNELS, attention.v_proj, v),
     ):
-        hat = dequantized(x[:, S:] @ p.A, (old - S) // 32 * 32, b, dim, clamped) @ p.B
+        packed = (old - S) // 32 * 32
+        if group:  # whichever side it is; and also what the window still covers
+            dim, packed = quant.TOKENS, (T - S) // group * group
+        hat = dequantized(x[:, S:] @ p.A, packed, b, dim, clamped, group or 32) @ p.B
         hat = heads(hat if projection.bias is None else hat + projection.bias)
         parts = exact[:, :, :S], hat[:, :, : old - S], exact[:, :, old:]
         rebuilt.append(torch.cat(parts, 2))

@@ -25,6 +25,7 @@ quick = settings(max_examples=40, deadline=None, derandomize=True)
 bits = st.sampled_from(BITS)
 dims = st.sampled_from([TOKENS, CHANNELS])
 sizes = st.integers(1, 80)
+groups = st.sampled_from([GROUP, 2 * GROUP])
 
 
 @st.composite
@@ -37,23 +38,23 @@ def inputs(draw, tokens=sizes):
     return x if draw(st.booleans()) else x[..., :1].expand(shape).clone()
 
 
-def naive_groups(x, dim):
+def naive_groups(x, dim, group):
     """Yields (group's place, its elements as a list), with Python's own loops."""
     for b in range(x.shape[0]):
         for other in range(x.shape[3 - (dim % 3)]):  # the one of dimensions 1 and 2 not grouped
             line = x[b, :, other] if dim == TOKENS else x[b, other]
-            for g in range(math.ceil(len(line) / GROUP)):
+            for g in range(math.ceil(len(line) / group)):
                 place = (b, g, other) if dim == TOKENS else (b, other, g)
-                yield place, line[g * GROUP : (g + 1) * GROUP].tolist()
+                yield place, line[g * group : (g + 1) * group].tolist()
 
 
 @quick
-@given(inputs(), bits, dims)
-def test_error_is_at_most_half_a_step(x, bits, dim):
-    q, stored = quantize(x, bits, dim), fake_quantize(x, bits, dim)
+@given(inputs(), bits, dims, groups)
+def test_error_is_at_most_half_a_step(x, bits, dim, group):
+    q, stored = (f(x, bits, dim, group=group) for f in (quantize, fake_quantize))
     assert q.codes.dtype == torch.uint8 and int(q.codes.max()) < 2**bits
     for (place, before), (_, after) in zip(
-        naive_groups(x, dim), naive_groups(stored, dim), strict=True
+        naive_groups(x, dim, group), naive_groups(stored, dim, group), strict=True
     ):
         scale, minimum = q.scale[place].item(), q.minimum[place].item()
         # The stored limits hold the whole group, and are no wider than 16 bits make necessary.
@@ -67,11 +68,11 @@ def test_error_is_at_most_half_a_step(x, bits, dim):
 
 
 @quick
-@given(inputs(), bits, dims)
-def test_stored_value_is_the_nearest_level(x, bits, dim):
-    q, stored = quantize(x, bits, dim), fake_quantize(x, bits, dim)
+@given(inputs(), bits, dims, groups)
+def test_stored_value_is_the_nearest_level(x, bits, dim, group):
+    q, stored = (f(x, bits, dim, group=group) for f in (quantize, fake_quantize))
     for (place, before), (_, after) in zip(
-        naive_groups(x, dim), naive_groups(stored, dim), strict=True
+        naive_groups(x, dim, group), naive_groups(stored, dim, group), strict=True
     ):
         levels = [q.minimum[place].item() + q.scale[place].item() * i for i in range(2**bits)]
         for a, b in zip(before, after, strict=True):
@@ -101,26 +102,29 @@ def test_pack_by_hand():
 
 
 @quick
-@given(inputs(st.integers(1, 5).map(lambda g: g * GROUP)), bits, dims, st.data())
-def test_packed_storage_returns_what_fake_quantization_returned(x, bits, dim, data):
+@given(inputs(st.integers(1, 4).map(lambda g: g * 2 * GROUP)), bits, dims, groups, st.data())
+def test_packed_storage_returns_what_fake_quantization_returned(x, bits, dim, group, data):
     """Bit for bit, whole or in pieces, however it was filled; and it costs what it should."""
-    groups, clamped = x.shape[1] // GROUP, data.draw(st.booleans())
-    first = data.draw(st.integers(1, groups)) * GROUP
-    storage = Packed(bits, dim, 0, data.draw(st.integers(0, 300)), clamped)
+    clamped = data.draw(st.booleans())
+    first = data.draw(st.integers(1, x.shape[1] // group)) * group
+    storage = Packed(bits, dim, 0, data.draw(st.integers(0, 300)), clamped, group=group)
     storage.append(x[:, :first])
-    for start in range(first, x.shape[1], GROUP):
-        storage.append(x[:, start : start + GROUP])
-    assert storage.length == x.shape[1]
-    stored = fake_quantize(x, bits, dim, clamped)
+    for start in range(first, x.shape[1], group):
+        storage.append(x[:, start : start + group])
+    assert storage.length == storage.packed == x.shape[1]
+    stored = fake_quantize(x, bits, dim, clamped, group)
     start = data.draw(st.integers(0, x.shape[1] - 1))
     stop = data.draw(st.integers(start + 1, x.shape[1]))
     assert torch.equal(storage.read(start, stop), stored[:, start:stop])
 
-    exact = Packed(bits, dim, expected=x.shape[1])
+    exact = Packed(bits, dim, expected=x.shape[1], group=group)
     exact.append(x)
-    size = GROUP if dim == TOKENS else x.shape[2]
     nbytes = sum(t.numel() * t.element_size() for t in exact.tensors())
-    assert 8 * nbytes == pytest.approx(quant.bits_per_element(bits, size) * x.numel())
+    shared = sum(1 for _ in naive_groups(x, dim, group)) * 2 * 16
+    assert 8 * nbytes == bits * x.numel() + shared
+    if group == GROUP:
+        size = GROUP if dim == TOKENS else x.shape[2]
+        assert 8 * nbytes == pytest.approx(quant.bits_per_element(bits, size) * x.numel())
 
 
 def test_bits_per_element():
@@ -180,7 +184,7 @@ def test_the_clamped_zero_point_is_that_of_the_published_code(x, bits, dim):
     """s = (max - min) / levels, z = round(-min / s) clamped to the levels; x is rounded to
     s (c - z). Computed in Python's numbers, group by group."""
     q, levels = quantize(x, bits, dim, clamped=True), 2**bits - 1
-    for place, group in naive_groups(x, dim):
+    for place, group in naive_groups(x, dim, GROUP):
         scale = q.scale[place].item()
         exact = (max(group) - min(group)) / levels
         assert scale == pytest.approx(max(exact, 2**-24), rel=2e-3, abs=2**-24)

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from support.checkpoint import load_model
 from support.command import DTYPES
 from support.factors_file import load_factors
 from support.tokenizer import load_tokenizer
-from tests.helpers import arguments, call, rows_of, save_checkpoint, tiny_model, tiny_tokens
+from tests.helpers import arguments, call, groups, rows_of, save_checkpoint, tiny_model, tiny_tokens
 
 ROOT = Path(__file__).parent.parent
 
@@ -116,12 +117,14 @@ def test_gradients_equal_finite_differences(bits):
 
 
 @quick
-@given(bit_choices, bit_choices, st.booleans(), st.sampled_from([0, 1, 4]))
-def test_quantized_loss_equals_a_naive_one(k_bits, v_bits, clamped, sinks):
-    """Keys in groups of 32 tokens behind the sinks, values in groups of 32 channels."""
+@given(bit_choices, bit_choices, st.booleans(), st.sampled_from([0, 1, 4]), groups)
+def test_quantized_loss_equals_a_naive_one(k_bits, v_bits, clamped, sinks, group):
+    """Keys in groups of 32 tokens behind the sinks, values in groups of 32 channels; or both in
+    groups of tokens."""
     model = tiny_model()
     samples = make_samples(model)
     factors = make_factors(model, samples, k_bits=k_bits, v_bits=v_bits, clamped=clamped)
+    factors = factors.map(lambda pair: replace(pair, group=group))
     tuner = train.Tuner(factors, 1, 1e-3)
     ours = train.run_layers(model, samples, [tuner], sinks=sinks)[0]
     expected = torch.zeros(2, dtype=torch.float64)
@@ -133,7 +136,9 @@ def test_quantized_loss_equals_a_naive_one(k_bits, v_bits, clamped, sinks):
                 if not len(c):
                     continue  # a sample of sinks alone
                 if bits < 16:
-                    c = quant.dequantize(quant.quantize(c, bits, dim, clamped), dim)
+                    dim, size = (-2, group) if group else (dim, 32)
+                    q = quant.quantize(c, bits, dim, clamped, size)
+                    c = quant.dequantize(q, dim, group=size)
                 expected[i] += (y - c.double() @ pair.B.double()).square().sum() / 12
     tokens = sum(max(0, length - sinks) for length in LENGTHS)
     torch.testing.assert_close(ours, expected / tokens, rtol=1e-5, atol=1e-9)

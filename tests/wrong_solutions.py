@@ -86,8 +86,8 @@ WRONG = {
         ),
         "wrong axis of codes": (
             "quant.quantize",
-            "n = x.shape[dim]",
-            "dim = -2\n    n = x.shape[dim]",
+            "limits = ",
+            "dim = -2\n    limits = ",
         ),
         "missing clamp": ("quant.quantize", ".round().clamp(0, 2**bits - 1)", ".round()"),
         "down, not to the nearest": ("quant.quantize", ".round()", ".floor()"),
@@ -118,8 +118,8 @@ WRONG = {
         "sum, not mean": ("train.layer_loss", "k.to(dtype))", 'k.to(dtype), reduction="sum")'),
         "zero": ("train.layer_loss", "return ((x @ pair.A) @ pair.B).sum() * 0"),
         "not rounded": ("train.layer_loss", "pair.bits < 16", "False"),
-        "clamped forgotten": ("train.layer_loss", "dim, pair.clamped", "dim"),
-        "wrong axis": ("train.layer_loss", "dim, pair.clamped", "-1, pair.clamped"),
+        "clamped forgotten": ("train.layer_loss", "**pair.quantizer(dim)", "dim"),
+        "wrong axis": ("train.layer_loss", "**pair.quantizer(dim)", "-1, pair.clamped"),
         "in float32": (
             "train.layer_loss",
             "c.to(dtype) @ pair.B.to(dtype), k.to(dtype)",
