@@ -20,7 +20,9 @@ Between sides the rule is the same, if errors are counted in what they cost the 
 this differs by factors of hundreds, and eigenvalues do not tell. So it is measured:
 
 1. Calibrate. Factors of all ranks come at once: those of rank r are the first r columns of A and
-   rows of B of full rank. They keep the output of the attention: see support/outputs.py.
+   rows of B of full rank. They keep the output of the attention: see support/outputs.py. Every
+   second text, here and for the next step, is its first half twice: a long context is there to be
+   looked up, and a model that copies reads its cache in layers where plain text hardly does.
 2. Probe: one side of one layer at a few ranks and bits, all else exact. What it costs is the KL
    divergence, in nats, of the next token's distribution from the exact model's, in decode mode.
    Lower layers see nothing of it, so a probe starts from the stored input of its layer.
@@ -68,7 +70,7 @@ from support.pictures import pyplot
 from support.probing import SIDES, Probe
 from support.processes import place, processes, say
 from support.tables import write_json
-from support.text import sample_tokens
+from support.text import sample_tokens, with_copies
 from support.tokenizer import load_tokenizer
 
 SHARES = (1 / 24, 1 / 3, 2 / 3, 1)  # of the channels, probed with each of `--widths`
@@ -218,12 +220,7 @@ def sizes(
 
 
 def write_plan(
-    out: Path,
-    plan: list[Choice],
-    factors: Factors,
-    model: Transformer,
-    costs: list,
-    widths: list[int],
+    out: Path, plan: list[Choice], factors: Factors, model: Transformer, costs: list, widths: list
 ) -> None:
     """Beside each other: the factors of a plan; its choices and the probed costs as JSON; and a
     picture of the choices."""
@@ -268,13 +265,16 @@ def run(args: argparse.Namespace) -> None:
         samples = sorted(sample_tokens(args.data, tokenizer, *drawn), key=Tensor.numel)
         texts = [text[:, -args.probe_len :] for text in samples[-args.passages :]]
         samples = samples[: -args.passages]
-        if not samples or texts[0].shape[1] <= window + sinks:
+        if not args.no_copies:
+            samples, texts = with_copies(samples), with_copies(texts)
+        if not samples or min(text.shape[1] for text in texts) <= window + sinks:
             raise UserError(f"{args.data} is too short to calibrate and to probe; give more text")
         if args.init == "attention":
             seen = calibrate(model, samples, sinks)
         else:
             seen = calibrate_outputs(model, samples, window, sinks)
-        probe = Probe(model, texts, window, sinks, args.predictions, args.spread)
+        spread = args.spread or args.probe_len // 2
+        probe = Probe(model, texts, window, sinks, args.predictions, spread)
 
         def probed(keys: list[tuple[int, int]]) -> Iterator[dict]:
             for i, n in keys:
@@ -309,7 +309,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_option(parser, "out", "factors files to write, one each", type=Path, **several)
     add_option(parser, "data", "text to calibrate and to probe on", type=Path, required=True)
     add_options(parser, "model samples seq-len passages", HELPS, samples=64, passages=2)
-    add_options(parser, "init widths group length probe-len predictions spread")
+    add_options(parser, "init no-copies widths group length probe-len predictions spread")
     add_options(parser, "window sinks seed device dtype", sinks=4)
     return parser.parse_args(argv)
 

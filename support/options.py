@@ -64,6 +64,9 @@ OPTIONS = {
         type=comma_list(one_of(quant.BITS, "number of bits")), default=[2, 3, 4],
         help="bits to choose from, beside 16",
     ),
+    "no-copies": dict(
+        help="leave texts as they are; else every second one is its first half, twice", **flag
+    ),
     "group": dict(
         type=number(int, 0), default=128,
         help="tokens that share a scale in each channel, a multiple of 32; 0: groups as in KIVI",
@@ -73,7 +76,7 @@ OPTIONS = {
     "predictions": dict(type=count, default=96, help="of a passage, to compare"),
     "spread": dict(
         type=count,
-        help="tokens at the end of a passage that predictions are spread over; without it, all",
+        help="tokens that predictions are spread over, a passage's last (half of --probe-len)",
     ),
     "measure-samples": dict(type=count, default=32, help="to measure losses on"),
     # cases

@@ -104,6 +104,13 @@ def sample_tokens(
     return [pieces[i] for i in order[:samples].tolist()]
 
 
+def with_copies(texts: list[Tensor]) -> list[Tensor]:
+    """Texts [1, T], but of every second one only the first half, twice."""
+    halves = [text[:, : text.shape[1] // 2] for text in texts]
+    both = enumerate(zip(texts, halves, strict=True))
+    return [torch.cat([half, half], 1) if n % 2 else text for n, (text, half) in both]
+
+
 def passages(ids: list[int], count: int, length: int) -> Tensor:
     """`count` passages of `length` tokens, spread evenly over a text, as [count, length]."""
     if len(ids) < count * length:

@@ -339,16 +339,31 @@ def test_an_interrupted_probing_goes_on(everything, tmp_path, capsys, monkeypatc
     assert contents(parts) == contents(whole)
 
 
-@pytest.mark.parametrize("init", ["outputs", "attention"])
-def test_factors_keep_what_is_asked_for(everything, tmp_path, capsys, init):
+@pytest.mark.parametrize("init, copies", [("outputs", True), ("attention", False)])
+def test_factors_keep_what_is_asked_for(everything, tmp_path, capsys, monkeypatch, init, copies):
     pytest.importorskip("matplotlib")
-    outs = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    arguments = flags(everything, *outs, init=init, passages=2)
-    assert call(budget, capsys, *arguments)[0] == 0
+    outs, probes = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], []
+
+    class Noted(Probe):
+        def __init__(self, *args):
+            super().__init__(*args)
+            probes.append((args[1], self.at))
+
+    monkeypatch.setattr(budget, "Probe", Noted)
+    arguments = flags(everything, *outs, init=init, passages=2, probe_len=30)
+    assert call(budget, capsys, *arguments, *["--no-copies"] * (not copies))[0] == 0
     model = load_model(everything / "model")
     tokenizer = load_tokenizer(everything / "model")
     drawn = sample_tokens(everything / "text.txt", tokenizer, 6 + 2, 50, 0, 2)
-    samples = sorted(drawn, key=torch.Tensor.numel)[:-2]
+    *samples, one, two = sorted(drawn, key=torch.Tensor.numel)
+    one, two = one[:, -30:], two[:, -30:]
+    if copies:
+        halves = [sample[:, : sample.shape[1] // 2] for sample in samples]
+        samples[1::2] = [torch.cat([half, half], 1) for half in halves[1::2]]
+        two = two[:, [*range(15), *range(15)]]
+    ((texts, at),) = probes
+    assert torch.equal(texts[0], one) and torch.equal(texts[1], two)
+    assert [own.tolist() for own in at] == [list(range(15, 30))] * 2
     seen = calibrate(model, samples, 2)
     if init == "outputs":
         seen = calibrate_outputs(model, samples, 4, 2)

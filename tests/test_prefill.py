@@ -84,12 +84,15 @@ def test_decode_equals_one_parallel_computation(shape, prompt, steps, window, fi
     sinks,
     st.sampled_from([2, 4, 16, 32]),
     st.sampled_from([2, 3, 8, 16, 32]),
+    groups,
 )
-def test_the_fast_cache_equals_the_plain_one(shape, prompt, steps, window, first, k_bits, v_bits):
+def test_the_fast_cache_equals_the_plain_one(
+    shape, prompt, steps, window, first, k_bits, v_bits, group
+):
     """Chunks, side-by-side pairs, absorbed values: other ways to the numbers of Figure 1b."""
     model = tiny_model(**shape)
     factors, tokens = make_factors(model, 5, 4), tiny_tokens(model, 2, prompt + steps)
-    factors = factors.in_bits(k_bits, v_bits)
+    factors = factors.in_bits(k_bits, v_bits).map(lambda pair: replace(pair, group=group))
     plain = bi_branch_cache(model, factors, window, kind=BiBranchCache, sinks=first)
     fast = bi_branch_cache(model, factors, window, kind=ChunkedBiBranchCache, sinks=first)
     for layer in fast:

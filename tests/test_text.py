@@ -153,6 +153,12 @@ def test_english_is_there_and_the_two_texts_are_apart(tmp_path, capsys):
 # ---------------------------------------------------------------------------- a model's own words
 
 
+def test_every_second_text_is_its_first_half_twice():
+    texts = [torch.arange(n)[None] for n in (3, 2, 4, 7)]
+    shown = [one[0].tolist() for one in text.with_copies(texts)]
+    assert shown == [[0, 1, 2], [0, 0], [0, 1, 2, 3], [0, 1, 2, 0, 1, 2]]
+
+
 def test_own_words_are_drawn_from_the_models_distribution():
     model = tiny_model(eos_token_ids=(3, 5))
     own = own_words.write_texts(model, 3, 12, torch.Generator().manual_seed(1))
