@@ -308,7 +308,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_option(parser, "remove", "shares of a full cache's bytes to remove", type=share, **several)
     add_option(parser, "out", "factors files to write, one each", type=Path, **several)
     add_option(parser, "data", "text to calibrate and to probe on", type=Path, required=True)
-    add_options(parser, "model samples seq-len passages", HELPS, samples=64, passages=2)
+    add_options(parser, "model samples seq-len passages", HELPS, samples=64, passages=4)
     add_options(parser, "init no-copies widths group length probe-len predictions spread")
     add_options(parser, "window sinks seed device dtype", sinks=4)
     return parser.parse_args(argv)

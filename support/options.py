@@ -72,7 +72,7 @@ OPTIONS = {
         help="tokens that share a scale in each channel, a multiple of 32; 0: groups as in KIVI",
     ),
     "length": dict(type=count, default=4000, help="tokens that the bytes are of"),
-    "probe-len": dict(type=count, default=512, help="tokens of a passage, its last"),
+    "probe-len": dict(type=count, default=256, help="tokens of a passage, its last"),
     "predictions": dict(type=count, default=96, help="of a passage, to compare"),
     "spread": dict(
         type=count,
