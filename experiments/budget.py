@@ -29,7 +29,7 @@ this differs by factors of hundreds, and eigenvalues do not tell. So it is measu
 3. Spend: every side begins with its least choice; then again and again the step is taken that
    lowers the sum of costs most for a byte. That costs add up is assumed, not known.
 
-For SmolLM2, two cores probe 8 minutes, after 2 of calibration. For LongChat-7B these would be
+For SmolLM2, two cores probe 11 minutes, after 2 of calibration. For LongChat-7B these would be
 64 sides x 12 probes x 1,024 tokens x 16.5 layers x 0.4 GFLOP = 5e15 operations, a minute or two for
 a GPU that does 1e14 a second, with 0.3 GB of stored inputs.
 """
