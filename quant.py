@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUP = 32  # elements that share a scale and a minimum
+GROUP = 32  # elements that share a scale and a minimum, unless a `group` is given
 BITS = (2, 3, 4, 8)
 TOKENS, CHANNELS = -2, -1  # the dimension along which neighbours form a group
 

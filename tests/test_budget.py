@@ -343,15 +343,22 @@ def test_an_interrupted_probing_goes_on(everything, tmp_path, capsys, monkeypatc
 def test_factors_keep_what_is_asked_for(everything, tmp_path, capsys, monkeypatch, init, copies):
     pytest.importorskip("matplotlib")
     outs, probes = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], []
+    groups_probed = set()
 
     class Noted(Probe):
         def __init__(self, *args):
             super().__init__(*args)
             probes.append((args[1], self.at))
 
+        def cost(self, i, pairs):
+            groups_probed.update(pair.group for pair in pairs.values())
+            return super().cost(i, pairs)
+
     monkeypatch.setattr(budget, "Probe", Noted)
-    arguments = flags(everything, *outs, init=init, passages=2, probe_len=30)
+    group = {} if copies else {"group": 0}
+    arguments = flags(everything, *outs, init=init, passages=2, probe_len=30, **group)
     assert call(budget, capsys, *arguments, *["--no-copies"] * (not copies))[0] == 0
+    assert groups_probed == {128 if copies else None}
     model = load_model(everything / "model")
     tokenizer = load_tokenizer(everything / "model")
     drawn = sample_tokens(everything / "text.txt", tokenizer, 6 + 2, 50, 0, 2)

@@ -134,13 +134,15 @@ def test_bits_per_element():
     assert quant.bits_per_element(2, 1) == 34
 
 
-def test_packed_storage_grows_rarely():
-    storage, places = Packed(4, TOKENS), set()
-    for _ in range(20):  # 640 tokens
-        storage.append(torch.randn(1, GROUP, 3))
+@pytest.mark.parametrize("group", [GROUP, 2 * GROUP, 16 * GROUP])
+def test_packed_storage_grows_rarely(group):
+    storage, places = Packed(4, TOKENS, group=group), set()
+    for _ in range(1280 // group):
+        storage.append(torch.randn(1, group, 3))
         places.add(tuple(t.data_ptr() for t in storage.tensors()))
-        assert storage.buffers[0].shape[1] * GROUP < storage.length + Packed.grow
-    assert len(places) <= 4
+        room = storage.buffers[0].shape[1] * group - storage.length
+        assert 0 <= room < Packed.grow and storage.packed == storage.length
+    assert len(places) <= 6
 
 
 @quick
