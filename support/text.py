@@ -106,9 +106,10 @@ def sample_tokens(
 
 def with_copies(texts: list[Tensor]) -> list[Tensor]:
     """Texts [1, T], but of every second one only the first half, twice."""
-    halves = [text[:, : text.shape[1] // 2] for text in texts]
-    both = enumerate(zip(texts, halves, strict=True))
-    return [torch.cat([half, half], 1) if n % 2 else text for n, (text, half) in both]
+    return [
+        text[:, : text.shape[1] // 2].repeat(1, 2) if n % 2 else text
+        for n, text in enumerate(texts)
+    ]
 
 
 def passages(ids: list[int], count: int, length: int) -> Tensor:
