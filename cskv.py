@@ -22,7 +22,7 @@ itself is frozen: it still reads the prompt with the exact W_K and W_V.
     K^, V^              k_hat, v_hat              rebuilt keys and values
 
 Section 2.1 is `BiBranchCache`, section 2.2 where the factors start (train.py goes on from there).
-Then follows `ChunkedBiBranchCache`: the same in less time and memory. Shapes as in model.py.
+beyond/segments.py has a cache of the same latents that is faster. Shapes as in model.py.
 
 Sources:
     [1] Wang et al., 2024, the paper
@@ -136,13 +136,14 @@ class BiBranchCache(LayerCache):
         slot = t if t < self.sinks else self.sinks + (t - self.sinks) % self.window
         self.k = reserve(self.k, t + 1, most=self.sinks + self.window)
         self.v = reserve(self.v, t + 1, most=self.sinks + self.window)
-        self.k[:, :, slot], self.v[:, :, slot] = rope.rotate(k, t)[:, :, 0], v[:, :, 0]
+        q, k = rope.rotate(torch.cat([q, k], dim=1), t).split([q.shape[1], k.shape[1]], dim=1)
+        self.k[:, :, slot], self.v[:, :, slot] = k[:, :, 0], v[:, :, 0]
         # 3. Which token through which branch: first .. old - 1 compressed, sinks and ring full.
         S, seen = min(t + 1, self.sinks), max(0, t + 1 - (self.sliding_window or t + 1))
         m = min(t + 1 - S, self.window)
         first, old, full = max(S, seen), t + 1 - m, slice(min(S, seen), S + m)
         k, v = self.k[:, :, full], self.v[:, :, full]  # [B, H_kv, n, D]
-        return self.attend(rope.rotate(q, t), k, v, first, old, rope)
+        return self.attend(q, k, v, first, old, rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, first: int, old: int, rope: Rope) -> Tensor:
         """The rest of Figure 1b: q [B, H, 1, D] over the tokens first .. old - 1 of the compressed
@@ -150,7 +151,8 @@ class BiBranchCache(LayerCache):
         start, stop = first - self.sinks, old - self.sinks  # sinks have no latents
 
         def rebuild(c: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
-            hat = F.linear(c.to(B.dtype), B.T, bias)  # [B, old - first, d_kv]
+            hat = c.float() @ B.float()  # [B, old - first, d_kv]
+            hat = hat if bias is None else hat + bias.float()
             return hat.unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, H_kv, old - first, D]
 
         # 4. Old keys and values are rebuilt, the keys rotated to their positions.
@@ -319,78 +321,8 @@ def output_metric(attention: Attention) -> Tensor:
     return M + least * torch.eye(len(M)).to(M)
 
 
-# ----------------------------------------------------------- the same cache in less time and memory
-
-
-def interleave_rope_pairs(x: Tensor) -> Tensor:
-    """Puts the channels f and f + D/2 of x [..., D], which RoPE turns together, side by side."""
-    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-
-
-class ChunkedBiBranchCache(BiBranchCache):
-    """`BiBranchCache`, with three devices in the place of its steps 4 and 5.
-
-    Chunks: old keys are rebuilt some tokens at a time, so the working memory of a step is one chunk
-    however long the sequence is. On a CPU a chunk also stays in the processor's cache.
-    Side-by-side pairs: the columns of B_k are stored so that the two channels that RoPE turns
-    together come out as neighbours. They are a complex number then, and RoPE one multiplication.
-    Absorbed values: p (C_v B_v) = (p C_v) B_v. So values are never rebuilt: they cost r_v
-    operations a token and head, not D. RoPE forbids it for keys (but see support/absorbed.py).
-    """
-
-    def __init__(self, attention: Attention, factors: LayerFactors, *args, **more):
-        super().__init__(attention, factors, *args, **more)
-        self.H_kv = attention.config.num_key_value_heads
-        on_cpu = self.B_k.device.type == "cpu"
-        # On a CPU in 32 bits and 2 MB of keys at a time; a GPU wants few and large steps.
-        self.chunk = max(1024, 2**19 // self.B_k.shape[1]) if on_cpu else 8192
-        dtype = torch.float32 if on_cpu else self.B_k.dtype
-
-        def heads(x: Tensor | None) -> Tensor | None:  # [..., d_kv] -> [..., H_kv, D]
-            return None if x is None else x.to(dtype).unflatten(-1, (self.H_kv, self.D))
-
-        self.B_k = interleave_rope_pairs(heads(self.B_k)).flatten(-2).T.contiguous()  # [d_kv, r_k]
-        self.B_v = heads(self.B_v).transpose(0, 1).contiguous()  # [H_kv, r_v, D]
-        if self.k_bias is not None:
-            self.k_bias = interleave_rope_pairs(heads(self.k_bias)).flatten()  # [d_kv]
-            self.v_bias = heads(self.v_bias)[:, None]  # [H_kv, 1, D]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, first: int, old: int, rope: Rope) -> Tensor:
-        (B, H, _, D), n, S = q.shape, old - first, self.sinks
-        chunks = [(s, min(s + self.chunk, old)) for s in range(first, old, self.chunk)]
-        # 4. Scores; queries of a group share a key head.
-        q = q.view(B, self.H_kv, -1, D) / math.sqrt(D)  # [B, H_kv, G, D]
-        scores = q.new_empty(*q.shape[:3], n + k.shape[2], dtype=torch.float32)
-        q_pairs = interleave_rope_pairs(q).float()
-        for s, e in chunks:
-            c_k = self.c_k.read(s - S, e - S).to(self.B_k.dtype)  # [B, e - s, r_k]
-            scores[..., s - first : e - first] = self.old_scores(q_pairs, c_k, s, rope)
-        scores[..., n:] = q.float() @ k.transpose(-1, -2).float()
-        # 5. One softmax over both branches, then the values of both.
-        p = scores.softmax(-1).to(self.B_v.dtype)  # [B, H_kv, G, n + those of k]
-        out = p[..., n:] @ v.to(p.dtype)  # [B, H_kv, G, D]
-        if chunks:
-            p_old = p[..., :n].flatten(1, 2)  # [B, H, n]: all heads share the latents
-            p_c = sum(
-                p_old[..., s - first : e - first] @ self.c_v.read(s - S, e - S).to(p.dtype)
-                for s, e in chunks
-            )  # [B, H, r_v]
-            out = out + p_c.view(B, self.H_kv, -1, p_c.shape[-1]) @ self.B_v
-            if self.v_bias is not None:
-                out = out + p[..., :n].sum(-1, keepdim=True) * self.v_bias
-        return out.to(v.dtype).reshape(B, H, 1, D)
-
-    def old_scores(self, q: Tensor, c_k: Tensor, s: int, rope: Rope) -> Tensor:
-        """q [B, H_kv, G, D] with the keys of c_k [B, n, r_k], from token s on: [B, H_kv, G, n]."""
-        n, pairs = c_k.shape[1], q.shape[-1] // 2
-        k_hat = F.linear(c_k, self.B_k, self.k_bias).float()  # [B, n, d_kv]
-        k_hat = k_hat.view(*k_hat.shape[:2], self.H_kv, pairs, 2)  # pairs: complex numbers
-        torch.view_as_complex(k_hat).mul_(rope.cis[s : s + n, None, :pairs])  # RoPE, in place
-        return q @ k_hat.flatten(3).permute(0, 2, 3, 1)
-
-
 def bi_branch_cache(
-    model: Transformer, factors: Factors, window=32, expected=0, kind=ChunkedBiBranchCache, sinks=0
+    model: Transformer, factors: Factors, window=32, expected=0, kind=BiBranchCache, sinks=0
 ) -> list[LayerCache]:
     """A cache of that kind for every layer of `model`; other arguments are those of the class."""
     return [

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cskv import BiBranchCache, ChunkedBiBranchCache, Factors, bi_branch_cache
+from beyond.segments import FastCache
+from cskv import BiBranchCache, Factors, bi_branch_cache
 from model import LayerCache, Transformer, full_cache
-from support.absorbed import AbsorbedBiBranchCache, cheapest_kind
 from support.checkpoint import load_model
 from support.command import DTYPES, Arguments, UserError, number, run_command, use_device
 from support.demonstration import ENGLISH, FACTORS, TEACHER, read_case, shorten
@@ -29,8 +29,7 @@ from support.processes import say
 from support.text import check_finite, check_prompt
 from support.tokenizer import Tokenizer, load_tokenizer
 
-KINDS = {"cskv-rebuilt": ChunkedBiBranchCache, "cskv-absorbed": AbsorbedBiBranchCache}
-KINDS["cskv-plain"] = BiBranchCache
+KINDS = {"cskv": FastCache, "cskv-plain": BiBranchCache}
 
 
 def make_sampler(temperature: float, top_p: float, seed: int) -> Callable[[Tensor], int]:
@@ -180,8 +179,7 @@ def run(args: argparse.Namespace) -> None:
         if name == "full":
             cache, nominal = full_cache(model, expected), 0.0
         else:
-            kind = KINDS[name] if name in KINDS else cheapest_kind(model, factors)
-            cache = bi_branch_cache(model, factors, args.window, expected, kind, args.sinks)
+            cache = bi_branch_cache(model, factors, args.window, expected, KINDS[name], args.sinks)
             nominal = nominal_ratio(model, factors)
         sample = make_sampler(args.temperature, args.top_p, args.seed)
         stream = [] if args.json else [lambda text: print(text, end="", flush=True)]
@@ -204,8 +202,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", help="text to answer or to continue (without --model: a LongEval case)")
     add("--model", default=TEACHER, help="checkpoint folder or hub name (the embedded model)")
     add("--factors", help="factors file for this model, made by train.py")
-    kinds = "cskv: the cheaper of cskv-rebuilt and cskv-absorbed; cskv-plain: the class to read"
-    add("--cache", choices=["cskv", *KINDS, "full"], default="cskv", help=kinds)
+    kinds = "cskv: fast, for some quality, since old keys share positions; cskv-plain: the paper's"
+    add("--cache", choices=[*KINDS, "full"], default="cskv", help=kinds)
     add("--compare", action="store_true", help="answer from the full cache as well, side by side")
     window = "newest tokens kept in full precision: costs memory, helps a little (32)"
     add("--window", type=number(int, 1), default=32, help=window)

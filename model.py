@@ -67,7 +67,6 @@ class Rope:
     """Rotary position embedding [2]: at position t, the channel pair f is turned by t * w_f.
 
     A head's D channels form D/2 pairs; Hugging Face checkpoints pair them half-split, (f, f + D/2).
-    `cis[t, f]` = exp(i t w_f), so turning a pair is one complex multiplication.
     """
 
     def __init__(self, config: Config):
@@ -83,7 +82,6 @@ class Rope:
             w = ramp * w + (1 - ramp) * w / scaling["factor"]
         self.frequencies = w  # [D/2]
         self.cos = self.sin = torch.empty(0, D // 2)  # [positions, D/2]
-        self.cis = torch.empty(0, D // 2, dtype=torch.complex64)
 
     def reach(self, length: int, device: torch.device) -> None:
         """Extends the tables to `length` positions on `device`."""
@@ -91,7 +89,6 @@ class Rope:
             t = torch.arange(-(-length // 1024) * 1024, dtype=torch.float32)
             angle = torch.outer(t, self.frequencies)  # [positions, D/2]
             self.cos, self.sin = angle.cos().to(device), angle.sin().to(device)
-            self.cis = torch.complex(self.cos, self.sin)
 
     def rotate(self, x: Tensor, start: int) -> Tensor:
         """Turns x [..., T, D], half-split, standing at positions start .. start + T - 1."""

@@ -24,6 +24,7 @@ keys and latents do, loses most of its levels, or all but one:
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -145,15 +146,22 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return torch.cat(rows, TOKENS).flatten(-3, -2)
 
 
+@lru_cache
+def shifts(width: int, device: torch.device) -> Tensor:
+    """How far each code of a byte is from its lowest bit, [8 / width, 1, 1]."""
+    return torch.arange(0, 8, width, dtype=torch.uint8, device=device)[:, None, None]
+
+
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """The codes [..., T, C] that `pack` got."""
-    blocks = packed.unflatten(TOKENS, (-1, GROUP * bits // 8))  # [..., T / 32, 4 * bits, C]
+    if bits == 8:
+        return packed
+    blocks = packed.unflatten(TOKENS, (-1, 1, GROUP * bits // 8))  # [..., T / 32, 1, 4 * bits, C]
     codes = []
     for width, lowest in fields(bits):
-        rows = blocks.narrow(TOKENS, GROUP * lowest // 8, GROUP * width // 8).unsqueeze(-3)
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+        rows = blocks.narrow(TOKENS, GROUP * lowest // 8, GROUP * width // 8)
         # All parts of a byte at once, then in place: few and large steps, little new memory.
-        parts = rows >> shifts[:, None, None]  # [..., T / 32, 8 / width, 4 * width, C]
+        parts = rows >> shifts(width, packed.device)  # [..., T / 32, 8 / width, 4 * width, C]
         parts &= 2**width - 1
         codes.append(parts.flatten(-4, -2))
     return codes[0] if len(codes) == 1 else codes[0].add_(codes[1], alpha=4)  # low + 4 high
@@ -215,6 +223,8 @@ class Packed:
     def read(self, start: int, stop: int) -> Tensor:
         """The tokens from `start` to `stop` - 1 again, [B, stop - start, C] in float32."""
         start, stop, end, waiting = max(0, start), max(0, stop), self.packed, self.waiting
+        if start >= end:
+            return waiting[:, start - end : stop - end].float()
         G = self.group
         first, last = min(start, end) // G, -(-min(stop, end) // G)  # groups they lie in
         n, m = (last - first) * G, max(0, stop - end)  # packed and waiting tokens, side by side
@@ -222,9 +232,20 @@ class Packed:
         if n:
             packed, scale, minimum = (buffer[:, first:last] for buffer in self.buffers)
             blocks = x[:, :n].unflatten(1, (-1, G))  # [B, n / 32, 32, C]
-            dequantize(Quantized(unpack(packed, self.bits), scale, minimum), self.dim, blocks, G)
+            codes = unpack(packed, self.bits)
+            if self.dim == TOKENS:  # a scale and a minimum for each block and channel
+                blocks.copy_(codes).mul_(scale).add_(minimum)
+            else:
+                dequantize(Quantized(codes, scale, minimum), self.dim, blocks, G)
         x[:, n:] = waiting[:, :m]
         return x[:, start - first * G : stop - first * G]
+
+    def quantized(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The packed tokens from `start` to `stop` - 1, multiples of 32, as they are: codes, scales
+        and minima of groups along tokens, [B, tokens, C] and [B, groups, C] twice."""
+        groups = slice(start // self.group, stop // self.group)
+        packed, scale, minimum = (buffer[:, groups] for buffer in self.buffers)
+        return unpack(packed, self.bits).flatten(1, 2), scale.squeeze(2), minimum.squeeze(2)
 
     def tensors(self) -> list[Tensor]:
         return [*self.buffers, self.waiting] if self.length else []

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cskv import ChunkedBiBranchCache, LayerFactors
+from cskv import BiBranchCache, LayerFactors
 from model import Attention, Config, LayerCache, Rope, reserve
 from quant import BITS, CHANNELS, TOKENS, Packed
 from support.command import UserError
@@ -337,7 +337,7 @@ class KiviCache(LayerCache):
         return [*self.k.tensors(), *self.v.tensors(), self.first_k, self.first_v]
 
 
-class LowRankCache(ChunkedBiBranchCache):
+class LowRankCache(BiBranchCache):
     """Channel shrinking alone, as Table 1's ASVD: W_K and W_V replaced by A B [4].
 
     Every token, of the prompt too, attends and is attended with k = x A_k B_k and v = x A_v B_v,
@@ -352,16 +352,15 @@ class LowRankCache(ChunkedBiBranchCache):
     ):
         pairs = (replace(pair, bits=bits) for pair in (factors.k, factors.v))
         super().__init__(attention, LayerFactors(*pairs), 1, expected)
-        biases = (
-            None if p.bias is None else p.bias.to(factors.k.A)
-            for p in (attention.k_proj, attention.v_proj)
-        )
-        self.projections = list(zip((factors.k, factors.v), biases, strict=True))
+        self.projections = (factors.k, self.k_bias), (factors.v, self.v_bias)
 
     def project(self, x: Tensor) -> list[Tensor]:
         """x [B, T, hidden] -> keys and values x A B, [B, H_kv, T, D] each."""
-        kv = [F.linear(x @ pair.A, pair.B.T, bias) for pair, bias in self.projections]
-        return [y.unflatten(-1, (self.H_kv, self.D)).transpose(1, 2) for y in kv]
+        kv = []
+        for pair, bias in self.projections:
+            y = F.linear(x @ pair.A, pair.B.T, None if bias is None else bias.to(pair.B))
+            kv.append(y.unflatten(-1, (-1, self.D)).transpose(1, 2))
+        return kv
 
     def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """The whole prompt, not exactly: k and v are replaced."""

@@ -4,9 +4,8 @@
     streaming   StreamingLLM: 4 sinks and the newest tokens          a ratio removes tokens
     h2o         H2O: the newest tokens and the most attended         a ratio removes tokens
     asvd        factors in the place of W_K and W_V themselves       a ratio removes channels
-    cskv        factors beside W_K and W_V, and a window             a ratio removes channels
-    cskv-plain  the same, computed step by step as in Figure 1       a ratio removes channels
-    cskv-absorbed  the same, with slow channels of keys not rebuilt  a ratio removes channels
+    cskv-plain  factors beside W_K and W_V, and a window: the paper  a ratio removes channels
+    cskv        the same latents, old keys not rebuilt: the fast one a ratio removes channels
     kivi-4      KIVI in 4 bits (2, 3 and 8 as well)                  every token and channel
 
 A `Kind` says how a cache of that name is made; a `Row` is one of them with its settings. All hold
@@ -22,11 +21,11 @@ from types import SimpleNamespace
 
 import torch
 
-from cskv import BiBranchCache, ChunkedBiBranchCache, Factors, LowRank
+from beyond.segments import FastCache
+from cskv import BiBranchCache, Factors, LowRank
 from experiments.baselines import HeavyHitterCache, KiviCache, LowRankCache, StreamingCache
 from infer import full_bytes, nominal_ratio
 from model import FullCache, LayerCache, Transformer
-from support.absorbed import AbsorbedBiBranchCache
 from support.calibration import init_factors, rank_for
 from support.command import UserError, comma_list, one_of
 from support.options import add_option, add_options
@@ -116,9 +115,8 @@ CACHES = {
     "asvd": Kind(
         lambda s: LowRankCache(s.attention, s.factors, s.expected), CHANNELS, "tab:orange"
     ),
-    "cskv": bi_branch(ChunkedBiBranchCache, "tab:blue"),
-    "cskv-plain": bi_branch(BiBranchCache),
-    "cskv-absorbed": bi_branch(AbsorbedBiBranchCache),
+    "cskv": bi_branch(FastCache, "tab:blue"),
+    "cskv-plain": bi_branch(BiBranchCache, "tab:cyan"),
     "kivi-2": kivi(2, "limegreen"),
     "kivi-3": kivi(3),
     "kivi-4": kivi(4, "tab:green"),
@@ -190,6 +188,7 @@ def make_rows(
     inits: Sequence[str] = (),
     bits: list[int] | None = None,
     clamped: bool = False,
+    group: int | None = None,
     window: int = 32,
     sinks: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -201,6 +200,7 @@ def make_rows(
         make_factors: gives factors for one of the `inits` and a rank.
         files: further factors and their names; they have ranks of their own.
         bits: of cskv's latents; None takes those of the factors. `clamped`: see quant.py.
+        group: tokens that share a scale, for factors that are made here; None: KIVI's groups.
         equal: a number of tokens, at which `ratios` are of bytes really held: the size of each
             cache, tokens kept or rank, is the largest that holds no more.
     """
@@ -223,6 +223,7 @@ def make_rows(
 
     def channel_row(name: str, ratio: float, init: str, width: int | None) -> Row | None:
         def shrunk(factors: Factors) -> Row:
+            factors = factors.map(lambda pair: replace(pair, group=group))
             return row(name, ratio, factors.in_bits(width, width, clamped), origin=init)
 
         def of_rank(rank: int) -> Row:

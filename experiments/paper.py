@@ -100,17 +100,17 @@ class Experiment:
     def cskv(
         self, recipe: Recipe, ratio: float | None = None, window: int = 32, sinks: int = 0, **bits
     ) -> Row:
-        """CSKV with the recipe's factors; `bits` are those of `Factors.in_bits`."""
+        """The paper's cache with the recipe's factors; `bits` are those of `Factors.in_bits`."""
         name = recipe.init + (", trained" if recipe.trained else "")
         name += f" in {recipe.bits} bits" if recipe.trained and recipe.bits < 16 else ""
         name += f", lr {recipe.lr:g}" if recipe.lr else ""
         (factors,) = self.store.factors(recipe)
         settings = {"dtype": self.dtype, "origin": name, "window": window, "sinks": sinks}
         ratio = recipe.k_ratio if ratio is None else ratio
-        return make_row(self.store.model, "cskv", ratio, factors.in_bits(**bits), **settings)
+        return make_row(self.store.model, "cskv-plain", ratio, factors.in_bits(**bits), **settings)
 
     def budgets(self) -> list[Row]:
-        """CSKV with ranks and bits of a budget, and 4 sinks: a row for each file."""
+        """The fast cache with ranks and bits of a budget, and 4 sinks: a row for each file."""
         settings, rows = {"origin": "budget", "sinks": 4, "dtype": self.dtype}, []
         for own in self.files:
             ratio = nominal_ratio(self.store.model, own.in_bits(16, 16))  # of channels alone
@@ -189,7 +189,8 @@ def table1(e: Experiment) -> None:
     more = []
     for row in rows:
         theirs = not row.sinks and (row.origin.startswith("asvd") or not row.origin)
-        number = paper_number("table1", cache=row.cache, ratio=row.ratio) if theirs else ""
+        name = row.cache.removesuffix("-plain")
+        number = paper_number("table1", cache=name, ratio=row.ratio) if theirs else ""
         more.append({"paper": number})
     result = e.scores(rows, more, by_lines=True)
     own = ["question", "lines", "cache", "factors", "bits", "sinks", "ratio"]

@@ -5,11 +5,8 @@
 `decode` of every cache is timed, after a prompt of random numbers; projections and MLP, which are
 the same for all, are left out. Beside the time stands what bounds it:
 
-    mflop         multiplications and additions of its matrix products
-    read_mb       bytes that it has to read: the cache, and the factors A and B
-    gpu_mflop_us  these operations over 990 TFLOPS, the peak of an H100 in 16 bits
-    gpu_read_us   these bytes over its 3.35 TB/s, numbers of 32 bits counted as ones of 16
-    difference    of the output of cskv-absorbed from that of cskv, over the largest output
+    mflop      multiplications and additions of its matrix products
+    read_mb    bytes that it has to read: the cache, and the factors A and B
 """
 
 import random
@@ -29,11 +26,11 @@ from support.calibration import init_factors
 from support.shapes import shape_config
 
 
-def bytes_read(cache: LayerCache, most: int = 4) -> int:
-    """Of the cache and its factors, with at most `most` bytes a number."""
-    factors = [getattr(cache, name, None) for name in ("A_k", "A_v", "B_k", "B_v", "B_slow")]
+def bytes_read(cache: LayerCache) -> int:
+    """Of the cache and its factors."""
+    factors = [getattr(cache, name, None) for name in ("A_k", "A_v", "B_k", "B_v")]
     tensors = [*cache.tensors(), *(t for t in factors if t is not None)]
-    return sum(t.numel() * min(t.element_size(), most) for t in tensors)
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @torch.no_grad()
@@ -57,7 +54,7 @@ def measure_shape(
 
     rows = make_rows(model, make_factors=random_factors, inits=[""], dtype=dtype, **settings)
     caches = {" ".join(row.label.split()): make_cache(model, row, tokens)[0] for row in rows}
-    prompt, times, outs = list(inputs(length)), {label: [] for label in caches}, {}
+    prompt, times = list(inputs(length)), {label: [] for label in caches}
     for cache in caches.values():
         cache.remember(*prompt, model.rope)
     order = random.Random(0)  # no one always runs behind the same one
@@ -66,7 +63,7 @@ def measure_shape(
         for label in order.sample(list(caches), len(caches)):
             start = clock(device)
             for new in news:
-                outs[label] = caches[label].decode(*new, model.rope)
+                caches[label].decode(*new, model.rope)
             times[label].append((clock(device) - start) / steps)
     result = []
     for label, cache in caches.items():
@@ -75,8 +72,5 @@ def measure_shape(
             cache.decode(*news[0], model.rope)
         row = {"cache": label, "tokens": length, "decode_ms": ms, "decode_ratio": ms / full}
         row |= {"mflop": counter.get_total_flops() / 1e6, "read_mb": bytes_read(cache) / 1e6}
-        row |= {"gpu_mflop_us": row["mflop"] / 990, "gpu_read_us": bytes_read(cache, 2) / 3.35e6}
-        other = outs.get(label.replace("-absorbed", ""), outs[label])
-        row["difference"] = float((outs[label] - other).abs().max() / other.abs().max())
         result.append(row)
     return result

@@ -6,7 +6,7 @@ Every round times all caches one after the other, so that a slow moment of the m
 them; what is printed are ratios of medians over the rounds. The rank decides the time, the values
 of the factors do not, so they come from `svd`, which needs no text; `--factors` files with ranks
 and bits of their own come on top. If the transformers package is there, the same checkpoint runs in
-it with its DynamicCache.
+it with its DynamicCache and, if the package hqq is there too, with its QuantizedCache.
 
 Beside the time stands what bounds it, for one decode step: `cache_mb`, the bytes that the cache
 holds, nearly all of which a step reads (cskv does not read the latents of its window), and `mflop`,
@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -36,14 +37,24 @@ from experiments.measuring import clock
 from experiments.shapes import measure_shape
 from infer import held_bytes
 from model import Transformer
+from support import figures
 from support.calibration import init_factors
 from support.checkpoint import load_model
-from support.command import DTYPES, Arguments, UserError, check_writable, run_command, use_device
+from support.command import (
+    DTYPES,
+    Arguments,
+    UserError,
+    check_writable,
+    number,
+    run_command,
+    use_device,
+)
 from support.factors_file import load_factors
-from support.options import add_options
+from support.options import add_option, add_options
+from support.pictures import pyplot
 from support.shapes import SHAPES
 from support.tables import table, write_json
-from support.transformers_runner import Runner, transformers_runner
+from support.transformers_runner import Runner, transformers_runners
 
 
 def our_runners(
@@ -80,9 +91,12 @@ def timed(device: str, function: Callable, *args: object) -> float:
 
 
 @torch.no_grad()
-def compare(runners: dict[str, Runner], prompt: Tensor, rounds: int, steps: int) -> list[dict]:
+def compare(
+    runners: dict[str, Runner], prompt: Tensor, rounds: int, steps: int, prefills: int = 2
+) -> list[dict]:
     """A row for each runner: seconds to prefill `prompt` [1, T] and milliseconds of a decode step
-    as medians, and their ratios to those of "full"."""
+    as medians, and their ratios to those of "full". The first of several prefills warms up, and so
+    does a round before the `rounds` that count."""
     device, one, caches = prompt.device, prompt[:, :1], {}
     prefill, decode = ({name: [] for name in runners} for _ in range(2))
 
@@ -90,9 +104,10 @@ def compare(runners: dict[str, Runner], prompt: Tensor, rounds: int, steps: int)
         for _ in range(steps):
             runners[name][1](one, caches[name])
 
-    bar = tqdm(total=2 * (rounds + 1) * len(runners), desc=f"{prompt.shape[1]} tokens", leave=False)
+    total = (prefills + rounds + 1) * len(runners)
+    bar = tqdm(total=total, desc=f"{prompt.shape[1]} tokens", leave=False)
     order = random.Random(0)  # no one always runs behind the same one
-    for _ in range(rounds + 1):
+    for _ in range(prefills):
         for name in order.sample(list(runners), len(runners)):
             caches.pop(name, None)  # its memory is free before the next one takes some
             caches[name] = runners[name][0]()
@@ -105,8 +120,8 @@ def compare(runners: dict[str, Runner], prompt: Tensor, rounds: int, steps: int)
     bar.close()
     rows = []
     for name in runners:
-        p, d = median(prefill[name][1:]), median(decode[name][1:])  # the first round warms up
-        full_p, full_d = median(prefill["full"][1:]), median(decode["full"][1:])
+        p, full_p = (median(prefill[key][1:] or prefill[key]) for key in (name, "full"))
+        d, full_d = (median(decode[key][1:]) for key in (name, "full"))
         row = {"cache": name, "tokens": prompt.shape[1]}
         row |= {"prefill_s": p, "prefill_ratio": p / full_p}
         row |= {"decode_ms": 1e3 * d, "decode_ratio": d / full_d, "cache_mb": None, "mflop": None}
@@ -124,16 +139,23 @@ def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     use_device(args.device)
     check_writable(args.json)
+    check_writable(args.picture)
+    if args.picture:
+        pyplot()  # if it is missing, that is known before the work and not after
     torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype]
     settings = {"bits": args.bits, "window": args.window, "sinks": args.sinks}
+    settings["group"] = args.group or None
     if args.shape:
         sizes, names = (args.rounds, args.steps, args.device, dtype), ["full", *args.caches]
         settings |= {"names": list(dict.fromkeys(names)), "ratios": args.ratios}
         lengths = args.lengths
         rows = [row for n in lengths for row in measure_shape(args.shape, n, *sizes, **settings)]
         print(table(rows))
-        return write_json(args.json, rows)
+        write_json(args.json, rows)
+        if args.picture:
+            figures.time_against_tokens(rows, args.picture)
+        return
     if args.model is None:
         raise UserError("give a checkpoint, --model FOLDER, or a --shape without weights")
     model = load_model(args.model, args.device, dtype)
@@ -142,30 +164,35 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"{max(args.lengths) + more} tokens exceed the context of {model.config.context_length}"
         )
-    theirs = transformers_runner(args.model, args.device, dtype)
-    if theirs is None:
+    theirs = transformers_runners(args.model, args.device, dtype)
+    if not theirs:
         print("transformers is not installed: ours only", file=sys.stderr)
     rows, generator = [], torch.Generator()
     files = [(file.stem, load_factors(file, model)) for file in args.factors]
     for length in args.lengths:
         settings["files"] = files
         runners = our_runners(model, args.caches, args.ratios, length + more, **settings)
-        if theirs:
-            runners["transformers, DynamicCache"] = theirs
+        runners |= theirs
         drawn = torch.randint(
             model.config.vocab_size, (1, length), generator=generator.manual_seed(0)
         )
-        rows += compare(runners, drawn.to(args.device), args.rounds, args.steps)
+        prompt = drawn.to(args.device)
+        rows += compare(runners, prompt, args.rounds, args.steps, args.prefills)
     print(table(rows))
     write_json(args.json, rows)
+    if args.picture:
+        figures.time_against_tokens(rows, args.picture)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
     add_cache_options(parser)
-    add_options(parser, "model lengths factors bits", bits=[16, 4], model=None)
+    add_options(parser, "model lengths factors bits group", bits=[16, 4], group=0, model=None)
     parser.add_argument("--shape", choices=SHAPES, help="instead of a checkpoint: random weights")
     add_options(parser, "rounds steps threads device dtype json", steps=8)
+    prefills = {"type": number(int, 1), "default": 2}
+    add_option(parser, "prefills", "the first of several warms up; 1 for long prompts", **prefills)
+    add_option(parser, "picture", "draw milliseconds against tokens, a PNG", type=Path)
     return parser.parse_args(argv)
 
 

@@ -159,3 +159,20 @@ def budget_plan(rows: list[dict], path: Path) -> None:
     axis.set_xticks(range(layers))
     figure.colorbar(image, label="rank", pad=0.01)
     save_figure(figure, path)
+
+
+def time_against_tokens(rows: list[dict], path: Path) -> None:
+    """Milliseconds of a decode step against tokens, a line for each cache of experiments.speed."""
+
+    def fill(axis, _: str, lines: dict) -> None:
+        for name, points in lines.items():
+            x, y = ([point[key] for point in points] for key in ("tokens", "decode_ms"))
+            full, theirs = name == "full", name.startswith("transformers")
+            style = {"color": "black"} if full else {"linestyle": "--"} if theirs else {}
+            axis.plot(x, y, marker="o", label=name, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted({row["tokens"] for row in rows}))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+
+    labels = {"xlabel": "tokens in the cache", "ylabel": "milliseconds of a decode step"}
+    draw({"": grouped(rows, "cache")}, fill, path, yscale="log", **labels)

@@ -1,6 +1,8 @@
 """The same checkpoint in the transformers package, if it is there, to compare times with."""
 
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -9,15 +11,22 @@ from torch import Tensor
 Runner = tuple[Callable[[], object], Callable[[Tensor, object], Tensor]]
 
 
-def transformers_runner(path: str, device: str, dtype: torch.dtype) -> Runner | None:
-    """The same checkpoint in the transformers package, or None without it."""
-    try:
-        from transformers import AutoModelForCausalLM, DynamicCache
-    except ImportError:
-        return None
+def transformers_runners(path: str, device: str, dtype: torch.dtype) -> dict[str, Runner]:
+    """The same checkpoint in the transformers package with its full cache and, where the package
+    hqq is installed, with its quantized one in 4 and in 2 bits. None without the package."""
+    if not find_spec("transformers"):
+        return {}
+    from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache
+
     theirs = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
 
     def run(tokens: Tensor, cache: object) -> Tensor:
         return theirs(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
 
-    return DynamicCache, run
+    runners = {"transformers, DynamicCache": (DynamicCache, run)}
+    if find_spec("hqq"):
+        for bits in (4, 2):
+            axes = {"axis_key": 1, "axis_value": 1}  # the only ones that this backend has
+            cache = partial(QuantizedCache, "hqq", theirs.config, nbits=bits, **axes)
+            runners[f"transformers, QuantizedCache {bits} bits"] = (cache, run)
+    return runners

@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,9 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quant
-from cskv import BiBranchCache, ChunkedBiBranchCache, Factors
+from beyond.segments import FastCache
+from cskv import BiBranchCache, Factors
 from model import Config, Transformer
-from support import absorbed
 from support.calibration import calibrate, init_factors
 from support.command import run_command
 
@@ -181,6 +180,13 @@ def naive_forward(
 
 # --------------------------------------------------------------------------- caches and commands
 
+
+class OneToken(FastCache):
+    """Segments of one token: the fast cache with the positions of the plain one."""
+
+    segments = ((1, 0),)
+
+
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 
 shapes = st.fixed_dictionaries(
@@ -195,7 +201,7 @@ shapes = st.fixed_dictionaries(
 lengths = st.integers(1, 24)
 windows = st.integers(1, 30)
 sinks = st.sampled_from([0, 1, 4])
-kinds = st.sampled_from([BiBranchCache, ChunkedBiBranchCache])
+kinds = st.sampled_from([BiBranchCache, OneToken])
 bits = st.sampled_from([2, 3, 4, 8])
 groups = st.sampled_from([None, 32, 64])  # of latents; see LowRank
 
@@ -207,18 +213,6 @@ def make_factors(model, k_rank, v_rank, init="optimal", seed=0):
     k_ranks = [max(1, min(most, k_rank + i)) for i in range(n)]
     v_ranks = [max(1, min(most, v_rank - i)) for i in range(n)]
     return init_factors(init, model, k_ranks, v_ranks, statistics)
-
-
-def most_slow(config, length, precision=1e-6):
-    """The split of absorbed keys with most slow pairs in segments of `length` tokens."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(absorbed, "LENGTHS", (length,))
-        return max(absorbed.possible_splits(config, precision), key=lambda split: split.slow)
-
-
-def absorb_most(monkeypatch):
-    """Tiny models turn fast and have few channels: let them absorb what would not pay."""
-    monkeypatch.setattr(absorbed, "choose_split", lambda config, *_: most_slow(config, 8))
 
 
 def decode_all(model, tokens, prompt, cache):

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import quant
+from beyond.segments import FastCache
 from cskv import (
     BiBranchCache,
-    ChunkedBiBranchCache,
     LayerFactors,
     LowRank,
     bi_branch_cache,
@@ -20,7 +20,6 @@ from infer import nominal_ratio
 from model import Attention, FullCache, Rope, full_cache
 from support.calibration import init_factors
 from tests.helpers import (
-    LargestTensor,
     bits,
     decode_all,
     dequantized,
@@ -121,22 +120,6 @@ def test_growing_copies_rarely():
         assert len(places) <= 3
 
 
-def test_working_memory_is_the_scores_and_one_chunk():
-    """With 1 query head, scores are 1 number a token; anything else that grew would show."""
-    shape = {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 5000}
-    model = tiny_model(num_hidden_layers=1, **shape)
-    factors = init_factors("svd", model, [4], [4])
-    for T in (1000, 4000):
-        cache = bi_branch_cache(model, factors, 8, expected=T + 1)
-        cache[0].chunk = 64
-        model(tiny_tokens(model, 1, T), cache, logits_to_keep=1)
-        inputs = [torch.zeros(1, 1, 24), *(torch.zeros(1, 1, 1, 6) for _ in range(3))]
-        known = [*cache[0].tensors(), model.rope.cos, model.rope.sin, model.rope.cis]
-        with LargestTensor(known) as seen:
-            cache[0].decode(*inputs, model.rope)
-        assert 4 * 64 * 6 <= seen.largest <= 4 * max(T + 1, 64 * 6)  # float32
-
-
 @quick
 @given(st.integers(1, 150), st.integers(0, 70), windows, st.integers(1, 40), bits, st.data())
 def test_packed_latents_are_whole_groups_older_than_the_window(T, steps, window, rank, b, data):
@@ -213,7 +196,7 @@ def test_bad_cache_arguments(arguments):
 
 def test_defaults_are_the_paper_s_window_and_no_sinks():
     model = tiny_model()
-    for kind in (BiBranchCache, ChunkedBiBranchCache):
+    for kind in (BiBranchCache, FastCache):
         (one, _) = bi_branch_cache(model, make_factors(model, 3, 3), kind=kind)
         assert (one.window, one.sinks, one.expected) == (32, 0, 0)
         alone = kind(model.model.layers[0].self_attn, make_factors(model, 3, 3).layers[0])
@@ -228,22 +211,10 @@ def test_factors_of_another_number_of_layers_are_an_error():
             bi_branch_cache(model, factors)
 
 
-def test_the_fast_cache_rebuilds_in_32_bits_on_a_cpu():
-    """Where products of 16-bit floats are slow."""
-    model = tiny_model().to(torch.bfloat16)
-    factors = make_factors(tiny_model(), 3, 3).to(model.lm_head.weight)
-    cache = bi_branch_cache(model, factors)[0]
-    assert (cache.B_k.dtype, cache.B_v.dtype) == (torch.float32, torch.float32)
-    assert cache.A_k.dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize(("D", "chunk"), [(64, 4096), (96, 2730), (256, 1024), (300, 1024)])
-def test_a_chunk_of_rebuilt_keys_takes_two_megabytes(D, chunk):
-    """On a CPU, and has at least 1,024 tokens; the same for unpacked keys of KIVI."""
+def test_a_chunk_of_kivi_s_keys_takes_two_megabytes(D, chunk):
+    """On a CPU, and has at least 1,024 tokens."""
     config = tiny_config(num_key_value_heads=2, num_attention_heads=2, head_dim=D)
-    pair = LowRank(torch.zeros(config.hidden_size, 1), torch.zeros(1, config.d_kv))
-    cache = ChunkedBiBranchCache(Attention(config), LayerFactors(pair, pair))
-    assert cache.chunk == chunk
     kivi, x = KiviCache(config), torch.zeros(1, 2, 1, D)
     rope = Rope(config)
     rope.reach(1, x.device)

@@ -2,12 +2,16 @@
 
 import json
 import re
+from dataclasses import replace
+from functools import partial
+from types import FunctionType, ModuleType
 
 import pytest
 import torch
 
 import infer
 import model
+from beyond.segments import FastCache
 from experiments import baselines, caches, evaluate, speed
 from model import Transformer, full_cache
 from support import figures
@@ -19,7 +23,7 @@ from tests.evaluating import (
     measured,
     without_seconds,
 )
-from tests.helpers import absorb_most, call, tiny_model, tiny_tokens
+from tests.helpers import OneToken, call, tiny_model, tiny_tokens
 
 ALL = ",".join(caches.CACHES)
 
@@ -63,7 +67,7 @@ def test_the_prompt_is_read_once_by_all_but_asvd(everything, brief, tmp_path, ca
 @pytest.mark.parametrize("bias", [False, True])
 def test_caches_hold_16_bits_in_a_model_of_32(bias, monkeypatch):
     """Of every kind, with the logits of the model up to the rounding of keys and values."""
-    absorb_most(monkeypatch)
+    monkeypatch.setattr(FastCache, "segments", OneToken.segments)
     model = tiny_model(attention_bias=bias)
     tokens, factors = tiny_tokens(model, 2, 50), init_factors("svd", model, [12, 12], [12, 12])
 
@@ -71,8 +75,8 @@ def test_caches_hold_16_bits_in_a_model_of_32(bias, monkeypatch):
         return caches.make_row(model, name, *args, dtype=torch.bfloat16, **more)
 
     rows = [row("full"), row("streaming", 0.0, budget=99), row("h2o", 0.0, budget=99)]
-    rows += [row("asvd", 0, factors), row("cskv", 0, factors, window=4), row("kivi-8")]
-    rows += [row(name, 0, factors, window=4) for name in ("cskv-plain", "cskv-absorbed")]
+    rows += [row("asvd", 0, factors), row("cskv", 0, factors, window=4)]
+    rows += [row("cskv-plain", 0, factors, window=4), row("kivi-8")]
     expected = model(tokens)
     assert {t.dtype for layer in full_cache(model) for t in layer.tensors()} <= {torch.float32}
     for row in rows:
@@ -105,7 +109,7 @@ def test_the_added_cache_of_the_readme(everything, brief, tmp_path, capsys, monk
     rows = measured(everything, capsys, tmp_path / "rows", "perplexity", "--caches", "full,newest")
     assert [row["cache"] for row in rows] == ["full", "newest"]
     assert rows[1]["measured_ratio"] == pytest.approx(1 - 2 * 20 / 49)  # in 32 bits
-    monkeypatch.setattr(speed, "transformers_runner", lambda *_: None)
+    monkeypatch.setattr(speed, "transformers_runners", lambda *_: {})
     args = ["--model", everything / "model", "--lengths", 30, "--rounds", 1, "--caches", "newest"]
     code, out, _ = call(speed, capsys, *args, "--ratios", "0.5", "--threads", 1)
     assert code == 0 and "| newest 50% |" in out
@@ -133,3 +137,56 @@ def test_equal_bytes(everything, tmp_path, capsys):
     for row in rows:
         spare = (row["measured_ratio"] - row["ratio"]) * 49 * full
         assert -1e-6 <= spare < more_of[row["cache"]], row
+
+
+def tensors_in(thing, seen):
+    """All tensors that can be reached from `thing`, through attributes, containers and closures."""
+    if id(thing) in seen or isinstance(thing, type | ModuleType):
+        return
+    seen[id(thing)] = thing  # kept alive, so that no other object gets its id
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, dict):
+        yield from tensors_in(list(thing.values()), seen)
+    elif isinstance(thing, list | tuple | set):
+        for part in thing:
+            yield from tensors_in(part, seen)
+    elif isinstance(thing, partial):
+        yield from tensors_in([thing.func, thing.args, thing.keywords], seen)
+    elif isinstance(thing, FunctionType):
+        yield from tensors_in([cell.cell_contents for cell in thing.__closure__ or ()], seen)
+    elif hasattr(thing, "__dict__"):
+        yield from tensors_in(vars(thing), seen)
+
+
+def storages(*things):
+    found = {}
+    for tensor in tensors_in(things, {}):
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+@pytest.mark.parametrize("name", caches.CACHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_keeps_nothing_that_is_not_counted(name, dtype):
+    """No copy of a weight, no table, no buffer beside those of `nbytes()`: with every kind of
+    factors, before and after groups are packed, with biases and grouped heads."""
+    model = tiny_model(attention_bias=True, rope_theta=1e4)
+    tokens = tiny_tokens(model, 2, 150)
+    kinds = [None]
+    if caches.CACHES[name].shrinks == "channels":
+        whole = init_factors("svd", model, [5, 6], [4, 7])
+        kinds = [whole.in_bits(bits, bits) for bits in (16, 32, 4, 3)]
+        kinds += [whole.in_bits(2, 8).map(lambda pair: replace(pair, group=64))]
+    for factors in kinds:
+        row = caches.make_row(model, name, 0.5, factors, window=8, sinks=2, dtype=dtype)
+        cache = caches.make_cache(model, row, 100)
+        weights = storages(model, row.factors, factors)
+        model(tokens[:, :90], cache)
+        for t in range(90, 150):
+            model(tokens[:, t : t + 1], cache)
+        for layer in cache:
+            kept = storages(layer)
+            own = {at: size for at, size in kept.items() if at not in weights}
+            assert sum(own.values()) == layer.nbytes(), (name, row.bits)

@@ -56,7 +56,7 @@ def test_every_cache_in_every_command(everything, brief, tmp_path, capsys, what)
     assert all(set(row) == COLUMNS | OWN_COLUMNS[what] for row in rows)
     by_name = {row["cache"]: row for row in rows}
     nominal = {"full": 0, "streaming": 0.5, "h2o": 0.5, "asvd": 0.5}
-    nominal |= {"cskv": 0.5, "cskv-plain": 0.5, "cskv-absorbed": 0.5}
+    nominal |= {"cskv": 0.5, "cskv-plain": 0.5}
     nominal |= {"kivi-2": 7 / 8, "kivi-3": 13 / 16, "kivi-4": 3 / 4, "kivi-8": 1 / 2}
     assert {name: row["nominal_ratio"] for name, row in by_name.items()} == nominal
     assert [by_name[name]["bits"] for name in ("full", "cskv", "kivi-3")] == ["16", "16", "3"]
@@ -186,7 +186,7 @@ def test_perplexity_equals_a_plain_forward_pass(everything, tmp_path, capsys):
         logits = naive_forward(model, sequence)
         losses += (-logits.log_softmax(-1)[range(39, 49), sequence[40:]]).tolist()
     expected = math.exp(sum(losses) / 30)
-    more = ["--caches", "full,cskv,asvd", "--ratios", "0,0.5", "--bits", 32, "--inits", "svd"]
+    more = ["--caches", "full,cskv-plain,asvd", "--ratios", "0,0.5", "--bits", 32, "--inits", "svd"]
     rows = measured(everything, capsys, tmp_path / "rows", "perplexity", *more)
     assert [row["cases"] for row in rows] == [3] * 5 and {row["tokens"] for row in rows} == {49}
     full, cskv_0, cskv_50, asvd_0, asvd_50 = (row["perplexity"] for row in rows)

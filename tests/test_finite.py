@@ -9,12 +9,13 @@ import torch
 import cskv
 import infer
 import train
+from beyond.segments import FastCache
 from experiments import evaluate
 from model import full_cache
 from support.calibration import init_factors
 from support.command import UserError
 from support.factors_file import load_factors, save_factors
-from tests.helpers import call, make_factors, save_checkpoint, tiny_model, tiny_tokens
+from tests.helpers import OneToken, call, make_factors, save_checkpoint, tiny_model, tiny_tokens
 
 torch.set_grad_enabled(False)
 
@@ -85,7 +86,7 @@ def test_train_refuses_numbers_that_are_not_finite(large, tmp_path, capsys):
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("side", ["keys", "values"])
-@pytest.mark.parametrize("kind", [cskv.BiBranchCache, cskv.ChunkedBiBranchCache])
+@pytest.mark.parametrize("kind", [cskv.BiBranchCache, OneToken, FastCache])
 def test_latents_beyond_float16_are_never_wrong_numbers(side, bits, kind):
     """In a float32 model, in every store of 16 bits and below: the logits say so as soon as such a
     latent is attended; in 32 bits they are right."""
@@ -97,7 +98,9 @@ def test_latents_beyond_float16_are_never_wrong_numbers(side, bits, kind):
         model(tokens[:, :70], cache)
         names[name] = torch.cat([model(tokens[:, t : t + 1], cache) for t in range(70, 80)], 1)
     assert not names["stored"].isfinite().all(-1).any()
-    torch.testing.assert_close(names["exact"], model(tokens)[:, 70:], rtol=1e-3, atol=1e-3)
+    assert names["exact"].isfinite().all()
+    if kind is not FastCache:  # its positions are shared
+        torch.testing.assert_close(names["exact"], model(tokens)[:, 70:], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("bits", [16, 4])

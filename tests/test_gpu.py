@@ -10,24 +10,19 @@ from torch.utils._pytree import tree_leaves
 import cskv
 import infer
 import quant
+from beyond.segments import FastCache
 from experiments.caches import CACHES, make_cache, make_row
 from model import full_cache
-from support import absorbed
 from support.calibration import init_factors
 from support.processes import place
-from tests.helpers import absorb_most, make_factors, tiny_model, tiny_tokens
+from tests.helpers import OneToken, make_factors, tiny_model, tiny_tokens
 from train import Tuner, run_layers
 
 torch.set_grad_enabled(False)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DTYPES = [torch.float32, torch.bfloat16]
-KINDS = [cskv.BiBranchCache, cskv.ChunkedBiBranchCache, absorbed.AbsorbedBiBranchCache]
+KINDS = [cskv.BiBranchCache, OneToken]
 T, STEPS = 100, 12
-
-
-@pytest.fixture(autouse=True)
-def absorbing(monkeypatch):
-    absorb_most(monkeypatch)
 
 
 def on_gpu(dtype=torch.float32, **shape):
@@ -76,13 +71,14 @@ def test_fast_equals_plain_equals_full(dtype, shape):
 
 
 @gpu
-def test_the_gpu_computes_what_the_cpu_does():
+@pytest.mark.parametrize("kind", [cskv.BiBranchCache, FastCache])
+def test_the_gpu_computes_what_the_cpu_does(kind):
     model, tokens, factors = on_gpu()
     factors = factors.in_bits(4, 4)
-    ours = decoded(model, tokens, cskv.bi_branch_cache(model, factors, 8)).cpu()
+    ours = decoded(model, tokens, cskv.bi_branch_cache(model, factors, 8, kind=kind)).cpu()
     model, tokens = model.cpu(), tokens.cpu()
     factors = factors.to(model.lm_head.weight)
-    theirs = decoded(model, tokens, cskv.bi_branch_cache(model, factors, 8))
+    theirs = decoded(model, tokens, cskv.bi_branch_cache(model, factors, 8, kind=kind))
     # A latent that lies between two levels may be rounded to either.
     assert (ours - theirs).abs().median() < 1e-3
 
@@ -128,7 +124,7 @@ def test_two_caches_at_once_are_two_caches_one_by_one():
 
 
 @gpu
-@pytest.mark.parametrize("name", ["full", "cskv", "cskv-plain", "cskv-absorbed", "kivi-4"])
+@pytest.mark.parametrize("name", ["full", "cskv", "cskv-plain", "kivi-4"])
 def test_a_token_waits_for_the_gpu_once(name):
     """PyTorch says each time that the processor has to wait."""
     model, tokens, factors = on_gpu()

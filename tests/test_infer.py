@@ -11,9 +11,9 @@ import torch
 
 import infer
 import train
-from cskv import BiBranchCache, ChunkedBiBranchCache, Factors, LayerFactors, bi_branch_cache
+from beyond.segments import FastCache
+from cskv import BiBranchCache, Factors, LayerFactors, bi_branch_cache
 from model import full_cache
-from support import absorbed
 from support.calibration import CALIBRATED, INITIALIZATIONS, init_factors
 from support.checkpoint import load_model
 from support.factors_file import load_factors, save_factors
@@ -131,8 +131,8 @@ def test_compare_answers_twice(setup, capsys):
     assert result["full"]["cache_bytes"] == 2 * full["full_cache_bytes"]  # it runs in float32 here
 
 
-def test_cskv_is_the_cheaper_of_two_caches(setup, capsys, monkeypatch):
-    """It says which one, in one line; each can be named, and is then not weighed."""
+def test_the_fast_cache_is_the_default(setup, capsys, monkeypatch):
+    """The plain one is asked for by name; where all tokens are in the window, both say the same."""
     kinds = []
 
     def noted(model, factors, window, expected, kind, sinks):
@@ -140,18 +140,14 @@ def test_cskv_is_the_cheaper_of_two_caches(setup, capsys, monkeypatch):
         return bi_branch_cache(model, factors, window, expected, kind, sinks)
 
     monkeypatch.setattr(infer, "bi_branch_cache", noted)
-    results = {}
-    for name in ("cskv-rebuilt", "cskv-absorbed", "cskv-plain", "cskv"):
-        code, out, err = call(infer, capsys, *arguments(setup, "--cache", name, "--json"))
-        results[name] = json.loads(out)
-        assert code == 0 and err.count("keys are rebuilt: ") == (name == "cskv")
-        assert results[name].keys() == results["cskv-rebuilt"].keys()
-    assert len({str(result["tokens"]) for result in results.values()}) == 1
-    monkeypatch.setattr(absorbed, "more_calls", lambda split, device: -1e9)
-    _, out, err = call(infer, capsys, *arguments(setup))
-    assert err.count("keys are absorbed: ") == 1 and "keys" not in out
-    rebuilt, absorbing = ChunkedBiBranchCache, absorbed.AbsorbedBiBranchCache
-    assert kinds == [rebuilt, absorbing, BiBranchCache, rebuilt, absorbing]
+    results = []
+    for more in ([], ["--cache", "cskv"], ["--cache", "cskv-plain"]):
+        code, out, err = call(infer, capsys, *arguments(setup, *more, "--json"))
+        results.append(json.loads(out))
+        assert code == 0 and "FLOP" not in out + err
+    assert kinds == [FastCache, FastCache, BiBranchCache]
+    assert len({str(result["tokens"]) for result in results}) == 1
+    assert len({result["cache_bytes"] for result in results}) == 1
 
 
 def test_the_demonstration(capsys):

@@ -99,22 +99,22 @@ def test_the_rows_of_table_1(setup, tmp_path, capsys, monkeypatch):
         ("h2o", "", None, "16", 0.5, "0.62 / 0.56 / 0.52 / 0.50"),
         ("asvd", "asvd", (6, 6), "16", 0.5, "0.92 / 0.96 / 0.92 / 0.94"),
         ("asvd", "optimal", (6, 6), "16", 0.5, ""),
-        ("cskv", trained, (6, 6), "16", 0.5, "0.98 / 0.94 / 0.96 / 0.94"),
-        ("cskv", "optimal", (6, 6), "16", 0.5, ""),
+        ("cskv-plain", trained, (6, 6), "16", 0.5, "0.98 / 0.94 / 0.96 / 0.94"),
+        ("cskv-plain", "optimal", (6, 6), "16", 0.5, ""),
         ("streaming", "", None, "16", 0.8, "0.06 / 0.06 / 0.02 / 0.02"),
         ("h2o", "", None, "16", 0.8, "0.18 / 0.24 / 0.26 / 0.10"),
         ("asvd", "asvd", (2, 2), "16", 0.8, "0.26 / 0.12 / 0.06 / 0.04"),
         ("asvd", "optimal", (2, 2), "16", 0.8, ""),
-        ("cskv", trained, (2, 2), "16", 0.8, "0.92 / 0.94 / 0.94 / 0.90"),
-        ("cskv", "optimal", (2, 2), "16", 0.8, ""),
+        ("cskv-plain", trained, (2, 2), "16", 0.8, "0.92 / 0.94 / 0.94 / 0.90"),
+        ("cskv-plain", "optimal", (2, 2), "16", 0.8, ""),
         ("kivi-4", "", None, "4", 0, ""),
         ("kivi-2", "", None, "2", 0, ""),
         ("streaming", "", None, "16", 0.95, ""),
         ("h2o", "", None, "16", 0.95, ""),
-        ("cskv", "asvd, trained in 4 bits", (2, 2), "4", 0.95, ""),
-        ("cskv", "optimal", (2, 2), "4", 0.95, ""),
-        ("cskv", "optimal", (6, 6), "16", 0.5, ""),
-        ("cskv", "optimal", (2, 2), "16", 0.8, ""),
+        ("cskv-plain", "asvd, trained in 4 bits", (2, 2), "4", 0.95, ""),
+        ("cskv-plain", "optimal", (2, 2), "4", 0.95, ""),
+        ("cskv-plain", "optimal", (6, 6), "16", 0.5, ""),
+        ("cskv-plain", "optimal", (2, 2), "16", 0.8, ""),
         ("kivi-2", "", None, "2", 0, ""),
         ("cskv", "budget", (5, 3), "4/3", 0.6667, ""),
     ]
@@ -140,9 +140,9 @@ def test_the_rows_of_table_3(setup, tmp_path, capsys, monkeypatch):
     windows = [1, 2, 4, 8, 16, 32, 64]
     paper_s = ["", "0.77", "0.83", "0.85", "0.88", "0.92", "0.93"]
     few = len(found) // 2  # windows of the length of the cases or more are left out
-    assert found[:few] == [("cskv", "optimal", (2, 2), "16", 0.8, "")] * few
+    assert found[:few] == [("cskv-plain", "optimal", (2, 2), "16", 0.8, "")] * few
     assert found[few:] == [
-        ("cskv", "asvd, trained", (2, 2), "16", 0.8, number) for number in paper_s[:few]
+        ("cskv-plain", "asvd, trained", (2, 2), "16", 0.8, number) for number in paper_s[:few]
     ]
     assert [row.window for row in asked] == windows[:few] * 2
     assert [row["window"] for row in said] == windows[:few] * 4
@@ -153,11 +153,11 @@ def test_the_rows_of_table_4(setup, tmp_path, capsys, monkeypatch):
     more = "--inits", "asvd"
     found, said, _ = rows_of_table(setup, tmp_path, capsys, monkeypatch, "table4", *more)
     origin = "asvd, trained"
-    assert found[0] == ("cskv", origin, (10, 2), "16", 0.5, "0.97")
-    assert found[1] == ("cskv", origin, (9, 3), "16", 0.5, "0.98")
-    assert found[6] == ("cskv", origin, (2, 10), "16", 0.5, "0.80")
-    assert found[7] == ("cskv", origin, (5, 1), "16", 0.75, "0.73")
-    assert found[13] == ("cskv", origin, (1, 5), "16", 0.75, "0.43")
+    assert found[0] == ("cskv-plain", origin, (10, 2), "16", 0.5, "0.97")
+    assert found[1] == ("cskv-plain", origin, (9, 3), "16", 0.5, "0.98")
+    assert found[6] == ("cskv-plain", origin, (2, 10), "16", 0.5, "0.80")
+    assert found[7] == ("cskv-plain", origin, (5, 1), "16", 0.75, "0.73")
+    assert found[13] == ("cskv-plain", origin, (1, 5), "16", 0.75, "0.43")
     assert len(found) == 14
     for row, (_, _, (k, v), *_) in zip(said[:14], found, strict=True):
         assert abs(12 * row["kept_k"] - k) <= 0.5 and abs(12 * row["kept_v"] - v) <= 0.5
@@ -169,15 +169,15 @@ def test_the_rows_of_table_5(setup, tmp_path, capsys, monkeypatch):
     start, two, clamped = "asvd, trained", (2, 2), ", clamped zero-point"
     assert found == [
         ("full", "", None, "16", 0, ""),
-        ("cskv", start, two, "16", 0.8, "0.92"),
-        ("cskv", start, two, "4", 0.8, "0.00"),
-        ("cskv", f"{start} in 4 bits", two, "4", 0.8, "0.90"),
-        ("cskv", start, two, f"4{clamped}", 0.8, "0.00"),
-        ("cskv", f"{start} in 4 bits", two, f"4{clamped}", 0.8, "0.90"),
-        ("cskv", start, two, "2", 0.8, ""),
-        ("cskv", f"{start} in 2 bits", two, "2", 0.8, ""),
-        ("cskv", start, two, f"2{clamped}", 0.8, ""),
-        ("cskv", "optimal", (6, 12), "3", 0.25, ""),
+        ("cskv-plain", start, two, "16", 0.8, "0.92"),
+        ("cskv-plain", start, two, "4", 0.8, "0.00"),
+        ("cskv-plain", f"{start} in 4 bits", two, "4", 0.8, "0.90"),
+        ("cskv-plain", start, two, f"4{clamped}", 0.8, "0.00"),
+        ("cskv-plain", f"{start} in 4 bits", two, f"4{clamped}", 0.8, "0.90"),
+        ("cskv-plain", start, two, "2", 0.8, ""),
+        ("cskv-plain", f"{start} in 2 bits", two, "2", 0.8, ""),
+        ("cskv-plain", start, two, f"2{clamped}", 0.8, ""),
+        ("cskv-plain", "optimal", (6, 12), "3", 0.25, ""),
         ("kivi-4", "", None, "4", 0, ""),
         ("kivi-2", "", None, "2", 0, ""),
     ]
@@ -346,7 +346,7 @@ def test_budget_compares_all_at_measured_bytes(setup, tmp_path, capsys):
             ("full", "", "16", 0, 0),
             *((name, "", "16", 0, ratio) for name in ("streaming", "h2o") for ratio in (0.5, 0.75)),
             *((f"kivi-{b}", "", b, sinks, 0) for b in "42" for sinks in (0, 4)),
-            *(("cskv", "optimal", b, 0, ratio) for b in ("16", "4") for ratio in (0.5, 0.75)),
+            *(("cskv-plain", "optimal", b, 0, ratio) for b in ("16", "4") for ratio in (0.5, 0.75)),
             ("cskv", "budget", "4/3", 4, pytest.approx(1 - 18 / 48)),
         ]
         for row in some:

@@ -12,7 +12,6 @@ import cskv
 import quant
 from cskv import (
     BiBranchCache,
-    ChunkedBiBranchCache,
     LayerFactors,
     LowRank,
     bi_branch_cache,
@@ -20,6 +19,7 @@ from cskv import (
 from model import full_cache
 from support.calibration import calibrate, init_factors
 from tests.helpers import (
+    OneToken,
     bits,
     decode_all,
     dequantized,
@@ -89,12 +89,12 @@ def test_decode_equals_one_parallel_computation(shape, prompt, steps, window, fi
 def test_the_fast_cache_equals_the_plain_one(
     shape, prompt, steps, window, first, k_bits, v_bits, group
 ):
-    """Chunks, side-by-side pairs, absorbed values: other ways to the numbers of Figure 1b."""
+    """With segments of one token it absorbs B_k and B_v, and gets the numbers of Figure 1b."""
     model = tiny_model(**shape)
     factors, tokens = make_factors(model, 5, 4), tiny_tokens(model, 2, prompt + steps)
     factors = factors.in_bits(k_bits, v_bits).map(lambda pair: replace(pair, group=group))
     plain = bi_branch_cache(model, factors, window, kind=BiBranchCache, sinks=first)
-    fast = bi_branch_cache(model, factors, window, kind=ChunkedBiBranchCache, sinks=first)
+    fast = bi_branch_cache(model, factors, window, kind=OneToken, sinks=first)
     for layer in fast:
         layer.chunk = 17
     outs = [decode_all(model, tokens, prompt, cache) for cache in (plain, fast)]

@@ -1,0 +1,279 @@
+"""Old keys share a position: a decode step in which no key is rebuilt.
+
+RoPE stands between the query and B_k. So the paper's cache rebuilds and rotates every old key at
+every step: 2 r d_kv operations a token, 2 to 20 times as many as a full cache needs. If a whole
+segment of old tokens stood at one position, B_k could go into the query instead, once a segment:
+
+    score = q R(t0 - t) B_k^T c^T = u c^T        u = q R(t0 - t) B_k^T    [r]
+
+Segments. Cut the old tokens into segments of L neighbours, and let all of them stand at the
+    middle t0. A token tau away from it has the RoPE pair f turned by tau w_f against there. The one
+    number that is nearest to exp(i tau w_f) for all L of them, in least squares, is their mean:
+
+        a_f = 1/L sum_tau exp(i tau w_f) = sin(w_f L / 2) / (L sin(w_f / 2))                   (1)
+
+    So each pair of the query is damped by a_f. A slow pair, which hardly turns within a segment,
+    counts in full. A fast one, of which a segment holds all phases, counts for its mean, nearly
+    nothing. 1 - a_f^2 of its energy is lost. L = 1 is the paper's cache: a_f = 1.
+
+        L = 128    w = 0.001: a = 0.9993    w = 0.01: a = 0.93    w = 0.1: a = 0.018
+
+    Fast pairs matter near the query only. So segments are short there, and long far away.
+Values. RoPE does not touch them, so B_v comes after the sum over tokens: p (C_v B_v) = (p C_v) B_v.
+Few bits. Where a latent is minimum + scale * code and a group lies along tokens, scale and minimum
+    go into the query and out of the sum in the same way, and codes are multiplied as they are:
+
+        score = (u * scale) code^T + u minimum^T                                               (2)
+        p C   = scale * (p code) + minimum * (sum of p)            a group at a time           (3)
+
+    operations a token     rebuilt   2 r d_kv + 2 H D        here   2 r H + 2 r H D / L
+    SmolLM2, r = 38                  14,600 + 1,150                 680 + 340       with L = 128
+    LongChat-7B, r = 819             6,700,000 + 8,200              52,000 + 52,000
+
+What is stored does not depend on the segments. They are cut anew at each step.
+
+Shapes as in model.py, and M segments, m of them in a span, n tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import quant
+from cskv import BiBranchCache, Latents, LayerFactors
+from model import Attention, Rope
+
+# Lengths of segments, the newest first, and how many old tokens lie in such. Each length is a
+# multiple of the one before; the last holds for all tokens that are left.
+SEGMENTS = ((16, 512), (512, 0))
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring segments of one length. Tokens are counted from the first behind the sinks."""
+
+    start: int  # a multiple of `length`
+    count: int  # segments
+    length: int  # tokens of a segment
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.length
+
+
+@lru_cache(maxsize=64)  # all layers of a step ask the same
+def cut(start: int, stop: int, segments=SEGMENTS) -> tuple[Span, ...]:
+    """Segments for the tokens `start` .. `stop` - 1, oldest first.
+
+    Each begins at a multiple of its length, so the first may begin before `start`, and the last may
+    end behind `stop`. With ((16, 512), (128, 0)):
+
+        cut(5, 1000)     0 .. 383 in 3 segments of 128, 384 .. 1007 in 39 of 16
+        cut(5, 1024)     0 .. 511 in 4 of 128, 512 .. 1023 in 32 of 16
+    """
+    spans = []
+    end = stop
+    for i, (length, tokens) in enumerate(segments):
+        if end <= start:
+            break
+        border = start // length * length
+        if i + 1 < len(segments):
+            longer = segments[i + 1][0]
+            border = max(border, (stop - tokens) // longer * longer)
+        if border < end:
+            count = -(-(end - border) // length)
+            spans.append(Span(border, count, length))
+            end = border
+    return tuple(reversed(spans))
+
+
+def damping(w: Tensor, length: int) -> Tensor:
+    """a_f (equation 1) of the frequencies w."""
+    return (w * length / 2).sin() / (length * (w / 2).sin())
+
+
+# Angles are made in float64: at position 131,072 one of float32 is off by up to 0.004.
+
+
+@lru_cache(maxsize=8)  # the same for some steps
+def middles(rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.device) -> tuple:
+    """RoPE's frequencies w [D/2], and of each segment a exp(-i t0 w) [M, D/2]: it turns back by
+    the middle t0, and damps."""
+    w = rope.frequencies.to(device, torch.float64)
+    turns = []
+    for span in spans:
+        segment = torch.arange(span.count, dtype=torch.float64, device=device)
+        t0 = sinks + span.start + segment * span.length + (span.length - 1) / 2
+        angle = torch.outer(-t0, w)
+        turns.append(torch.polar(damping(w, span.length).expand_as(angle), angle))
+    return w, torch.cat(turns)
+
+
+@lru_cache(maxsize=8)  # the same for all layers of a step
+def query_turns(
+    rope: Rope, t: int, sinks: int, spans: tuple[Span, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What turns a rotated query at position t to where each segment sees it, and damps it.
+
+    Two tables [M, D]: q becomes q * cos + roll(q, D / 2) * sin, as in `Rope.rotate`.
+    """
+    w, turns = middles(rope, sinks, spans, device)
+    # The query comes rotated by RoPE's table, whose angles are in float32: that is taken back.
+    query = torch.polar(torch.ones_like(w), t * w) * torch.complex(rope.cos[t], -rope.sin[t])
+    turns = (turns * query).to(torch.complex64)  # [M, D/2]
+    cos, sin = turns.real, turns.imag
+    return torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)
+
+
+class FastCache(BiBranchCache):
+    """`BiBranchCache` with its steps 4 and 5 done in segments: for long texts, faster than a full
+    cache. The arguments are the same.
+
+    It loses what (1) loses: experiments/README.md, "What a decode step costs", measures it.
+    """
+
+    segments = SEGMENTS  # ((1, 0),) gives the results of `BiBranchCache`
+
+    def __init__(self, attention: Attention, factors: LayerFactors, *args, **more):
+        super().__init__(attention, factors, *args, **more)
+        self.H_kv = attention.config.num_key_value_heads
+        on_cpu = self.B_k.device.type == "cpu"
+        self.dtype = torch.float32 if on_cpu else self.B_k.dtype  # a CPU is slow in 16 bits
+        # Tokens of a chunk. On a CPU its latents take 2 MB; a GPU wants few and large steps.
+        rank = max(factors.k.rank, factors.v.rank)
+        self.chunk = max(1, 2**10 // rank) * 512 if on_cpu else 2**15
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, first: int, old: int, rope: Rope) -> Tensor:
+        B, H, _, D = q.shape
+        # Queries of a group share a key head; all products are of [batch * heads, rows, columns].
+        q = q.reshape(B * self.H_kv, -1, D).float() / math.sqrt(D)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)  # [B * H_kv, m, D]
+        m = k.shape[1]
+        start, stop = first - self.sinks, old - self.sinks
+        spans = cut(start, stop, self.segments)
+        begin = spans[0].start if spans else start
+        end = spans[-1].stop if spans else stop
+        n = stop - begin
+        # 4. Scores, a column for each token from `begin` on, then for those of k.
+        scores = q.new_empty(B, H, max(end - begin, n + m))
+        if spans:
+            self.old_scores(q, spans, rope, scores)
+        scores[..., n : n + m] = torch.bmm(q, k.float().transpose(1, 2)).view(B, H, m)
+        if begin < start:  # behind the sliding window
+            scores[..., : start - begin] = -math.inf
+        # 5. One softmax over both branches, then the values of both.
+        p = scores[..., : n + m].softmax(-1).to(self.dtype)  # [B, H, n + m]
+        out = torch.bmm(p[..., n:].reshape(len(v), -1, m), v.to(p.dtype))  # [B * H_kv, G, D]
+        if spans:
+            out = out + self.old_values(p[..., :n], begin)
+        return out.to(v.dtype).view(B, H, 1, D)
+
+    def old_scores(self, q: Tensor, spans: tuple[Span, ...], rope: Rope, out: Tensor) -> None:
+        """Scores of q [B * H_kv, G, D], rotated, with all tokens of `spans`: into out [B, H, n]."""
+        (B, H, _), H_kv, D = out.shape, self.H_kv, self.D
+        # 1. The query as each segment sees it.
+        cos, sin = query_turns(rope, self.length - 1, self.sinks, spans, q.device)  # [M, D]
+        M = len(cos)
+        q = q.view(B, H_kv, 1, -1, D).transpose(0, 1)  # [H_kv, B, 1, G, D]
+        seen = torch.addcmul(q * cos[:, None], q.roll(D // 2, -1), sin[:, None])
+        seen = seen.reshape(H_kv, -1, D).to(self.dtype)  # [H_kv, B * M * G, D]
+        # 2. B_k, and the bias, absorbed into it.
+        B_k = self.per_head(self.B_k).permute(1, 2, 0)  # [H_kv, D, r]
+        u = torch.bmm(seen, B_k).view(H_kv, B, M, H // H_kv, -1)
+        u = u.permute(1, 2, 0, 3, 4).reshape(B, M, H, -1)
+        constant = None
+        if self.k_bias is not None:
+            constant = torch.bmm(seen, self.k_bias.to(self.dtype).view(H_kv, D, 1))
+            constant = constant.view(H_kv, B, M, -1).permute(1, 2, 0, 3).flatten(2)  # [B, M, H]
+        # 3. Times the latents.
+        done = 0
+        for span in spans:
+            for part in parts_of(span, self.chunk):
+                some = slice(done, done + part.count)
+                done += part.count
+                y = products(u[:, some], self.c_k, part).transpose(1, 2)  # [B, H, m, L]
+                if constant is not None:
+                    y = y + constant[:, some].transpose(1, 2).unsqueeze(-1)
+                at = part.start - spans[0].start
+                target = out[..., at : at + part.count * part.length]
+                # 0 * y makes an infinite score NaN: a latent beyond 16 bits must not go unnoticed.
+                torch.add(y, y, alpha=0, out=target.view(y.shape))
+
+    def old_values(self, p: Tensor, begin: int) -> Tensor:
+        """p [B, H, n] times the values of n tokens from `begin` on: [B * H_kv, G, D]."""
+        B = len(p)
+        sums = 0
+        for s in range(0, p.shape[2], self.chunk):
+            sums = sums + weighted_sum(p[..., s : s + self.chunk], self.c_v, begin + s)  # [B, H, r]
+        B_v = self.per_head(self.B_v).transpose(0, 1)  # [H_kv, r, D]
+        out = sums.view(B, self.H_kv, -1, len(self.B_v)) @ B_v
+        if self.v_bias is not None:
+            total = p.sum(-1).view(B, self.H_kv, -1, 1)
+            out = out + total * self.per_head(self.v_bias[None]).transpose(0, 1)
+        return out.flatten(0, 1)
+
+    def per_head(self, x: Tensor) -> Tensor:
+        """x [r, d_kv] as [r, H_kv, D]."""
+        return x.to(self.dtype).view(len(x), self.H_kv, self.D)
+
+
+@lru_cache(maxsize=64)
+def parts_of(span: Span, chunk: int) -> list[Span]:
+    """A span in parts of at most `chunk` tokens, or one segment."""
+    most = max(1, chunk // span.length)
+    return [
+        Span(span.start + first * span.length, min(most, span.count - first), span.length)
+        for first in range(0, span.count, most)
+    ]
+
+
+def products(u: Tensor, latents: Latents | quant.Packed, span: Span) -> Tensor:
+    """Each segment's u [B, m, H, r] times the latents of its L tokens: [B, m, H, L]. In the columns
+    of tokens that are still to come stands anything."""
+    B, m, H, r = u.shape
+    L = span.length
+    if packed_end(latents, span.start, span.stop) < span.stop or L % latents.group:
+        c = latents.read(span.start, min(span.stop, latents.length)).to(u.dtype)
+        if c.shape[1] < m * L:
+            c = F.pad(c, (0, 0, 0, m * L - c.shape[1]))
+        y = torch.bmm(u.reshape(-1, H, r), c.reshape(-1, L, r).transpose(1, 2))
+        return y.view(B, m, H, L)
+    # Equation 2, a group at a time. A segment has g of them.
+    groups = latents.quantized(span.start, span.stop)
+    codes, scale, minimum = (part.to(u.dtype) for part in groups)
+    u_scaled = u.unsqueeze(2) * scale.view(B, m, -1, 1, r)  # [B, m, g, H, r]
+    constant = torch.bmm(minimum.view(B * m, -1, r), u.reshape(B * m, H, r).transpose(1, 2))
+    codes = codes.view(-1, latents.group, r).transpose(1, 2)
+    y = torch.baddbmm(constant.view(-1, H, 1), u_scaled.view(-1, H, r), codes)
+    return y.view(B, m, -1, H, latents.group).transpose(2, 3).flatten(3)
+
+
+def weighted_sum(p: Tensor, latents: Latents | quant.Packed, start: int) -> Tensor:
+    """p [B, H, n] times the latents of n tokens from `start` on: [B, H, r]."""
+    B, H, n = p.shape
+    end = packed_end(latents, start, start + n)
+    total = 0
+    if end > start:  # equation 3, a group at a time, of g
+        codes, scale, minimum = (part.to(p.dtype) for part in latents.quantized(start, end))
+        p_group = p[..., : end - start].view(B, H, -1, latents.group)  # [B, H, g, G]
+        codes = codes.view(-1, latents.group, codes.shape[2])  # [B * g, G, r]
+        y = torch.bmm(p_group.transpose(1, 2).reshape(len(codes), H, -1), codes)
+        y = y.view(B, -1, H, codes.shape[2]) * scale.unsqueeze(2)  # [B, g, H, r]
+        total = torch.baddbmm(y.sum(1), p_group.sum(-1), minimum)
+    if end < start + n:
+        total = total + p[..., end - start :] @ latents.read(end, start + n).to(p.dtype)
+    return total
+
+
+def packed_end(latents: Latents | quant.Packed, start: int, stop: int) -> int:
+    """Where the packed groups of tokens end that begin at `start`, at most at `stop`: `start`
+    itself if there are none."""
+    if not isinstance(latents, quant.Packed) or latents.dim != quant.TOKENS:
+        return start
+    if start % latents.group:
+        return start
+    return max(start, min(stop, latents.packed) // latents.group * latents.group)
