@@ -5,8 +5,8 @@
 The zip has this project's files, `setup.sh`, which installs what they need, and `run_autograder`,
 which writes zero points to results/results.json first. So there is a result after a crash and
 after Gradescope's time limit too; each problem's points are added when they are known.
-Students hand in the five files, cskv.py, infer.py, model.py, quant.py and train.py, and perhaps a
-plan.json, for the leaderboard.
+Students hand in cskv.py, infer.py, model.py, quant.py, train.py and beyond/segments.py, and perhaps
+a plan.json, for the leaderboard.
 """
 
 import sys
@@ -57,7 +57,7 @@ export OMP_NUM_THREADS=1
     --results "$home/results/results.json"
 """
 
-PACKED = ("support", "course", "weights/teacher", "LICENSE", "requirements.txt")
+PACKED = ("support", "beyond", "course", "weights/teacher", "LICENSE", "requirements.txt")
 
 
 def test_entry(problem: Problem, points: int, text: str) -> dict:
@@ -108,7 +108,8 @@ def find_files(submission: Path) -> Path:
     for folder in folders:
         if any((folder / f"{module}.py").is_file() for module in MODULES):
             return folder
-    raise UserError("no cskv.py, infer.py, model.py, quant.py or train.py; hand in these files")
+    names = ", ".join(f"{module}.py" for module in MODULES)
+    raise UserError(f"none of {names}; hand in these files, as a zip file")
 
 
 def grade_submission(submission: Path, path: Path) -> None:
@@ -133,11 +134,12 @@ def write_zip(path: Path) -> None:
     """Raises `UserError` if it cannot be written, or problems.toml names what there is not."""
     load_reference(load_problems())
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as out:
-        for name in (*PACKED, *(f"{module}.py" for module in MODULES)):
-            root = ROOT / name
-            for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
-                if file.is_file() and file.suffix not in (".pyc", ".ipynb"):
-                    out.write(file, file.relative_to(ROOT))
+        files = {ROOT / f"{module}.py" for module in MODULES}
+        for root in (ROOT / name for name in PACKED):
+            files |= set(root.rglob("*")) if root.is_dir() else {root}
+        for file in sorted(files):
+            if file.is_file() and file.suffix not in (".pyc", ".ipynb"):
+                out.write(file, file.relative_to(ROOT))
         no_points = json.dumps(results([], None, "the grader did not come to an end"), indent=1)
         out.writestr("no_points.json", no_points)
         for name, text in (("setup.sh", SETUP), ("run_autograder", RUN)):

@@ -1,6 +1,7 @@
 """The problems of problems.toml, and their functions in source text: found, emptied, put in place.
 
-Functions are named as in Python, `cskv.BiBranchCache.decode`: a file, perhaps a class, a function.
+Functions are named by a file, perhaps a class, and a function: `cskv.BiBranchCache.decode`,
+`beyond/segments.damping`.
 Everything here works on text. No file of a student is imported.
 """
 
@@ -23,7 +24,8 @@ else:
 
 COURSE = Path(__file__).resolve().parent
 ROOT = COURSE.parent
-MODULES = ("quant", "model", "cskv", "train", "infer")  # the files that problems are in
+# The files that problems are in.
+MODULES = ("quant", "model", "cskv", "train", "infer", "beyond/segments")
 LARGEST = 2**20  # bytes of a file that is read
 GIVEN = COURSE / "given.zip"  # in a student's folder: all files of `MODULES` as handed out
 
@@ -152,11 +154,11 @@ def empty_function(text: str, name: str, problem: str) -> str:
 def read_modules(folder: Path) -> dict[str, str]:
     """The texts of those files of `MODULES` that are in a folder. Left out are damaged ones, very
     large ones, and links: one could lead to the reference."""
-    texts = {}
+    texts, folder = {}, folder.resolve()
     for module in MODULES:
         file = folder / f"{module}.py"
         with suppress(OSError, ValueError):
-            if file.is_file() and not file.is_symlink() and file.stat().st_size < LARGEST:
+            if file.is_file() and file.resolve() == file and file.stat().st_size < LARGEST:
                 texts[module] = file.read_text(encoding="utf-8-sig")
     return texts
 
@@ -209,7 +211,7 @@ def load_reference(problems: Iterable[Problem]) -> Reference:
 
 
 def assemble(reference: Reference, part: Part, student: dict[str, str]) -> dict[str, str]:
-    """The five files to check a part with. Raises `NotFound` for a function that the student's
+    """The files to check a part with. Raises `NotFound` for a function that the student's
     files do not have."""
     files = dict(reference.given)
 

@@ -4,7 +4,8 @@
 
 What is emptied stands in problems.toml, by name. Signatures and docstrings stay. DIR gets the
 model, the checks, the teaching model and a README of two commands. `course/given.zip` in it are the
-five files as handed out: the checks put the student's functions into these, as the grader does.
+files to write in, as handed out: the checks put the student's functions into these, as the grader
+does.
 """
 
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 from course.problems import GIVEN, ROOT, load_problems, load_reference, write_given
 from support.command import Arguments, UserError, run_command
 
-COPIED = ("support", "weights/teacher", "course/checks", "LICENSE", "requirements.txt")
+COPIED = ("support", "beyond", "weights/teacher", "course/checks", "LICENSE", "requirements.txt")
 COPIED += tuple(
     f"course/{name}"
     for name in (
@@ -52,8 +53,6 @@ and after every change, to see what holds:
 def write_release(folder: Path) -> None:
     """Fills an empty folder. Raises `UserError` where problems.toml names what there is not."""
     given = load_reference(load_problems()).given
-    for module, text in given.items():
-        (folder / f"{module}.py").write_text(text, encoding="utf-8")
     (folder / "README.md").write_text(README, encoding="utf-8")
     (folder / ".gitignore").write_text(".venv/\n__pycache__/\n", encoding="utf-8")
     for name in COPIED:
@@ -63,6 +62,8 @@ def write_release(folder: Path) -> None:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(source, target)
+    for module, text in given.items():  # these last: what was copied has the solution
+        (folder / f"{module}.py").write_text(text, encoding="utf-8")
     (folder / GIVEN.relative_to(ROOT)).write_bytes(write_given(given))
 
 

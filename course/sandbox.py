@@ -82,7 +82,7 @@ class Sandbox:
     """Student's functions in a process of their own. A context manager.
 
     Args:
-        files: the texts of the five files, by module.
+        files: the texts of all files of `MODULES`, by module.
         limits: of the process.
     """
 
@@ -91,9 +91,10 @@ class Sandbox:
 
     def __enter__(self) -> "Sandbox":
         self.folder = Path(tempfile.mkdtemp(prefix="course-"))
-        for module, text in self.files.items():
+        for name in ("support", "beyond"):
+            shutil.copytree(ROOT / name, self.folder / name, ignore=only_python)
+        for module, text in self.files.items():  # these last: what was copied has the solution
             (self.folder / f"{module}.py").write_text(text, encoding="utf-8")
-        shutil.copytree(ROOT / "support", self.folder / "support", ignore=only_python)
         for name in ("worker.py", "scenarios.py", "confine.py"):
             shutil.copy(COURSE / name, self.folder)
         for path in [self.folder, *self.folder.rglob("*")]:

@@ -5,6 +5,8 @@ compares nothing: the checks do, in another process. Modules are imported in the
 an error while one is loaded is the student's result, not the worker's end.
 """
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
@@ -93,6 +95,8 @@ def optimal(W: Tensor, moment: Tensor, rank: int, metric: Tensor | None = None) 
 
 # ------------------------------------------------------------------------------- problems c and f
 
+PLAIN, FAST = "cskv.BiBranchCache", "beyond.segments.FastCache"
+
 
 def make_cache(kind: str, sizes: list, hidden: int, window: int, sinks: int, factors: dict, **more):
     """A cache for one layer. sizes: H, H_kv, D, and the sliding window or None. factors: A_k, B_k,
@@ -109,7 +113,9 @@ def make_cache(kind: str, sizes: list, hidden: int, window: int, sinks: int, fac
         attention.v_proj.bias.copy_(factors["v_bias"])
     pairs = (cskv.LowRank(factors[f"A_{n}"], factors[f"B_{n}"], bits=32) for n in "kv")
     layer = cskv.LayerFactors(*pairs)
-    return getattr(cskv, kind)(attention, layer, window, sinks=sinks, **more), config
+    module, name = kind.rsplit(".", 1)
+    kind = getattr(import_module(module), name)
+    return kind(attention, layer, window, sinks=sinks, **more), config
 
 
 def sequence(
@@ -123,9 +129,7 @@ def sequence(
     from model import Rope
 
     sinks, expected = more.pop("sinks"), more.pop("expected")
-    cache, config = make_cache(
-        "BiBranchCache", sizes, x.shape[2], window, sinks, more, expected=expected
-    )
+    cache, config = make_cache(PLAIN, sizes, x.shape[2], window, sinks, more, expected=expected)
     rope = Rope(config)
     rope.reach(x.shape[1], x.device)
     first = x[:, :prompt], *(y[:, :, :prompt] for y in (q, k, v))
@@ -152,9 +156,7 @@ def prefill_only(x: Tensor, q: Tensor, k: Tensor, v: Tensor, sizes: list, window
     from model import Rope
 
     sinks, expected = more.pop("sinks"), more.pop("expected")
-    cache, config = make_cache(
-        "BiBranchCache", sizes, x.shape[2], window, sinks, more, expected=expected
-    )
+    cache, config = make_cache(PLAIN, sizes, x.shape[2], window, sinks, more, expected=expected)
     rope = Rope(config)
     rope.reach(x.shape[1], x.device)
     out = cache.prefill(x, q, k, v, rope)
@@ -175,9 +177,7 @@ def branches(
     from model import Rope
 
     sinks, expected = more.pop("sinks"), more.pop("expected")
-    cache, config = make_cache(
-        "BiBranchCache", sizes, x.shape[2], window, sinks, more, expected=expected
-    )
+    cache, config = make_cache(PLAIN, sizes, x.shape[2], window, sinks, more, expected=expected)
     rope, seen = Rope(config), []
     rope.reach(x.shape[1], x.device)
 
@@ -205,41 +205,55 @@ def attend(
     old: int,
     sizes: list,
     sinks: int,
-    **more,
+    chunk: int | None = None,
+    segments: list | None = None,
+    **factors,
 ) -> dict:
-    """`attend` alone, on a cache with these latents of the tokens from `sinks` on.
-
-    `chunk`, if given, is the number of tokens that a chunk holds.
-    """
+    """`attend` alone, on a cache with these latents of the tokens from `sinks` on."""
     from model import Rope
 
-    chunk = more.pop("chunk", None)
-    cache, config = make_cache(kind, sizes, more["A_k"].shape[0], 1, sinks, more)
-    if chunk:
-        cache.chunk = chunk
-    rope = Rope(config)
-    rope.reach(old + 1, q.device)
+    cache, config = make_cache(kind, sizes, factors["A_k"].shape[0], 1, sinks, factors)
+    if segments:
+        cache.chunk, cache.segments = chunk, tuple(map(tuple, segments))
     cache.c_k.append(c_k)
     cache.c_v.append(c_v)
     cache.length = sinks + c_k.shape[1]
+    rope = Rope(config)
+    rope.reach(cache.length, q.device)
     return {"out": cache.attend(q, k, v, first, old, rope)}
 
 
+def segment_damping(w: Tensor, length: int) -> dict:
+    from beyond.segments import damping
+
+    return {"a": damping(w, length)}
+
+
+def old_values(p: Tensor, c_v: Tensor, begin: int, sizes: list, chunk: int, **factors) -> dict:
+    cache, _ = make_cache(FAST, sizes, factors["A_v"].shape[0], 1, 0, factors)
+    cache.chunk = chunk
+    cache.c_v.append(c_v)
+    return {"out": cache.old_values(p, begin)}
+
+
 def attend_long(
-    q: Tensor, c_k: Tensor, c_v: Tensor, old: int, longest: int, sizes: list, **more
+    q: Tensor, c_k: Tensor, c_v: Tensor, longest: int, sizes: list, segments: list, **factors
 ) -> dict:
-    """`attend` to `old` tokens of the compressed branch and one of the other."""
+    """`attend` to all of these latents and to one token of the other branch, of key 0 and value 1.
+    q comes before RoPE."""
     from model import Rope
 
     _, H_kv, D, _ = sizes
-    cache, config = make_cache("ChunkedBiBranchCache", sizes, more["A_k"].shape[0], 1, 0, more)
+    cache, config = make_cache(FAST, sizes, factors["A_k"].shape[0], 1, 0, factors)
+    cache.segments = tuple(map(tuple, segments))
     rope = Rope(config)
-    rope.reach(longest, q.device)
+    rope.reach(longest + 1, q.device)
+    old = c_k.shape[1]
     cache.c_k.append(c_k)
     cache.c_v.append(c_v)
-    cache.length = old
-    one = torch.ones(1, H_kv, 1, D)
-    return {"out": cache.attend(q, one, one, 0, old, rope)}
+    cache.length = old + 1
+    k, v = torch.zeros(1, H_kv, 1, D), torch.ones(1, H_kv, 1, D)
+    return {"out": cache.attend(rope.rotate(q, old), k, v, 0, old, rope)}
 
 
 # ------------------------------------------------------------------------------------- problem d

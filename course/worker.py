@@ -1,6 +1,6 @@
 """The process that runs a student's functions. It gets tensors and returns tensors: no more.
 
-The grader starts it in a folder with the five files, `support/` and `scenarios.py`, and writes
+The grader starts it in a folder with the course's files, `support/` and `scenarios.py`, and writes
 requests to its standard input: the name of a scenario, tensors, numbers. Answers go back on what
 was its standard output; what the student's functions print goes with the errors. Nothing in here
 knows the right answers, so nothing is won by changing it from within: sandbox.py, on the other
@@ -131,11 +131,11 @@ def plain(name: str, value: object) -> torch.Tensor:
 
 def where(error: BaseException) -> str:
     """The innermost line of the student's files that an error comes from."""
-    line, trace = "", error.__traceback__
+    line, trace, folder = "", error.__traceback__, Path(__file__).parent
     while trace:
-        file = trace.tb_frame.f_code.co_filename
-        if Path(file).parent == Path(__file__).parent and Path(file).name != "scenarios.py":
-            line = f" ({Path(file).name}, {trace.tb_frame.f_code.co_name})"
+        file = Path(trace.tb_frame.f_code.co_filename)
+        if file.parent in (folder, folder / "beyond") and file.name != "scenarios.py":
+            line = f" ({file.relative_to(folder)}, {trace.tb_frame.f_code.co_name})"
         trace = trace.tb_next
     return line
 

@@ -26,7 +26,7 @@ SOLVED = problems.read_modules(ROOT)
 
 def ours():
     """The project's modules that are loaded, by name."""
-    names = {*MODULES, "support", "scenarios"}
+    names = {*MODULES, "beyond", "support", "scenarios"}
     return {name: m for name, m in sys.modules.items() if name.split(".")[0] in names}
 
 
@@ -44,11 +44,13 @@ class InThisProcess(Sandbox):
 
     def __enter__(self):
         self.folder, self.modules = self.parent / f"tree{len(list(self.parent.iterdir()))}", {}
-        (self.folder / "support").mkdir(parents=True)
+        for name in ("support", "beyond"):
+            (self.folder / name).mkdir(parents=True)
+            for file in (ROOT / name).glob("*.py"):
+                if f"{name}/{file.stem}" not in MODULES:
+                    (self.folder / name / file.name).symlink_to(file)
         for module, text in self.files.items():
             (self.folder / f"{module}.py").write_text(text)
-        for file in (ROOT / "support").glob("*.py"):
-            (self.folder / "support" / file.name).symlink_to(file)
         (self.folder / "scenarios.py").symlink_to(ROOT / "course" / "scenarios.py")
         return self
 
@@ -163,6 +165,17 @@ def test_wrong_solution_loses_in_no_other():
                 problems.function_text(files[module], other) for files in (student, SOLVED)
             ]
             assert (functions[0] != functions[1]) == (other == name), (what, other)
+
+
+def test_a_missing_file_costs_its_own_problem():
+    student = {module: text for module, text in SOLVED.items() if module != "beyond/segments"}
+    verdict = graded("f", student)
+    assert verdict.points == 0
+    assert verdict.text().count("there is no file beyond/segments.py") == len(PROBLEMS["f"].parts)
+    for id in "abcde":
+        for part in PROBLEMS[id].parts:
+            both = [problems.assemble(REFERENCE, part, files) for files in (student, SOLVED)]
+            assert both[0] == both[1]
 
 
 def test_parts_have_nothing_else_of_a_student():

@@ -52,16 +52,24 @@ def solve(folder, *names):
         file.write_text(problems.put_function(file.read_text(), name, function))
 
 
+def write_modules(folder, modules):
+    """Writes a student's files."""
+    (folder / "beyond").mkdir(parents=True)
+    for module, text in modules.items():
+        (folder / f"{module}.py").write_text(text)
+
+
 # ------------------------------------------------------------------------------------- release
 
 
 def test_release_has_no_solution(released):
-    """Each line of a solution that is long enough to be one is gone from the five files, and no
-    other file of a student's folder has it."""
+    """Each line of a solution that is long enough to be one is gone from the files to write in, and
+    no other file of a student's folder has it."""
     with zipfile.ZipFile(released / "course" / "given.zip") as archive:
         given = {name[:-3]: archive.read(name).decode() for name in archive.namelist()}
     assert given == problems.read_modules(released) == REFERENCE.given
     files = [*released.glob("course/**/*.py"), *released.glob("support/*.py")]
+    files += [f for f in released.glob("beyond/*.py") if f"beyond/{f.stem}" not in given]
     # scenarios.py calls the functions, and so has lines that call them.
     others = "".join(f.read_text(encoding="utf-8") for f in files if f.name != "scenarios.py")
     for name in (name for problem in PROBLEMS.values() for name in problem.names):
@@ -122,7 +130,7 @@ def test_the_students_own_check(released, tmp_path):
     solve(folder, *PROBLEMS["a"].names)
     done = command(folder, "course.grade")
     assert done.returncode == 0 and points(done.stdout) == 10, done.stdout + done.stderr
-    assert done.stdout.count("not written yet") == 8
+    assert done.stdout.count("not written yet") == 10
 
 
 @pytest.mark.slow
@@ -307,6 +315,7 @@ def test_strange_answers_are_no_end_of_the_grader(monkeypatch):
     verdict = grade.grade_problem(PROBLEMS["b"], REFERENCE, cheat("return 0"), 1, FAST)
     assert verdict.points == 0 and "no check of this was possible: strange" in verdict.text()
     with Sandbox(REFERENCE.given, FAST) as student:
+        assert problems.read_modules(student.folder) == REFERENCE.given
         student.process.kill()
         student.process.wait()
         with pytest.raises(Stopped):
@@ -314,17 +323,21 @@ def test_strange_answers_are_no_end_of_the_grader(monkeypatch):
 
 
 def test_a_link_to_the_reference_is_no_solution(tmp_path):
+    """A link to a file, or to its folder."""
     for module in problems.MODULES:
-        (tmp_path / f"{module}.py").symlink_to(ROOT / f"{module}.py")
+        if "/" not in module:
+            (tmp_path / f"{module}.py").symlink_to(ROOT / f"{module}.py")
+    (tmp_path / "beyond").symlink_to(ROOT / "beyond")
     assert problems.read_modules(tmp_path) == {}
+    (tmp_path / "link").symlink_to(ROOT)  # the whole folder may be one
+    assert problems.read_modules(tmp_path / "link") == SOLVED
 
 
 @pytest.mark.slow
 def test_others_are_graded(tmp_path):
     """A file that is no Python and one that is missing cost their own problems alone; so does a
     function that ends the process."""
-    for module, text in SOLVED.items():
-        (tmp_path / f"{module}.py").write_text(text)
+    write_modules(tmp_path, SOLVED)
     (tmp_path / "quant.py").write_text("def quantize(:\n")
     (tmp_path / "train.py").unlink()
     (tmp_path / "cskv.py").write_text(wrong(SVD, "import os; os._exit(0)")["cskv"])
@@ -346,9 +359,7 @@ def unpack(folder, student):
             assert archive.getinfo(name).external_attr >> 16 & 0o111
         (folder / "source" / name).chmod(0o755)
         assert subprocess.run(["bash", "-n", folder / "source" / name]).returncode == 0
-    (folder / "submission").mkdir()
-    for module, text in student.items():
-        (folder / "submission" / f"{module}.py").write_text(text)
+    write_modules(folder / "submission", student)
     return {**os.environ, "AUTOGRADER": str(folder), "PYTHON": sys.executable}
 
 
@@ -432,7 +443,7 @@ def test_a_plan_that_is_none(tmp_path, text):
 def test_gradescope_without_files(tmp_path):
     gradescope.grade_submission(tmp_path, tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert "no cskv.py" in results["output"]
+    assert "cskv.py, " in results["output"] and "hand in these files" in results["output"]
 
 
 def test_gradescope_submission_in_a_folder(tmp_path):

@@ -4,13 +4,43 @@ A change is a function's name, and a text in it and what comes in its place, per
 these; or a text alone, which is the function's whole body.
 """
 
-PLAIN, FAST = "cskv.BiBranchCache", "cskv.ChunkedBiBranchCache"
+from textwrap import indent
+
+PLAIN, FAST = "cskv.BiBranchCache", "beyond/segments.FastCache"
+DAMPING = "beyond/segments.damping"
 ZEROS = "return LowRank(torch.zeros(W.shape[0], rank).to(W), torch.zeros(rank, W.shape[1]).to(W))"
 HALF = "torch.cat([eigenvectors[:, : rank // 2 + 1], eigenvectors[:, rank // 2 + 1 - rank :]], 1)"
 STRAIGHT = "torch.where(inside, stored + (x - x.detach()), stored)"
-REBUILT = """p_old[..., s - first : e - first].view(B, self.H_kv, -1, e - s) @ (
-    self.c_v.read(s - S, e - S).to(p.dtype)[:, None] @ self.B_v
-)"""
+
+
+def method_body(text: str) -> str:
+    return indent(text, " " * 8).strip()
+
+
+VALUES = method_body("""
+B, H, n = p.shape
+values = self.c_v.read(begin, begin + n).float() @ self.B_v.float()  # [B, n, d_kv]
+if self.v_bias is not None:
+    values = values + self.v_bias
+values = values.unflatten(-1, (self.H_kv, self.D)).transpose(1, 2)  # [B, H_kv, n, D]
+return (p.reshape(B, self.H_kv, -1, n) @ values).flatten(0, 1)
+""")
+KEYS = method_body("""
+tables = query_turns(rope, self.length - 1, self.sinks, spans, q.device)
+begin, stop = spans[0].start, min(spans[-1].stop, self.c_k.length)
+lengths = torch.tensor([span.length for span in spans for _ in range(span.count)])
+cos, sin = (table.repeat_interleave(lengths, 0) for table in tables)  # of each token, [n, D]
+for s in range(begin, stop, STEP):
+    e = min(s + STEP, stop)
+    keys = self.c_k.read(s, e).float() @ self.B_k.float()
+    if self.k_bias is not None:
+        keys = keys + self.k_bias
+    keys = keys.unflatten(-1, (self.H_kv, self.D)).transpose(1, 2)  # [B, H_kv, e - s, D]
+    some = slice(s - begin, e - begin)
+    keys = keys * cos[some] + (keys * sin[some]).roll(self.D // 2, -1)
+    scores = q.view(len(out), self.H_kv, -1, self.D) @ keys.transpose(-1, -2)
+    out[..., some] = scores.flatten(1, 2)
+""")
 WRONG = {
     "a": {
         "only what is used": ("model.LayerCache.nbytes", "untyped_storage().nbytes()", "nbytes"),
@@ -53,8 +83,8 @@ WRONG = {
         ),
         "key at the next position": (
             f"{PLAIN}.decode",
-            "rope.rotate(k, t)",
-            "rope.rotate(k, t + 1)",
+            "k[:, :, 0], v[:, :, 0]",
+            "rope.rotate(k, 1)[:, :, 0], v[:, :, 0]",
         ),
         "sliding window forgotten": (f"{PLAIN}.decode", "self.sliding_window or t + 1", "t + 1"),
         "rebuilt keys from position 0": (
@@ -62,8 +92,8 @@ WRONG = {
             "self.k_bias), first)",
             "self.k_bias), 0)",
         ),
-        "RoPE at the wrong stage": (f"{PLAIN}.decode", "rope.rotate(k, t)[:, :, 0]", "k[:, :, 0]"),
-        "bias forgotten": (f"{PLAIN}.attend", "B.T, bias)", "B.T)"),
+        "RoPE at the wrong stage": (f"{PLAIN}.decode", "q, k = rope", "q, _ = rope"),
+        "bias forgotten": (f"{PLAIN}.attend", "hat + bias.float()", "hat"),
         "zeros": (f"{PLAIN}.attend", "return torch.zeros_like(q)"),
         "the query": (f"{PLAIN}.attend", "return q"),
         "old tokens dropped": (
@@ -137,30 +167,43 @@ WRONG = {
         "steps not counted": ("train.Tuner.step", "self.steps_done += 1", "pass"),
     },
     "f": {
-        "positions start at each chunk": (
+        "not damped": (DAMPING, "return torch.ones_like(w)"),
+        "keys rebuilt at once": (f"{FAST}.old_scores", KEYS.replace("STEP", "10**6")),
+        "values rebuilt": (f"{FAST}.old_values", VALUES),
+        "one token too many": (
+            DAMPING,
+            "return (w * (length + 1) / 2).sin() / ((length + 1) * (w / 2).sin())",
+        ),
+        "half the turn": (DAMPING, "return (w * length / 4).sin() / (length * (w / 4).sin())"),
+        "that of the last token": (DAMPING, "return (w * (length - 1) / 2).cos()"),
+        "keys rebuilt in chunks": (f"{FAST}.old_scores", KEYS.replace("STEP", "self.chunk")),
+        "turned the other way": (f"{FAST}.old_scores", "sin[:, None])", "-sin[:, None])"),
+        "one turn for all": (
             f"{FAST}.old_scores",
-            "rope.cis[s : s + n, None",
-            "rope.cis[:n, None",
+            "M = len(cos)",
+            "M = len(cos); cos, sin = cos[:1].expand_as(cos), sin[:1].expand_as(sin)",
         ),
-        "last chunk lost": (
-            f"{FAST}.attend",
-            "range(first, old, self.chunk)",
-            "range(first, old - self.chunk + 1, self.chunk)",
+        "neighbours as pairs": (f"{FAST}.old_scores", "q.roll(D // 2, -1)", "q.roll(1, -1)"),
+        "heads in another order": (
+            f"{FAST}.old_scores",
+            "u.permute(1, 2, 0, 3, 4)",
+            "u.permute(1, 2, 3, 0, 4)",
         ),
-        "all at once": (
-            f"{FAST}.attend",
-            "chunks = [",
-            "chunks = [(first, old)] if n else []\n        _ = [",
+        "bias of keys forgotten": (f"{FAST}.old_scores", "self.k_bias is not None", "False"),
+        "every part as the first": (f"{FAST}.old_scores", "done += part.count", "pass"),
+        "every span at the same place": (
+            f"{FAST}.old_scores",
+            "part.start - spans[0].start",
+            "part.start - span.start",
         ),
-        "not scaled": (f"{FAST}.attend", " / math.sqrt(D)", ""),
-        "bias forgotten": (f"{FAST}.attend", "if self.v_bias is not None:", "if False:"),
-        "zeros": (f"{FAST}.attend", "return torch.zeros_like(q)"),
-        "values rebuilt": (
-            f"{FAST}.attend",
-            "p_old[..., s - first : e - first] @ self.c_v.read(s - S, e - S).to(p.dtype)",
-            REBUILT,
-            "p_c.view(B, self.H_kv, -1, p_c.shape[-1]) @ self.B_v",
-            "p_c",
+        "no scores": (f"{FAST}.old_scores", "out.zero_()"),
+        "bias of values forgotten": (f"{FAST}.old_values", "self.v_bias is not None", "False"),
+        "bias of values in full": (f"{FAST}.old_values", "total *", "total / total *"),
+        "values from the first token on": (f"{FAST}.old_values", "begin + s", "s"),
+        "the last chunk only": (f"{FAST}.old_values", "sums + weighted_sum", "weighted_sum"),
+        "zeros": (
+            f"{FAST}.old_values",
+            "return p.new_zeros(len(p) * self.H_kv, p.shape[1] // self.H_kv, self.D)",
         ),
     },
 }

@@ -15,15 +15,42 @@ from course.sandbox import Draw
 THETA = 100.0  # of `scenarios.small_config`
 
 
+def frequencies(D: int) -> Tensor:
+    """RoPE's w_f = THETA^(-2f/D) [D/2]. The model has them in float32: those are the true ones."""
+    w = THETA ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
+    return w.double()
+
+
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
     """x [..., T, D] turned to these positions: the pair (f, f + D/2) is a complex number, which is
-    multiplied by exp(i t THETA^(-2f/D))."""
+    multiplied by exp(i t w_f)."""
     half = x.shape[-1] // 2
-    w = THETA ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = positions.double()[:, None] * w  # [T, D/2]
+    angle = positions.double()[:, None] * frequencies(2 * half)  # [T, D/2]
     turn = torch.polar(torch.ones_like(angle), angle)
     turned = torch.complex(x[..., :half], x[..., half:]) * turn
     return torch.cat([turned.real, turned.imag], -1)
+
+
+def mean_turn(w: Tensor, length: int) -> Tensor:
+    """The mean of exp(i tau w) over the offsets tau of a segment's tokens from its middle. The
+    imaginary parts of tau and -tau cancel."""
+    tau = torch.arange(length, dtype=torch.float64) - (length - 1) / 2
+    return torch.outer(tau, w.double()).cos().mean(0)
+
+
+def rotate_in_segments(k: Tensor, start: int, stop: int, sinks: int, segments: tuple) -> Tensor:
+    """Keys [..., stop - start, D] of these tokens, each turned to the middle of its segment and
+    damped there. `stop` - 1 is the newest old token, and sinks are not counted. With segments of
+    one token that is the paper's: a token's own position, and no damping."""
+    token, w = torch.arange(start, stop).double(), frequencies(k.shape[-1])
+    middle, a = torch.zeros_like(token), torch.zeros(len(token), len(w)).double()
+    border = stop  # of the tokens in segments of this length or a longer one
+    for (length, tokens), (longer, _) in zip(segments, (*segments[1:], (1, 0)), strict=True):
+        older = token < border
+        middle[older] = sinks + token[older] // length * length + (length - 1) / 2
+        a[older] = mean_turn(w, length)
+        border = (stop - tokens) // longer * longer
+    return rotate(k, middle) * torch.cat([a, a], -1)
 
 
 def split_heads(y: Tensor, D: int) -> Tensor:
@@ -63,6 +90,11 @@ class Layer:
     def settings(self) -> dict:
         """Numbers for a scenario."""
         return {"sizes": self.sizes, "window": self.window, "sinks": self.sinks}
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        names = ("A_k", "B_k", "A_v", "B_v", "k_bias", "v_bias")
+        return {name: self.tensors[name] for name in names if name in self.tensors}
 
     def rebuilt(self, name: str, c: Tensor | None = None) -> Tensor:
         """Keys or values from latents c [B, T, r] (x A if none are given), [B, H_kv, T, D]."""
@@ -112,16 +144,14 @@ def draw_layer(draw: Draw, T: int, bias=False, sliding=None, window=3, sinks=0) 
 
 
 def draw_attend(
-    draw: Draw, kind: str, bias: bool, sinks: int, dtype: torch.dtype, empty: bool = False
+    draw: Draw, kind: str, n: int, bias: bool, sinks: int, dtype: torch.dtype, segments=((1, 0),)
 ) -> tuple:
-    """Tensors and numbers for the scenario `attend`, and what it must return. `empty`: no token is
-    attended through the compressed branch."""
-    n, full = draw.integer(5, 30), draw.integer(1, 6)
-    layer = draw_layer(draw, n + full, bias, sinks=sinks)
-    first = sinks + draw.integer(0, n // 2)
-    old = first if empty else first + n - n // 2
-    names = ("A_k", "B_k", "A_v", "B_v", "k_bias", "v_bias")
-    tensors = {name: layer.tensors[name] for name in names if name in layer.tensors}
+    """Tensors and numbers for the scenario `attend`, and what it must return. n tokens are attended
+    through the compressed branch. Some before them may be behind the sliding window."""
+    full, first = draw.integer(1, 6), sinks + draw.integer(0, 15)
+    old = first + n
+    layer = draw_layer(draw, full, bias, sinks=sinks)
+    tensors = layer.factors
     # Latents of all tokens from `sinks` on, newer ones than `old` too, as in a real cache.
     B, held = len(layer.tensors["x"]), old - sinks + draw.integer(1, 4)
     tensors["c_k"] = draw.normal(B, held, tensors["B_k"].shape[0])
@@ -131,9 +161,10 @@ def draw_attend(
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     exact = {name: tensor.double() for name, tensor in tensors.items()}
     layer.tensors |= exact
-    part = slice(first - sinks, old - sinks)
-    k_hat = rotate(layer.rebuilt("k", exact["c_k"][:, part]), torch.arange(first, old))
-    v_hat = layer.rebuilt("v", exact["c_v"][:, part])
+    start, stop = first - sinks, old - sinks
+    k_hat = layer.rebuilt("k", exact["c_k"][:, start:stop])
+    k_hat = rotate_in_segments(k_hat, start, stop, sinks, segments)
+    v_hat = layer.rebuilt("v", exact["c_v"][:, start:stop])
     k, v = torch.cat([k_hat, exact["k"]], 2), torch.cat([v_hat, exact["v"]], 2)
     numbers = {"kind": kind, "first": first, "old": old, "sizes": layer.sizes, "sinks": sinks}
     return tensors, numbers, softmax_attention(exact["q"], k, v)

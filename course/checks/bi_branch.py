@@ -66,8 +66,9 @@ def attend_is_one_softmax(student: Sandbox, draw: Draw) -> None:
     keys to their positions, and takes one softmax over them and the exact ones."""
     for i in range(6):
         bias, sinks = i % 2 == 1, draw.choose([0, 0, 2])
+        n = 0 if i == 5 else draw.integer(3, 15)
         tensors, numbers, want = draw_attend(
-            draw, "BiBranchCache", bias, sinks, torch.float64, i == 5
+            draw, "cskv.BiBranchCache", n, bias, sinks, torch.float64
         )
         answer = student.ask("attend", tensors, **numbers)
         what = f"first {numbers['first']}, old {numbers['old']}, sinks {sinks}, biases {bias}"
