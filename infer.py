@@ -202,7 +202,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", help="text to answer or to continue (without --model: a LongEval case)")
     add("--model", default=TEACHER, help="checkpoint folder or hub name (the embedded model)")
     add("--factors", help="factors file for this model, made by train.py")
-    kinds = "cskv: fast, for some quality, since old keys share positions; cskv-plain: the paper's"
+    kinds = "cskv: fast, old keys share positions (see experiments/README.md); cskv-plain: the paper's"
     add("--cache", choices=[*KINDS, "full"], default="cskv", help=kinds)
     add("--compare", action="store_true", help="answer from the full cache as well, side by side")
     window = "newest tokens kept in full precision: costs memory, helps a little (32)"

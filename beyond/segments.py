@@ -49,7 +49,7 @@ from model import Attention, Rope
 
 # Lengths of segments, the newest first, and how many old tokens lie in such. Each length is a
 # multiple of the one before; the last holds for all tokens that are left.
-SEGMENTS = ((16, 512), (512, 0))
+SEGMENTS = ((16, 1024), (512, 0))
 
 
 @dataclass(frozen=True)

@@ -167,12 +167,12 @@ def time_against_tokens(rows: list[dict], path: Path) -> None:
     def fill(axis, _: str, lines: dict) -> None:
         for name, points in lines.items():
             x, y = ([point[key] for point in points] for key in ("tokens", "decode_ms"))
-            full, theirs = name == "full", name.startswith("transformers")
-            style = {"color": "black"} if full else {"linestyle": "--"} if theirs else {}
-            axis.plot(x, y, marker="o", label=name, **style)
+            style = "--" if name.startswith("transformers") else "-"
+            axis.plot(x, y, marker="o", linestyle=style, label=name)
+        axis.set_ylim(bottom=0)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sorted({row["tokens"] for row in rows}))
         axis.xaxis.set_major_formatter("{x:,.0f}")
 
     labels = {"xlabel": "tokens in the cache", "ylabel": "milliseconds of a decode step"}
-    draw({"": grouped(rows, "cache")}, fill, path, yscale="log", **labels)
+    draw({"": grouped(rows, "cache")}, fill, path, **labels)
