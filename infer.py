@@ -202,7 +202,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", help="text to answer or to continue (without --model: a LongEval case)")
     add("--model", default=TEACHER, help="checkpoint folder or hub name (the embedded model)")
     add("--factors", help="factors file for this model, made by train.py")
-    kinds = "cskv: fast, old keys share positions (see experiments/README.md); cskv-plain: the paper's"
+    kinds = "cskv: fast, old keys share positions, which costs SmolLM2 up to 0.7%% of perplexity "
+    kinds += "(experiments/README.md); cskv-plain: the paper's, exact positions, slow"
     add("--cache", choices=[*KINDS, "full"], default="cskv", help=kinds)
     add("--compare", action="store_true", help="answer from the full cache as well, side by side")
     window = "newest tokens kept in full precision: costs memory, helps a little (32)"
