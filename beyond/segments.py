@@ -222,13 +222,13 @@ class FastCache(BiBranchCache):
 
 
 @lru_cache(maxsize=64)
-def parts_of(span: Span, chunk: int) -> list[Span]:
+def parts_of(span: Span, chunk: int) -> tuple[Span, ...]:
     """A span in parts of at most `chunk` tokens, or one segment."""
     most = max(1, chunk // span.length)
-    return [
+    return tuple(
         Span(span.start + first * span.length, min(most, span.count - first), span.length)
         for first in range(0, span.count, most)
-    ]
+    )
 
 
 def products(u: Tensor, latents: Latents | quant.Packed, span: Span) -> Tensor:

@@ -56,7 +56,7 @@ def segment_lengths(first: int, T: int, window: int, sinks: int, segments: Segme
     lengths = torch.zeros(T - first, T, dtype=torch.long)
     for i in range(first, T):
         stop = i + 1 - window - sinks
-        for span in cut(0, stop, segments) if stop > 0 else ():
+        for span in cut(0, stop, segments):
             lengths[i - first, sinks + span.start : sinks + span.stop] = span.length
     return lengths
 
@@ -128,12 +128,13 @@ def measure_segments(
     means over the last n tokens of the passages [1, T]."""
     choices = [(((1, 0),), True), *choices]
     sums = [[0.0, 0.0] for _ in choices]
+    T = passages[0].shape[1]  # of all of them
+    lengths = [segment_lengths(T - n, T, window, sinks, segments) for segments, _ in choices]
     for tokens in passages:
         exact = log_probabilities(model, tokens, n)
         target = tokens[:, -n + 1 :, None]
-        for i, (segments, damped) in enumerate(choices):
-            lengths = segment_lengths(tokens.shape[1] - n, tokens.shape[1], window, sinks, segments)
-            more = {"window": window, "sinks": sinks, "lengths": lengths, "damped": damped}
+        for i, (_, damped) in enumerate(choices):
+            more = {"window": window, "sinks": sinks, "lengths": lengths[i], "damped": damped}
             ours = log_probabilities(model, tokens, n, factors, **more)
             sums[i][0] += (exact.exp() * (exact - ours)).sum(-1).mean().item() / len(passages)
             worse = exact.gather(2, target) - ours.gather(2, target)

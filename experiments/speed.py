@@ -135,6 +135,14 @@ def compare(
     return rows
 
 
+def write(rows: list[dict], json: Path | None, picture: Path | None) -> None:
+    """The rows as a table on standard output, and to the files that were asked for."""
+    print(table(rows))
+    write_json(json, rows)
+    if picture:
+        figures.time_against_tokens(rows, picture)
+
+
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     use_device(args.device)
@@ -151,11 +159,7 @@ def run(args: argparse.Namespace) -> None:
         settings |= {"names": list(dict.fromkeys(names)), "ratios": args.ratios}
         lengths = args.lengths
         rows = [row for n in lengths for row in measure_shape(args.shape, n, *sizes, **settings)]
-        print(table(rows))
-        write_json(args.json, rows)
-        if args.picture:
-            figures.time_against_tokens(rows, args.picture)
-        return
+        return write(rows, args.json, args.picture)
     if args.model is None:
         raise UserError("give a checkpoint, --model FOLDER, or a --shape without weights")
     model = load_model(args.model, args.device, dtype)
@@ -178,10 +182,7 @@ def run(args: argparse.Namespace) -> None:
         )
         prompt = drawn.to(args.device)
         rows += compare(runners, prompt, args.rounds, args.steps, args.prefills)
-    print(table(rows))
-    write_json(args.json, rows)
-    if args.picture:
-        figures.time_against_tokens(rows, args.picture)
+    write(rows, args.json, args.picture)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

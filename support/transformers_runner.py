@@ -13,7 +13,7 @@ Runner = tuple[Callable[[], object], Callable[[Tensor, object], Tensor]]
 
 def transformers_runners(path: str, device: str, dtype: torch.dtype) -> dict[str, Runner]:
     """The same checkpoint in the transformers package with its full cache and, where the package
-    hqq is installed, with its quantized one in 4 and in 2 bits. None without the package."""
+    hqq is installed, with its quantized one in 4 and in 2 bits; none without the package."""
     if not find_spec("transformers"):
         return {}
     from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache
