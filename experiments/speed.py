@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"{max(args.lengths) + more} tokens exceed the context of {model.config.context_length}"
         )
-    theirs = transformers_runners(args.model, args.device, dtype)
+    theirs = transformers_runners(args.model, args.device, dtype, args.lengths)
     if not theirs:
         print("transformers is not installed: ours only", file=sys.stderr)
     rows, generator = [], torch.Generator()
