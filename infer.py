@@ -21,13 +21,13 @@ from torch import Tensor
 from beyond.segments import FastCache
 from cskv import BiBranchCache, Factors, bi_branch_cache
 from model import LayerCache, Transformer, full_cache
-from support.checkpoint import load_model
 from support.command import DTYPES, Arguments, UserError, number, run_command, use_device
 from support.demonstration import ENGLISH, FACTORS, TEACHER, read_case, shorten
 from support.factors_file import load_factors
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.processes import say
 from support.text import check_finite, check_prompt
-from support.tokenizer import Tokenizer, load_tokenizer
 
 KINDS = {"cskv": FastCache, "cskv-plain": BiBranchCache}
 

@@ -1,8 +1,8 @@
 """The frozen model: Llama and Mistral in plain PyTorch, and the cache they are usually run with.
 
 Nothing in here knows of compression. Every module has its Hugging Face name, so that a checkpoint
-loads strictly (support/checkpoint.py). The one unusual thing is where attention lives: the
-`Attention` module only projects; a `LayerCache` remembers and attends. Caches that compress are
+loads strictly (support/huggingface/checkpoint.py). The one unusual thing is where attention lives:
+the `Attention` module only projects; a `LayerCache` remembers and attends. Caches that compress are
 further subclasses of `LayerCache`, in other files.
 
 Shapes, everywhere in this project:

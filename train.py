@@ -44,7 +44,6 @@ from support.calibration import (
     init_factors,
     layer_hooks,
 )
-from support.checkpoint import load_model
 from support.command import (
     DTYPES,
     Arguments,
@@ -55,11 +54,12 @@ from support.command import (
     user_values,
 )
 from support.factors_file import save_factors
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import load_tokenizer
 from support.options import add_options
 from support.processes import place, processes, say, summed
 from support.resume import Journal, make_plan, restore
 from support.text import batch_of, sample_tokens
-from support.tokenizer import load_tokenizer
 
 # -------------------------------------------------------------------------- layer-wise training
 

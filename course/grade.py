@@ -9,12 +9,6 @@ problem runs in a process of its own (sandbox.py) with fresh inputs. Where one f
 another, the grader has the reference's; a student's folder has none, so there it is the student's.
 """
 
-import sys
-
-if not __package__:
-    print("error: run this as python -m course.grade from the project's folder", file=sys.stderr)
-    sys.exit(2)
-
 import argparse
 import importlib
 import inspect

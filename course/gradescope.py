@@ -9,13 +9,6 @@ Students hand in cskv.py, infer.py, model.py, quant.py, train.py and beyond/segm
 a plan.json, for the leaderboard.
 """
 
-import sys
-
-if not __package__:
-    message = "error: run this as python -m course.gradescope from the project's folder"
-    print(message, file=sys.stderr)
-    sys.exit(2)
-
 import argparse
 import json
 import os
@@ -26,8 +19,8 @@ from course import leaderboard
 from course.grade import Verdict, fresh_seed, grade
 from course.problems import GIVEN, MODULES, ROOT, Problem, load_problems, load_reference
 from course.sandbox import protect_memory
+from experiments.tables import write_json
 from support.command import Arguments, UserError, check_writable, replacing, run_command
-from support.tables import write_json
 
 SETUP = """#!/usr/bin/env bash
 # Gradescope runs this once, to make the image.

@@ -13,13 +13,6 @@ before the question comes. Less is better. A plan is numbers: for it, no code of
 runs on the grader.
 """
 
-import sys
-
-if not __package__:
-    message = "error: run this as python -m course.leaderboard from the project's folder"
-    print(message, file=sys.stderr)
-    sys.exit(2)
-
 import argparse
 import io
 import json
@@ -32,15 +25,15 @@ import torch
 import quant
 from course.problems import LARGEST, ROOT
 from cskv import Factors, LayerFactors, bi_branch_cache, rotate
+from experiments.rounded import Rounded
+from experiments.tasks import longeval as retrieval
 from infer import full_bytes, held_bytes
 from model import Transformer
-from support import retrieval
 from support.calibration import calibrate, init_factors
-from support.checkpoint import load_model
 from support.command import Arguments, UserError, run_command
 from support.demonstration import TEACHER
-from support.rounded import Rounded
-from support.tokenizer import Tokenizer, load_tokenizer
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 
 BUDGET = 0.1  # of the bytes of a full 16-bit cache
 WINDOW, LINES, CASES = 16, 40, 24

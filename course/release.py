@@ -8,12 +8,6 @@ files to write in, as handed out: the checks put the student's functions into th
 does.
 """
 
-import sys
-
-if not __package__:
-    print("error: run this as python -m course.release from the project's folder", file=sys.stderr)
-    sys.exit(2)
-
 import argparse
 import os
 import shutil

@@ -92,7 +92,9 @@ class Sandbox:
     def __enter__(self) -> "Sandbox":
         self.folder = Path(tempfile.mkdtemp(prefix="course-"))
         for name in ("support", "beyond"):
-            shutil.copytree(ROOT / name, self.folder / name, ignore=only_python)
+            shutil.copytree(
+                ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         for module, text in self.files.items():  # these last: what was copied has the solution
             (self.folder / f"{module}.py").write_text(text, encoding="utf-8")
         for name in ("worker.py", "scenarios.py", "confine.py"):
@@ -238,10 +240,6 @@ KEPT = ("PATH", "SYSTEMROOT", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY
 def printable(text: str) -> str:
     """A student's text without what would change the terminal that it is shown in."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
-
-
-def only_python(folder: str, names: list[str]) -> set[str]:
-    return {name for name in names if not name.endswith(".py")}
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

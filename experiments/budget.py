@@ -20,7 +20,7 @@ Between sides the rule is the same, if errors are counted in what they cost the 
 this differs by factors of hundreds, and eigenvalues do not tell. So it is measured:
 
 1. Calibrate. Factors of all ranks come at once: those of rank r are the first r columns of A and
-   rows of B of full rank. They keep the output of the attention: see support/outputs.py. Every
+   rows of B of full rank. They keep the output of the attention: see beyond/outputs.py. Every
    second text, here and for the next step, is its first half twice: a long context is there to be
    looked up, and a model that copies reads its cache in layers where plain text hardly does.
 2. Probe: one side of one layer at a few ranks and bits, all else exact. What it costs is the KL
@@ -34,9 +34,6 @@ For SmolLM2, two cores probe 11 minutes, after 2 of calibration. For LongChat-7B
 a GPU that does 1e14 a second, with 0.3 GB of stored inputs.
 """
 
-if not __package__:  # run as a script: this says what to do
-    import experiments  # noqa: F401
-
 import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -47,12 +44,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from beyond.outputs import calibrate_outputs
+from beyond.probes import SIDES, Probe
 from cskv import Factors, LayerFactors, LowRank, empty_latents, rotate
+from experiments import figures
+from experiments.notes import all_that_counts, delete_notes, run_all
+from experiments.pictures import pyplot
+from experiments.tables import write_json
 from infer import full_bytes
 from model import Transformer
-from support import figures
 from support.calibration import Statistics, calibrate, init_pair
-from support.checkpoint import load_model
 from support.command import (
     DTYPES,
     Arguments,
@@ -63,15 +64,11 @@ from support.command import (
     user_values,
 )
 from support.factors_file import save_factors
-from support.notes import all_that_counts, delete_notes, run_all
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import load_tokenizer
 from support.options import add_option, add_options
-from support.outputs import calibrate_outputs
-from support.pictures import pyplot
-from support.probing import SIDES, Probe
 from support.processes import place, processes, say
-from support.tables import write_json
 from support.text import sample_tokens, with_copies
-from support.tokenizer import load_tokenizer
 
 SHARES = (1 / 24, 1 / 3, 2 / 3, 1)  # of the channels, probed with each of `--widths`
 HELPS = {"passages": "of --data, to probe with"}

@@ -30,25 +30,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments import longbench, lveval
 from experiments.caches import add_cache_options, make_rows
 from experiments.measuring import Case, measure, with_score
+from experiments.notes import all_that_counts, delete_notes
+from experiments.tables import table, write_json
+from experiments.tasks import longbench, lveval
+from experiments.tasks.longeval import PUBLISHED, RetrievalCase, make_cases, read_cases, samples
+from experiments.tasks.prompts import read_prompt
+from experiments.tasks.records import prompt_ids, read_records
+from experiments.tasks.scores import is_correct
 from infer import generate, make_sampler
 from model import LayerCache, Transformer
 from support.calibration import CALIBRATED, calibrate, init_factors
-from support.checkpoint import load_model
 from support.command import DTYPES, Arguments, UserError, check_files, run_command, user_values
 from support.factors_file import load_factors
-from support.notes import all_that_counts, delete_notes
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.options import add_options
 from support.processes import place, processes
-from support.prompts import read_prompt
-from support.records import prompt_ids, read_records
-from support.retrieval import PUBLISHED, RetrievalCase, make_cases, read_cases, samples
-from support.scores import is_correct
-from support.tables import table, write_json
 from support.text import WIDER_CACHES, check_finite, passages, read_documents, sample_tokens
-from support.tokenizer import Tokenizer, load_tokenizer
 
 # Tokens of an answer: LongEval's limit, and enough to continue "The pass key is".
 ANSWER_TOKENS = {"longeval": 100, "passkey": 10}

@@ -18,13 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cskv import Factors
+from experiments.tables import write_json
 from model import Transformer
 from support.calibration import CALIBRATED, Statistics, calibrate, init_factors, rank_for
 from support.command import UserError, user_values
 from support.factors_file import fingerprint, load_factors, save_factors
 from support.processes import place
 from support.resume import load_state, restore, save_state, state_of
-from support.tables import write_json
 from support.text import batch_of
 from train import Tuner, loss_floor, run_layers
 

@@ -1,20 +1,17 @@
-"""Writes LongEval's "lines" cases, or passkey cases, from a seed (support/retrieval.py).
+"""Writes LongEval's "lines" cases, or passkey cases, from a seed (experiments/tasks/longeval.py).
 
 python -m experiments.longeval --lines 50 --cases 1000 --seed 0 --out cases.jsonl
 """
-
-if not __package__:  # run as a script: this says what to do
-    import experiments  # noqa: F401
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
+from experiments.tasks.longeval import make_cases, read_cases, samples  # noqa: F401
+from experiments.tasks.scores import is_correct, read_answer  # noqa: F401 (beside the cases)
 from support.command import Arguments, number, replacing, run_command
 from support.options import add_options
-from support.retrieval import make_cases, read_cases, samples  # noqa: F401
-from support.scores import is_correct, read_answer  # noqa: F401 (beside the cases)
 
 
 def run(args: argparse.Namespace) -> None:

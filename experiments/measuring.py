@@ -15,14 +15,14 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from experiments import longbench
 from experiments.caches import Row, make_cache
+from experiments.notes import run_all
+from experiments.rounded import Rounded
+from experiments.tables import ALL, grouped, summarize
+from experiments.tasks import longbench
+from experiments.tasks.scores import wilson
 from infer import full_bytes, held_bytes
 from model import LayerCache, Rope, Transformer
-from support.notes import run_all
-from support.rounded import Rounded
-from support.scores import wilson
-from support.tables import ALL, grouped, summarize
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,25 @@ from pathlib import Path
 
 import torch
 
+from experiments import figures
 from experiments.caches import CACHES, TOKENS, Row, make_row
 from experiments.evaluate import perplexity_cases, retrieval_cases
 from experiments.factors import FactorStore, Recipe
 from experiments.measuring import Case, measure, with_score
+from experiments.notes import all_that_counts, delete_notes
+from experiments.remake import remake
+from experiments.tables import (
+    SCORES,
+    beside,
+    grouped,
+    side_by_side,
+    table,
+    write_json,
+    write_markdown,
+)
+from experiments.tasks.longeval import PUBLISHED, read_cases, samples
 from infer import nominal_ratio
-from support import figures
 from support.calibration import INITIALIZATIONS, rank_for
-from support.checkpoint import load_model
 from support.command import (
     DTYPES,
     Arguments,
@@ -48,22 +59,11 @@ from support.command import (
 )
 from support.demonstration import TEACHER
 from support.factors_file import load_factors
-from support.notes import all_that_counts, delete_notes
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import load_tokenizer
 from support.options import PROTOCOLS, add_option, add_options
 from support.processes import place, processes
-from support.remake import remake
-from support.retrieval import PUBLISHED, read_cases, samples
-from support.tables import (
-    SCORES,
-    beside,
-    grouped,
-    side_by_side,
-    table,
-    write_json,
-    write_markdown,
-)
 from support.text import sample_tokens
-from support.tokenizer import load_tokenizer
 
 PAPER_LR = 5e-5
 HELPS = {

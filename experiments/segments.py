@@ -19,18 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beyond.probes import DecodeMode, branches
 from beyond.segments import SEGMENTS, cut, damping
 from cskv import Factors
 from experiments.evaluate import perplexity_cases
+from experiments.tables import table, write_json
 from model import Rope, Transformer, causal_attention
-from support.checkpoint import load_model
 from support.command import Arguments, check_writable, run_command, use_device
 from support.factors_file import load_factors
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import load_tokenizer
 from support.options import add_option, add_options
-from support.probing import DecodeMode, branches
 from support.processes import say
-from support.tables import table, write_json
-from support.tokenizer import load_tokenizer
 
 Segments = tuple[tuple[int, int], ...]
 

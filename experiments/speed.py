@@ -32,14 +32,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from experiments import figures
 from experiments.caches import add_cache_options, make_cache, make_rows
 from experiments.measuring import clock
+from experiments.pictures import pyplot
 from experiments.shapes import measure_shape
+from experiments.tables import table, write_json
+from experiments.transformers_runner import Runner, transformers_runners
 from infer import held_bytes
 from model import Transformer
-from support import figures
 from support.calibration import init_factors
-from support.checkpoint import load_model
 from support.command import (
     DTYPES,
     Arguments,
@@ -50,11 +52,9 @@ from support.command import (
     use_device,
 )
 from support.factors_file import load_factors
+from support.huggingface.checkpoint import load_model
 from support.options import add_option, add_options
-from support.pictures import pyplot
 from support.shapes import SHAPES
-from support.tables import table, write_json
-from support.transformers_runner import Runner, transformers_runners
 
 
 def our_runners(

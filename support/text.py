@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from model import Transformer
-from support.added_tokens import is_unicode
 from support.command import UserError
-from support.tokenizer import Tokenizer
+from support.huggingface.added_tokens import is_unicode
+from support.huggingface.tokenizer import Tokenizer
 
 KINDS = (".txt", ".jsonl", ".parquet")
 

@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quant
+from beyond.outputs import calibrate_outputs
+from beyond.probes import DecodeMode, Probe
 from cskv import bi_branch_cache
 from experiments import budget
 from experiments.budget import Choice, choices, convex_hull, latent_bytes, spend
 from infer import full_bytes, held_bytes
 from model import FullCache, full_cache
 from support.calibration import calibrate, init_factors
-from support.checkpoint import load_model
 from support.factors_file import load_factors
-from support.outputs import calibrate_outputs
-from support.probing import DecodeMode, Probe
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import load_tokenizer
 from support.text import sample_tokens
-from support.tokenizer import load_tokenizer
 from tests.evaluating import notes_beside, torchrun
 from tests.helpers import (
     bits,

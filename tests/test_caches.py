@@ -12,11 +12,10 @@ import torch
 import infer
 import model
 from beyond.segments import FastCache
-from experiments import baselines, caches, evaluate, speed
+from experiments import baselines, caches, evaluate, figures, speed
 from model import Transformer, full_cache
-from support import figures
 from support.calibration import init_factors
-from support.checkpoint import load_model
+from support.huggingface.checkpoint import load_model
 from tests.evaluating import (
     ROOT,
     arguments,

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.checkpoint import load_model, read_config, read_json
 from support.command import UserError
+from support.huggingface.checkpoint import load_model, read_config, read_json
 from tests import helpers
 from tests.helpers import save_checkpoint, tiny_model, tiny_tokens
 

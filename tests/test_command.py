@@ -169,7 +169,7 @@ def others(setup, out):
             *paper,
         ],
         "speed": ["-m", "experiments.speed", "--model", model, "--lengths", 20, "--rounds", 1],
-        "english": ["-m", "support.english", "--out", out / "english"],
+        "english": ["-m", "experiments.english", "--out", out / "english"],
     }
 
 
@@ -184,22 +184,6 @@ def test_every_command_on_a_full_disk_and_in_ascii(setup, tmp_path, name):
     assert done.returncode == 2 and last.startswith("error: the output cannot be written"), last
     done = shell(*command, encoding="ascii")
     assert done.returncode == 0 and done.stdout and b"Traceback" not in done.stderr
-
-
-MODULES = [f"experiments.{name}" for name in ("evaluate", "paper", "speed", "longeval", "budget")]
-MODULES += [
-    "support.english",
-    "support.own_words",
-    "weights.train_teacher",
-    "weights.check_teacher",
-]
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_run_as_a_script_says_how_to_run_it(name):
-    done = shell(name.replace(".", "/") + ".py", "--help")
-    expected = f"error: run this as python -m {name} from the project's folder\n"
-    assert (done.returncode, done.stdout, done.stderr.decode()) == (2, b"", expected)
 
 
 def test_a_closed_pipe_is_no_traceback():

@@ -45,10 +45,11 @@ class InThisProcess(Sandbox):
     def __enter__(self):
         self.folder, self.modules = self.parent / f"tree{len(list(self.parent.iterdir()))}", {}
         for name in ("support", "beyond"):
-            (self.folder / name).mkdir(parents=True)
-            for file in (ROOT / name).glob("*.py"):
-                if f"{name}/{file.stem}" not in MODULES:
-                    (self.folder / name / file.name).symlink_to(file)
+            for file in (ROOT / name).rglob("*.py"):
+                place = self.folder / file.relative_to(ROOT)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if str(file.relative_to(ROOT).with_suffix("")) not in MODULES:
+                    place.symlink_to(file)
         for module, text in self.files.items():
             (self.folder / f"{module}.py").write_text(text)
         (self.folder / "scenarios.py").symlink_to(ROOT / "course" / "scenarios.py")

@@ -155,14 +155,6 @@ def test_reference_and_empty_release(released):
     assert points(command(ROOT, "course.grade", released).stdout) == 0
 
 
-@pytest.mark.parametrize("name", ["release", "grade", "gradescope", "leaderboard"])
-def test_a_module_run_as_a_script_says_how_to_run_it(name):
-    run = [sys.executable, f"course/{name}.py"]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-    expected = f"error: run this as python -m course.{name} from the project's folder\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
-
-
 def test_mistakes_are_one_line(tmp_path, capsys):
     for words in ([tmp_path], [tmp_path / "none"], [], [ROOT, "--problem", "x"]):
         code, _, err = call(grade, capsys, *words)

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 import cskv
-from experiments import caches, evaluate, longbench, measuring
+from experiments import caches, evaluate, measuring
+from experiments.tasks import longbench, records
+from experiments.tasks.longeval import RetrievalCase, make_cases
+from experiments.tasks.scores import wilson
 from model import FullCache
-from support import records
 from support.calibration import init_factors
-from support.checkpoint import load_model
 from support.command import UserError
 from support.demonstration import TEACHER
 from support.factors_file import save_factors
-from support.retrieval import RetrievalCase, make_cases
-from support.scores import wilson
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.text import passages
-from support.tokenizer import Tokenizer, load_tokenizer
 from tests.evaluating import arguments, measured, without_seconds, write_records
 from tests.helpers import call, naive_forward, save_checkpoint, tiny_model, tiny_tokens
 

@@ -15,10 +15,10 @@ from beyond.segments import FastCache
 from cskv import BiBranchCache, Factors, LayerFactors, bi_branch_cache
 from model import full_cache
 from support.calibration import CALIBRATED, INITIALIZATIONS, init_factors
-from support.checkpoint import load_model
 from support.factors_file import load_factors, save_factors
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.text import read_documents, sample_tokens
-from support.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers import call, save_checkpoint, tiny_model
 
 ROOT = Path(__file__).parent.parent

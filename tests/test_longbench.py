@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
-from experiments.longbench import (
+from experiments.tables import summarize
+from experiments.tasks.longbench import (
     BUCKETS,
     TASKS,
     best_rouge_l,
     select,
 )
+from experiments.tasks.records import prompt_ids, read_records, truncate_middle
+from experiments.tasks.scores import f1, lcs, normalize, rouge_l
 from support.command import UserError
-from support.records import prompt_ids, read_records, truncate_middle
-from support.scores import f1, lcs, normalize, rouge_l
-from support.tables import summarize
-from support.tokenizer import Tokenizer
+from support.huggingface.tokenizer import Tokenizer
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
 RECORD = {

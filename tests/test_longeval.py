@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import longeval
-from support import retrieval
+from experiments.tasks import longeval as retrieval
+from experiments.tasks.longeval import make_cases, passkey_case
+from experiments.tasks.scores import is_correct, read_answer
 from support.command import UserError, run_command
-from support.retrieval import make_cases, passkey_case
-from support.scores import is_correct, read_answer
 
 ROOT = Path(__file__).parent.parent
 

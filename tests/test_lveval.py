@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.lveval import BLACKLIST, TASKS, gated_f1, keyword_recall, select
+from experiments.tables import summarize
+from experiments.tasks.lveval import BLACKLIST, TASKS, gated_f1, keyword_recall, select
+from experiments.tasks.records import read_records
+from experiments.tasks.scores import f1, normalize
 from support.command import UserError
-from support.records import read_records
-from support.scores import f1, normalize
-from support.tables import summarize
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
 RECORD = {

@@ -9,11 +9,11 @@ import time
 import pytest
 
 from experiments import caches, evaluate, measuring
+from experiments.tables import table
+from experiments.tasks.scores import wilson
 from support.calibration import init_factors
 from support.command import UserError
 from support.factors_file import save_factors
-from support.scores import wilson
-from support.tables import table
 from tests.evaluating import (
     ROOT,
     arguments,

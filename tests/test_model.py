@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import full_cache
-from support.checkpoint import load_model, read_config
 from support.command import UserError
+from support.huggingface.checkpoint import load_model, read_config
 from tests.helpers import (
     LLAMA3,
     naive_forward,

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from beyond.outputs import EVERY, calibrate_outputs
 from support.calibration import calibrate
 from support.command import UserError
-from support.outputs import EVERY, calibrate_outputs
 from tests.helpers import naive_rotate, quick, shapes, sinks, tiny_model, tiny_tokens, windows
 
 torch.set_grad_enabled(False)

@@ -11,11 +11,11 @@ import torch
 from experiments import evaluate, factors, paper
 from experiments.factors import FactorStore, Recipe
 from support.calibration import INITIALIZATIONS, init_factors, layer_hooks, rank_for
-from support.checkpoint import load_model
 from support.command import UserError
 from support.factors_file import save_factors
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import load_tokenizer
 from support.text import sample_tokens
-from support.tokenizer import load_tokenizer
 from tests.helpers import call, save_checkpoint, tiny_model
 
 ROOT = Path(__file__).parent.parent

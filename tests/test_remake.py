@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from experiments import paper
+from experiments.remake import read_blocks, remake, words
 from support.command import UserError
-from support.remake import read_blocks, remake, words
 from tests.helpers import call
 
 ROOT = Path(__file__).parent.parent

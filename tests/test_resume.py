@@ -13,9 +13,9 @@ import torch
 
 import train
 from support import processes
-from support.checkpoint import load_model
 from support.command import UserError
 from support.factors_file import load_factors
+from support.huggingface.checkpoint import load_model
 from tests.helpers import arguments, call, rows_of, save_checkpoint, tiny_model
 
 ROOT = Path(__file__).parent.parent

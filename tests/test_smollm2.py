@@ -11,9 +11,9 @@ import cskv
 from infer import full_bytes, generate, make_sampler
 from model import full_cache
 from support.calibration import rank_for
-from support.checkpoint import load_model
 from support.factors_file import load_factors
-from support.tokenizer import load_tokenizer
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import load_tokenizer
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 FOLDER = WEIGHTS / "SmolLM2-135M-Instruct"

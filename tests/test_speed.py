@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments import speed
-from support.transformers_runner import transformers_runners
+from experiments.transformers_runner import transformers_runners
 from tests.helpers import call, save_checkpoint, tiny_model, tiny_tokens
 
 torch.set_grad_enabled(False)

@@ -15,10 +15,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from support import retrieval
-from support.checkpoint import load_model
+from experiments.tasks import longeval as retrieval
 from support.command import UserError
-from support.tokenizer import load_tokenizer
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import load_tokenizer
 from weights import check_teacher, train_teacher
 from weights.train_teacher import EOS, LEVELS, Plan, Trainer, build_tokenizer, draw_batch
 

@@ -7,9 +7,10 @@ import types
 import pytest
 import torch
 
-from support import english, own_words, text
+from experiments import english, own_words
+from support import text
 from support.command import UserError
-from support.tokenizer import load_tokenizer
+from support.huggingface.tokenizer import load_tokenizer
 from tests.helpers import call, save_checkpoint, tiny_model
 
 

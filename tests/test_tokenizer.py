@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.command import UserError
-from support.tokenizer import load_tokenizer
+from support.huggingface.tokenizer import load_tokenizer
 from tests.helpers import save_checkpoint, tiny_model
 
 TEXT = (

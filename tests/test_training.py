@@ -16,10 +16,10 @@ import quant
 import train
 from support import text
 from support.calibration import INITIALIZATIONS, calibrate, init_factors
-from support.checkpoint import load_model
 from support.command import DTYPES
 from support.factors_file import load_factors
-from support.tokenizer import load_tokenizer
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import load_tokenizer
 from tests.helpers import arguments, call, groups, rows_of, save_checkpoint, tiny_model, tiny_tokens
 
 ROOT = Path(__file__).parent.parent

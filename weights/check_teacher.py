@@ -5,15 +5,6 @@ python -m weights.check_teacher --data FOLDER
 python -m weights.check_teacher --curve runs/teacher/curve.jsonl --png curve.png
 """
 
-import sys
-
-if not __package__:
-    print(
-        "error: run this as python -m weights.check_teacher from the project's folder",
-        file=sys.stderr,
-    )
-    sys.exit(2)
-
 import argparse
 import itertools
 import json
@@ -21,13 +12,13 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from experiments.tasks.longeval import PUBLISHED, RetrievalCase, make_cases, read_cases
+from experiments.tasks.scores import is_correct
 from infer import generate, make_sampler
 from model import Transformer, full_cache
-from support.checkpoint import load_model
 from support.command import Arguments, UserError, number, replacing, run_command
-from support.retrieval import PUBLISHED, RetrievalCase, make_cases, read_cases
-from support.scores import is_correct
-from support.tokenizer import Tokenizer, load_tokenizer
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 
 UNSEEN = (  # questions in words that train_teacher.py never asks
     "\nWhich value does line {key} have?",

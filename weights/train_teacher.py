@@ -14,20 +14,12 @@ Sources:
     [2] Jordan et al., "Muon", 2024: the optimizer of the hidden matrices, torch.optim.Muon
 """
 
-import sys
-
-if not __package__:
-    print(
-        "error: run this as python -m weights.train_teacher from the project's folder",
-        file=sys.stderr,
-    )
-    sys.exit(2)
-
 import argparse
 import json
 import math
 import random
 import re
+import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -39,10 +31,10 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from experiments.tasks import longeval as retrieval
+from experiments.tasks.longeval import QUESTION
 from model import Config, Transformer
-from support import retrieval
 from support.command import Arguments, UserError, number, replacing, run_command
-from support.retrieval import QUESTION
 
 EOS = "<|endoftext|>"
 

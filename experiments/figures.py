@@ -8,8 +8,8 @@ from statistics import fmean
 
 from torch import Tensor
 
-from support.pictures import draw, draw_lines, pyplot, save_figure
-from support.tables import grouped
+from experiments.pictures import draw, draw_lines, pyplot, save_figure
+from experiments.tables import grouped
 
 COLOURS = {
     "random": "tab:gray",

@@ -1,6 +1,6 @@
 """English text that every machine with Python and PyTorch has already, to calibrate and to measure.
 
-    python -m support.english --out runs/english
+    python -m experiments.english --out runs/english
 
 writes `calibration.txt`, the language reference that comes with Python (package `pydoc_data`) and
 the docstrings of its standard library; `heldout.txt`, the docstrings of PyTorch; and
@@ -8,12 +8,6 @@ the docstrings of its standard library; `heldout.txt`, the docstrings of PyTorch
 first is measured on the others, technical prose of other hands and legal prose. All differ a little
 from version to version of Python and the packages.
 """
-
-import sys
-
-if not __package__:
-    print("error: run this as python -m support.english from the project's folder", file=sys.stderr)
-    sys.exit(2)
 
 import argparse
 import ast

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from experiments.tasks.prompts import read_prompt
 from support.command import UserError
-from support.prompts import read_prompt
-from support.tokenizer import Tokenizer
+from support.huggingface.tokenizer import Tokenizer
 
 PREAMBLE = read_prompt("longeval_preamble")
 LINE = "line {key}: REGISTER_CONTENT is <{number}>\n"

@@ -13,9 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from model import Transformer
-from support.checkpoint import find_checkpoint
 from support.command import UserError, append_line
 from support.factors_file import fingerprint
+from support.huggingface.checkpoint import find_checkpoint
 from support.processes import gathered, patient_group, place, say
 
 Key = tuple[int, int]  # of a piece of work: its row and its case

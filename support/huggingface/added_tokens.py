@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from support.checkpoint import read_json
 from support.command import UserError
+from support.huggingface.checkpoint import read_json
 
 CONFIG = "tokenizer_config.json"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

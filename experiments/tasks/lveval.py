@@ -1,7 +1,7 @@
 """LV-Eval [1] at its shortest level, 16k words: the six English sets, their prompts and scores.
 
 Questions whose evidence lies among distracting documents and confusing facts. A record is one of
-`experiments/longbench.py`, and of most sets has also `answer_keywords`, the words without which an
+`longbench.py`, and of most sets has also `answer_keywords`, the words without which an
 answer is wrong. The prompts are LV-Eval's, word for word.
 
 The five Chinese sets are left out: their scores are counts of words, and to find the words of a
@@ -13,11 +13,11 @@ Sources:
 
 from collections import Counter
 
+from experiments.tables import ALL
+from experiments.tasks.prompts import read_prompt
+from experiments.tasks.records import Task, choose
+from experiments.tasks.scores import f1, normalize
 from support.command import UserError
-from support.prompts import read_prompt
-from support.records import Task, choose
-from support.scores import f1, normalize
-from support.tables import ALL
 
 MAX_LENGTH = 15_500  # tokens of a prompt in [1] by default
 LEVEL = "16k"

@@ -1,20 +1,12 @@
 """Text to calibrate on that spreads over more than one kind: half of it the model writes itself.
 
-    python -m support.own_words --model M --data TEXT --out F.jsonl
+    python -m experiments.own_words --model M --data TEXT --out F.jsonl
 
 Factors fitted to one kind of text lose most on another. But a model carries a sample of all that it
 was trained on: what it writes, token by token from its own distribution, after a first token drawn
 at random (Liu et al., "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models",
 2023, section 2.1). It need not make sense. The file has as many pieces of TEXT as texts of its own.
 """
-
-if not __package__:
-    import sys
-
-    print(
-        "error: run this as python -m support.own_words from the project's folder", file=sys.stderr
-    )
-    sys.exit(2)
 
 import argparse
 import json
@@ -26,7 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import Transformer, full_cache
-from support.checkpoint import load_model
 from support.command import (
     DTYPES,
     Arguments,
@@ -37,9 +28,10 @@ from support.command import (
     use_device,
     user_values,
 )
+from support.huggingface.checkpoint import load_model
+from support.huggingface.tokenizer import load_tokenizer
 from support.options import add_option, add_options
 from support.text import check_finite, sample_tokens
-from support.tokenizer import load_tokenizer
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from support.command import UserError, first_line
-from support.tokenizer import Tokenizer
+from support.huggingface.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

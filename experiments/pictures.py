@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from experiments.tables import grouped
 from support.command import UserError, replacing
-from support.tables import grouped
 
 
 def pyplot():

@@ -20,10 +20,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from beyond.probes import branches
 from model import Attention, LayerCache, Rope, Transformer, causal_attention
 from support.calibration import Statistics, calibrate
 from support.command import UserError
-from support.probing import branches
 from support.processes import summed
 
 EVERY = 8  # of this many queries one is looked at

@@ -2,8 +2,7 @@
 
 Questions about long documents, a summary and a few-shot task, in English. A record is a JSON object
 with `input` (the question), `context`, `answers` (any is right) and `length` (in words). The
-prompts, in `support/prompts/`, are LongBench's word for word. `experiments/lveval.py` adds its
-sets.
+prompts, in `prompts/`, are LongBench's word for word. `lveval.py` adds its sets.
 
 Source:
     [1] Bai et al., "LongBench", 2023; github.com/THUDM/LongBench, pred.py, eval.py, metrics.py
@@ -12,9 +11,9 @@ Source:
 from collections.abc import Callable
 from functools import partial
 
-from support.prompts import read_prompt
-from support.records import Task, choose
-from support.scores import f1, rouge_l
+from experiments.tasks.prompts import read_prompt
+from experiments.tasks.records import Task, choose
+from experiments.tasks.scores import f1, rouge_l
 
 MAX_LENGTH = 31_500  # tokens of a prompt in [1] for LongChat-32k: its context less 500
 BUCKETS = ("0-4k", "4-8k", "8k+")  # of a record's words: the columns of the paper's Table 1
