@@ -1,39 +1,43 @@
 """CSKV: a KV cache with fewer channels. The paper's section 2, in its order.
 
-Wang et al., "CSKV: Training-Efficient Channel Shrinking for KV Cache in Long-Context Scenarios",
-2024. In every layer two thin matrices approximate the key projection, and two the value projection:
+Wang et al., "CSKV: Training-Efficient Channel Shrinking for KV Cache in Long-Context
+Scenarios", 2024. In every layer two thin matrices approximate the key projection, and
+two the value projection:
 
-    K = x W_K  ~  (x A_K) B_K        x [T, hidden]   A [hidden, r]   B [r, d_kv]   r << d_kv
+    K = x W_K  ~  (x A_K) B_K      x [T, hidden]   A [hidden, r]   B [r, d_kv]   r << d_kv
 
-The cache stores the latents x A, r numbers a token instead of d_kv, and rebuilds keys and values
-with B when attention needs them. The newest tokens stay in full precision beside them. The model
-itself is frozen: it still reads the prompt with the exact W_K and W_V.
+The cache stores the latents x A, r numbers a token instead of d_kv, and rebuilds keys
+and values with B when attention needs them. The newest tokens stay in full precision
+beside them. The model itself is frozen: it still reads the prompt with the exact W_K
+and W_V.
 
     in the paper        here                      what it is
-    W_K, W_V            k_proj, v_proj            the frozen projections; nn.Linear stores W^T
+    W_K, W_V            k_proj, v_proj            the frozen projections, W^T in nn.Linear
     A_K, B_K, A_V, B_V  factors.k.A, .k.B, ...    the factors of one layer
-    h_in, h_out         hidden, d_kv              channels of the input, of all keys of a token
+    h_in, h_out         hidden, d_kv              channels of the input, of a token's keys
     h_comp              r_k, r_v: LowRank.rank    channels of a latent
     l_w, m              window                    newest tokens in full precision
-    (not there)         sinks                     first tokens in full precision; 0 is the paper's
+    (not there)         sinks                     first tokens in full precision
     n                   length                    tokens seen
     K_C, V_C            c_k, c_v                  latents, the compressed branch
     K_local, V_local    k, v of the cache         the full-precision branch
     K^, V^              k_hat, v_hat              rebuilt keys and values
 
-Section 2.1 is `BiBranchCache`, section 2.2 where the factors start (train.py goes on from there).
-beyond/segments.py has a cache of the same latents that is faster. Shapes as in model.py.
+Section 2.1 is `BiBranchCache`. Section 2.2 begins with what the layers see on a text
+(`calibrate`) and ends with where the factors start (`init_factors`); train.py goes on
+from there. beyond/segments.py has a cache of the same latents that is faster. Shapes as
+in model.py.
 
 Sources:
     [1] Wang et al., 2024, the paper
     [2] Yuan et al., "ASVD", 2024: activation-aware SVD
-    [3] Izenman, "Reduced-rank regression for the multivariate linear model", 1975: `optimal`
+    [3] Izenman, "Reduced-rank regression for the multivariate linear model", 1975
     [4] Ashkboos et al., "QuaRot", 2024: rotations that spread outliers
     [5] Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -41,171 +45,202 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quant
-from model import Attention, LayerCache, Rope, Transformer, reserve
+from model import Attention, LayerCache, Rope, Transformer, causal_attention
 
-# ------------------------------------------------------ section 2.1: inference with two branches
+# ------------------------------------------- section 2.1: inference with two branches
 
 
 @dataclass(frozen=True)
 class LowRank:
     """W ~ A B: A [hidden, r] shrinks, B [r, d_kv] rebuilds.
 
-    Only the product counts: A M and M^-1 B are the same factors for any invertible M [r, r].
+    Only the product counts: A M and M^-1 B are the same factors for any invertible
+    M [r, r].
     """
 
     A: Tensor
     B: Tensor
-    bits: int = 16  # of a stored latent: 32, 16, or packed in 8, 4, 3 or 2 (appendix C.4)
+    bits: int = 16  # of a stored latent: 32, 16, or packed in 8, 4, 3 or 2
     clamped: bool = False  # quantized as the paper's published code does; see quant.py
-    group: int | None = None  # tokens that share a scale in each channel; None: as in KIVI
+    group: int | None = None  # tokens that share a scale in a channel; None: as in KIVI
 
     @property
     def rank(self) -> int:
         return self.A.shape[1]
 
-    def quantizer(self, dim: int) -> dict:
-        """How quant.py quantizes its latents, if KIVI groups those of its side along `dim`."""
-        dim, group = (dim, quant.GROUP) if self.group is None else (quant.TOKENS, self.group)
-        return {"dim": dim, "clamped": self.clamped, "group": group}
+    def grouping(self, dim: int) -> quant.Grouping:
+        """How its latents are quantized, where KIVI groups those of its side along `dim`."""
+        if self.group is None:
+            return quant.Grouping(dim, clamped=self.clamped)
+        return quant.Grouping(quant.TOKENS, self.group, self.clamped)
 
 
 @dataclass(frozen=True)
 class LayerFactors:
+    """The factors of one layer's keys and values."""
+
     k: LowRank
     v: LowRank
 
 
+class Latents:
+    """Latents [B, n, r] of n tokens, of type `dtype`. `quant.Packed` holds those of fewer bits by
+    the same three calls."""
+
+    length = 0  # n
+    c: Tensor | None = None
+
+    def __init__(self, dtype: torch.dtype, expected: int = 0):
+        self.dtype = dtype
+        self.expected = expected  # tokens in the end, which a subclass may make room for
+
+    def append(self, c: Tensor) -> None:
+        """c [B, m, r], the latents of the next m tokens."""
+        c = c.to(self.dtype)
+        if self.c is not None:
+            c = torch.cat([self.c, c], dim=1)
+        self.c = c
+        self.length = c.shape[1]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """The latents [B, stop - start, r] of the tokens from `start` to `stop` - 1."""
+        return self.c[:, start:stop]
+
+    def tensors(self) -> list[Tensor]:
+        return [] if self.c is None else [self.c]
+
+
+def empty_latents(
+    pair: LowRank, dim: int, window: int, expected: int = 0, latents: type[Latents] = Latents
+) -> Latents | quant.Packed:
+    """A place for latents of `pair.bits` bits. KIVI's groups lie along `dim`, and wait until they
+    leave the window. 16 bits are A's type, or float16 where A is float32."""
+    sixteen = pair.A.dtype if pair.A.dtype.itemsize == 2 else torch.float16
+    if pair.bits in quant.BITS:
+        residual = window if pair.group is None else 0
+        return quant.Packed(pair.bits, pair.grouping(dim), residual, expected, sixteen)
+    if pair.bits not in (16, 32):
+        raise ValueError(f"{pair.bits}-bit latents; choose 2, 3, 4, 8, 16 or 32")
+    return latents(torch.float32 if pair.bits == 32 else sixteen, expected)
+
+
 class BiBranchCache(LayerCache):
-    """The paper's cache (Figure 1) for one layer, step by step.
+    """The paper's cache (Figure 1) for one layer, to be read beside it.
 
-    Compressed branch: the latents c_k [B, T, r_k] and c_v [B, T, r_v] of all but the first `sinks`
-    tokens, before RoPE. Full-precision branch: rotated keys and values of the sinks and of the last
-    `window` tokens, these in a ring buffer. At a decode step each token is attended once:
+    Compressed branch: the latents c_k [B, n, r_k] and c_v [B, n, r_v] of all n tokens but
+    the sinks, before RoPE. Full-precision branch: k and v [B, H_kv, S + m, D], rotated keys
+    and values of the S <= sinks first tokens, then of the newest m <= window others.
 
-        sinks 1, window 4, token 10 arrives   positions 0  |  1 2 3 4 5 6  |  7 8 9 10
-                                            attended by full | compressed  |  full
-        slots 0 | 1 2 3 4 then hold           positions 0  |  9 10 7 8 (10 took the place of 6)
+    At a decode step each token is attended through one branch:
+
+        sinks 1, window 4, token 10 arrives     0   |  1 2 3 4 5 6  |  7 8 9 10
+                                              full  |  compressed   |  full
 
     Args:
         attention: the layer's projections, for their biases and sizes.
         factors: A and B, of x's type and device. They are weights, not counted as cache.
         window: newest tokens in full precision, at least 1. A sliding window caps it.
-        expected: final length in tokens if known; memory is then taken once.
-        sinks: first tokens in full precision. They attract much attention [5].
+        expected: final length in tokens, if known; packed latents then take memory once.
+        sinks: first tokens in full precision. They attract much attention [5]; the paper
+            has none.
     """
 
-    def __init__(self, attention: Attention, factors: LayerFactors, window=32, expected=0, sinks=0):
+    kept_in = Latents  # latents of 16 and 32 bits
+
+    def __init__(
+        self,
+        attention: Attention,
+        factors: LayerFactors,
+        window: int = 32,
+        expected: int = 0,
+        sinks: int = 0,
+    ):
         if window < 1 or sinks < 0:
             raise ValueError(f"window {window} is below 1, or sinks {sinks} are below 0")
-        self.D, self.sliding_window = attention.config.head_dim, attention.config.sliding_window
-        self.window, self.expected = min(window, self.sliding_window or window), expected
-        self.sinks, expected = sinks, max(0, expected - sinks)
-        self.A_k, self.B_k, self.k_bias = factors.k.A, factors.k.B, attention.k_proj.bias
-        self.A_v, self.B_v, self.v_bias = factors.v.A, factors.v.B, attention.v_proj.bias
-        self.c_k = empty_latents(factors.k, quant.TOKENS, self.window, expected)
-        self.c_v = empty_latents(factors.v, quant.CHANNELS, self.window, expected)
+        self.D = attention.config.head_dim
+        self.sliding_window = attention.config.sliding_window
+        self.window = min(window, self.sliding_window or window)
+        self.sinks = sinks
+        self.expected = expected
+        self.A_k, self.B_k = factors.k.A, factors.k.B
+        self.A_v, self.B_v = factors.v.A, factors.v.B
+        self.k_bias, self.v_bias = attention.k_proj.bias, attention.v_proj.bias
+        old = max(0, expected - sinks)
+        self.c_k = empty_latents(factors.k, quant.TOKENS, self.window, old, self.kept_in)
+        self.c_v = empty_latents(factors.v, quant.CHANNELS, self.window, old, self.kept_in)
+
+    def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        """The whole prompt (Figure 1a)."""
+        self.check_prefill()
+        # 1. The original model's attention, with all exact keys and values.
+        q_rotated = rope.rotate(q, 0)
+        k_rotated = rope.rotate(k, 0)
+        out = causal_attention(q_rotated, k_rotated, v, self.sliding_window)
+        # 2. and 3. What both branches keep. All else is dropped.
+        self.remember(x, q, k, v, rope)
+        return out
 
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
-        """The whole prompt (Figure 1a): what both branches keep of it. `prefill` attends as the
-        original model does, with all exact keys and values, which are dropped after it."""
-        B, H_kv, T, D = k.shape
-        # 1. Compressed branch: the latents of all tokens but the sinks.
+        # 2. Compressed branch: the latents of all tokens but the sinks.
         self.c_k.append(x[:, self.sinks :] @ self.A_k)  # [B, T - sinks, r_k]
         self.c_v.append(x[:, self.sinks :] @ self.A_v)  # [B, T - sinks, r_v]
-        # 2. Full-precision branch: keys, rotated to positions 0 .. T - 1, and values of the sinks,
-        #    then of the last m of the others, as a ring.
-        k = rope.rotate(k, 0)
-        S, m = min(T, self.sinks), max(0, min(T - self.sinks, self.window))
-        room = min(max(T, self.expected), self.sinks + self.window)
-        kept = torch.cat([torch.arange(S), torch.arange(T - m, T)]).to(x.device)
-        slots = torch.where(kept < S, kept, S + (kept - S) % self.window)
-        self.k = k.new_empty(B, H_kv, room, D)
-        self.v = torch.empty_like(self.k)
-        self.k[:, :, slots], self.v[:, :, slots] = k[:, :, kept], v[:, :, kept]
-        self.length = T
+        # 3. Full-precision branch: the sinks and the last `window` tokens.
+        self.k = self.sinks_and_window(rope.rotate(k, 0))
+        self.v = self.sinks_and_window(v)
+        self.length = x.shape[1]
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """One new token, at position t (Figure 1b)."""
         self.check_decode(q)
-        t, self.length = self.length, self.length + 1
+        t = self.length
+        self.length = t + 1
         # 1. Compressed branch: append the new token's latents, unless it is a sink.
         if t >= self.sinks:
             self.c_k.append(x @ self.A_k)  # [B, 1, r_k]
             self.c_v.append(x @ self.A_v)  # [B, 1, r_v]
-        # 2. Full-precision branch: the new token takes the slot of the one that leaves the window.
-        slot = t if t < self.sinks else self.sinks + (t - self.sinks) % self.window
-        self.k = reserve(self.k, t + 1, most=self.sinks + self.window)
-        self.v = reserve(self.v, t + 1, most=self.sinks + self.window)
-        q, k = rope.rotate(torch.cat([q, k], dim=1), t).split([q.shape[1], k.shape[1]], dim=1)
-        self.k[:, :, slot], self.v[:, :, slot] = k[:, :, 0], v[:, :, 0]
-        # 3. Which token through which branch: first .. old - 1 compressed, sinks and ring full.
-        S, seen = min(t + 1, self.sinks), max(0, t + 1 - (self.sliding_window or t + 1))
-        m = min(t + 1 - S, self.window)
-        first, old, full = max(S, seen), t + 1 - m, slice(min(S, seen), S + m)
-        k, v = self.k[:, :, full], self.v[:, :, full]  # [B, H_kv, n, D]
-        return self.attend(q, k, v, first, old, rope)
+        # 2. Full-precision branch: the new token enters the window, the oldest leaves it.
+        self.k = self.sinks_and_window(torch.cat([self.k, rope.rotate(k, t)], dim=2))
+        self.v = self.sinks_and_window(torch.cat([self.v, v], dim=2))
+        # 3. The tokens between are rebuilt, and their keys rotated to their positions.
+        seen, S, first, old = self.branches()
+        k_hat = self.rebuild(self.c_k, self.B_k, self.k_bias, first, old)
+        k_hat = rope.rotate(k_hat, first).to(k.dtype)  # [B, H_kv, old - first, D]
+        v_hat = self.rebuild(self.c_v, self.B_v, self.v_bias, first, old).to(v.dtype)
+        # 4. K = [sinks, K^, K_local] in the order of the text, and one softmax over it.
+        k = torch.cat([self.k[:, :, seen:S], k_hat, self.k[:, :, S:]], dim=2)
+        v = torch.cat([self.v[:, :, seen:S], v_hat, self.v[:, :, S:]], dim=2)
+        return F.scaled_dot_product_attention(rope.rotate(q, t), k, v, enable_gqa=True)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, first: int, old: int, rope: Rope) -> Tensor:
-        """The rest of Figure 1b: q [B, H, 1, D] over the tokens first .. old - 1 of the compressed
-        branch, and k, v [B, H_kv, n, D] of the full-precision one; q and k rotated."""
-        start, stop = first - self.sinks, old - self.sinks  # sinks have no latents
+    def branches(self) -> tuple[int, int, int, int]:
+        """Which tokens the newest one attends to, and through which branch: the sinks
+        seen .. S - 1, then first .. old - 1 compressed, then all others of the window."""
+        S = min(self.length, self.sinks)
+        behind = max(0, self.length - (self.sliding_window or self.length))
+        old = max(S, self.length - self.window)
+        return min(S, behind), S, max(S, behind), old
 
-        def rebuild(c: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
-            hat = c.float() @ B.float()  # [B, old - first, d_kv]
-            hat = hat if bias is None else hat + bias.float()
-            return hat.unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, H_kv, old - first, D]
+    def sinks_and_window(self, y: Tensor) -> Tensor:
+        """Of y [B, H_kv, n, D] the sinks, and the last `window` of the others."""
+        others = y[:, :, self.sinks :]
+        return torch.cat([y[:, :, : self.sinks], others[:, :, -self.window :]], dim=2)
 
-        # 4. Old keys and values are rebuilt, the keys rotated to their positions.
-        k_hat = rope.rotate(rebuild(self.c_k.read(start, stop), self.B_k, self.k_bias), first)
-        v_hat = rebuild(self.c_v.read(start, stop), self.B_v, self.v_bias)
-        # 5. K = [K^, K_local], V = [V^, V_local], and one softmax over both branches.
-        k = torch.cat([k_hat.to(q.dtype), k], dim=2)  # [B, H_kv, old - first + n, D]
-        v = torch.cat([v_hat.to(q.dtype), v], dim=2)
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-    def tensors(self) -> list[Tensor]:
-        ring = [self.k, self.v] if self.length else []
-        return self.c_k.tensors() + self.c_v.tensors() + ring
-
-
-class Latents:
-    """Latents [B, T, r] of every token, in a 16- or 32-bit buffer for `expected` tokens or more."""
-
-    length, buffer = 0, None  # tokens held, and where
-
-    def __init__(self, dtype: torch.dtype, expected: int = 0):
-        self.dtype, self.expected = dtype, expected
-
-    def append(self, c: Tensor) -> None:
-        """c [B, n, r], the latents of the next n tokens."""
-        B, n, r = c.shape
-        if self.buffer is None:
-            self.buffer = c.new_empty(B, max(n, self.expected), r, dtype=self.dtype)
-        start, self.length = self.length, self.length + n
-        self.buffer = reserve(self.buffer, self.length)
-        self.buffer[:, start : self.length] = c
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """The latents [B, stop - start, r] of the tokens from `start` to `stop` - 1."""
-        return self.buffer[:, start:stop]
+    def rebuild(
+        self, latents: Latents, B: Tensor, bias: Tensor | None, first: int, old: int
+    ) -> Tensor:
+        """Keys or values [B, H_kv, old - first, D] of the tokens first .. old - 1, float32."""
+        c = latents.read(first - self.sinks, old - self.sinks)  # sinks have no latents
+        y = c.float() @ B.float()  # [B, old - first, d_kv]
+        if bias is not None:
+            y = y + bias.float()
+        return y.unflatten(-1, (-1, self.D)).transpose(1, 2)
 
     def tensors(self) -> list[Tensor]:
-        return [] if self.buffer is None else [self.buffer]
+        if not self.length:
+            return []
+        return [*self.c_k.tensors(), *self.c_v.tensors(), self.k, self.v]
 
 
-def empty_latents(pair: LowRank, dim: int, window: int, expected: int) -> Latents | quant.Packed:
-    """A place for latents of `pair.bits` bits; KIVI's groups lie along `dim`, and wait for `window`
-    newer tokens. 16 bits are the 16-bit type of A, or float16 if A is in float32."""
-    sixteen = pair.A.dtype if pair.A.dtype.itemsize == 2 else torch.float16
-    if pair.bits in quant.BITS:
-        how, residual = pair.quantizer(dim), window if pair.group is None else 0
-        return quant.Packed(pair.bits, residual=residual, expected=expected, dtype=sixteen, **how)
-    if pair.bits not in (16, 32):
-        raise ValueError(f"{pair.bits}-bit latents; choose 2, 3, 4, 8, 16 or 32")
-    return Latents(sixteen if pair.bits == 16 else torch.float32, expected)
-
-
-# ------------------------------------------------- section 2.2: the factors and where they start
+# ------------------------------------- section 2.2: the factors, and where they start
 
 
 @dataclass(frozen=True)
@@ -220,7 +255,7 @@ class Factors:
 
     @property
     def pairs(self) -> list[LowRank]:
-        """All pairs in one list: those of keys and of values, layer by layer."""
+        """All pairs A, B in one list: those of keys and of values, layer by layer."""
         return [pair for layer in self.layers for pair in (layer.k, layer.v)]
 
     def map(self, change: Callable[[LowRank], LowRank]) -> "Factors":
@@ -229,36 +264,144 @@ class Factors:
         return Factors(layers, dict(self.info))
 
     def to(self, like: Tensor) -> "Factors":
-        """The same factors with the type and on the device of `like`, such as a model's weight."""
+        """The same factors with the type and on the device of `like`, such as a weight."""
         return self.map(lambda pair: replace(pair, A=pair.A.to(like), B=pair.B.to(like)))
 
-    def in_bits(self, k_bits=None, v_bits=None, clamped=False) -> "Factors":
-        """The same factors with latents in other bits; None leaves them as they are. Value latents
-        that go from full precision to few bits in KIVI's groups are rotated first (`rotate`)."""
-        generator, layers = torch.Generator().manual_seed(0), []
-        for k, v in ((layer.k, layer.v) for layer in self.layers):
-            if v_bits in quant.BITS and v.bits not in quant.BITS and v.group is None:
-                v = rotate(v, generator)
-            k = replace(k, bits=k_bits or k.bits, clamped=k.clamped or clamped)
-            v = replace(v, bits=v_bits or v.bits, clamped=v.clamped or clamped)
+    def in_bits(
+        self, k_bits: int | None = None, v_bits: int | None = None, clamped: bool = False
+    ) -> "Factors":
+        """The same factors with latents in other bits; None leaves them as they are."""
+        generator = torch.Generator().manual_seed(0)
+        layers = []
+        for layer in self.layers:
+            v = in_bits(layer.v, v_bits, quant.CHANNELS, clamped, generator)
+            k = in_bits(layer.k, k_bits, quant.TOKENS, clamped, generator)
             layers.append(LayerFactors(k, v))
         return Factors(layers, dict(self.info))
 
 
-@torch.no_grad()
-def rotate(pair: LowRank, generator: torch.Generator) -> LowRank:
-    """The same product A B with the latents turned by a random orthogonal R: A R and R^T B.
+def in_bits(
+    pair: LowRank, bits: int | None, dim: int, clamped: bool, generator: torch.Generator
+) -> LowRank:
+    """The same product A B with latents in other bits; None leaves them as they are.
 
-    Free, and made for quantization per token [4]: there, a channel of large latents, such as the
-    first ones of `svd` and `optimal`, sets the step for the 31 others of its group. R mixes all
-    channels evenly. Keys, quantized per channel, need none.
+    Latents that go from full precision to few bits in groups along the channels of a token
+    are mixed first: else a channel of large latents, such as the first ones of `svd` and
+    `optimal`, sets the step for the 31 others of its group [4].
     """
-    R = torch.linalg.qr(torch.randn(pair.rank, pair.rank, generator=generator)).Q.to(pair.A.device)
-    A, B = (pair.A.float() @ R).to(pair.A), (R.T @ pair.B.float()).to(pair.B)
-    return replace(pair, A=A, B=B)
+    to_few = bits in quant.BITS and pair.bits not in quant.BITS
+    if to_few and pair.grouping(dim).dim == quant.CHANNELS:
+        pair = mix_latents(pair, generator)
+    return replace(pair, bits=bits or pair.bits, clamped=pair.clamped or clamped)
 
 
-# Each initialization takes W [hidden, d_kv], the transposed weight of k_proj or v_proj, and a rank.
+@torch.no_grad()
+def mix_latents(pair: LowRank, generator: torch.Generator) -> LowRank:
+    """The same product A B with the latents turned by a random orthogonal R: A R and R^T B.
+    All channels are mixed evenly, at no cost [4]."""
+    noise = torch.randn(pair.rank, pair.rank, generator=generator)
+    R = torch.linalg.qr(noise).Q.to(pair.A.device)
+    A = pair.A.float() @ R
+    B = R.T @ pair.B.float()
+    return replace(pair, A=A.to(pair.A), B=B.to(pair.B))
+
+
+# Appendix B: what the layers of the frozen model see on a text.
+
+
+class Observer(LayerCache):
+    """Attends as the original model does, remembers nothing, and shows what its layer gets.
+
+    `see(x, k, v)` is called with x [B, T, hidden], the layer's input, and with k and v [B, T, d_kv]
+    before RoPE and without bias: RoPE turns K and K^ alike, and both get the bias. All in float32,
+    and without the first `sinks` tokens: a cache that keeps these exact has no latents of them.
+    """
+
+    def __init__(
+        self, attention: Attention, see: Callable[[Tensor, Tensor, Tensor], None], sinks=0
+    ):
+        self.attention = attention
+        self.sliding_window = attention.config.sliding_window
+        self.see = see
+        self.sinks = sinks
+
+    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
+        x = x[:, self.sinks :]
+        if x.shape[1]:
+            k = F.linear(x, self.attention.k_proj.weight)
+            v = F.linear(x, self.attention.v_proj.weight)
+            self.see(x.float(), k.float(), v.float())
+
+
+@dataclass
+class Statistics:
+    """What one layer sees on calibration text: all that `asvd` and `optimal` need of it.
+
+    In float64, so that sums in another order, such as those of several processes, are the same. The
+    second moments are not centred: the loss has no bias to absorb a mean.
+    """
+
+    x_abs: Tensor  # [hidden]       mean of |x|
+    k_moment: Tensor  # [d_kv, d_kv]   mean of k k^T
+    v_moment: Tensor  # [d_kv, d_kv]   mean of v v^T
+    k_metric: Tensor | None = None  # [d_kv, d_kv]   what errors of keys cost, if it is known
+    tokens: Tensor | None = None  # how many they are means of
+
+    @staticmethod
+    def empty(attention: Attention) -> "Statistics":
+        """Sums of nothing yet."""
+        zero = attention.k_proj.weight.new_zeros((), dtype=torch.float64)
+        hidden, d_kv = attention.config.hidden_size, attention.config.d_kv
+        moments = zero.repeat(d_kv, d_kv), zero.repeat(d_kv, d_kv)
+        return Statistics(zero.repeat(hidden), *moments, tokens=zero.clone())
+
+    def add(self, x: Tensor, k: Tensor, v: Tensor) -> None:
+        """Adds tokens to the sums, which `finish` makes means."""
+        x = x.flatten(0, 1).double()  # [B * T, hidden]
+        k = k.flatten(0, 1).double()  # [B * T, d_kv]
+        v = v.flatten(0, 1).double()
+        self.x_abs += x.abs().sum(0)
+        self.k_moment += k.T @ k
+        self.v_moment += v.T @ v
+        self.tokens += len(x)
+
+    def finish(self, summed: Callable[[Tensor], Tensor]) -> None:
+        summed(self.tokens)
+        for total in (self.x_abs, self.k_moment, self.v_moment):
+            summed(total).div_(self.tokens)  # in place: the moments of LongChat-7B are 8.6 GB
+
+
+@torch.no_grad()
+def calibrate(
+    model: Transformer,
+    samples: Iterable[Tensor],
+    sinks: int = 0,
+    summed: Callable[[Tensor], Tensor] = lambda total: total,
+    kind: Callable[..., Observer] = Observer,
+) -> list[Statistics]:
+    """What each layer of the frozen model sees on `samples`, token ids [B, T], in one run: means
+    over all tokens but the first `sinks` of a sample.
+
+    `summed` adds a total up, in place, over the processes that share the samples out; `kind` makes
+    an observer of a layer. Raises `ValueError` if there is no token to look at, and for keys or
+    values that overflow.
+    """
+    layers = [layer.self_attn for layer in model.model.layers]
+    result = [Statistics.empty(attention) for attention in layers]
+    cache = [kind(a, seen.add, sinks) for a, seen in zip(layers, result, strict=True)]
+    for tokens in samples:
+        model(tokens.to(model.lm_head.weight.device), cache, logits_to_keep=1)
+    for i, seen in enumerate(result):
+        seen.finish(summed)
+        if not seen.tokens:
+            raise ValueError(f"no sample is longer than {sinks} sinks; give longer text")
+        if not (seen.k_moment.isfinite().all() and seen.v_moment.isfinite().all()):
+            raise ValueError(f"keys or values of layer {i} overflow; try another --dtype")
+    return result
+
+
+# Each initialization takes W [hidden, d_kv], the transposed weight of k_proj or v_proj,
+# and a rank.
 
 
 def random_factors(W: Tensor, rank: int, generator: torch.Generator) -> LowRank:
@@ -283,7 +426,7 @@ def asvd_factors(W: Tensor, rank: int, x_abs: Tensor, alpha: float = 0.5) -> Low
 
     min |S W - S A B|^2   with   S = diag(mean |x|^alpha)
     """
-    scale = x_abs.pow(alpha) + 1e-6  # [hidden]; a channel that is always 0 must not divide by 0
+    scale = x_abs.pow(alpha) + 1e-6  # [hidden]; not 0, for a channel that is always 0
     scaled = svd_factors(scale[:, None] * W, rank)
     return LowRank(scaled.A / scale[:, None], scaled.B)
 
@@ -293,39 +436,126 @@ def optimal_factors(W: Tensor, rank: int, moment: Tensor, metric: Tensor | None 
 
     min E |x W - x A B|^2   at   A = W V_r, B = V_r^T
 
-    with V_r the top-r eigenvectors of `moment` = E k^T k, k = x W: project k on them. The loss is
-    the sum of the eigenvalues left out. RoPE is a rotation: the loss is the same before and after.
+    with V_r the top-r eigenvectors of `moment` = E k^T k, k = x W: project k on them. The
+    loss is the sum of the eigenvalues left out. RoPE is a rotation: the loss is the same
+    before and after.
 
-    With a `metric` M = L L^T [d_kv, d_kv] an error e counts as e M e^T = |e L|^2, so the same holds
-    for k L: A = W L V_r and B = V_r^T L^-1, with the eigenvectors of L^T `moment` L.
+    With a `metric` M = L L^T [d_kv, d_kv] an error e counts as e M e^T = |e L|^2, so the
+    same holds for k L: A = W L V_r and B = V_r^T L^-1, with the eigenvectors of
+    L^T `moment` L.
     """
     if metric is not None:
         L = torch.linalg.cholesky(metric.double())  # [d_kv, d_kv]
         plain = optimal_factors(W.double() @ L, rank, L.T @ moment.double() @ L)
         B = torch.linalg.solve_triangular(L, plain.B, upper=False, left=False)  # V_r^T L^-1
         return LowRank(plain.A.to(W.dtype), B.to(W.dtype))
-    eigenvectors = torch.linalg.eigh(moment.double()).eigenvectors  # in columns, smallest first
+    eigenvectors = torch.linalg.eigh(moment.double()).eigenvectors  # smallest first
     V_r = eigenvectors[:, -rank:].flip(1).to(W.dtype)  # [d_kv, r], largest first
     return LowRank(W @ V_r, V_r.T.contiguous())
 
 
 def output_metric(attention: Attention) -> Tensor:
-    """What an error of the values costs in the layer's output, as e M e^T: M [d_kv, d_kv], float64.
+    """What an error of the values costs in the layer's output, as e M e^T.
 
-    M has a block W_O^T W_O [D, D] for each value head, the sum over the query heads that share it.
+    M [d_kv, d_kv], float64, has a block W_O^T W_O [D, D] for each value head: the sum over
+    the query heads that share it.
     """
+    config = attention.config
     W = attention.o_proj.weight.double()  # [hidden, H * D]
-    W = W.unflatten(1, (attention.config.num_key_value_heads, -1, attention.config.head_dim))
-    M = torch.block_diag(*torch.einsum("ohgd,ohge->hde", W, W))  # W [hidden, H_kv, G, D]
-    least = (1e-6 * M.diagonal().mean()).clamp(min=1e-12)  # W_O^T W_O may be singular, M must not
+    W = W.unflatten(1, (config.num_key_value_heads, -1, config.head_dim))
+    blocks = torch.einsum("ohgd,ohge->hde", W, W)  # W [hidden, H_kv, G, D]
+    M = torch.block_diag(*blocks)
+    least = (1e-6 * M.diagonal().mean()).clamp(min=1e-12)  # M must not be singular
     return M + least * torch.eye(len(M)).to(M)
 
 
+INITIALIZATIONS = ("random", "svd", "asvd", "optimal", "attention")
+CALIBRATED = ("asvd", "optimal", "attention")  # they need `Statistics`
+
+
+@torch.no_grad()
+def init_pair(
+    name: str,
+    model: Transformer,
+    i: int,
+    side: str,
+    rank: int,
+    statistics: Statistics | None = None,
+    generator: torch.Generator | None = None,
+) -> LowRank:
+    """A and B of the keys ("k") or the values ("v") of layer i, in float32.
+
+    `attention` is `optimal` with value errors weighed by `output_metric`. Raises
+    `ValueError` for an unknown name, a rank that does not fit, and weights that are not
+    finite.
+    """
+    if name not in INITIALIZATIONS:
+        names = ", ".join(INITIALIZATIONS)
+        raise ValueError(f"no initialization {name!r}; choose one of {names}")
+    if name in CALIBRATED and statistics is None:
+        raise ValueError(f"initialization {name!r} needs calibration text")
+    most = min(model.config.d_kv, model.config.hidden_size)
+    if not 1 <= rank <= most:
+        raise ValueError(f"rank {rank} is not in 1 .. {most}, the channels of this model")
+    attention = model.model.layers[i].self_attn
+    W = getattr(attention, f"{side}_proj").weight.T.float()  # [hidden, d_kv]
+    if not W.isfinite().all():
+        raise ValueError(f"layer {i}: {side}_proj has weights that are not finite numbers")
+    if name == "random":
+        return random_factors(W, rank, generator)
+    if name == "svd":
+        return svd_factors(W, rank)
+    if name == "asvd":
+        return asvd_factors(W, rank, statistics.x_abs.float())
+    metric = None
+    if name == "attention":
+        metric = output_metric(attention) if side == "v" else statistics.k_metric
+    return optimal_factors(W, rank, getattr(statistics, f"{side}_moment"), metric)
+
+
+def init_factors(
+    name: str,
+    model: Transformer,
+    k_ranks: list[int],
+    v_ranks: list[int],
+    statistics: list[Statistics] | None = None,
+    seed: int = 0,
+) -> Factors:
+    """Factors of every layer by the initialization `name`, with a rank for each layer.
+
+    The `CALIBRATED` ones need the `statistics` of `calibrate`. Raises `ValueError` as
+    `init_pair` does, and for another number of ranks than layers.
+    """
+    count = len(model.model.layers)
+    if not len(k_ranks) == len(v_ranks) == count:
+        raise ValueError(f"{len(k_ranks)} and {len(v_ranks)} ranks for {count} layers")
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for i in range(count):
+        seen = statistics[i] if statistics else None
+        k = init_pair(name, model, i, "k", k_ranks[i], seen, generator)
+        v = init_pair(name, model, i, "v", v_ranks[i], seen, generator)
+        layers.append(LayerFactors(k, v))
+    return Factors(layers, {"init": name, "trained": "none"})
+
+
+def rank_for(ratio: float, d_kv: int) -> int:
+    """The rank that removes the share `ratio` of d_kv channels: the paper's compression ratio."""
+    if not 0 <= ratio < 1:
+        raise ValueError(f"compression ratio {ratio} is not in [0, 1): 0.8 keeps a fifth")
+    return max(1, round((1 - ratio) * d_kv))
+
+
 def bi_branch_cache(
-    model: Transformer, factors: Factors, window=32, expected=0, kind=BiBranchCache, sinks=0
+    model: Transformer,
+    factors: Factors,
+    window: int = 32,
+    expected: int = 0,
+    kind: type[BiBranchCache] = BiBranchCache,
+    sinks: int = 0,
 ) -> list[LayerCache]:
-    """A cache of that kind for every layer of `model`; other arguments are those of the class."""
-    return [
-        kind(layer.self_attn, f, window, expected, sinks)
-        for layer, f in zip(model.model.layers, factors.layers, strict=True)
-    ]
+    """A cache of that kind for every layer; the other arguments are those of the class."""
+    cache = []
+    for layer, pairs in zip(model.model.layers, factors.layers, strict=True):
+        cache.append(kind(layer.self_attn, pairs, window, expected, sinks))
+    return cache

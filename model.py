@@ -64,22 +64,21 @@ class Config:
 
 
 class Rope:
-    """Rotary position embedding [2]: at position t, the channel pair f is turned by t * w_f.
+    """Rotary position embedding [2]: at position t, the plane f is turned by t * w_f.
 
-    A head's D channels form D/2 pairs; Hugging Face checkpoints pair them half-split, (f, f + D/2).
+    A head's D channels are D/2 planes, in Hugging Face checkpoints half-split: f and f + D/2.
     """
 
     def __init__(self, config: Config):
         D = config.head_dim
-        w = config.rope_theta ** (-torch.arange(0, D, 2, device="cpu", dtype=torch.float32) / D)
+        # Operation by operation as in the reference library, so that not even the last bit differs.
+        exponent = torch.arange(0, D, 2, device="cpu", dtype=torch.float32) / D
+        w = 1 / config.rope_theta**exponent
         scaling = config.rope_scaling or {"rope_type": "default"}
         if scaling["rope_type"] == "linear":  # [4]: positions shrink by the factor
             w = w / scaling["factor"]
         elif scaling["rope_type"] == "llama3":  # [5]: only slow rotations shrink, with a ramp
-            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-            turns = scaling["original_max_position_embeddings"] * w / (2 * math.pi)
-            ramp = ((turns - low) / (high - low)).clamp(0, 1)
-            w = ramp * w + (1 - ramp) * w / scaling["factor"]
+            w = llama3_frequencies(w, scaling)
         self.frequencies = w  # [D/2]
         self.cos = self.sin = torch.empty(0, D // 2)  # [positions, D/2]
 
@@ -88,14 +87,27 @@ class Rope:
         if length > len(self.cos) or self.cos.device != device:
             t = torch.arange(-(-length // 1024) * 1024, dtype=torch.float32)
             angle = torch.outer(t, self.frequencies)  # [positions, D/2]
-            self.cos, self.sin = angle.cos().to(device), angle.sin().to(device)
+            self.cos = angle.cos().to(device)
+            self.sin = angle.sin().to(device)
 
     def rotate(self, x: Tensor, start: int) -> Tensor:
         """Turns x [..., T, D], half-split, standing at positions start .. start + T - 1."""
         stop = start + x.shape[-2]
-        cos, sin = self.cos[start:stop].to(x.dtype), self.sin[start:stop].to(x.dtype)  # [T, D/2]
+        self.reach(stop, x.device)
+        cos = self.cos[start:stop].to(x.dtype)  # [T, D/2]
+        sin = self.sin[start:stop].to(x.dtype)
         x1, x2 = x.chunk(2, dim=-1)  # [..., T, D/2] each
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+def llama3_frequencies(w: Tensor, scaling: dict) -> Tensor:
+    """The frequencies [D/2] of Llama 3.1 [5]: fast rotations stay, slow ones are divided by the
+    factor, those between are mixed."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelength = 2 * math.pi / w
+    turns = scaling["original_max_position_embeddings"] / wavelength
+    ramp = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - ramp) * (w / scaling["factor"]) + ramp * w
 
 
 # -------------------------------------------------------------------------------------- caches
@@ -134,8 +146,7 @@ class LayerCache:
 
     def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """The whole prompt at once, on an empty cache: it is remembered, and attended exactly."""
-        if self.length:
-            raise ValueError(f"prefill on a cache that holds {self.length} tokens; make a new one")
+        self.check_prefill()
         self.remember(x, q, k, v, rope)
         return causal_attention(rope.rotate(q, 0), rope.rotate(k, 0), v, self.sliding_window)
 
@@ -154,6 +165,10 @@ class LayerCache:
     def nbytes(self) -> int:
         """Bytes of the memory behind `tensors()`, room for tokens to come included."""
         return sum(t.untyped_storage().nbytes() for t in self.tensors())
+
+    def check_prefill(self) -> None:
+        if self.length:
+            raise ValueError(f"prefill on a cache that holds {self.length} tokens; make a new one")
 
     def check_decode(self, q: Tensor) -> None:
         if not self.length:
@@ -313,7 +328,6 @@ class Transformer(nn.Module):
         length = tokens.shape[1] + (cache[0].length if cache else 0)
         if length > self.config.context_length:
             raise ValueError(f"{length} tokens, but the context is {self.config.context_length}")
-        self.rope.reach(length, tokens.device)
         x = self.model.embed_tokens(tokens)  # [B, T, hidden]
         for i, layer in enumerate(self.model.layers):
             x = layer(x, self.rope, cache[i] if cache else None)

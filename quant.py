@@ -30,18 +30,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUP = 32  # elements that share a scale and a minimum, unless a `group` is given
 BITS = (2, 3, 4, 8)
 TOKENS, CHANNELS = -2, -1  # the dimension along which neighbours form a group
+GROUP = 32  # numbers in a group of KIVI's; any other group is a multiple of it
 
 
-def bits_per_element(bits: int, size: int = GROUP) -> float:
-    """Bits of storage an element, scale and minimum included: `bits` + 1 for groups of 32.
+@dataclass(frozen=True)
+class Grouping:
+    """Which numbers share a scale and a minimum."""
 
-    `size` is the number of elements along the grouped dimension. If it is no multiple of 32, its
-    last group is short and costs as much: 38 channels in 4 bits take 4 + 2 * 32 / 38 = 5.7.
+    dim: int  # TOKENS: neighbours of one channel; CHANNELS: neighbours of one token
+    size: int = GROUP  # numbers in a group; the last one along CHANNELS may have fewer
+    clamped: bool = False  # the zero-point of CSKV's published code
+
+
+def bits_per_element(bits: int, size: int = GROUP, length: int = GROUP) -> float:
+    """Bits of storage an element, scale and minimum included: `bits` + 1 in groups of 32.
+
+    `length` is the number of elements along the grouped dimension. If it is no multiple of `size`,
+    the last group is short and costs as much: 38 channels in 4 bits take 4 + 2 * 32 / 38 = 5.7.
     """
-    return bits + 2 * 16 * -(-size // GROUP) / size
+    groups = -(-length // size)
+    return bits + 2 * 16 * groups / length
 
 
 # ---------------------------------------------------------------------------------- to codes
@@ -50,8 +60,8 @@ def bits_per_element(bits: int, size: int = GROUP) -> float:
 @dataclass
 class Quantized:
     codes: Tensor  # [..., T, C] uint8, each below 2^bits
-    scale: Tensor  # float16; the grouped dimension is that of `codes` divided by 32, rounded up
-    minimum: Tensor  # likewise
+    scale: Tensor  # float16, one a group: the grouped dimension is that of `codes` divided by its
+    minimum: Tensor  # size, rounded up
 
 
 def round_down(x: Tensor) -> Tensor:
@@ -62,62 +72,74 @@ def round_down(x: Tensor) -> Tensor:
     return torch.where(half > x, lower, half)
 
 
-def group_limits(x: Tensor, bits: int, dim: int, clamped=False, group=GROUP) -> tuple:
-    """Scale and minimum of every group of x [..., T, C] along `dim`, in float16."""
+def group_limits(x: Tensor, bits: int, grouping: Grouping) -> tuple[Tensor, Tensor]:
+    """Scale and minimum of every group of x [..., T, C], in float16."""
+    dim, size = grouping.dim, grouping.size
     n = x.shape[dim]
     # A short last group is filled up with its last element, which changes neither of its limits.
-    index = torch.arange(-(-n // group) * group, device=x.device).clamp(max=n - 1)
-    groups = x.float().index_select(dim, index).unflatten(dim, (-1, group))
-    low, high = (limit(dim=dim) for limit in (groups.amin, groups.amax))
+    filled = -(-n // size) * size
+    index = torch.arange(filled, device=x.device).clamp(max=n - 1)
+    groups = x.float().index_select(dim, index).unflatten(dim, (-1, size))
+    low = groups.amin(dim)
+    high = groups.amax(dim)
     levels = 2**bits - 1
-    if clamped:
+    if grouping.clamped:
         scale = ((high - low) / levels).clamp(min=2**-24).half()
         zero = (-low / scale.float()).round().clamp(0, levels)
         return scale, (-zero * scale.float()).half()
     minimum = round_down(low)
-    return -round_down((minimum.float() - high) / levels), minimum
+    scale = -round_down((minimum.float() - high) / levels)
+    return scale, minimum
 
 
-def repeat_per_group(per_group: Tensor, dim: int, n: int, group: int = GROUP) -> Tensor:
-    """Gives each of `n` elements along `dim` the number of its group, in float32."""
-    return per_group.float().index_select(dim, torch.arange(n, device=per_group.device) // group)
+def repeat_per_group(per_group: Tensor, n: int, grouping: Grouping) -> Tensor:
+    """Gives each of `n` elements the number of its group, in float32."""
+    index = torch.arange(n, device=per_group.device) // grouping.size
+    return per_group.float().index_select(grouping.dim, index)
 
 
-def quantize(x: Tensor, bits: int, dim: int, clamped=False, group=GROUP) -> Quantized:
-    """x [..., T, C] in `bits` bits, in groups along `dim`."""
-    limits = group_limits(x, bits, dim, clamped, group)
-    step, low = (repeat_per_group(limit, dim, x.shape[dim], group) for limit in limits)
-    step = step.clamp(min=2**-24)  # a group of equal numbers has scale 0
+def quantize(x: Tensor, bits: int, grouping: Grouping) -> Quantized:
+    """x [..., T, C] in `bits` bits."""
+    scale, minimum = group_limits(x, bits, grouping)
+    n = x.shape[grouping.dim]
+    step = repeat_per_group(scale, n, grouping).clamp(min=2**-24)  # equal numbers have scale 0
+    low = repeat_per_group(minimum, n, grouping)
     codes = ((x.float() - low) / step).round().clamp(0, 2**bits - 1)
-    return Quantized(codes.to(torch.uint8), *limits)
+    return Quantized(codes.to(torch.uint8), scale, minimum)
 
 
-def dequantize(q: Quantized, dim: int, out: Tensor | None = None, group: int = GROUP) -> Tensor:
+def dequantize(q: Quantized, grouping: Grouping, out: Tensor | None = None) -> Tensor:
     """minimum + scale * code, [..., T, C] in float32, written to `out` if it is given."""
-    x = q.codes.float() if out is None else out.copy_(q.codes)
+    dim, size = grouping.dim, grouping.size
+    if out is None:
+        out = torch.empty_like(q.codes, dtype=torch.float32)
+    out.copy_(q.codes)
     scale, minimum = q.scale.float(), q.minimum.float()
-    whole, rest = divmod(x.shape[dim], group)
+    whole, rest = divmod(out.shape[dim], size)
     # In place on views: a decode step does this to the whole cache, and repeating takes longer.
-    groups = x.narrow(dim, 0, whole * group).unflatten(dim, (whole, group))
+    groups = out.narrow(dim, 0, whole * size).unflatten(dim, (whole, size))
     groups.mul_(scale.narrow(dim, 0, whole).unsqueeze(dim))
     groups.add_(minimum.narrow(dim, 0, whole).unsqueeze(dim))
     if rest:  # the short last group
-        last = x.narrow(dim, whole * group, rest)
-        last.mul_(scale.narrow(dim, whole, 1)).add_(minimum.narrow(dim, whole, 1))
-    return x
+        last = out.narrow(dim, whole * size, rest)
+        last.mul_(scale.narrow(dim, whole, 1))
+        last.add_(minimum.narrow(dim, whole, 1))
+    return out
 
 
-def fake_quantize(x: Tensor, bits: int, dim: int, clamped=False, group=GROUP) -> Tensor:
+def fake_quantize(x: Tensor, bits: int, grouping: Grouping) -> Tensor:
     """What storage makes of x, in x's type and with a gradient: for training with the loss in it.
 
     Rounding has no useful gradient, so it is passed straight through (Bengio et al., 2013): as if
     this were the identity for an x within the levels of its group, and a constant for one beyond.
     """
     with torch.no_grad():
-        q = quantize(x, bits, dim, clamped, group)
-        low, step = (repeat_per_group(y, dim, x.shape[dim], group) for y in (q.minimum, q.scale))
+        q = quantize(x, bits, grouping)
+        n = x.shape[grouping.dim]
+        low = repeat_per_group(q.minimum, n, grouping)
+        step = repeat_per_group(q.scale, n, grouping)
         inside = (x >= low) & (x <= low + step * (2**bits - 1))
-        stored = dequantize(q, dim, group=group).to(x.dtype)
+        stored = dequantize(q, grouping).to(x.dtype)
     return torch.where(inside, stored + (x - x.detach()), stored)
 
 
@@ -187,9 +209,20 @@ class Packed:
     length = packed = 0  # tokens held, and how many of these are packed
     grow = 256  # tokens to make room for when there is none left
 
-    def __init__(self, bits, dim, residual=0, expected=0, clamped=False, dtype=None, group=GROUP):
-        self.bits, self.dim, self.residual, self.clamped = bits, dim, residual, clamped
-        self.dtype, self.group, self.room = dtype, group, max(0, expected - residual) // group
+    def __init__(
+        self,
+        bits: int,
+        grouping: Grouping,
+        residual: int = 0,
+        expected: int = 0,
+        dtype: torch.dtype | None = None,
+    ):
+        self.bits = bits
+        self.grouping = grouping
+        self.residual = residual
+        self.dtype = dtype
+        self.group = grouping.size
+        self.room = max(0, expected - residual) // self.group
         # Codes, scales and minima, [B, T / 32 or more, rows of 32 tokens, their channels] each.
         self.buffers: list[Tensor] = []
 
@@ -208,7 +241,7 @@ class Packed:
     def pack_groups(self, x: Tensor) -> None:
         """x [B, n, C], n a multiple of 32."""
         start, groups = self.packed // self.group, x.shape[1] // self.group
-        q, stop = quantize(x, self.bits, self.dim, self.clamped, self.group), start + groups
+        q, stop = quantize(x, self.bits, self.grouping), start + groups
         parts = pack(q.codes, self.bits), q.scale, q.minimum
         parts = [part.unflatten(1, (groups, -1)) for part in parts]
         if not self.buffers:
@@ -233,10 +266,10 @@ class Packed:
             packed, scale, minimum = (buffer[:, first:last] for buffer in self.buffers)
             blocks = x[:, :n].unflatten(1, (-1, G))  # [B, n / 32, 32, C]
             codes = unpack(packed, self.bits)
-            if self.dim == TOKENS:  # a scale and a minimum for each block and channel
+            if self.grouping.dim == TOKENS:  # a scale and a minimum for each block and channel
                 blocks.copy_(codes).mul_(scale).add_(minimum)
             else:
-                dequantize(Quantized(codes, scale, minimum), self.dim, blocks, G)
+                dequantize(Quantized(codes, scale, minimum), self.grouping, blocks)
         x[:, n:] = waiting[:, :m]
         return x[:, start - first * G : stop - first * G]
 

@@ -3,20 +3,22 @@
     python train.py --model FOLDER_OR_HUB_NAME --data TEXT --k-ratio 0.8 --v-ratio 0.8 --out FILE
     torchrun --nproc-per-node 2 -- train.py ...      the same on two GPUs (or processes of a CPU)
 
-The frozen model reads the text once; from what its layers saw, A and B of every layer follow in
-closed form (cskv.py, section 2.2). Then they are trained (section 2.2 and appendix B of [1]): every
-layer has a loss of its own, of how far rebuilt keys and values are off,
+The frozen model reads the text once. From what its layers saw, A and B of every layer
+follow in closed form (cskv.py, section 2.2). Then they are trained (section 2.2 and
+appendix B of [1]): every layer has a loss of its own, of how far rebuilt keys and values
+are off,
 
-    L_K = MSE(K, K^)    K = x W_K    K^ = (x A_K) B_K                 (equation 1; L_V likewise)
-    L   = sum over layers of L_K + L_V                                (equation 2)
+    L_K = MSE(K, K^)    K = x W_K    K^ = (x A_K) B_K               (equation 1; L_V likewise)
+    L   = sum over layers of L_K + L_V                              (equation 2)
 
-where x is what the frozen model feeds the layer. So no gradient passes from layer to layer: while
-the model runs, without gradients, each loss is formed and back-propagated at once, and memory holds
-one layer's graph however deep the model is. W_K and W_V never change. With bits, the latents x A
-are rounded on the way: quantization-aware training (appendix C.4, quant.py).
+where x is what the frozen model feeds the layer. So no gradient passes from layer to
+layer: while the model runs, without gradients, each loss is formed and back-propagated at
+once, and memory holds one layer's graph however deep the model is. W_K and W_V never
+change. With bits, the latents x A are rounded on the way: quantization-aware training
+(appendix C.4, quant.py).
 
-What training can reach is known: no A B of rank r, quantized or not, loses less on a text than the
-dropped eigenvalues of its K^T K [2]. Losses are reported beside this floor.
+What training can reach is known: no A B of rank r, quantized or not, loses less on a text
+than the dropped eigenvalues of its K^T K [2]. Losses are reported beside this floor.
 
 Sources:
     [1] Wang et al., "CSKV", 2024
@@ -25,7 +27,9 @@ Sources:
 """
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,17 +37,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quant
-from cskv import Factors, LowRank
-from model import Transformer
-from support.calibration import (
+from cskv import (
     CALIBRATED,
     INITIALIZATIONS,
-    calibrate,
-    count_tokens,
-    equal_ranks,
+    Factors,
+    LowRank,
+    Observer,
     init_factors,
-    layer_hooks,
+    rank_for,
 )
+from model import Transformer
 from support.command import (
     DTYPES,
     Arguments,
@@ -56,34 +59,37 @@ from support.command import (
 from support.factors_file import save_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
-from support.options import add_options
-from support.processes import place, processes, say, summed
-from support.resume import Journal, make_plan, restore
+from support.processes import calibrate_together, place, processes, say, summed
+from support.resume import Journal, Losses, make_plan
 from support.text import batch_of, sample_tokens
 
-# -------------------------------------------------------------------------- layer-wise training
+# ---------------------------------------------------------------------- layer-wise training
 
 
-def layer_loss(pair: LowRank, x: Tensor, k: Tensor, dim: int, dtype=torch.float32) -> Tensor:
+def layer_loss(
+    pair: LowRank, x: Tensor, k: Tensor, dim: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """L_K = MSE(K, K^), K^ = (x A) B (equation 1), a scalar; for values it is L_V.
 
-    x [B, T, hidden] and k [B, T, d_kv] as `layer_hooks` gives them. Latents of few bits are
-    quantized along `dim`. They are float32; product and mean are `dtype`.
+    x [B, T, hidden] and k [B, T, d_kv] as `Observer.observe` gets them. Latents of few bits
+    are quantized along `dim`. They are float32; product and mean are `dtype`.
     """
     c = x @ pair.A  # [B, T, r]
     if pair.bits < 16:
-        c = quant.fake_quantize(c, pair.bits, **pair.quantizer(dim))
-    return F.mse_loss(c.to(dtype) @ pair.B.to(dtype), k.to(dtype))
+        c = quant.fake_quantize(c, pair.bits, pair.grouping(dim))
+    k_hat = c.to(dtype) @ pair.B.to(dtype)
+    return F.mse_loss(k_hat, k.to(dtype))
 
 
 class Tuner:
-    """One set of factors in training: a float32 copy of them, AdamW [3], and its learning rate.
+    """One set of factors in training: a float32 copy of them, AdamW [3], and its learning
+    rate.
 
     No weight decay: the paper names none, and it would pull A B away even from the optimum.
 
-    At the starts svd, asvd and optimal the gradient of A is zero up to rounding, since what is lost
-    is orthogonal to the rows of B, and Adam makes steps of the whole learning rate of that noise.
-    So only starts that are equal to the last bit train alike.
+    At the starts svd, asvd and optimal the gradient of A is zero up to rounding, since what
+    is lost is orthogonal to the rows of B, and Adam makes steps of the whole learning rate
+    of that noise. So only starts that are equal to the last bit train alike.
 
     Args:
         factors: where to start, in the bits to train for (`Factors.in_bits`).
@@ -91,28 +97,50 @@ class Tuner:
     """
 
     def __init__(self, factors: Factors, steps: int, lr: float = 5e-5):
-        self.steps, self.lr, self.steps_done = steps, lr, 0
-        # Contiguous: products round otherwise in another layout, and a restored one would differ.
-        own = {"dtype": torch.float32, "copy": True, "memory_format": torch.contiguous_format}
-        self.factors = factors.map(lambda p: replace(p, A=p.A.to(**own), B=p.B.to(**own)))
-        self.parameters = [M for pair in self.factors.pairs for M in (pair.A, pair.B)]
+        self.steps = steps
+        self.lr = lr
+        self.steps_done = 0
+        self.factors = factors.map(lambda p: replace(p, A=float_copy(p.A), B=float_copy(p.B)))
+        self.parameters = []
+        for pair in self.factors.pairs:
+            self.parameters += [pair.A, pair.B]
         for parameter in self.parameters:
-            parameter.requires_grad_().grad = torch.zeros_like(parameter)
+            parameter.requires_grad_()
+            parameter.grad = torch.zeros_like(parameter)
         self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=0.0)
 
-    @property
-    def rate(self) -> float:
-        """The learning rate of the next step."""
-        return self.lr * (1 - self.steps_done / self.steps)
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.lr * (1 - step / self.steps)
 
     def step(self) -> None:
         """One update with the gradients of all processes, which are then cleared."""
         for parameter in self.parameters:
             summed(parameter.grad)
-        self.optimizer.param_groups[0]["lr"] = self.rate
+        self.optimizer.param_groups[0]["lr"] = self.rate(self.steps_done)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         self.steps_done += 1
+
+    def state(self) -> dict:
+        """All that `restore` needs to go on exactly."""
+        parameters = [parameter.detach() for parameter in self.parameters]
+        optimizer = self.optimizer.state_dict()
+        return {"step": self.steps_done, "parameters": parameters, "optimizer": optimizer}
+
+    @torch.no_grad()
+    def restore(self, state: dict) -> None:
+        """Goes back to where it was when `state` was called."""
+        self.steps_done = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, value in zip(self.parameters, state["parameters"], strict=True):
+            parameter.copy_(value)
+
+
+def float_copy(x: Tensor) -> Tensor:
+    """A float32 copy. Contiguous: in another layout products round otherwise, and a restored
+    training would differ."""
+    return x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
@@ -126,203 +154,260 @@ def run_layers(
 ) -> Tensor:
     """Equation 2, layer by layer: the frozen model runs once over `samples` [1, T], shared out
     among the processes. Returns the loss of every tuner and layer, [tuners, layers], a mean over
-    all tokens but the first `sinks`. `train` adds gradients. `moments` [layers, 2, d_kv, d_kv],
-    float64, gets k^T k and v^T v added. Losses of `train` without `moments` have the rounding of
-    float32; others are in float64, for rounding could take a nearly optimal one below its floor.
-    """
-    (rank, count), device = place(), model.lm_head.weight.device
-    losses = torch.zeros(len(tuners), len(model.model.layers), dtype=torch.float64, device=device)
-    exact = not train or moments is not None
-    all_tokens = count_tokens(samples, sinks)
+    all tokens but the first `sinks`.
 
-    def add(i: int, x: Tensor, k: Tensor, v: Tensor) -> None:
+    `train` adds gradients. `moments` [layers, 2, d_kv, d_kv], float64, gets k^T k and v^T v added.
+    Losses of `train` without `moments` have the rounding of float32; others are in float64, for
+    rounding could take a nearly optimal one below its floor.
+    """
+    rank, count = place()
+    device = model.lm_head.weight.device
+    all_tokens = count_tokens(samples, sinks)
+    losses = torch.zeros(len(tuners), len(model.model.layers), dtype=torch.float64, device=device)
+
+    def loss_of(pair: LowRank, x: Tensor, y: Tensor, dim: int) -> Tensor:
         share = x.shape[:2].numel() / all_tokens  # this sample's part of the mean
+        if train:
+            with torch.enable_grad():
+                loss = layer_loss(pair, x, y, dim) * share
+                loss.backward()  # at once: the graph ends here
+            if moments is None:
+                return loss.detach()
+        return layer_loss(pair, x, y, dim, torch.float64) * share
+
+    def see(i: int, x: Tensor, k: Tensor, v: Tensor) -> None:
         for n, tuner in enumerate(tuners):
             layer = tuner.factors.layers[i]
-            for pair, y, dim in ((layer.k, k, quant.TOKENS), (layer.v, v, quant.CHANNELS)):
-                if train:
-                    with torch.enable_grad():
-                        loss = layer_loss(pair, x, y, dim) * share
-                        loss.backward()  # at once: the graph ends here
-                if exact:
-                    loss = layer_loss(pair, x, y, dim, torch.float64) * share
-                losses[n, i] += loss.detach()
+            losses[n, i] += loss_of(layer.k, x, k, quant.TOKENS)
+            losses[n, i] += loss_of(layer.v, x, v, quant.CHANNELS)
         if moments is not None:
             for total, y in zip(moments[i], (k, v), strict=True):
                 y = y.flatten(0, 1).double()  # [B * T, d_kv]
                 total += y.T @ y
 
-    with layer_hooks(model, add, sinks):
-        for sample in samples[rank::count]:
-            model(sample.to(device), logits_to_keep=1)
+    layers = enumerate(model.model.layers)
+    cache = [Observer(layer.self_attn, partial(see, i), sinks) for i, layer in layers]
+    for sample in samples[rank::count]:
+        model(sample.to(device), cache, logits_to_keep=1)
     if moments is not None:
         summed(moments)
     return summed(losses)
 
 
+def count_tokens(samples: list[Tensor], sinks: int) -> int:
+    """Tokens of `samples` [B, T] without the first `sinks` of each."""
+    return sum(sample[:, sinks:].numel() for sample in samples)
+
+
+def train_layers(
+    model: Transformer,
+    tuners: list[Tuner],
+    samples: list[Tensor],
+    batch_size: int = 1,
+    seed: int = 0,
+    sinks: int = 0,
+    moments: bool = False,
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """The training: takes the steps that all `tuners` have left, in one pass over the samples.
+
+    Yields the number of each step, the losses [tuners, layers] from before its update and, if
+    wanted, the moments of its batch. Every epoch has the samples in another order.
+    """
+    for step in range(tuners[0].steps_done, tuners[0].steps):
+        batch = batch_of(samples, step, batch_size, seed)
+        total = new_moments(model) if moments else None
+        losses = run_layers(model, batch, tuners, True, total, sinks)
+        for tuner in tuners:
+            tuner.step()
+        yield step, losses, total
+
+
+# ---------------------------------------------------------------------------- what it reached
+
+
+def new_moments(model: Transformer) -> Tensor:
+    """Zeros for `run_layers`: 0.5 GB for a Mistral-7B, 8.6 GB for a LongChat-7B."""
+    d_kv = model.config.d_kv
+    shape = len(model.model.layers), 2, d_kv, d_kv
+    return model.lm_head.weight.new_zeros(shape, dtype=torch.float64)
+
+
 def loss_floor(moment: Tensor, rank: int) -> Tensor:
-    """The least sum of squared errors that factors of this rank can have on a text [2]: the dropped
-    eigenvalues of `moment` = K^T K [d_kv, d_kv]. A scalar; 0 where it would be mere rounding."""
-    dropped = torch.linalg.eigvalsh(moment)[: len(moment) - rank].clamp(min=0).sum()
+    """The least sum of squared errors that factors of this rank can have on a text [2]: the
+    dropped eigenvalues of `moment` = K^T K [d_kv, d_kv]. A scalar; 0 where it would be mere
+    rounding."""
+    eigenvalues = torch.linalg.eigvalsh(moment)  # smallest first
+    dropped = eigenvalues[: len(moment) - rank].clamp(min=0).sum()
     return dropped * (dropped > 1e-12 * moment.trace())  # else fewer tokens than ranks
 
 
-def measure(
-    model: Transformer,
-    tuner: Tuner,
-    samples: list[Tensor],
-    bases: list[Tensor],
-    train: bool,
-    sinks: int = 0,
-) -> Tensor:
-    """Four losses of each layer on `samples`, [4, layers], in the units of equation 2:
+def compare(loss: Tensor, moments: Tensor, bases: list[Tensor], tokens: int) -> Losses:
+    """Losses [layers] beside the others of the same text, from its `moments`.
 
-    0. of the tuner's factors; `train` adds their gradients;
-    1. the floor: no factors of these ranks come below it;
-    2. of the closed form on the calibration text, what training can hope for: `bases` has its
-       V_r [d_kv, r] for keys and values of every layer, in turn;
-    3. of zeros in place of keys and values.
-
-    Moments take memory while this runs: 0.5 GB for a Mistral-7B, 8.6 GB for a LongChat-7B.
+    `bases` has V_r [d_kv, r] of the closed form, for keys and values of every layer in turn.
     """
-    d_kv, layers = model.config.d_kv, len(model.model.layers)
-    moments = torch.zeros(layers, 2, d_kv, d_kv, dtype=torch.float64, device=bases[0].device)
-    losses = run_layers(model, samples, [tuner], train, moments, sinks)
-    if not losses.isfinite().all():
-        return losses.expand(4, -1)  # for the caller to refuse
-    rows = []
+    columns = []
     for moment, V in zip(moments.flatten(0, 1), bases, strict=True):
-        R = torch.eye(d_kv).to(moment) - V.double() @ V.double().T  # k R: what V_r leaves out
+        R = torch.eye(len(V)).to(moment) - V.double() @ V.double().T  # k R: what V_r leaves out
         floor = loss_floor(moment, V.shape[1])
-        rows.append(torch.stack([floor, ((moment @ R) * R).sum(), moment.trace()]))
-    elements = count_tokens(samples, sinks) * d_kv
-    return torch.cat([losses, torch.stack(rows).view(layers, 2, 3).sum(1).T / elements])
+        optimal = ((moment @ R) * R).sum()
+        columns.append(torch.stack([floor, optimal, moment.trace()]))
+    elements = tokens * len(moments[0, 0])
+    sides = torch.stack(columns).view(len(moments), 2, 3)
+    floor, optimal, zeros = sides.sum(1).T / elements  # [layers] each
+    return Losses(loss, floor, optimal, zeros)
+
+
+def measure(
+    model: Transformer, tuner: Tuner, samples: list[Tensor], bases: list[Tensor], sinks: int = 0
+) -> Losses:
+    """The losses of a tuner's factors on `samples`, without gradients."""
+    moments = new_moments(model)
+    loss = run_layers(model, samples, [tuner], False, moments, sinks)[0]
+    if not loss.isfinite().all():
+        return Losses(loss, loss, loss, loss)  # for the caller to refuse
+    return compare(loss, moments, bases, count_tokens(samples, sinks))
 
 
 def fine_tune(
     model: Transformer,
     tuner: Tuner,
     samples: list[Tensor],
+    bases: list[Tensor],
+    initial: Losses,
     journal: Journal,
-    measure_samples: int = 32,
     batch_size: int = 1,
     seed: int = 0,
     sinks: int = 0,
 ) -> None:
-    """Takes the steps that `tuner` has left; measures the first samples before and after.
+    """Takes the steps that `tuner` has left. The journal's log gets the losses of each batch beside
+    their floor, its checkpoint all that it takes to go on.
 
-    `journal.state` has the "bases" that `measure` wants. Raises `UserError` when a loss diverges,
-    and after a signal, with the checkpoint written, `KeyboardInterrupt`.
+    Raises `UserError` when a loss diverges from the `initial` one.
     """
-    steps, state, bases = tuner.steps, journal.state, journal.state["bases"]
-    measured = samples[:measure_samples]
-    if "initial" not in state:
-        state["initial"] = measure(model, tuner, measured, bases, False, sinks)
-    final = state["initial"]
-    with journal.open(tuner.steps_done, steps):
-        while (step := tuner.steps_done) < steps:
-            batch, rate = batch_of(samples, step, batch_size, seed), tuner.rate
-            if step in journal.logged:
-                losses = measure(model, tuner, batch, bases, True, sinks)
-            else:
-                losses = run_layers(model, batch, [tuner], train=True, sinks=sinks)
-            journal.check(losses[0], step)
-            tuner.step()
-            journal.record(step, rate, losses, tuner)
-    if steps:
-        final = measure(model, tuner, measured, bases, False, sinks)
-        journal.check(final[0], steps)
-    journal.summarize(steps, final, len(measured))
+    steps = train_layers(model, [tuner], samples, batch_size, seed, sinks, bool(journal.log))
+    with journal.open(tuner.steps_done, tuner.steps):
+        for step, losses, moments in steps:
+            journal.check(losses[0], initial, step)
+            row = {"step": step, "lr": tuner.rate(step)}
+            columns = {"loss": losses[0]}
+            if moments is not None:
+                tokens = count_tokens(batch_of(samples, step, batch_size, seed), sinks)
+                now = compare(losses[0], moments, bases, tokens)
+                columns |= {"floor": now.floor, "optimal": now.optimal}
+            state = {"bases": bases, "initial": vars(initial)}
+            journal.record(row, columns, lambda state=state: {**state, **tuner.state()})
 
 
-# -------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------- command line
 
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
-    training, calibrating = args.epochs > 0 and args.steps != 0, args.init in CALIBRATED
-    measuring, checkpoint = training or args.log is not None, Path(f"{args.out}.checkpoint")
-    bits = args.k_bits, args.v_bits, args.clamped_zero_point
-    files = {"--out": args.out, "--log": args.log, "the checkpoint": checkpoint}
+    checkpoint = Path(f"{args.out}.checkpoint")
+    written = {"--out": args.out, "--log": args.log, "the checkpoint": checkpoint}
+    measuring = args.epochs > 0 or args.log is not None
+    reading = measuring or args.init in CALIBRATED
     with processes(args.device) as device:
-        check_files(files, {"--data": args.data})
+        check_files(written, {"--data": args.data})
         if args.resume and args.out.exists() and not checkpoint.exists():
             say(f"{args.out} is finished; to make it again, leave out --resume")
             return
-        if (measuring or calibrating) and args.data is None:
-            what = f"--init {args.init} calibrates on" if calibrating else "training and --log need"
-            raise UserError(f"{what} text; give some with --data")
+        if reading and args.data is None:
+            reader = "training and --log need"
+            if args.init in CALIBRATED:
+                reader = f"--init {args.init} calibrates on"
+            raise UserError(f"{reader} text; give some with --data")
         model = load_model(args.model, device, DTYPES[args.dtype])
+        d_kv = model.config.d_kv
         with user_values():
-            k_ranks = equal_ranks(model, args.k_rank, args.k_ratio)
-            v_ranks = equal_ranks(model, args.v_rank, args.v_ratio)
+            k_ranks = [rank_for(args.k_ratio, d_kv)] * len(model.model.layers)
+            v_ranks = [rank_for(args.v_ratio, d_kv)] * len(model.model.layers)
         samples = []
-        if measuring or calibrating:
+        if reading:
             tokenizer = load_tokenizer(args.model, model.config.vocab_size)
             length = min(args.seq_len, model.config.context_length)
             drawn = args.samples, length, args.seed, args.sinks
             samples = sample_tokens(args.data, tokenizer, *drawn)
             say(f"{len(samples)} samples, {sum(sample.numel() for sample in samples)} tokens")
         steps = args.epochs * -(-len(samples) // args.batch_size)
-        if args.steps is not None and args.steps > steps:
-            say(f"{steps} steps, not {args.steps}: the epochs have no more; raise --epochs")
-        steps = steps if args.steps is None else min(steps, args.steps)
-
-        if training and args.batch_size % place()[1]:
+        if steps and args.batch_size % place()[1]:
             say(f"batches of {args.batch_size}: some of {place()[1]} processes are idle at times")
         plan = make_plan(vars(args), model, samples)
-        every = args.checkpoint_every, args.log_every
-        journal = Journal(checkpoint, args.log, *every, plan, training and args.resume, device)
-        goes_on = "step" in journal.state
+        journal = Journal(checkpoint, args.checkpoint_every, args.log, plan)
+
+        state = statistics = None
+        init = args.init
+        if args.resume and steps:
+            state = journal.load(device)
+        if state:
+            init = "random"  # what the checkpoint holds comes in its place
+        elif reading:
+            statistics = calibrate_together(model, samples, args.sinks)
         with user_values():
-            statistics = calibrate(model, samples, args.sinks) if samples and not goes_on else None
-            init = "random" if goes_on else args.init  # what a checkpoint holds comes in its place
             factors = init_factors(init, model, k_ranks, v_ranks, statistics, args.seed)
-            if measuring and not goes_on:
-                best = init_factors("optimal", model, k_ranks, v_ranks, statistics)
-                journal.state["bases"] = [pair.B.T for pair in best.pairs]  # V_r [d_kv, r]
-        trained = f"{steps} steps, lr {args.lr:g}, batch {args.batch_size}" if training else "none"
-        data = {"data": args.data.name} if training or calibrating else {}
-        factors.info.update(init=args.init, trained=trained, **data)
-        tuner = Tuner(factors.in_bits(*bits), steps, args.lr)
-        if goes_on:
-            restore(tuner, journal.state)
+        trained = f"{steps} steps, lr {args.lr:g}, batch {args.batch_size}" if steps else "none"
+        factors.info.update(init=args.init, trained=trained)
+        if steps or args.init in CALIBRATED:
+            factors.info["data"] = args.data.name
+        factors = factors.in_bits(args.k_bits, args.v_bits, args.clamped_zero_point)
+        tuner = Tuner(factors, steps, args.lr)
+        measured = samples[: args.measure_samples]
+        if state:
+            tuner.restore(state)
+            bases, initial = state["bases"], state["initial"]
+        elif measuring:
+            best = init_factors("optimal", model, k_ranks, v_ranks, statistics)
+            bases = [pair.B.T for pair in best.pairs]  # V_r [d_kv, r]
+            initial = measure(model, tuner, measured, bases, args.sinks)
+            journal.check(initial.loss, initial, 0)
         if measuring:
-            sizes = args.measure_samples, args.batch_size, args.seed, args.sinks
-            fine_tune(model, tuner, samples, journal, *sizes)
+            order = args.batch_size, args.seed, args.sinks
+            fine_tune(model, tuner, samples, bases, initial, journal, *order)
+            final = initial
+            if steps:
+                final = measure(model, tuner, measured, bases, args.sinks)
+                journal.check(final.loss, initial, steps)
+            journal.summarize(steps, initial, final, len(measured))
         if place()[0] == 0:
-            save_factors(args.out, tuner.factors, model, DTYPES[args.save_dtype])
-            shape = f"ranks {k_ranks[0]} (keys) and {v_ranks[0]} (values) of {model.config.d_kv}"
+            save_factors(args.out, tuner.factors, model)
+            shape = f"ranks {k_ranks[0]} (keys) and {v_ranks[0]} (values) of {d_kv}"
             say(f"{args.out}: {args.init}, trained: {trained}, {shape}")
-        if training:
+        if steps:
             journal.forget()
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    add, count = parser.add_argument, number(int, 1)
-    shared = "model samples seq-len sinks seed measure-samples clamped-zero-point device dtype"
-    add_options(parser, shared, {"sinks": "first tokens of a sample that are not learned from"})
+    add = parser.add_argument
+    count = number(int, 1)
+    widths = (2, 3, 4, 8, 16)
+    add("--model", required=True, help="checkpoint folder or hub name of the frozen model")
     add("--data", type=Path, help=".txt, .jsonl or .parquet (field `text`), or a folder of them")
     add("--out", type=Path, required=True, help="factors file to write")
     add("--init", choices=INITIALIZATIONS, default="optimal", help="where to start; see cskv.py")
-    bits = {"type": int, "choices": (2, 3, 4, 8, 16)}
-    add("--bits", **bits, default=16, help="of the latents, rounded in training (default: 16, not)")
-    for name, what in (("k", "key"), ("v", "value")):
-        add(f"--{name}-ratio", type=float, default=0.8, help=f"of {what} channels removed (0.8)")
-        add(f"--{name}-rank", type=count, help=f"{what} channels kept, instead of a ratio")
-        add(f"--{name}-bits", **bits, help=f"of the latents of {what}s, if other than --bits")
-    add("--epochs", type=number(int, 0), default=1, help="over the samples (1); 0: no training")
-    add("--steps", type=number(int, 0), help="stop after so many; 0: no training")
-    add("--lr", type=number(float, 0), default=5e-5, help="at first; falls to 0 linearly (5e-5)")
-    add("--batch-size", type=count, default=1, help="samples a step (1)")
-    add("--log", type=Path, help="JSON lines: the loss of each step beside its floor, a summary")
-    add("--log-every", type=count, default=1, help="steps a line (1): floors of a 7B take a while")
-    add("--checkpoint-every", type=count, default=50, help="steps between OUT.checkpoint (50)")
-    add("--resume", action="store_true", help="go on from OUT.checkpoint if there is one")
-    add("--save-dtype", choices=DTYPES, default="float16", help="of the file (float16)")
+    add("--k-ratio", type=float, default=0.8, help="share of key channels to remove (0.8)")
+    add("--v-ratio", type=float, default=0.8, help="share of value channels to remove (0.8)")
+    add("--bits", type=int, choices=widths, default=16, help="round latents to so many (16: not)")
+    add("--k-bits", type=int, choices=widths, help="round key latents to others than --bits")
+    add("--v-bits", type=int, choices=widths, help="round value latents to others than --bits")
+    add("--clamped-zero-point", action="store_true", help="round as the paper's code; see quant.py")
+    add("--samples", type=count, default=256, help="read so many pieces of the text (256)")
+    add("--seq-len", type=number(int, 2), default=1024, help="cut pieces of so many tokens (1024)")
+    add("--sinks", type=number(int, 0), default=0, help="skip a piece's first tokens (0)")
+    add("--epochs", type=number(int, 0), default=1, help="train on each piece so often (1; 0: not)")
+    add("--batch-size", type=count, default=1, help="train on so many pieces a step (1)")
+    add("--lr", type=number(float, 0), default=5e-5, help="begin with this learning rate (5e-5)")
+    add("--measure-samples", type=count, default=32, help="measure losses on so many pieces (32)")
+    add("--seed", type=number(int, 0), default=0, help="draw other pieces in another order (0)")
+    add("--log", type=Path, help="write losses beside their floor, a JSON line a step")
+    add("--checkpoint-every", type=count, default=50, help="write OUT.checkpoint so often (50)")
+    add("--resume", action="store_true", help="go on from OUT.checkpoint, if there is one")
+    add("--device", default="cpu", help="compute on cpu (default), cuda, cuda:1, ...")
+    add("--dtype", choices=DTYPES, default="float32", help="run the model in this type (float32)")
     args = parser.parse_args(argv)
-    args.k_bits, args.v_bits = args.k_bits or args.bits, args.v_bits or args.bits
+    args.k_bits = args.k_bits or args.bits
+    args.v_bits = args.v_bits or args.bits
     return args
 
 

@@ -4,6 +4,8 @@ Measured as decoding would show it, but in one pass over a text (`DecodeMode`), 
 a time (`Probe`): a text is read exactly once, and the input that it gives each layer is kept.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 import quant
 from cskv import LowRank
 from model import Attention, LayerCache, Rope, Transformer
+from support.command import UserError
 
 SIDES = {"k": quant.TOKENS, "v": quant.CHANNELS}  # of a layer, and how their latents are grouped
 
@@ -53,8 +56,8 @@ class DecodeMode(LayerCache):
         pair, bias = self.pairs[side], getattr(self.attention, f"{side}_proj").bias
         c = x @ pair.A  # [B, T, r]
         if pair.bits < 16:
-            how, old = pair.quantizer(SIDES[side]), c[:, self.sinks :]
-            c[:, self.sinks :] = quant.fake_quantize(old, pair.bits, **how)
+            grouping = pair.grouping(SIDES[side])
+            c[:, self.sinks :] = quant.fake_quantize(c[:, self.sinks :], pair.bits, grouping)
         return F.linear(c, pair.B.T, bias).unflatten(-1, (-1, y.shape[-1])).transpose(1, 2)
 
 
@@ -85,7 +88,6 @@ class Probe:
             first = min(sinks + window, T - 1)  # the first token that meets a rebuilt one
             first = max(first, T - (spread or T))
             at = torch.linspace(first, T - 1, min(predictions, T - first)).long()
-            model.rope.reach(T, device)
             x, inputs = model.model.embed_tokens(text.to(device)), []
             for layer in model.model.layers:
                 inputs.append(x)
@@ -109,4 +111,8 @@ class Probe:
             for layer in others:
                 x = layer(x, self.model.rope, None)
             divergences.append((exact.exp() * (exact - self.log_probabilities(x, at))).sum(-1))
-        return max(0.0, torch.cat(divergences).mean().item())  # below 0 by rounding alone
+        cost = torch.cat(divergences).mean().item()
+        if not math.isfinite(cost):  # also NaN: no comparison may take it for the best cost
+            side = " and ".join({"k": "keys", "v": "values"}[name] for name in pairs)
+            raise UserError(f"layer {i}, {side}: the cost is not finite; try another --dtype")
+        return max(0.0, cost)  # below 0 by rounding alone

@@ -45,7 +45,7 @@ from torch import Tensor
 
 import quant
 from cskv import BiBranchCache, Latents, LayerFactors
-from model import Attention, Rope
+from model import Attention, Rope, reserve
 
 # Lengths of segments, the newest first, and how many old tokens lie in such. Each length is a
 # multiple of the one before; the last holds for all tokens that are left.
@@ -129,23 +129,90 @@ def query_turns(
     return torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)
 
 
+class GrowingLatents(Latents):
+    """Latents in a buffer for `expected` tokens, or more as they come: a copy every 256 steps."""
+
+    def append(self, c: Tensor) -> None:
+        B, m, r = c.shape
+        start = self.length
+        if self.c is None:
+            self.c = c.new_empty(B, max(m, self.expected), r, dtype=self.dtype)
+        self.length = start + m
+        self.c = reserve(self.c, self.length)
+        self.c[:, start : self.length] = c
+
+
 class FastCache(BiBranchCache):
-    """`BiBranchCache` with its steps 4 and 5 done in segments: for long texts, faster than a full
-    cache. The arguments are the same.
+    """`BiBranchCache` with its steps 3 and 4 done in segments: for long texts, faster than a full
+    cache. The arguments are the same; `expected` is worth giving, for all memory is taken once.
 
     It loses what (1) loses: experiments/README.md, "What a decode step costs", measures it.
+
+    Nothing is moved at a step. The window is a ring behind the sinks, and buffers grow in steps:
+
+        sinks 1, window 4, token 10 arrives   slots 0 | 1 2 3 4   hold positions 0 | 9 10 7 8
     """
 
+    kept_in = GrowingLatents
     segments = SEGMENTS  # ((1, 0),) gives the results of `BiBranchCache`
 
-    def __init__(self, attention: Attention, factors: LayerFactors, *args, **more):
-        super().__init__(attention, factors, *args, **more)
+    def __init__(
+        self,
+        attention: Attention,
+        factors: LayerFactors,
+        window: int = 32,
+        expected: int = 0,
+        sinks: int = 0,
+    ):
+        super().__init__(attention, factors, window, expected, sinks)
         self.H_kv = attention.config.num_key_value_heads
         on_cpu = self.B_k.device.type == "cpu"
         self.dtype = torch.float32 if on_cpu else self.B_k.dtype  # a CPU is slow in 16 bits
         # Tokens of a chunk. On a CPU its latents take 2 MB; a GPU wants few and large steps.
         rank = max(factors.k.rank, factors.v.rank)
         self.chunk = max(1, 2**10 // rank) * 512 if on_cpu else 2**15
+
+    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
+        super().remember(x, q, k, v, rope)
+        # The window becomes a ring: the token at position t lies in slot `slot(t)`.
+        S, kept = min(self.length, self.sinks), self.k.shape[2]
+        positions = [*range(S), *range(self.length - (kept - S), self.length)]
+        slots = torch.tensor([self.slot(t) for t in positions], device=x.device)
+        self.k = self.ring(self.k, slots)
+        self.v = self.ring(self.v, slots)
+
+    def ring(self, y: Tensor, slots: Tensor) -> Tensor:
+        """y [B, H_kv, n, D] in these slots of a tensor with room for `expected` tokens."""
+        B, H_kv, _, D = y.shape
+        room = min(max(self.length, self.expected), self.sinks + self.window)
+        ring = y.new_empty(B, H_kv, room, D)
+        ring[:, :, slots] = y
+        return ring
+
+    def slot(self, t: int) -> int:
+        return t if t < self.sinks else self.sinks + (t - self.sinks) % self.window
+
+    def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        """One new token, at position t."""
+        self.check_decode(q)
+        t = self.length
+        self.length = t + 1
+        # 1. Compressed branch: append the new token's latents, unless it is a sink.
+        if t >= self.sinks:
+            self.c_k.append(x @ self.A_k)  # [B, 1, r_k]
+            self.c_v.append(x @ self.A_v)  # [B, 1, r_v]
+        # 2. Full-precision branch: it takes the slot of the one that leaves the window.
+        most = self.sinks + self.window
+        self.k = reserve(self.k, t + 1, most)
+        self.v = reserve(self.v, t + 1, most)
+        both = rope.rotate(torch.cat([q, k], dim=1), t)
+        q, k = both.split([q.shape[1], k.shape[1]], dim=1)
+        self.k[:, :, self.slot(t)] = k[:, :, 0]
+        self.v[:, :, self.slot(t)] = v[:, :, 0]
+        # 3. and 4. in segments.
+        seen, S, first, old = self.branches()
+        full = slice(seen, S + t + 1 - old)
+        return self.attend(q, self.k[:, :, full], self.v[:, :, full], first, old, rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, first: int, old: int, rope: Rope) -> Tensor:
         B, H, _, D = q.shape
@@ -272,7 +339,7 @@ def weighted_sum(p: Tensor, latents: Latents | quant.Packed, start: int) -> Tens
 def packed_end(latents: Latents | quant.Packed, start: int, stop: int) -> int:
     """Where the packed groups of tokens end that begin at `start`, at most at `stop`: `start`
     itself if there are none."""
-    if not isinstance(latents, quant.Packed) or latents.dim != quant.TOKENS:
+    if not isinstance(latents, quant.Packed) or latents.grouping.dim != quant.TOKENS:
         return start
     if start % latents.group:
         return start

@@ -24,16 +24,16 @@ import torch
 
 import quant
 from course.problems import LARGEST, ROOT
-from cskv import Factors, LayerFactors, bi_branch_cache, rotate
+from cskv import Factors, LayerFactors, bi_branch_cache, init_factors, rotate
 from experiments.rounded import Rounded
 from experiments.tasks import longeval as retrieval
 from infer import full_bytes, held_bytes
 from model import Transformer
-from support.calibration import calibrate, init_factors
 from support.command import Arguments, UserError, run_command
 from support.demonstration import TEACHER
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
+from support.processes import calibrate_together
 
 BUDGET = 0.1  # of the bytes of a full 16-bit cache
 WINDOW, LINES, CASES = 16, 40, 24
@@ -74,7 +74,7 @@ def plan_factors(model: Transformer, tokenizer: Tokenizer, plan: dict) -> Factor
     length = model.config.context_length
     texts = retrieval.samples(tokenizer, length, "longeval", [10, 20, 40], 48, seed=0)
     with redirect_stderr(io.StringIO()):  # without a bar of progress
-        statistics = calibrate(model, texts)
+        statistics = calibrate_together(model, texts)
     ranks = ([rank for rank, _ in plan[side]] for side in "kv")
     factors = init_factors("attention", model, *ranks, statistics)
     generator, layers = torch.Generator().manual_seed(0), []

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from cskv import BiBranchCache, LayerFactors
 from model import Attention, Config, LayerCache, Rope, reserve
-from quant import BITS, CHANNELS, TOKENS, Packed
+from quant import BITS, CHANNELS, TOKENS, Grouping, Packed
 from support.command import UserError
 
 
@@ -262,7 +262,7 @@ class KiviCache(LayerCache):
         length 96     tokens  0 .. 63 packed | 64 .. 95 in full precision      32, the fewest
 
     An element of a packed key takes quant.bits_per_element(bits) bits, of a packed value
-    bits_per_element(bits, D). Under a sliding window old tokens are kept, but not attended.
+    bits_per_element(bits, length=D). Under a sliding window old tokens are kept, but not attended.
 
     Args:
         config: the model's.
@@ -287,7 +287,7 @@ class KiviCache(LayerCache):
         k = rope.rotate(k, 0)
         # Heads count as sequences: [B * H_kv, T, D].
         sizes = self.residual, self.expected
-        self.k, self.v = (Packed(self.bits, dim, *sizes) for dim in (TOKENS, CHANNELS))
+        self.k, self.v = (Packed(self.bits, Grouping(dim), *sizes) for dim in (TOKENS, CHANNELS))
         self.k.append(k[:, :, self.sinks :].flatten(0, 1))
         self.v.append(v[:, :, self.sinks :].flatten(0, 1))
         self.first_k, self.first_v = (y[:, :, : self.sinks].clone() for y in (k, v))

@@ -22,12 +22,11 @@ from types import SimpleNamespace
 import torch
 
 from beyond.segments import FastCache
-from cskv import BiBranchCache, Factors, LowRank
+from cskv import BiBranchCache, Factors, LowRank, init_factors, rank_for
 from experiments.baselines import HeavyHitterCache, KiviCache, LowRankCache, StreamingCache
 from experiments.rounded import Rounded
 from infer import full_bytes, nominal_ratio
 from model import FullCache, LayerCache, Transformer
-from support.calibration import init_factors, rank_for
 from support.command import UserError, comma_list, one_of
 from support.options import add_option, add_options
 from support.processes import say

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from cskv import CALIBRATED, init_factors
 from experiments.caches import add_cache_options, make_rows
 from experiments.measuring import Case, measure, with_score
 from experiments.notes import all_that_counts, delete_notes
@@ -41,13 +42,12 @@ from experiments.tasks.records import prompt_ids, read_records
 from experiments.tasks.scores import is_correct
 from infer import generate, make_sampler
 from model import LayerCache, Transformer
-from support.calibration import CALIBRATED, calibrate, init_factors
 from support.command import DTYPES, Arguments, UserError, check_files, run_command, user_values
 from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.options import add_options
-from support.processes import place, processes
+from support.processes import calibrate_together, place, processes
 from support.text import WIDER_CACHES, check_finite, passages, read_documents, sample_tokens
 
 # Tokens of an answer: LongEval's limit, and enough to continue "The pass key is".
@@ -260,13 +260,14 @@ def run(args: argparse.Namespace) -> None:
             length = min(args.seq_len, limit)
             if args.calibrate:
                 text = args.calibrate, tokenizer, args.samples, length, args.seed, args.sinks
-                return calibrate(model, sample_tokens(*text), args.sinks)
+                return calibrate_together(model, sample_tokens(*text), args.sinks)
             if args.what not in ANSWER_TOKENS:
                 raise UserError(
                     "factors for cskv and asvd are made from text; give --calibrate TEXT"
                 )
             drawn = [max(args.lines)], min(args.samples, 64), args.seed, args.spelled
-            return calibrate(model, samples(tokenizer, length, args.what, *drawn), args.sinks)
+            texts = samples(tokenizer, length, args.what, *drawn)
+            return calibrate_together(model, texts, args.sinks)
 
         @functools.cache
         def make_factors(init: str, rank: int):

@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cskv import Factors
+from cskv import CALIBRATED, Factors, Statistics, init_factors, rank_for
 from experiments.tables import write_json
 from model import Transformer
-from support.calibration import CALIBRATED, Statistics, calibrate, init_factors, rank_for
 from support.command import UserError, user_values
 from support.factors_file import fingerprint, load_factors, save_factors
-from support.processes import place
-from support.resume import load_state, restore, save_state, state_of
-from support.text import batch_of
-from train import Tuner, loss_floor, run_layers
+from support.processes import calibrate_together, place
+from support.resume import load_state, save_state
+from train import Tuner, loss_floor, new_moments, run_layers, train_layers
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class FactorStore:
 
     @functools.cached_property
     def statistics(self) -> list[Statistics]:
-        return calibrate(self.model, self.samples)
+        return calibrate_together(self.model, self.samples)
 
     def start(self, recipe: Recipe) -> Factors:
         """The recipe's factors before training, in float32."""
@@ -119,24 +117,23 @@ class FactorStore:
         if checkpoint.exists():
             state = load_state(checkpoint, {}, ("plan", "losses", "seconds", "initial", "tuners"))
             for tuner, mine in zip(tuners, state.pop("tuners"), strict=True):
-                restore(tuner, mine)
+                tuner.restore(mine)
         else:
             initial = run_layers(self.model, measured, tuners).sum(1).tolist()
             state = {"plan": {}, "losses": [], "seconds": 0.0, "initial": initial}
         began, losses = time.monotonic() - state["seconds"], state["losses"]
         # Every process has all tuners, and writes the same files, each whole or not at all.
         name, quiet = f"training {len(recipes)}", place()[0] > 0
-        for step in tqdm(range(len(losses), steps), name, disable=quiet):
-            batch = batch_of(self.samples, step, 1, self.seed)
-            losses.append(run_layers(self.model, batch, tuners, train=True).sum(1).tolist())
+        training = train_layers(self.model, tuners, self.samples, seed=self.seed)
+        todo = steps - len(losses)
+        for step, of_step, _ in tqdm(training, name, total=todo, disable=quiet):
+            losses.append(of_step.sum(1).tolist())
             for recipe, loss in zip(recipes, losses[-1], strict=True):
                 if not math.isfinite(loss):
                     raise UserError(f"{recipe.name}, step {step}: the loss diverges; lower --lr")
-            for tuner in tuners:
-                tuner.step()
             state["seconds"] = time.monotonic() - began
             if (step + 1) % 64 == 0 and step + 1 < steps:
-                save_state(checkpoint, {**state, "tuners": [state_of(t) for t in tuners]})
+                save_state(checkpoint, {**state, "tuners": [tuner.state() for tuner in tuners]})
         finals = run_layers(self.model, measured, tuners).sum(1).tolist()
         moments = self.moments()
         for i, (recipe, tuner) in enumerate(zip(recipes, tuners, strict=True)):
@@ -150,9 +147,8 @@ class FactorStore:
 
     def moments(self) -> Tensor:
         """Mean k k^T and v v^T over the tokens that are measured, [layers, 2, d_kv, d_kv]."""
-        config, samples = self.model.config, self.samples[: self.measured]
-        like = self.model.lm_head.weight.new_empty(0, dtype=torch.float64)
-        moments = like.new_zeros(config.num_hidden_layers, 2, config.d_kv, config.d_kv)
+        samples = self.samples[: self.measured]
+        moments = new_moments(self.model)
         run_layers(self.model, samples, [], moments=moments)
         return moments / sum(sample.numel() for sample in samples)
 

@@ -15,6 +15,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from cskv import BiBranchCache
 from experiments.caches import Row, make_cache
 from experiments.notes import run_all
 from experiments.rounded import Rounded
@@ -53,9 +54,9 @@ class SharedPrefill(LayerCache):
 
 
 def reads_exactly(cache: LayerCache) -> bool:
-    """Whether its prefill is the one that all caches have unless they write their own."""
+    """Whether its prefill attends with all exact keys and values."""
     own = cache.cache if isinstance(cache, Rounded) else cache
-    return type(own).prefill is LayerCache.prefill
+    return type(own).prefill in (LayerCache.prefill, BiBranchCache.prefill)
 
 
 def measure(

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from cskv import INITIALIZATIONS, rank_for
 from experiments import figures
 from experiments.caches import CACHES, TOKENS, Row, make_row
 from experiments.evaluate import perplexity_cases, retrieval_cases
@@ -47,7 +48,6 @@ from experiments.tables import (
 )
 from experiments.tasks.longeval import PUBLISHED, read_cases, samples
 from infer import nominal_ratio
-from support.calibration import INITIALIZATIONS, rank_for
 from support.command import (
     DTYPES,
     Arguments,

@@ -19,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from cskv import init_factors
 from experiments.caches import make_cache, make_rows
 from experiments.measuring import clock
 from model import LayerCache, Transformer
-from support.calibration import init_factors
 from support.shapes import shape_config
 
 

@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from cskv import init_factors
 from experiments import figures
 from experiments.caches import add_cache_options, make_cache, make_rows
 from experiments.measuring import clock
@@ -41,7 +42,6 @@ from experiments.tables import table, write_json
 from experiments.transformers_runner import Runner, transformers_runners
 from infer import held_bytes
 from model import Transformer
-from support.calibration import init_factors
 from support.command import (
     DTYPES,
     Arguments,

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 import quant
-from support.calibration import INITIALIZATIONS
+from cskv import INITIALIZATIONS
 from support.command import DTYPES, comma_list, number, one_of
 
 PROTOCOLS = ("prefill", "decode")

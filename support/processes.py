@@ -3,15 +3,18 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
-from support.command import UserError, use_device
+from cskv import Observer, Statistics, calibrate
+from model import Transformer
+from support.command import UserError, use_device, user_values
 
 
 def place() -> tuple[int, int]:
@@ -78,3 +81,23 @@ def gathered(part: object, group: object) -> list:
 def say(message: str) -> None:
     if place()[0] == 0:
         print(message, file=sys.stderr)
+
+
+def calibrate_together(
+    model: Transformer,
+    samples: list[Tensor],
+    sinks: int = 0,
+    kind: Callable[..., Observer] = Observer,
+) -> list[Statistics]:
+    """`cskv.calibrate` with the samples shared out among the processes.
+
+    Raises `UserError` where that raises `ValueError`, and for fewer samples than processes.
+    """
+    rank, count = place()
+    if not samples:
+        raise UserError("no calibration text; give at least one sample")
+    if len(samples) < count:
+        raise UserError(f"{len(samples)} samples for {count} processes; start fewer of these")
+    mine = tqdm(samples[rank::count], "calibrating", unit="sample", disable=rank > 0)
+    with user_values():
+        return calibrate(model, mine, sinks, summed, kind)

@@ -1,11 +1,12 @@
-"""What a long training leaves behind: checkpoints to go on from exactly, and a log."""
+"""What a long computation leaves behind to go on from exactly: its state, and its log."""
 
 import hashlib
 import io
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,36 +20,36 @@ from support.processes import place, say, summed
 
 
 def save_state(path: Path, state: dict) -> None:
-    """Writes a checkpoint, whole or not at all."""
-    torch.save(state, buffer := io.BytesIO())
+    """Writes a state, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     with replacing(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
 def load_state(path: Path, plan: dict, names: tuple[str, ...]) -> dict:
-    """What `save_state` wrote, on the CPU: "plan" and what else is named.
+    """What `save_state` wrote, on the CPU: "plan" and all that is named.
 
     Raises `UserError` if the file is damaged, or if its plan is not `plan`, naming an argument that
     differs.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        other = [name for name in plan if state["plan"][name] != plan[name]]
-        missing = [name for name in names if name not in state]
-        if missing:
-            raise KeyError(missing[0])
+        theirs = state["plan"]
+        different = [name for name in plan if theirs[name] != plan[name]]
+        for name in names:
+            state[name]
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(
-            f"{path} is damaged ({first_line(error)}); delete it to start anew"
-        ) from None
-    if other:
-        flag = "--" + other[0].replace("_", "-")
+        message = f"{path} is damaged ({first_line(error)})"
+        raise UserError(f"{message}; delete it to start anew") from None
+    if different:
+        flag = "--" + different[0].replace("_", "-")
         raise UserError(f"{path} was made with another {flag}; give the same, or another --out")
     return state
 
 
 # Arguments that may change when a training is resumed; model and data are compared by content.
-MAY_CHANGE = ("out", "log", "checkpoint_every", "resume", "device", "save_dtype", "model", "data")
+MAY_CHANGE = ("out", "log", "checkpoint_every", "resume", "device", "model", "data")
 
 
 def make_plan(arguments: dict, model: Transformer, samples: list[Tensor]) -> dict:
@@ -58,123 +59,138 @@ def make_plan(arguments: dict, model: Transformer, samples: list[Tensor]) -> dic
     return plan | {"model": fingerprint(model), "data": hashlib.sha256(text).hexdigest()}
 
 
-def state_of(tuner) -> dict:
-    """What it takes to go on exactly with a `train.Tuner`."""
-    parameters = [parameter.detach() for parameter in tuner.parameters]
-    optimizer = tuner.optimizer.state_dict()
-    return {"step": tuner.steps_done, "parameters": parameters, "optimizer": optimizer}
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Yields a list that Ctrl-C and SIGTERM add to, so that a step can end; a second one kills."""
+    signals: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        signals.append(number)
+        signal.signal(number, before[number])
+
+    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
-@torch.no_grad()
-def restore(tuner, state: dict) -> None:
-    """Puts a `train.Tuner` where it was when `state_of` was called."""
-    tuner.steps_done = state["step"]
-    tuner.optimizer.load_state_dict(state["optimizer"])
-    for parameter, value in zip(tuner.parameters, state["parameters"], strict=True):
-        parameter.copy_(value)
+@dataclass(frozen=True)
+class Losses:
+    """Losses of factors on some text, [layers] each, in the units of equation 2 (train.py)."""
+
+    loss: Tensor  # of the factors
+    floor: Tensor  # no factors of these ranks come below it
+    optimal: Tensor  # of the closed form on the calibration text: what training can hope for
+    zeros: Tensor  # of zeros in place of keys and values
+
+
+STATE = ("bases", "initial", "seconds", "step", "parameters", "optimizer")
 
 
 class Journal:
-    """The checkpoint, the log and the progress bar of one training.
-
-    Its `state` is what a checkpoint holds besides what `record` is given: "plan", "seconds",
-    "initial" (the table of `train.measure` before the first step) and what the caller puts there.
-    If it goes on from a checkpoint, all of that checkpoint, with "step" in it.
+    """The checkpoint, the log and the progress bar of one training. Only the first process writes.
 
     Args:
-        checkpoint: its file; written every `checkpoint_every` steps, after the last one, and when
-            Ctrl-C or SIGTERM ends the training after the step that it is in.
-        log: JSON lines, one for every `log_every`-th step and the last one; None for no log.
+        checkpoint: its file; written every `every` steps, after the last one, and when Ctrl-C or
+            SIGTERM ends the training after the step that it is in.
+        log: JSON lines, one a step and a summary; None for no log.
         plan: arguments that must be the same to go on.
-        resume: whether to go on from the checkpoint, if there is one.
     """
 
-    def __init__(
-        self,
-        checkpoint: Path,
-        log: Path | None,
-        checkpoint_every: int,
-        log_every: int,
-        plan: dict,
-        resume: bool,
-        device: str,
-    ):
-        self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
-        self.log, self.log_every = log, log_every
-        self.first = place()[0] == 0  # of the processes: the one that writes
-        self.state = {"plan": plan, "seconds": 0}
-        if resume and checkpoint.exists():
-            names = (*self.state, "initial", "bases", "step", "parameters", "optimizer")
-            self.state = load_state(checkpoint, plan, names)
-            self.state["bases"] = [V.to(device) for V in self.state["bases"]]
-            self.state["initial"] = self.state["initial"].to(device)
-            say(f"going on after step {self.state['step']}")
-        elif resume:
-            say(f"no checkpoint {checkpoint}; starting from the beginning")
+    def __init__(self, checkpoint: Path, every: int, log: Path | None, plan: dict):
+        self.checkpoint = checkpoint
+        self.every = every
+        self.log = log
+        self.plan = plan
+        self.first = place()[0] == 0
+        self.seconds = 0.0
+
+    def load(self, device: str) -> dict | None:
+        """What the checkpoint holds, on `device`, or None if there is none."""
+        if not self.checkpoint.exists():
+            say(f"no checkpoint {self.checkpoint}; starting from the beginning")
+            return None
+        state = load_state(self.checkpoint, self.plan, STATE)
+        say(f"going on after step {state['step']}")
+        self.seconds = state["seconds"]
+        initial = {name: losses.to(device) for name, losses in state["initial"].items()}
+        bases = [V.to(device) for V in state["bases"]]
+        return {**state, "bases": bases, "initial": Losses(**initial)}
 
     @contextmanager
     def open(self, done: int, steps: int) -> Iterator[None]:
         """Around the steps `done` .. `steps` - 1; log lines of these from before are dropped."""
-        self.check(self.state["initial"][0], 0)
+        self.done = done
         self.steps = steps
-        self.logged = {*range(0, steps, self.log_every), *range(steps)[-1:]} if self.log else set()
+        self.began = time.monotonic() - self.seconds
         if self.log and self.first:
-            start_log(self.log, sum(step < done for step in self.logged))
-        self.began = time.monotonic() - self.state["seconds"]
+            keep_lines(self.log, done)
         quiet = not self.first or not steps
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=quiet)
         with self.bar, interruptible() as self.signals:
             yield
 
-    def check(self, losses: Tensor, step: int) -> None:
-        """Raises `UserError` if a layer's loss diverges from "initial", and removes the checkpoint:
-        to go on from that would end here again."""
+    def check(self, loss: Tensor, initial: Losses, step: int) -> None:
+        """Raises `UserError` if a layer's loss diverges, and removes the checkpoint: to go on from
+        that would end here again."""
         # Losses of single batches differ, but not by a factor of 1000: neither from where the layer
         # began, nor, where that was next to nothing, from what it would lose with zeros.
-        began, _, _, zeros = self.state["initial"]
-        bad = ~(losses.isfinite() & (losses <= 1000 * began.maximum(zeros)))
+        limit = 1000 * initial.loss.maximum(initial.zeros)
+        bad = ~(loss.isfinite() & (loss <= limit))
         if bad.any():
             self.forget()
             i = int(bad.nonzero()[0])
-            loss = f"step {step}, layer {i}: the loss diverges ({losses[i].item():.3g})"
-            raise UserError(f"{loss}; start anew with a lower --lr, or another --dtype")
+            message = f"step {step}, layer {i}: the loss diverges ({loss[i].item():.3g})"
+            raise UserError(f"{message}; start anew with a lower --lr, or another --dtype")
 
-    def record(self, step: int, rate: float, losses: Tensor, tuner) -> None:
-        """Notes a finished step: its learning rate and losses (rows "loss", and of a logged step
-        "floor" and "optimal") in the log, and the tuner in the checkpoint.
+    def record(self, row: dict, columns: dict[str, Tensor], state: Callable[[], dict]) -> None:
+        """Notes a finished step: `row` and the losses `columns` [layers] in the log, what `state`
+        returns in the checkpoint.
 
         Raises `KeyboardInterrupt` after a signal, with the checkpoint written.
         """
-        self.state["seconds"] = time.monotonic() - self.began
-        if self.first and step in self.logged:
-            row = {"step": step, "lr": rate, "seconds": self.state["seconds"]}
-            write_line(self.log, row, ("loss", "floor", "optimal"), losses[:3])
-        loss, *floor = losses[:2].sum(1).tolist()
-        ratio = f", {loss / floor[0]:.2f} of its floor" if any(floor) else ""
-        self.bar.set_postfix_str(f"loss {loss:.4g}{ratio}", refresh=False)
+        self.done += 1
+        self.seconds = time.monotonic() - self.began
+        self.write(row, columns)
+        progress = f"loss {columns['loss'].sum():.4g}"
+        if "floor" in columns and columns["floor"].any():
+            progress += f", {columns['loss'].sum() / columns['floor'].sum():.2f} of its floor"
+        self.bar.set_postfix_str(progress, refresh=False)
         self.bar.update()
         # A signal may reach one process a step before another, but they must stop together.
-        stopped = summed(losses.new_tensor(len(self.signals))).item() > 0
-        due = step + 1 == self.steps or (step + 1) % self.checkpoint_every == 0
+        stopped = summed(columns["loss"].new_tensor(len(self.signals))).item() > 0
+        due = self.done == self.steps or self.done % self.every == 0
         if self.first and (stopped or due):
-            save_state(self.checkpoint, {**self.state, **state_of(tuner)})
+            save_state(self.checkpoint, {"plan": self.plan, "seconds": self.seconds, **state()})
         if stopped:
-            say(f"\n{step + 1} of {self.steps} steps are in {self.checkpoint}")
+            say(f"\n{self.done} of {self.steps} steps are in {self.checkpoint}")
             say("go on with the same command and --resume")
             raise KeyboardInterrupt
 
-    def summarize(self, steps: int, final: Tensor, samples: int) -> None:
+    def summarize(self, steps: int, initial: Losses, final: Losses, samples: int) -> None:
         """Says and logs the losses on `samples` texts before and after, and their floor."""
-        columns = torch.stack([self.state["initial"][0], *final[:3]])
-        before, after, floor, _ = columns.sum(1).tolist()
-        ratio = after / floor if floor else None
-        losses = f"{before:.6g} before, {after:.6g} after, floor {floor:.6g}"
-        losses += f", ratio {ratio:.4f}" if floor else ""
-        say(f"loss on {samples} training samples: {losses}")
-        if self.log and self.first:
-            row = {"summary": True, "steps": steps, "ratio": ratio}
-            row["seconds"] = self.state["seconds"]
-            write_line(self.log, row, ("initial", "final", "floor", "optimal"), columns)
+        before, after, floor = initial.loss.sum(), final.loss.sum(), final.floor.sum()
+        message = f"{before:.6g} before, {after:.6g} after, floor {floor:.6g}"
+        ratio = None
+        if floor:
+            ratio = (after / floor).item()
+            message += f", ratio {ratio:.4f}"
+        say(f"loss on {samples} training samples: {message}")
+        columns = {"initial": initial.loss, "final": final.loss}
+        columns |= {"floor": final.floor, "optimal": final.optimal}
+        self.write({"summary": True, "steps": steps, "ratio": ratio}, columns)
+
+    def write(self, row: dict, columns: dict[str, Tensor]) -> None:
+        """Appends a line to the log: `row`, the time, sums of `columns` [layers], these by layer.
+        Raises `UserError` if it cannot be written."""
+        if not (self.log and self.first):
+            return
+        sums = {name: column.sum().item() for name, column in columns.items()}
+        by_layer = torch.stack(list(columns.values()), dim=1).tolist()
+        layers = [dict(zip(columns, losses, strict=True)) for losses in by_layer]
+        append_line(self.log, {**row, "seconds": self.seconds, **sums, "layers": layers})
 
     def forget(self) -> None:
         """Removes the checkpoint."""
@@ -182,32 +198,10 @@ class Journal:
             self.checkpoint.unlink(missing_ok=True)
 
 
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Yields a list that Ctrl-C and SIGTERM add to, so that a step can end; a second one kills."""
-    got: list[int] = []
-
-    def handler(number: int, frame: object) -> None:
-        got.append(number)
-        signal.signal(number, before[number])
-
-    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield got
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-def start_log(log: Path, lines: int) -> None:
+def keep_lines(log: Path, count: int) -> None:
     """Keeps the first lines of a log: those of steps that will not be done again."""
+    old = ""
+    if count and log.exists():
+        old = log.read_text(encoding="utf-8", errors="replace")
     with replacing(log) as temporary:
-        old = log.read_text(encoding="utf-8", errors="replace") if lines and log.exists() else ""
-        temporary.write_text("".join(old.splitlines(True)[:lines]), encoding="utf-8")
-
-
-def write_line(log: Path, row: dict, names: tuple[str, ...], columns: Tensor) -> None:
-    """Appends `row`, sums of `columns` [names, layers] by name, and these by layer."""
-    sums = dict(zip(names, columns.sum(1).tolist(), strict=True))
-    layers = [dict(zip(names, values, strict=True)) for values in columns.T.tolist()]
-    append_line(log, {**row, **sums, "layers": layers})
+        temporary.write_text("".join(old.splitlines(True)[:count]), encoding="utf-8")

@@ -9,8 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, af
 
 import pytest
 
+from cskv import init_factors
 from experiments import evaluate
-from support.calibration import init_factors
 from support.factors_file import save_factors
 from tests.evaluating import write_records
 from tests.helpers import save_checkpoint, tiny_model

@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import quant
 from beyond.segments import FastCache
-from cskv import BiBranchCache, Factors
+from cskv import BiBranchCache, Factors, calibrate, init_factors
 from model import Config, Transformer
-from support.calibration import calibrate, init_factors
 from support.command import run_command
 
 LLAMA3 = {
@@ -227,7 +226,7 @@ def dequantized(c, quantized, b, dim, clamped=False, group=32):
     c = c.half().float()
     if b == 16 or not quantized:
         return c
-    few = quant.fake_quantize(c[:, :quantized], b, dim, clamped, group)
+    few = quant.fake_quantize(c[:, :quantized], b, quant.Grouping(dim, group, clamped))
     return torch.cat([few, c[:, quantized:]], 1)
 
 
@@ -260,8 +259,8 @@ def call(module, capsys, *arguments):
 
 def arguments(setup, out, *more):
     base = ["--model", setup / "model", "--data", setup / "text.jsonl", "--out", out]
-    base += ["--init", "svd", "--k-ratio", 0.5, "--v-rank", 4, "--lr", 1e-2]
-    return [str(a) for a in (*base, "--save-dtype", "float32", *more)]
+    base += ["--init", "svd", "--k-ratio", 0.5, "--v-ratio", 0.67, "--lr", 1e-2]  # ranks 6 and 4
+    return [str(a) for a in (*base, *more)]
 
 
 def rows_of(log):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cskv import init_factors
 from experiments import baselines
 from experiments.baselines import (
     HeavyHitterCache,
@@ -16,8 +17,7 @@ from experiments.baselines import (
     StreamingCache,
 )
 from model import Config, LayerCache, Rope, full_cache
-from quant import CHANNELS, TOKENS, bits_per_element, fake_quantize
-from support.calibration import init_factors
+from quant import CHANNELS, TOKENS, Grouping, bits_per_element, fake_quantize
 from support.command import UserError
 from tests.helpers import (
     LargestTensor,
@@ -61,7 +61,6 @@ class Sequence:
         g = torch.Generator().manual_seed(seed)
         H, H_kv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.config, self.N, self.rope = config, N, Rope(config)
-        self.rope.reach(N, torch.device("cpu"))
         self.x = torch.randn(batch, N, config.hidden_size, generator=g)
         self.q = 2 * torch.randn(batch, H, N, D, generator=g)
         self.k, self.v = torch.randn(2, batch, H_kv, N, D, generator=g).unbind(0)
@@ -319,8 +318,8 @@ def test_kivi_attends_to_quantized_keys_and_values(kivi, H_kv, prompt, steps, wi
         seen = slice(max(0, t + 1 - (window or t + 1)), t + 1)
         k_hat, v_hat = k.clone(), v.clone()
         if old > S:
-            k_hat[:, :, S:old] = fake_quantize(k[:, :, S:old], kivi["bits"], TOKENS)
-            v_hat[:, :, S:old] = fake_quantize(v[:, :, S:old], kivi["bits"], CHANNELS)
+            k_hat[:, :, S:old] = fake_quantize(k[:, :, S:old], kivi["bits"], Grouping(TOKENS))
+            v_hat[:, :, S:old] = fake_quantize(v[:, :, S:old], kivi["bits"], Grouping(CHANNELS))
         for b in range(2):
             for h in range(4):
                 keys, values = (y[b, sequence.kv_head(h), seen] for y in (k_hat, v_hat))
@@ -346,7 +345,7 @@ def test_kivi_takes_the_bytes_of_its_formula(kivi, prompt, steps, expected, D):
         waiting = 2 * 4 * D * (length - old)  # float32
         assert kivi["residual"] <= length - sinks - old <= kivi["residual"] + 31 or not old
         taken = room if old else 0
-        packed = round(D * taken * (bits_per_element(bits) + bits_per_element(bits, D)) / 8)
+        packed = round(D * taken * (bits_per_element(bits) + bits_per_element(bits, length=D)) / 8)
         assert cache.nbytes() == 2 * 2 * (packed + waiting)  # batch of 2, 2 heads
         assert cache.nbytes() == sum(s.numel() * s.element_size() for s in cache.tensors())
 

@@ -12,14 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quant
+from beyond.budget import (
+    Choice,
+    choices,
+    convex_hull,
+    latent_bytes,
+    plan_factors,
+    spend,
+)
 from beyond.outputs import calibrate_outputs
 from beyond.probes import DecodeMode, Probe
-from cskv import bi_branch_cache
+from cskv import bi_branch_cache, calibrate, init_factors
 from experiments import budget
-from experiments.budget import Choice, choices, convex_hull, latent_bytes, spend
 from infer import full_bytes, held_bytes
 from model import FullCache, full_cache
-from support.calibration import calibrate, init_factors
 from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
@@ -109,7 +115,7 @@ def test_decode_mode_rounds_as_the_cache_does(T, first, b, group):
     pairs = {"k": factors.layers[0].k, "v": factors.layers[0].v}
     mode = DecodeMode(model.model.layers[0].self_attn, pairs, 1, first)
     for side, dim in (("k", quant.TOKENS), ("v", quant.CHANNELS)):
-        latents = quant.Packed(b, quant.TOKENS if group else dim, group=group or 32)
+        latents = quant.Packed(b, pairs[side].grouping(dim))
         latents.append((x @ pairs[side].A)[:, first:])
         packed = latents.read(0, latents.packed) @ pairs[side].B
         found = mode.rebuild(side, x, torch.empty(1, 2, T, 6)).transpose(1, 2).flatten(2)
@@ -308,7 +314,7 @@ def test_full_ranks_in_16_bits_are_the_full_cache():
     model = tiny_model()
     seen = calibrate(model, [tiny_tokens(model, 2, 60)], 2)
     sides = [[Choice(3, 4, 10, 1.0), Choice(12, 16, 99, 0.0)] for _ in range(4)]
-    factors = budget.plan_factors(model, spend(sides, 10**6), seen)
+    factors = plan_factors(model, spend(sides, 10**6), seen)
     assert {(pair.rank, pair.bits) for pair in factors.pairs} == {(12, 16)}
     tokens = tiny_tokens(model, 2, 50)
     exact = decode_all(model, tokens, 10, full_cache(model))

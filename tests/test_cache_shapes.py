@@ -14,11 +14,11 @@ from cskv import (
     LayerFactors,
     LowRank,
     bi_branch_cache,
+    init_factors,
 )
 from experiments.baselines import KiviCache
 from infer import nominal_ratio
 from model import Attention, FullCache, Rope, full_cache
-from support.calibration import init_factors
 from tests.helpers import (
     bits,
     decode_all,
@@ -48,7 +48,6 @@ def test_each_token_is_attended_through_exactly_one_branch(prompt, steps, window
         hidden_size=N, num_attention_heads=1, num_key_value_heads=1, head_dim=2 * N
     )
     attention, rope = Attention(config), Rope(config)
-    rope.reach(N, torch.device("cpu"))
     into_old = torch.cat([torch.zeros(N, N), torch.eye(N)], dim=1)  # [N, 2 N]
     some = LowRank(torch.ones(N, 1), torch.zeros(1, 2 * N), bits=32)
     factors = LayerFactors(some, LowRank(torch.eye(N), into_old, bits=32))
@@ -71,14 +70,22 @@ def test_each_token_is_attended_through_exactly_one_branch(prompt, steps, window
 
 @quick
 @given(
-    shapes, st.integers(1, 300), st.integers(0, 20), windows, sinks, st.integers(0, 400), st.data()
+    shapes,
+    st.integers(1, 300),
+    st.integers(0, 20),
+    windows,
+    sinks,
+    st.integers(0, 400),
+    st.sampled_from([BiBranchCache, FastCache]),
+    st.data(),
 )
-def test_bytes_are_those_of_the_tensors(shape, T, steps, window, first, expected, data):
+def test_bytes_are_those_of_the_tensors(shape, T, steps, window, first, expected, kind, data):
+    """The plain cache holds what it needs, the fast one has room for what is expected."""
     model = tiny_model(**shape)
     d_kv, layers = model.config.d_kv, len(model.model.layers)
     k_rank, v_rank = data.draw(st.integers(1, d_kv)), data.draw(st.integers(1, d_kv))
     factors = init_factors("random", model, [k_rank] * layers, [v_rank] * layers)
-    cache = bi_branch_cache(model, factors.in_bits(16, 32), window, expected, sinks=first)
+    cache = bi_branch_cache(model, factors.in_bits(16, 32), window, expected, kind, first)
     assert sum(layer.nbytes() for layer in cache) == 0
     tokens = tiny_tokens(model, 2, T + steps)
     model(tokens[:, :T], cache, logits_to_keep=1)
@@ -99,18 +106,22 @@ def test_bytes_are_those_of_the_tensors(shape, T, steps, window, first, expected
                 latents * (2 * k_rank + 4 * v_rank) + floats
             )  # batch of 2
 
-    check(T, max(T, expected))
+    plain = kind is BiBranchCache
+    check(T, T if plain else max(T, expected))
     for i in range(T, T + steps):
         model(tokens[:, i : i + 1], cache)
     room = max(T, expected)  # past it, in steps of 256 tokens
-    check(T + steps, room if T + steps <= room else room + 256)
+    if T + steps > room:
+        room += 256
+    check(T + steps, T + steps if plain else room)
 
 
 def test_growing_copies_rarely():
     """Buffers grow by 256 tokens: 600 steps past the prompt move them three times, not 600."""
     model = tiny_model(num_hidden_layers=1)
     factors = init_factors("svd", model, [3], [2])
-    for cache in (bi_branch_cache(model, factors, 1000), full_cache(model)):
+    fast = bi_branch_cache(model, factors, 1000, kind=FastCache)
+    for cache in (fast, full_cache(model)):
         model(tiny_tokens(model, 1, 5), cache)
         places = set()
         for _ in range(590):
@@ -129,7 +140,7 @@ def test_packed_latents_are_whole_groups_older_than_the_window(T, steps, window,
     c = torch.randn(2, T + steps, rank, generator=generator) + 2
     dim = data.draw(st.sampled_from([quant.TOKENS, quant.CHANNELS]))
     group = data.draw(st.sampled_from([32, 64]))
-    latents = quant.Packed(b, dim, window, dtype=torch.float16, group=group)
+    latents = quant.Packed(b, quant.Grouping(dim, group), window, dtype=torch.float16)
     latents.append(c[:, :T])
     for t in range(T, T + steps):
         latents.append(c[:, t : t + 1])
@@ -143,20 +154,26 @@ def test_packed_latents_are_whole_groups_older_than_the_window(T, steps, window,
 
 
 @quick
-@given(st.integers(1, 200), st.integers(0, 40), windows, sinks, bits, bits, groups, st.data())
-def test_bytes_in_bits_are_those_of_the_formula(T, steps, window, first, k_bits, v_bits, g, data):
+@given(
+    st.integers(1, 200), st.integers(0, 40), windows, sinks, bits, bits, groups, kinds, st.data()
+)
+def test_bytes_in_bits_are_those_of_the_formula(
+    T, steps, window, first, k_bits, v_bits, g, kind, data
+):
     """Packed: bits, scale and minimum. Waiting: 16 bits. Sinks and ring: the model's 32 bits."""
     model = tiny_model(num_hidden_layers=1)
     d_kv = model.config.d_kv
     r_k, r_v = data.draw(st.integers(1, d_kv)), data.draw(st.integers(1, d_kv))
     factors = init_factors("random", model, [r_k], [r_v])
     factors = factors.in_bits(k_bits, v_bits).map(lambda pair: replace(pair, group=g))
-    cache = bi_branch_cache(model, factors, window, T + steps, sinks=first)
+    cache = bi_branch_cache(model, factors, window, T + steps, kind, first)
     tokens = tiny_tokens(model, 2, T + steps)
     decode_all(model, tokens, T, cache)
     latents = max(0, T + steps - first)
     packed = max(0, latents - window) // 32 * 32
-    per_token = r_k * quant.bits_per_element(k_bits) + r_v * quant.bits_per_element(v_bits, r_v)
+    per_token = r_k * quant.bits_per_element(k_bits) + r_v * quant.bits_per_element(
+        v_bits, length=r_v
+    )
     if g:  # packed as soon as they are whole
         packed, per_token = latents // g * g, r_k * (k_bits + 32 / g) + r_v * (v_bits + 32 / g)
     waiting = (latents - packed) * 16 * (r_k + r_v)
@@ -217,7 +234,6 @@ def test_a_chunk_of_kivi_s_keys_takes_two_megabytes(D, chunk):
     config = tiny_config(num_key_value_heads=2, num_attention_heads=2, head_dim=D)
     kivi, x = KiviCache(config), torch.zeros(1, 2, 1, D)
     rope = Rope(config)
-    rope.reach(1, x.device)
     kivi.remember(x, x, x, x, rope)
     assert kivi.chunk == chunk
 

@@ -9,12 +9,13 @@ from types import FunctionType, ModuleType
 import pytest
 import torch
 
+import cskv
 import infer
 import model
 from beyond.segments import FastCache
+from cskv import init_factors
 from experiments import baselines, caches, evaluate, figures, speed
 from model import Transformer, full_cache
-from support.calibration import init_factors
 from support.huggingface.checkpoint import load_model
 from tests.evaluating import (
     ROOT,
@@ -53,7 +54,8 @@ def test_the_prompt_is_read_once_by_all_but_asvd(everything, brief, tmp_path, ca
         return attend(q, *rest)
 
     monkeypatch.setattr(Transformer, "forward", forward)
-    monkeypatch.setattr(model, "causal_attention", causal_attention)
+    for module in (model, cskv):
+        monkeypatch.setattr(module, "causal_attention", causal_attention)
     more = ["--caches", ALL, "--inits", "svd", "--calibrate", everything / "text.txt"]
     rows = measured(everything, capsys, tmp_path / "rows", "longeval", *more)
     assert len(rows) == len(caches.CACHES)

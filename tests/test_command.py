@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from support.calibration import init_factors
+from cskv import init_factors
 from support.command import UserError, check_writable, run_command
 from support.factors_file import save_factors
 from tests.helpers import save_checkpoint, tiny_model

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import cskv
+from cskv import init_factors
 from experiments import caches, evaluate, measuring
 from experiments.tasks import longbench, records
 from experiments.tasks.longeval import RetrievalCase, make_cases
 from experiments.tasks.scores import wilson
 from model import FullCache
-from support.calibration import init_factors
 from support.command import UserError
 from support.demonstration import TEACHER
 from support.factors_file import save_factors
@@ -302,7 +302,7 @@ def test_retrieval_calibrates_on_cases_of_another_seed(
 ):
     """On the longest ones, with their answers, cut to --seq-len tokens."""
     samples, texts = [], []
-    calibrate, encode = evaluate.calibrate, Tokenizer.encode
+    calibrate, encode = evaluate.calibrate_together, Tokenizer.encode
 
     def seen_by_calibrate(model, given, sinks):
         samples.extend(given)
@@ -312,7 +312,7 @@ def test_retrieval_calibrates_on_cases_of_another_seed(
         texts.append(text)
         return encode(self, text, special)
 
-    monkeypatch.setattr(evaluate, "calibrate", seen_by_calibrate)
+    monkeypatch.setattr(evaluate, "calibrate_together", seen_by_calibrate)
     monkeypatch.setattr(Tokenizer, "encode", seen_by_encode)
     measured(everything, capsys, tmp_path / "r", "longeval", "--lines", "2,9", "--seq-len", 30)
     assert [sample.shape for sample in samples] == [(1, 30)] * 8

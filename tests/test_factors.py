@@ -16,11 +16,15 @@ from cskv import (
     Factors,
     LayerFactors,
     LowRank,
+    Statistics,
     bi_branch_cache,
+    calibrate,
+    init_factors,
+    rank_for,
 )
-from support.calibration import Statistics, calibrate, init_factors, rank_for
 from support.command import UserError
 from support.factors_file import load_factors, save_factors
+from support.processes import calibrate_together
 from tests.helpers import (
     make_factors,
     quick,
@@ -54,7 +58,7 @@ def test_rotation_spreads_outliers():
     for factors in (plain, plain.in_bits(v_bits=4)):
         pair = factors.layers[0].v
         c = x @ pair.A
-        v_hat = quant.fake_quantize(c, 4, quant.CHANNELS) @ pair.B
+        v_hat = quant.fake_quantize(c, 4, quant.Grouping(quant.CHANNELS)) @ pair.B
         errors.append((v_hat - c @ pair.B).square().mean().item())
     assert errors[1] < errors[0] / 2
 
@@ -84,8 +88,10 @@ def test_bad_initializations():
     for ratio in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match="compression ratio"):
             rank_for(ratio, 12)
-    with pytest.raises(UserError, match="no calibration text"):
+    with pytest.raises(ValueError, match="longer text"):
         calibrate(model, [])
+    with pytest.raises(UserError, match="no calibration text"):
+        calibrate_together(model, [])
 
 
 def test_random_factors_come_from_the_seed_alone():

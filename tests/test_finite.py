@@ -10,9 +10,9 @@ import cskv
 import infer
 import train
 from beyond.segments import FastCache
+from cskv import init_factors
 from experiments import evaluate
 from model import full_cache
-from support.calibration import init_factors
 from support.command import UserError
 from support.factors_file import load_factors, save_factors
 from tests.helpers import OneToken, call, make_factors, save_checkpoint, tiny_model, tiny_tokens
@@ -168,7 +168,7 @@ def test_a_projection_of_zeros_has_factors_of_its_own(tmp_path, capsys, names, i
     save_checkpoint(zeroed(names), tmp_path)
     (tmp_path / "text.txt").write_text(" ".join(f"t{i * i % 61}" for i in range(400)))
     data = ["--data", tmp_path / "text.txt", "--seq-len", 40, "--samples", 3]
-    args = ["--model", tmp_path, "--k-rank", 4, "--v-rank", 4, "--init", init, *data]
+    args = ["--model", tmp_path, "--k-ratio", 0.66, "--v-ratio", 0.66, "--init", init, *data]
     code, _, err = call(train, capsys, *args, "--out", tmp_path / "f")
     assert code == 0, err
     args = ["--model", tmp_path, "--factors", tmp_path / "f", "--prompt", "t1 t2", "--window", 1]

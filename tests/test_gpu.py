@@ -11,9 +11,9 @@ import cskv
 import infer
 import quant
 from beyond.segments import FastCache
+from cskv import init_factors
 from experiments.caches import CACHES, make_cache, make_row
 from model import full_cache
-from support.calibration import init_factors
 from support.processes import place
 from tests.helpers import OneToken, make_factors, tiny_model, tiny_tokens
 from train import Tuner, run_layers
@@ -31,7 +31,6 @@ def on_gpu(dtype=torch.float32, **shape):
     factors = make_factors(model, 12, 13)
     tokens = tiny_tokens(model, 2, T + STEPS).cuda()
     model = model.to("cuda", dtype)
-    model.rope.reach(T + STEPS, tokens.device)
     return model, tokens, factors.to(model.lm_head.weight)
 
 
@@ -89,7 +88,7 @@ def test_packed_bytes_are_those_of_the_cpu(bits):
     x = torch.randn(2, 70, 12, generator=torch.Generator().manual_seed(0))
     held = []
     for device in ("cpu", "cuda"):
-        packed = quant.Packed(bits, quant.TOKENS, residual=4, expected=100)
+        packed = quant.Packed(bits, quant.Grouping(quant.TOKENS), residual=4, expected=100)
         packed.append(x.to(device))
         held.append(packed)
     sizes = [[t.untyped_storage().nbytes() for t in packed.tensors()] for packed in held]
@@ -175,7 +174,6 @@ def test_a_decode_step_makes_no_tensor_on_the_cpu(name, bits):
     model, tokens = model.to("meta"), torch.zeros(1, 64, dtype=torch.long, device="meta")
     cache = make_cache(model, make_row(model, name, 0.5, factors, window=8), 64)
     model(tokens[:, :38], cache)
-    model.rope.reach(64, tokens.device)
     with MadeOnCPU() as made:
         for t in range(38, 42):
             model(tokens[:, t : t + 1], cache)

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
+from cskv import init_factors
 from experiments import caches, evaluate, measuring
 from experiments.tables import table
 from experiments.tasks.scores import wilson
-from support.calibration import init_factors
 from support.command import UserError
 from support.factors_file import save_factors
 from tests.evaluating import (

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beyond.outputs import EVERY, calibrate_outputs
-from support.calibration import calibrate
+from cskv import calibrate
 from support.command import UserError
 from tests.helpers import naive_rotate, quick, shapes, sinks, tiny_model, tiny_tokens, windows
 

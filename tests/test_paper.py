@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import evaluate, factors, paper
+import train
+from cskv import INITIALIZATIONS, calibrate, init_factors, rank_for
+from experiments import evaluate, paper
 from experiments.factors import FactorStore, Recipe
-from support.calibration import INITIALIZATIONS, init_factors, layer_hooks, rank_for
 from support.command import UserError
 from support.factors_file import save_factors
 from support.huggingface.checkpoint import load_model
@@ -242,22 +243,14 @@ def test_losses_and_floors(setup, tmp_path, capsys):
     assert call(paper, capsys, *text_flags(setup, "figure4", tmp_path, "--epochs", 4))[0] == 0
     rows = read(tmp_path, "figure4")
     assert len(rows) == 2 * 2 * len(INITIALIZATIONS)  # ratios, learning rates
-    store, moments = factor_store(setup, tmp_path / "again"), {}
-
-    def see(i, x, k, v):
-        for name, y in (("k", k), ("v", v)):
-            y = y.flatten(0, 1).double()
-            moments[i, name] = moments.get((i, name), 0) + y.T @ y
-
-    measured = store.samples[:3]
-    with layer_hooks(store.model, see), torch.no_grad():
-        for sample in measured:
-            store.model(sample)
-    elements = sum(sample.numel() for sample in measured) * 12
+    store = factor_store(setup, tmp_path / "again")
+    moments = []  # means over tokens
+    for layer in calibrate(store.model, store.samples[:3]):
+        moments += [layer.k_moment, layer.v_moment]
     for row in rows:
         rank = rank_for(row["ratio"], 12)
-        floor = sum(torch.linalg.eigvalsh(m)[: 12 - rank].sum() for m in moments.values())
-        assert row["floor"] == pytest.approx(floor.item() / elements, rel=1e-4)
+        floor = sum(torch.linalg.eigvalsh(m)[: 12 - rank].sum() for m in moments)
+        assert row["floor"] == pytest.approx(floor.item() / 12, rel=1e-4)
         assert row["final"] >= row["floor"] * (1 - 1e-6)
         if row["init"] == "svd" and row["lr"] == 5e-3:
             assert row["final"] < row["initial"]
@@ -271,20 +264,20 @@ def test_training_together_equals_training_alone_and_resumes(setup, tmp_path, mo
 
     recipes = Recipe("svd", 0.5, 0.5, True), Recipe("optimal", 0.75, 0.5, True, 4)
     alone = [store("alone").factors(recipe)[0] for recipe in recipes]
-    together, real, steps = store("together"), factors.run_layers, []
+    together, real, steps = store("together"), train.batch_of, []
 
-    def interrupted(*args, train=False, **more):
-        steps.append(train)
-        if sum(steps) == 67:  # the checkpoint is that of 64 steps
+    def interrupted(*args):
+        steps.append(args)
+        if len(steps) == 67:  # the checkpoint is that of 64 steps
             raise KeyboardInterrupt
-        return real(*args, train=train, **more)
+        return real(*args)
 
-    monkeypatch.setattr(factors, "run_layers", interrupted)
+    monkeypatch.setattr(train, "batch_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         together.factors(*recipes)
     steps.clear()
     resumed = together.factors(*recipes)
-    assert 0 < sum(steps) < 67
+    assert 0 < len(steps) < 67
     assert len(together.history(recipes[0])["losses"]) == len(together.samples)
     for one, other in zip(alone, resumed, strict=True):
         for a, b in zip(one.layers, other.layers, strict=True):

@@ -15,9 +15,10 @@ from cskv import (
     LayerFactors,
     LowRank,
     bi_branch_cache,
+    calibrate,
+    init_factors,
 )
 from model import full_cache
-from support.calibration import calibrate, init_factors
 from tests.helpers import (
     OneToken,
     bits,
@@ -93,8 +94,9 @@ def test_the_fast_cache_equals_the_plain_one(
     model = tiny_model(**shape)
     factors, tokens = make_factors(model, 5, 4), tiny_tokens(model, 2, prompt + steps)
     factors = factors.in_bits(k_bits, v_bits).map(lambda pair: replace(pair, group=group))
-    plain = bi_branch_cache(model, factors, window, kind=BiBranchCache, sinks=first)
-    fast = bi_branch_cache(model, factors, window, kind=OneToken, sinks=first)
+    length = prompt + steps
+    plain = bi_branch_cache(model, factors, window, length, BiBranchCache, first)
+    fast = bi_branch_cache(model, factors, window, length, OneToken, first)
     for layer in fast:
         layer.chunk = 17
     outs = [decode_all(model, tokens, prompt, cache) for cache in (plain, fast)]
@@ -180,7 +182,6 @@ def test_decode_in_bits_equals_decode_with_fake_quantized_latents(
     factors = make_factors(model, 5, 4)
     factors = factors.in_bits(k_bits, v_bits, clamped).map(lambda p: replace(p, group=group))
     pair, T = factors.layers[0], prompt + steps
-    model.rope.reach(T, torch.device("cpu"))
     x = torch.randn(2, T, config.hidden_size, generator=torch.Generator().manual_seed(prompt))
 
     def heads(y):
@@ -244,7 +245,6 @@ def test_only_the_product_counts(rank, window, seed):
 @given(st.integers(1, 30), st.integers(0, 200), st.integers(1, 11))
 def test_reconstruction_loss_is_the_same_after_rope(T, start, rank):
     model = tiny_model()
-    model.rope.reach(300, torch.device("cpu"))
     k, k_hat = torch.randn(2, 2, T, 6, generator=torch.Generator().manual_seed(rank)).unbind(0)
     before = (k - k_hat).square().sum()
     after = (model.rope.rotate(k, start) - model.rope.rotate(k_hat, start)).square().sum()

@@ -13,6 +13,7 @@ from quant import (
     CHANNELS,
     GROUP,
     TOKENS,
+    Grouping,
     Packed,
     dequantize,
     fake_quantize,
@@ -20,6 +21,8 @@ from quant import (
     quantize,
     unpack,
 )
+
+CLAMPED = Grouping(TOKENS, clamped=True)
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 bits = st.sampled_from(BITS)
@@ -107,36 +110,36 @@ def test_packed_storage_returns_what_fake_quantization_returned(x, bits, dim, gr
     """Bit for bit, whole or in pieces, however it was filled; and it costs what it should."""
     clamped = data.draw(st.booleans())
     first = data.draw(st.integers(1, x.shape[1] // group)) * group
-    storage = Packed(bits, dim, 0, data.draw(st.integers(0, 300)), clamped, group=group)
+    storage = Packed(bits, Grouping(dim, group, clamped), 0, data.draw(st.integers(0, 300)))
     storage.append(x[:, :first])
     for start in range(first, x.shape[1], group):
         storage.append(x[:, start : start + group])
     assert storage.length == storage.packed == x.shape[1]
-    stored = fake_quantize(x, bits, dim, clamped, group)
+    stored = fake_quantize(x, bits, Grouping(dim, group, clamped))
     start = data.draw(st.integers(0, x.shape[1] - 1))
     stop = data.draw(st.integers(start + 1, x.shape[1]))
     assert torch.equal(storage.read(start, stop), stored[:, start:stop])
 
-    exact = Packed(bits, dim, expected=x.shape[1], group=group)
+    exact = Packed(bits, Grouping(dim, group), expected=x.shape[1])
     exact.append(x)
     nbytes = sum(t.numel() * t.element_size() for t in exact.tensors())
     shared = sum(1 for _ in naive_groups(x, dim, group)) * 2 * 16
     assert 8 * nbytes == bits * x.numel() + shared
-    if group == GROUP:
-        size = GROUP if dim == TOKENS else x.shape[2]
-        assert 8 * nbytes == pytest.approx(quant.bits_per_element(bits, size) * x.numel())
+    per_element = quant.bits_per_element(bits, group, x.shape[dim])
+    assert 8 * nbytes == pytest.approx(per_element * x.numel())
 
 
 def test_bits_per_element():
     assert [quant.bits_per_element(b) for b in BITS] == [3, 4, 5, 9]
-    assert quant.bits_per_element(4, 64) == 5
-    assert quant.bits_per_element(4, 38) == 4 + 2 * 32 / 38  # a group of 32 and one of 6
-    assert quant.bits_per_element(2, 1) == 34
+    assert quant.bits_per_element(4, length=64) == 5
+    assert quant.bits_per_element(4, 128, 512) == 4.25
+    assert quant.bits_per_element(4, length=38) == 4 + 2 * 32 / 38  # a group of 32 and one of 6
+    assert quant.bits_per_element(2, length=1) == 34
 
 
 @pytest.mark.parametrize("group", [GROUP, 2 * GROUP, 16 * GROUP])
 def test_packed_storage_grows_rarely(group):
-    storage, places = Packed(4, TOKENS, group=group), set()
+    storage, places = Packed(4, Grouping(TOKENS, group)), set()
     for _ in range(1280 // group):
         storage.append(torch.randn(1, group, 3))
         places.add(tuple(t.data_ptr() for t in storage.tensors()))
@@ -149,9 +152,10 @@ def test_packed_storage_grows_rarely(group):
 @given(inputs(), bits, dims, st.booleans())
 def test_gradient_is_that_of_a_clamp_to_the_levels(x, bits, dim, clamped):
     """Straight through: finite differences of clamp(x, lowest level, highest level), in double."""
-    q, n = quantize(x, bits, dim, clamped), x.shape[dim]
-    low = quant.repeat_per_group(q.minimum, dim, n).double()
-    high = low + quant.repeat_per_group(q.scale, dim, n).double() * (2**bits - 1)
+    grouping = Grouping(dim, clamped=clamped)
+    q, n = quantize(x, bits, grouping), x.shape[dim]
+    low = quant.repeat_per_group(q.minimum, n, grouping).double()
+    high = low + quant.repeat_per_group(q.scale, n, grouping).double() * (2**bits - 1)
 
     def clamp(y):
         return torch.minimum(torch.maximum(y, low), high)
@@ -159,7 +163,7 @@ def test_gradient_is_that_of_a_clamp_to_the_levels(x, bits, dim, clamped):
     x = x.clone().requires_grad_()
     weights = torch.arange(1.0, x.numel() + 1).view(x.shape)
     with torch.enable_grad():
-        (fake_quantize(x, bits, dim, clamped) * weights).sum().backward()
+        (fake_quantize(x, bits, grouping) * weights).sum().backward()
     x64, step = x.detach().double(), 1e-9
     slope = (clamp(x64 + step) - clamp(x64 - step)) / (2 * step)
     kink = ((x64 - low).abs() < 1e-5) | ((x64 - high).abs() < 1e-5)  # not differentiable there
@@ -171,13 +175,13 @@ def test_gradient_is_that_of_a_clamp_to_the_levels(x, bits, dim, clamped):
 def test_clamped_zero_point_by_hand():
     """The example at the top of quant.py, and a group around zero, where both agree."""
     x = torch.tensor([[10.0], [11], [12], [13]])
-    assert torch.allclose(fake_quantize(x, 2, TOKENS), x, atol=0.03)
-    assert fake_quantize(x, 2, TOKENS, clamped=True).flatten().tolist() == [3, 3, 3, 3]
+    assert torch.allclose(fake_quantize(x, 2, Grouping(TOKENS)), x, atol=0.03)
+    assert fake_quantize(x, 2, CLAMPED).flatten().tolist() == [3, 3, 3, 3]
     x = torch.tensor([[-1.0], [0], [1], [2]])
     for clamped in (False, True):
-        assert torch.allclose(fake_quantize(x, 2, TOKENS, clamped), x, atol=0.01)
+        assert torch.allclose(fake_quantize(x, 2, Grouping(TOKENS, clamped=clamped)), x, atol=0.01)
     x = torch.tensor([[-7.0], [-6.0], [-5.0], [-4.0]])  # levels -3 .. 0
-    assert fake_quantize(x, 2, TOKENS, clamped=True).flatten().tolist() == [-3] * 4
+    assert fake_quantize(x, 2, CLAMPED).flatten().tolist() == [-3] * 4
 
 
 @quick
@@ -185,7 +189,7 @@ def test_clamped_zero_point_by_hand():
 def test_the_clamped_zero_point_is_that_of_the_published_code(x, bits, dim):
     """s = (max - min) / levels, z = round(-min / s) clamped to the levels; x is rounded to
     s (c - z). Computed in Python's numbers, group by group."""
-    q, levels = quantize(x, bits, dim, clamped=True), 2**bits - 1
+    q, levels = quantize(x, bits, Grouping(dim, clamped=True)), 2**bits - 1
     for place, group in naive_groups(x, dim, GROUP):
         scale = q.scale[place].item()
         exact = (max(group) - min(group)) / levels
@@ -201,7 +205,7 @@ def test_the_ends_of_a_group_have_a_gradient():
     """They are within the levels, exactly on them."""
     x = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).T.requires_grad_()
     with torch.enable_grad():
-        fake_quantize(x, 2, TOKENS).sum().backward()
+        fake_quantize(x, 2, Grouping(TOKENS)).sum().backward()
     assert x.grad.flatten().tolist() == [1, 1, 1, 1]
 
 
@@ -210,7 +214,7 @@ def test_clamped_zero_point_ruins_groups_off_zero(offset, ours, theirs):
     """The relative errors that a Gaussian of mean / std = 5 and 10 has in 4 bits."""
     x = torch.randn(6400, 32, generator=torch.Generator().manual_seed(0)) + offset
     errors = [
-        ((fake_quantize(x, 4, TOKENS, clamped) - x).norm() / x.norm()).item()
+        ((fake_quantize(x, 4, Grouping(TOKENS, clamped=clamped)) - x).norm() / x.norm()).item()
         for clamped in (False, True)
     ]
     assert errors == pytest.approx([ours, theirs], rel=0.05)
@@ -219,9 +223,9 @@ def test_clamped_zero_point_ruins_groups_off_zero(offset, ours, theirs):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_inputs_keep_their_type(dtype):
     x = torch.randn(2, 40, 7).to(dtype)
-    stored = fake_quantize(x, 4, TOKENS)
+    stored = fake_quantize(x, 4, Grouping(TOKENS))
     assert stored.dtype == dtype
-    expected = fake_quantize(x.float(), 4, TOKENS).to(dtype)
+    expected = fake_quantize(x.float(), 4, Grouping(TOKENS)).to(dtype)
     assert torch.equal(stored, expected)
 
 
@@ -241,10 +245,11 @@ def test_limits_beyond_sixteen_bits_never_read_back_as_other_numbers(kind, clamp
     groups beside it are as they were."""
     x = torch.zeros(40, 2)
     x[32:35, 1] = torch.tensor(LIMITS[kind])
-    stored = dequantize(quantize(x, 8, TOKENS, clamped), TOKENS)
+    grouping = Grouping(TOKENS, clamped=clamped)
+    stored = dequantize(quantize(x, 8, grouping), grouping)
     assert not stored[32:, 1].isfinite().any()
     assert stored[:32].isfinite().all() and stored[32:, 0].isfinite().all()
-    packed = Packed(8, TOKENS, clamped=clamped)
+    packed = Packed(8, grouping)
     packed.append(torch.cat([x, x[8:32]])[None])
     assert not packed.read(32, 64)[0, :, 1].isfinite().any()
 
@@ -252,5 +257,5 @@ def test_limits_beyond_sixteen_bits_never_read_back_as_other_numbers(kind, clamp
 def test_values_beyond_sixteen_bits_are_kept_where_the_limits_hold_them():
     """The levels go on above float16's range as far as the scale reaches."""
     x = torch.tensor([[1e6, -65504.0, 5.0, 0.0]]).T
-    stored = fake_quantize(x, 8, TOKENS)
+    stored = fake_quantize(x, 8, Grouping(TOKENS))
     assert (stored - x).abs().max() < (1e6 + 65504) / 255 * 0.51

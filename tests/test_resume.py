@@ -44,7 +44,7 @@ def interrupt_after(monkeypatch, step, number=signal.SIGINT):
 def test_a_signal_ends_the_step_and_resume_goes_on_exactly(
     setup, tmp_path, capsys, monkeypatch, number
 ):
-    more = ["--epochs", 2, "--batch-size", 3, "--bits", 4, "--log-every", 2]
+    more = ["--epochs", 2, "--batch-size", 3, "--bits", 4]
     whole, out, log = tmp_path / "whole", tmp_path / "f", tmp_path / "log"
     args = arguments(setup, out, *more, "--log", log)
     assert call(train, capsys, *arguments(setup, whole, *more, "--log", tmp_path / "w"))[0] == 0
@@ -56,7 +56,7 @@ def test_a_signal_ends_the_step_and_resume_goes_on_exactly(
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]  # as before
     with log.open("a") as file:
         file.write('{"step": 10}\n{"step": 12, "lo')  # as a kill might leave it
-    monkeypatch.setattr(train, "calibrate", None)  # the checkpoint has all of it
+    monkeypatch.setattr(train, "calibrate_together", None)  # the checkpoint has all of it
     code, _, err = call(train, capsys, *args, "--resume")
     assert code == 0 and "going on after step 10" in err
     assert out.read_bytes() == whole.read_bytes()
@@ -70,23 +70,25 @@ def test_a_signal_ends_the_step_and_resume_goes_on_exactly(
 def test_resume_after_the_last_step(setup, tmp_path, capsys, monkeypatch):
     """Interrupted in the last of 6 steps: what is left is to measure and to write."""
     log = tmp_path / "log"
-    args = arguments(setup, tmp_path / "f", "--steps", 6, "--log", log, "--log-every", 4)
+    args = arguments(setup, tmp_path / "f", "--samples", 6, "--log", log)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
         assert call(train, capsys, *args)[0] == 130
     assert call(train, capsys, *args, "--resume", "--checkpoint-every", 7)[0] == 0
-    assert [row.get("step") for row in rows_of(log)] == [0, 4, 5, None]
-    assert call(train, capsys, *arguments(setup, tmp_path / "g", "--steps", 6))[0] == 0
+    assert [row.get("step") for row in rows_of(log)] == [*range(6), None]
+    assert call(train, capsys, *arguments(setup, tmp_path / "g", "--samples", 6))[0] == 0
     assert (tmp_path / "f").read_bytes() == (tmp_path / "g").read_bytes()
 
 
 def test_resume_without_a_checkpoint_starts(setup, tmp_path, capsys):
-    code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f", "--resume", "--steps", 2))
+    code, _, err = call(
+        train, capsys, *arguments(setup, tmp_path / "f", "--resume", "--samples", 2)
+    )
     assert code == 0 and "no checkpoint" in err and (tmp_path / "f").exists()
 
 
 def test_resume_of_a_finished_training_does_nothing(setup, tmp_path, capsys, monkeypatch):
-    args = arguments(setup, tmp_path / "f", "--steps", 2, "--log", tmp_path / "log")
+    args = arguments(setup, tmp_path / "f", "--samples", 2, "--log", tmp_path / "log")
     assert call(train, capsys, *args)[0] == 0
     before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()]
     with monkeypatch.context() as patch:
@@ -109,12 +111,12 @@ def interrupted(setup, tmp_path, capsys, monkeypatch):
 OTHERS = {
     "lr": 1e-3,
     "k-bits": 8,
-    "v-rank": 3,
+    "v-ratio": 0.75,
     "samples": 9,
     "init": "asvd",
     "seed": 1,
     "batch-size": 2,
-    "steps": 9,
+    "epochs": 2,
 }
 
 
@@ -129,7 +131,7 @@ def test_resume_with_other_arguments_is_refused(interrupted, setup, tmp_path, ca
     save_checkpoint(tiny_model(seed=1), tmp_path / "model")
     _, _, err = call(train, capsys, *interrupted, "--model", tmp_path / "model")
     assert "was made with another --model;" in err and not (tmp_path / "f").exists()
-    assert call(train, capsys, *interrupted, "--save-dtype", "bfloat16")[0] == 0  # no matter
+    assert call(train, capsys, *interrupted, "--checkpoint-every", 9)[0] == 0  # no matter
 
 
 def test_a_damaged_checkpoint_is_refused(interrupted, tmp_path, capsys):
@@ -229,8 +231,8 @@ def test_two_processes_equal_one(setup, tmp_path):
     model = load_model(setup / "model")
     ours, theirs = (load_factors(path, model).pairs for path in (one, two))
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.A, b.A, rtol=0, atol=1e-6)
-        torch.testing.assert_close(a.B, b.B, rtol=0, atol=1e-6)
+        torch.testing.assert_close(a.A, b.A, rtol=1e-3, atol=1e-6)  # in float16 in the files
+        torch.testing.assert_close(a.B, b.B, rtol=1e-3, atol=1e-6)
     for a, b in zip(rows_of(tmp_path / "1"), rows_of(tmp_path / "2"), strict=True):
         for name in {"loss", "floor", "optimal", "initial", "final"} & set(a):
             assert a[name] == pytest.approx(b[name], rel=1e-5)

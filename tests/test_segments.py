@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 import quant
 from beyond import segments
 from beyond.segments import SEGMENTS, FastCache, cut, damping, products, weighted_sum
-from cskv import Latents, LayerFactors, LowRank, bi_branch_cache
+from cskv import Latents, LayerFactors, LowRank, bi_branch_cache, init_factors
 from experiments.segments import log_probabilities, parse_segments, segment_lengths, text_of
 from model import Attention, Rope, full_cache
-from support.calibration import init_factors
 from tests.helpers import (
     LLAMA3,
     LargestTensor,
@@ -180,7 +179,7 @@ def test_packed_latents_give_what_unpacked_ones_of_the_same_codes_do(b, group, n
     """Equations 2 and 3, with whole groups, with tokens that wait, and with short segments."""
     generator = torch.Generator().manual_seed(n)
     T = n * group + data.draw(st.integers(0, group - 1))
-    packed = quant.Packed(b, quant.TOKENS, group=group)
+    packed = quant.Packed(b, quant.Grouping(quant.TOKENS, group))
     packed.append(torch.randn(2, T, 7, generator=generator) + 1)
     plain = Latents(torch.float32)
     plain.append(packed.read(0, T))
@@ -218,7 +217,6 @@ def test_far_positions_are_as_exact_as_near_ones():
     """The 90 newest tokens of 100, and of 131,072, against float64: the same error."""
     config = tiny_config(head_dim=16, rope_theta=1e4, num_attention_heads=2)
     rope = Rope(config)
-    rope.reach(131_073, CPU)
     errors = []
     for before in (10, 130_982):
         cache, q, k, v = cache_of(config, 90, before=before)
@@ -240,7 +238,6 @@ def test_memory_is_the_scores_and_one_chunk():
             cache = bi_branch_cache(model, factors, 8, T + 1, FastCache)[0]
             cache.chunk = 512
             x, q = torch.zeros(1, T, 24), torch.zeros(1, 1, T, 6)
-            model.rope.reach(T + 1, CPU)
             cache.remember(x, q, q, q, model.rope)
             inputs = torch.zeros(1, 1, 24), *(torch.zeros(1, 1, 1, 6) for _ in range(3))
             known = [*cache.tensors(), model.rope.cos, model.rope.sin]
@@ -268,9 +265,8 @@ def test_an_infinite_latent_is_never_a_weight_of_zero(sign):
     """A score of minus infinity would drop its token in silence."""
     config = tiny_config(head_dim=4, num_attention_heads=2, num_key_value_heads=1)
     cache, q, k, v = cache_of(config, 40, rank=1)
-    cache.c_k.buffer[:, 3] = sign * math.inf
+    cache.c_k.c[:, 3] = sign * math.inf
     rope = Rope(config)
-    rope.reach(40, CPU)
     out = cache.attend(rope.rotate(q, 39), k, v, 0, 39, rope)
     assert not out.isfinite().any()
 

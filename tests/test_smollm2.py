@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import cskv
+from cskv import rank_for
 from infer import full_bytes, generate, make_sampler
 from model import full_cache
-from support.calibration import rank_for
 from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer

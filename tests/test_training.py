@@ -5,6 +5,7 @@ import math
 import os
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 
 import quant
 import train
+from cskv import INITIALIZATIONS, calibrate, init_factors
 from support import text
-from support.calibration import INITIALIZATIONS, calibrate, init_factors
 from support.command import DTYPES
-from support.factors_file import load_factors
+from support.factors_file import load_factors, save_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
 from tests.helpers import arguments, call, groups, rows_of, save_checkpoint, tiny_model, tiny_tokens
@@ -137,8 +138,8 @@ def test_quantized_loss_equals_a_naive_one(k_bits, v_bits, clamped, sinks, group
                     continue  # a sample of sinks alone
                 if bits < 16:
                     dim, size = (-2, group) if group else (dim, 32)
-                    q = quant.quantize(c, bits, dim, clamped, size)
-                    c = quant.dequantize(q, dim, group=size)
+                    grouping = quant.Grouping(dim, size, clamped)
+                    c = quant.dequantize(quant.quantize(c, bits, grouping), grouping)
                 expected[i] += (y - c.double() @ pair.B.double()).square().sum() / 12
     tokens = sum(max(0, length - sinks) for length in LENGTHS)
     torch.testing.assert_close(ours, expected / tokens, rtol=1e-5, atol=1e-9)
@@ -231,7 +232,9 @@ def test_only_what_is_measured_is_evaluated_in_float64():
     tuner = train.Tuner(make_factors(model, samples, "optimal", 12, 12), 1)
     exact = train.run_layers(model, samples, [tuner])
     bases = make_bases(model, samples, 12, 12)
-    assert torch.equal(train.measure(model, tuner, samples, bases, train=True)[:1], exact)
+    assert torch.equal(train.measure(model, tuner, samples, bases).loss, exact[0])
+    moments = train.new_moments(model)  # with which a training step has a floor to report
+    assert torch.equal(train.run_layers(model, samples, [tuner], True, moments), exact)
     rounded = train.run_layers(model, samples, [tuner], train=True)
     assert (rounded > 1.1 * exact).all()  # at full rank all of it is rounding, here of one more sum
 
@@ -252,8 +255,11 @@ def test_no_loss_is_below_its_floor(init, rank, k_bits, v_bits, lengths):
     tuner = train.Tuner(factors, 3, 1e-2)
     bases = make_bases(model, samples, rank, rank)
     for _ in range(3):
-        loss, floor, optimal, zeros = train.measure(model, tuner, samples, bases, train=True)
-        assert (loss >= floor).all() and (optimal >= floor).all() and (zeros >= floor).all()
+        moments = train.new_moments(model)
+        loss = train.run_layers(model, samples, [tuner], True, moments)[0]
+        now = train.compare(loss, moments, bases, sum(lengths))
+        assert (now.loss >= now.floor).all()
+        assert (now.optimal >= now.floor).all() and (now.zeros >= now.floor).all()
         tuner.step()
 
 
@@ -266,7 +272,7 @@ def test_floor_and_optimal_equal_naive_ones(rank, other_text):
     text = [tiny_tokens(model, 1, 60, seed=9)] if other_text else samples
     bases = make_bases(model, text, rank, rank)
     tuner = train.Tuner(make_factors(model, samples, "svd", rank, rank), 1)
-    _, floor, optimal, zeros = train.measure(model, tuner, samples, bases, train=False)
+    now = train.measure(model, tuner, samples, bases)
     both = [seen(model, sample) for sample in samples]
     n = sum(LENGTHS) * 12
     for i in range(2):
@@ -277,7 +283,7 @@ def test_floor_and_optimal_equal_naive_ones(rank, other_text):
             expected[0] += torch.linalg.svdvals(K)[rank:].square().sum() / n
             expected[1] += (K.square().sum() - (K @ V).square().sum()) / n
             expected[2] += K.square().sum() / n
-        ours = torch.stack([floor[i], optimal[i], zeros[i]])
+        ours = torch.stack([now.floor[i], now.optimal[i], now.zeros[i]])
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -287,7 +293,7 @@ def test_no_floor_under_fewer_tokens_than_ranks(tokens):
     model = tiny_model()
     samples = [tiny_tokens(model, 1, tokens)]
     tuner = train.Tuner(make_factors(model, samples, "svd", 5, 5), 1)
-    floor = train.measure(model, tuner, samples, make_bases(model, samples, 5, 5), train=False)[1]
+    floor = train.measure(model, tuner, samples, make_bases(model, samples, 5, 5)).floor
     distinct = len(samples[0].unique())
     assert distinct == tokens  # in layer 0 equal tokens are equal rows
     assert (floor > 1e-9).all() if tokens > 5 else (floor == 0).all()
@@ -297,15 +303,16 @@ def test_optimal_starts_at_the_floor_of_its_own_text():
     model = tiny_model()
     samples = make_samples(model)
     tuner = train.Tuner(make_factors(model, samples, "optimal"), 1)
-    table = train.measure(model, tuner, samples, make_bases(model, samples), train=True)
-    torch.testing.assert_close(table[0], table[1], rtol=1e-5, atol=0)
-    torch.testing.assert_close(table[2], table[1], rtol=1e-5, atol=0)
+    table = train.measure(model, tuner, samples, make_bases(model, samples))
+    torch.testing.assert_close(table.loss, table.floor, rtol=1e-5, atol=0)
+    torch.testing.assert_close(table.optimal, table.floor, rtol=1e-5, atol=0)
+    train.run_layers(model, samples, [tuner], train=True)
     for seed in range(20):  # and strictly not below it, though float32 rounds either way
         text = [tiny_tokens(model, 1, 50, seed)]
         other = train.Tuner(make_factors(model, text, "optimal"), 1)
-        loss, floor, *_ = train.measure(model, other, text, make_bases(model, text), train=False)
-        assert (loss >= floor).all()
-    zeros = table[3].sum()
+        now = train.measure(model, other, text, make_bases(model, text))
+        assert (now.loss >= now.floor).all()
+    zeros = table.zeros.sum()
     assert all(p.grad.abs().max() < 1e-5 * zeros for p in tuner.parameters)  # nothing to gain
 
 
@@ -315,12 +322,13 @@ def test_training_approaches_the_floor(init):
     samples = make_samples(model)
     bases = make_bases(model, samples)
     tuner = train.Tuner(make_factors(model, samples, init), 200, 3e-2)
-    first = train.measure(model, tuner, samples, bases, train=False).sum(1)
+    first = train.measure(model, tuner, samples, bases)
     for _ in range(200):
         train.run_layers(model, samples, [tuner], train=True)
         tuner.step()
-    last = train.measure(model, tuner, samples, bases, train=False).sum(1)
-    assert first[0] > 1.3 * first[1] and last[1] <= last[0] < 1.02 * last[1]
+    last = train.measure(model, tuner, samples, bases)
+    assert first.loss.sum() > 1.3 * first.floor.sum()
+    assert last.floor.sum() <= last.loss.sum() < 1.02 * last.floor.sum()
 
 
 @pytest.mark.parametrize(
@@ -348,12 +356,12 @@ def test_the_rate_falls_linearly_and_is_what_adamw_gets(steps, lr):
     tuner = train.Tuner(make_factors(model, samples), steps, lr)
     rates = []
     for step in range(steps):
-        assert tuner.rate == pytest.approx(lr * (steps - step) / steps)
+        assert tuner.rate(step) == pytest.approx(lr * (steps - step) / steps)
         train.run_layers(model, samples, [tuner], train=True)
         tuner.step()
         rates.append(tuner.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([lr * (steps - step) / steps for step in range(steps)])
-    assert tuner.rate == 0
+    assert tuner.rate(tuner.steps_done) == 0
 
 
 @quick
@@ -371,7 +379,14 @@ def test_an_epoch_has_every_sample_once(n, size, seed):
     assert n < 8 or epochs[0] != epochs[1]
 
 
-def test_the_log_says_it_all(setup, tmp_path, capsys):
+@pytest.fixture
+def exact_files(monkeypatch):
+    """Factors are written as they are, and not rounded to 16 bits."""
+    save = partial(save_factors, dtype=torch.float32)
+    monkeypatch.setattr(train, "save_factors", save)
+
+
+def test_the_log_says_it_all(setup, tmp_path, capsys, exact_files):
     out, log = tmp_path / "f", tmp_path / "log"
     more = ["--log", log, "--k-bits", 4, "--v-bits", 3, "--epochs", 3, "--measure-samples", 100]
     code, stdout, err = call(train, capsys, *arguments(setup, out, *more))
@@ -392,11 +407,11 @@ def test_the_log_says_it_all(setup, tmp_path, capsys):
     begun = make_factors(model, samples, "svd", 6, 4, 4, 3)
     bases = make_bases(model, samples, 6, 4)
     tuners = [train.Tuner(f.in_bits(4, 3), 1, 0) for f in (begun, final)]
-    first, last = (train.measure(model, t, samples, bases, False).sum(1) for t in tuners)
+    first, last = (train.measure(model, tuner, samples, bases) for tuner in tuners)
     assert summary["summary"] is True and summary["steps"] == 72
-    assert summary["initial"] == pytest.approx(first[0].item(), rel=1e-6)
-    assert summary["final"] == pytest.approx(last[0].item(), rel=1e-6)
-    assert summary["floor"] == pytest.approx(last[1].item(), rel=1e-6)
+    assert summary["initial"] == pytest.approx(first.loss.sum().item(), rel=1e-6)
+    assert summary["final"] == pytest.approx(last.loss.sum().item(), rel=1e-6)
+    assert summary["floor"] == pytest.approx(last.floor.sum().item(), rel=1e-6)
     assert summary["ratio"] == pytest.approx(summary["final"] / summary["floor"])
     assert summary["floor"] < summary["final"] < 0.95 * summary["initial"]
     assert {"initial", "final", "floor"} <= set(summary["layers"][1])
@@ -407,9 +422,8 @@ def test_the_log_says_it_all(setup, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("init", ["svd", "optimal"])
-@pytest.mark.parametrize("flags", [["--steps", 0], ["--epochs", 0]])
-def test_without_steps_nothing_is_trained(setup, tmp_path, capsys, init, flags):
-    args = arguments(setup, tmp_path / "f", "--init", init, *flags)
+def test_without_steps_nothing_is_trained(setup, tmp_path, capsys, init, exact_files):
+    args = arguments(setup, tmp_path / "f", "--init", init, "--epochs", 0)
     assert call(train, capsys, *args)[0] == 0
     model = load_model(setup / "model")
     samples = text.sample_tokens(setup / "text.jsonl", load_tokenizer(setup / "model"), 256, 600, 0)
@@ -417,44 +431,28 @@ def test_without_steps_nothing_is_trained(setup, tmp_path, capsys, init, flags):
     assert found.info["trained"] == "none"
     for a, b in zip(found.pairs, make_factors(model, samples, init, 6, 4).pairs, strict=True):
         assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
-    assert call(train, capsys, *args[:2], "--out", tmp_path / "g", "--init", "svd", *flags)[0] == 0
+    args = [*args[:2], "--out", tmp_path / "g", "--init", "svd", "--epochs", 0]
+    assert call(train, capsys, *args)[0] == 0
 
 
 @pytest.mark.parametrize("init", ["svd", "asvd"])
 def test_a_log_without_steps_is_its_summary(setup, tmp_path, capsys, init):
     log = tmp_path / "log"
     log.write_text("of an earlier training\n")
-    more = ["--init", init, "--steps", 0, "--log", log, "--measure-samples", 100, "--k-bits", 4]
+    more = ["--init", init, "--epochs", 0, "--log", log, "--measure-samples", 100, "--k-bits", 4]
     code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f", *more))
     (row,) = rows_of(log)
     assert code == 0 and "step" not in row and row["steps"] == 0 and "ratio" in err
     model, tokenizer = load_model(setup / "model"), load_tokenizer(setup / "model")
     samples = text.sample_tokens(setup / "text.jsonl", tokenizer, 256, 600, 0)
     tuner = train.Tuner(make_factors(model, samples, init, 6, 4, k_bits=4), 1, 0)
-    table = train.measure(model, tuner, samples, make_bases(model, samples, 6, 4), False).sum(1)
-    expected = {"initial": table[0], "final": table[0], "floor": table[1], "optimal": table[2]}
-    for name, value in expected.items():
-        assert row[name] == pytest.approx(value.item(), rel=1e-6)
+    table = train.measure(model, tuner, samples, make_bases(model, samples, 6, 4))
+    expected = {"initial": table.loss, "final": table.loss}
+    expected |= {"floor": table.floor, "optimal": table.optimal}
+    for name, losses in expected.items():
+        assert row[name] == pytest.approx(losses.sum().item(), rel=1e-6)
     info = load_factors(tmp_path / "f", model).info
     assert info["trained"] == "none" and ("data" in info) == (init == "asvd")
-
-
-def test_more_steps_than_the_epochs_have_is_said(setup, tmp_path, capsys):
-    more = ["--steps", 99, "--epochs", 2, "--batch-size", 5]
-    code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f", *more))
-    assert code == 0 and "10 steps, not 99" in err
-    info = load_factors(tmp_path / "f", load_model(setup / "model")).info
-    assert info["trained"] == "10 steps, lr 0.01, batch 5"
-    assert "not 10" not in call(train, capsys, *arguments(setup, tmp_path / "f", "--steps", 10))[2]
-
-
-def test_log_every_and_early_stop(setup, tmp_path, capsys):
-    log = tmp_path / "log"
-    args = ["--log", log, "--log-every", 4, "--steps", 6, "--batch-size", 5, "--epochs", 9]
-    assert call(train, capsys, *arguments(setup, tmp_path / "f", *args))[0] == 0
-    assert [row.get("step") for row in rows_of(log)] == [0, 4, 5, None]
-    info = load_factors(tmp_path / "f", load_model(setup / "model")).info
-    assert info["trained"] == "6 steps, lr 0.01, batch 5"
 
 
 def test_no_floor_without_a_log(setup, tmp_path, capsys, monkeypatch):
@@ -462,14 +460,14 @@ def test_no_floor_without_a_log(setup, tmp_path, capsys, monkeypatch):
     calls = []
     real = torch.linalg.eigvalsh
     monkeypatch.setattr(torch.linalg, "eigvalsh", lambda m: calls.append(1) or real(m))
-    assert call(train, capsys, *arguments(setup, tmp_path / "f", "--steps", 5))[0] == 0
+    assert call(train, capsys, *arguments(setup, tmp_path / "f", "--samples", 5))[0] == 0
     assert len(calls) == 2 * 2 * 2  # before and after, layers, keys and values
 
 
 def test_clamped_zero_point_reaches_training(setup, tmp_path, capsys):
     losses = []
     for more in ([], ["--clamped-zero-point"]):
-        args = ["--bits", 3, "--steps", 2, "--log", tmp_path / "log", *more]
+        args = ["--bits", 3, "--samples", 2, "--log", tmp_path / "log", *more]
         assert call(train, capsys, *arguments(setup, tmp_path / "f", *args))[0] == 0
         losses.append(rows_of(tmp_path / "log")[0]["loss"])
         factors = load_factors(tmp_path / "f", load_model(setup / "model"))
@@ -483,8 +481,8 @@ def test_clamped_zero_point_reaches_training(setup, tmp_path, capsys):
 def test_divergence_stops_and_names_step_and_layer(setup, tmp_path, capsys, monkeypatch, how):
     real = train.run_layers
 
-    def run_layers(model, samples, tuners, train=False, *more, **options):
-        losses = real(model, samples, tuners, train, *more, **options)
+    def run_layers(model, samples, tuners, train=False, *more):
+        losses = real(model, samples, tuners, train, *more)
         if tuners[0].steps_done == 3 and train:
             losses[0, 1] *= {"nan": math.nan, "huge": 1e5}[how]
         return losses
@@ -499,8 +497,8 @@ def test_divergence_stops_and_names_step_and_layer(setup, tmp_path, capsys, monk
 
 @pytest.mark.parametrize("steps", [1, 5])
 def test_divergence_in_the_last_update_is_seen(setup, tmp_path, capsys, monkeypatch, steps):
-    monkeypatch.setattr(train.Tuner, "rate", property(lambda t: 1e6 * (t.steps_done == steps - 1)))
-    more = ["--steps", steps, "--log", tmp_path / "log"]
+    monkeypatch.setattr(train.Tuner, "rate", lambda t, step: 1e6 * (step == steps - 1))
+    more = ["--samples", steps, "--log", tmp_path / "log"]
     code, _, err = call(train, capsys, *arguments(setup, tmp_path / "f", *more))
     assert code == 2 and f"error: step {steps}, layer 0: the loss diverges" in err
     assert [row["step"] for row in rows_of(tmp_path / "log")] == list(range(steps))
@@ -524,7 +522,7 @@ def test_a_model_that_overflows_stops(setup, tmp_path, capsys):
 
 def test_starting_at_nothing_is_no_divergence(setup, tmp_path, capsys):
     """Full rank: the loss is rounding at first and grows a thousandfold with the first update."""
-    more = ["--k-rank", 12, "--v-rank", 12, "--lr", 1e-3, "--log", tmp_path / "log"]
+    more = ["--k-ratio", 0, "--v-ratio", 0, "--lr", 1e-3, "--log", tmp_path / "log"]
     assert call(train, capsys, *arguments(setup, tmp_path / "f", *more))[0] == 0
     *rows, summary = rows_of(tmp_path / "log")
     assert rows[1]["loss"] > 1000 * rows[0]["loss"] and summary["final"] < 0.1
@@ -574,14 +572,16 @@ def test_training_without_text_is_refused(setup, tmp_path, capsys):
     args = ["--model", setup / "model", "--out", tmp_path / "f", "--init", "svd"]
     code, _, err = call(train, capsys, *args)
     assert code == 2 and "training and --log need text" in err
-    code, _, err = call(train, capsys, *args, "--steps", 0, "--log", tmp_path / "log")
+    code, _, err = call(train, capsys, *args, "--epochs", 0, "--log", tmp_path / "log")
     assert code == 2 and "training and --log need text" in err and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("init", ["random", "optimal"])
-def test_ranks_too_large_are_refused_before_calibration(setup, tmp_path, capsys, monkeypatch, init):
-    monkeypatch.setattr(train, "calibrate", None)
-    for flag in ("--k-rank", "--v-rank"):
-        args = arguments(setup, tmp_path / "f", "--init", init, flag, 13)
+@pytest.mark.parametrize("ratio", [1, -0.1, "nan"])
+def test_ratios_out_of_range_are_refused_before_calibration(
+    setup, tmp_path, capsys, monkeypatch, ratio
+):
+    monkeypatch.setattr(train, "calibrate_together", None)
+    for flag in ("--k-ratio", "--v-ratio"):
+        args = arguments(setup, tmp_path / "f", "--init", "optimal", flag, ratio)
         code, _, err = call(train, capsys, *args)
-        assert code == 2 and "rank 13 is not in 1 .. 12" in err.splitlines()[-1]
+        assert code == 2 and "is not in [0, 1)" in err.splitlines()[-1]
