@@ -119,14 +119,14 @@ def query_turns(
 ) -> tuple[Tensor, Tensor]:
     """What turns a rotated query at position t to where each segment sees it, and damps it.
 
-    Two tables [M, D]: q becomes q * cos + roll(q, D / 2) * sin, as in `Rope.rotate`.
+    Two tables [M, 1, D]: q becomes q * cos + roll(q, D / 2) * sin, as in `Rope.rotate`.
     """
     w, turns = middles(rope, sinks, spans, device)
     # The query comes rotated by RoPE's table, whose angles are in float32: that is taken back.
     query = torch.polar(torch.ones_like(w), t * w) * torch.complex(rope.cos[t], -rope.sin[t])
-    turns = (turns * query).to(torch.complex64)  # [M, D/2]
+    turns = (turns * query).to(torch.complex64).unsqueeze(1)  # [M, 1, D/2]
     cos, sin = turns.real, turns.imag
-    return torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)
+    return torch.cat([cos, cos], 2), torch.cat([-sin, sin], 2)
 
 
 class GrowingLatents(Latents):
@@ -243,10 +243,10 @@ class FastCache(BiBranchCache):
         """Scores of q [B * H_kv, G, D], rotated, with all tokens of `spans`: into out [B, H, n]."""
         (B, H, _), H_kv, D = out.shape, self.H_kv, self.D
         # 1. The query as each segment sees it.
-        cos, sin = query_turns(rope, self.length - 1, self.sinks, spans, q.device)  # [M, D]
+        cos, sin = query_turns(rope, self.length - 1, self.sinks, spans, q.device)  # [M, 1, D]
         M = len(cos)
         q = q.view(B, H_kv, 1, -1, D).transpose(0, 1)  # [H_kv, B, 1, G, D]
-        seen = torch.addcmul(q * cos[:, None], q.roll(D // 2, -1), sin[:, None])
+        seen = torch.addcmul(q * cos, q.roll(D // 2, -1), sin)
         seen = seen.reshape(H_kv, -1, D).to(self.dtype)  # [H_kv, B * M * G, D]
         # 2. B_k, and the bias, absorbed into it.
         B_k = self.per_head(self.B_k).permute(1, 2, 0)  # [H_kv, D, r]
@@ -258,17 +258,19 @@ class FastCache(BiBranchCache):
             constant = constant.view(H_kv, B, M, -1).permute(1, 2, 0, 3).flatten(2)  # [B, M, H]
         # 3. Times the latents.
         done = 0
-        for span in spans:
-            for part in parts_of(span, self.chunk):
-                some = slice(done, done + part.count)
-                done += part.count
-                y = products(u[:, some], self.c_k, part).transpose(1, 2)  # [B, H, m, L]
-                if constant is not None:
-                    y = y + constant[:, some].transpose(1, 2).unsqueeze(-1)
-                at = part.start - spans[0].start
-                target = out[..., at : at + part.count * part.length]
-                # 0 * y makes an infinite score NaN: a latent beyond 16 bits must not go unnoticed.
-                torch.add(y, y, alpha=0, out=target.view(y.shape))
+        for part in parts_of(spans, self.chunk):
+            some = slice(done, done + part.count)
+            done += part.count
+            y = products(u[:, some], self.c_k, part)  # [B, units, H, tokens of one]
+            at = part.start - spans[0].start
+            target = out[..., at : at + part.count * part.length]
+            target.view(B, H, -1, y.shape[3]).copy_(y.transpose(1, 2))
+            if constant is not None:
+                segments = target.view(B, H, part.count, part.length)
+                segments += constant[:, some].transpose(1, 2).unsqueeze(-1)
+        # 0 * y makes an infinite score NaN: a latent beyond 16 bits must not go unnoticed.
+        scores = out[..., : spans[-1].stop - spans[0].start]
+        scores.add_(scores, alpha=0)
 
     def old_values(self, p: Tensor, begin: int) -> Tensor:
         """p [B, H, n] times the values of n tokens from `begin` on: [B * H_kv, G, D]."""
@@ -289,18 +291,21 @@ class FastCache(BiBranchCache):
 
 
 @lru_cache(maxsize=64)
-def parts_of(span: Span, chunk: int) -> tuple[Span, ...]:
-    """A span in parts of at most `chunk` tokens, or one segment."""
-    most = max(1, chunk // span.length)
-    return tuple(
-        Span(span.start + first * span.length, min(most, span.count - first), span.length)
-        for first in range(0, span.count, most)
-    )
+def parts_of(spans: tuple[Span, ...], chunk: int) -> tuple[Span, ...]:
+    """The spans in parts of at most `chunk` tokens, or one segment."""
+    parts = []
+    for span in spans:
+        most = max(1, chunk // span.length)
+        for first in range(0, span.count, most):
+            start = span.start + first * span.length
+            parts.append(Span(start, min(most, span.count - first), span.length))
+    return tuple(parts)
 
 
 def products(u: Tensor, latents: Latents | quant.Packed, span: Span) -> Tensor:
-    """Each segment's u [B, m, H, r] times the latents of its L tokens: [B, m, H, L]. In the columns
-    of tokens that are still to come stands anything."""
+    """Each segment's u [B, m, H, r] times the latents of its L tokens: [B, m, H, L], or, a group of
+    G at a time, [B, m * L / G, H, G]. In the columns of tokens that are still to come stands
+    anything."""
     B, m, H, r = u.shape
     L = span.length
     if packed_end(latents, span.start, span.stop) < span.stop or L % latents.group:
@@ -310,30 +315,44 @@ def products(u: Tensor, latents: Latents | quant.Packed, span: Span) -> Tensor:
         y = torch.bmm(u.reshape(-1, H, r), c.reshape(-1, L, r).transpose(1, 2))
         return y.view(B, m, H, L)
     # Equation 2, a group at a time. A segment has g of them.
-    groups = latents.quantized(span.start, span.stop)
-    codes, scale, minimum = (part.to(u.dtype) for part in groups)
+    codes, scale, minimum = (x.to(u.dtype) for x in latents.quantized(span.start, span.stop))
     u_scaled = u.unsqueeze(2) * scale.view(B, m, -1, 1, r)  # [B, m, g, H, r]
     constant = torch.bmm(minimum.view(B * m, -1, r), u.reshape(B * m, H, r).transpose(1, 2))
     codes = codes.view(-1, latents.group, r).transpose(1, 2)
     y = torch.baddbmm(constant.view(-1, H, 1), u_scaled.view(-1, H, r), codes)
-    return y.view(B, m, -1, H, latents.group).transpose(2, 3).flatten(3)
+    return y.view(B, -1, H, latents.group)
 
 
 def weighted_sum(p: Tensor, latents: Latents | quant.Packed, start: int) -> Tensor:
     """p [B, H, n] times the latents of n tokens from `start` on: [B, H, r]."""
     B, H, n = p.shape
-    end = packed_end(latents, start, start + n)
+    packed = packed_end(latents, start, start + n) - start
     total = 0
-    if end > start:  # equation 3, a group at a time, of g
-        codes, scale, minimum = (part.to(p.dtype) for part in latents.quantized(start, end))
-        p_group = p[..., : end - start].view(B, H, -1, latents.group)  # [B, H, g, G]
-        codes = codes.view(-1, latents.group, codes.shape[2])  # [B * g, G, r]
-        y = torch.bmm(p_group.transpose(1, 2).reshape(len(codes), H, -1), codes)
-        y = y.view(B, -1, H, codes.shape[2]) * scale.unsqueeze(2)  # [B, g, H, r]
-        total = torch.baddbmm(y.sum(1), p_group.sum(-1), minimum)
-    if end < start + n:
-        total = total + p[..., end - start :] @ latents.read(end, start + n).to(p.dtype)
+    if packed:  # equation 3, a group at a time, of g
+        groups = latents.quantized(start, start + packed)
+        codes, scale, minimum = (x.to(p.dtype) for x in groups)  # [B, g, G, r], [B, g, 1, r] twice
+        p_group = p[..., :packed].view(B, H, -1, latents.group)  # [B, H, g, G]
+        y = torch.bmm(p_group.transpose(1, 2).flatten(0, 1), codes.flatten(0, 1))
+        y = y.view(B, -1, H, codes.shape[3]) * scale  # [B, g, H, r]
+        total = torch.baddbmm(y.sum(1), p_group.sum(-1), minimum.squeeze(2))
+    if packed < n:
+        c = latents.read(start + packed, start + n).to(p.dtype)
+        total = total + sum_of_parts(p[..., packed:], c)
     return total
+
+
+def sum_of_parts(p: Tensor, c: Tensor) -> Tensor:
+    """p [B, H, n] times c [B, n, r] for few rows H and many columns n: a CPU does parts of 1,024
+    columns each in half the time, since its threads share them out."""
+    B, H, n = p.shape
+    parts = n // 1024
+    if parts < 2:
+        return torch.bmm(p, c)
+    whole = parts * 1024
+    p_parts = p[..., :whole].view(B, H, parts, -1).transpose(1, 2)  # [B, parts, H, 1024]
+    c_parts = c[:, :whole].unflatten(1, (parts, -1))  # [B, parts, 1024, r]
+    y = torch.bmm(p_parts.flatten(0, 1), c_parts.flatten(0, 1)).view(B, parts, H, -1)
+    return torch.baddbmm(y.sum(1), p[..., whole:], c[:, whole:])
 
 
 def packed_end(latents: Latents | quant.Packed, start: int, stop: int) -> int:

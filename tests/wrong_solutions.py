@@ -177,7 +177,7 @@ WRONG = {
         "half the turn": (DAMPING, "return (w * length / 4).sin() / (length * (w / 4).sin())"),
         "that of the last token": (DAMPING, "return (w * (length - 1) / 2).cos()"),
         "keys rebuilt in chunks": (f"{FAST}.old_scores", KEYS.replace("STEP", "self.chunk")),
-        "turned the other way": (f"{FAST}.old_scores", "sin[:, None])", "-sin[:, None])"),
+        "turned the other way": (f"{FAST}.old_scores", "D // 2, -1), sin)", "D // 2, -1), -sin)"),
         "one turn for all": (
             f"{FAST}.old_scores",
             "M = len(cos)",
@@ -193,8 +193,8 @@ WRONG = {
         "every part as the first": (f"{FAST}.old_scores", "done += part.count", "pass"),
         "every span at the same place": (
             f"{FAST}.old_scores",
-            "part.start - spans[0].start",
-            "part.start - span.start",
+            "at = part.start - spans[0].start",
+            "at = 0",
         ),
         "no scores": (f"{FAST}.old_scores", "out.zero_()"),
         "bias of values forgotten": (f"{FAST}.old_values", "self.v_bias is not None", "False"),
