@@ -22,7 +22,6 @@ from beyond.segments import FastCache
 from cskv import BiBranchCache, Factors, bi_branch_cache
 from model import LayerCache, Transformer, full_cache
 from support.command import DTYPES, Arguments, UserError, number, run_command, use_device
-from support.demonstration import ENGLISH, FACTORS, TEACHER, read_case, shorten
 from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
@@ -30,6 +29,9 @@ from support.processes import say
 from support.text import check_finite, check_prompt
 
 KINDS = {"cskv": FastCache, "cskv-plain": BiBranchCache}
+TEACHER = Path(__file__).resolve().parent / "weights" / "teacher"  # embedded, for retrieval only
+HINT = """The embedded model only finds numbers in its prompt, as `python infer.py` shows.
+For English: python weights/get_smollm2.py, then --model weights/SmolLM2-135M-Instruct"""
 
 
 def make_sampler(temperature: float, top_p: float, seed: int) -> Callable[[Tensor], int]:
@@ -40,18 +42,21 @@ def make_sampler(temperature: float, top_p: float, seed: int) -> Callable[[Tenso
     """
     generator = torch.Generator().manual_seed(seed)
 
+    def greedy(logits: Tensor) -> int:
+        # Both answers at once: on a GPU each `.tolist()` waits for it.
+        finite, token = torch.stack([logits.isfinite().all(), logits.argmax()]).tolist()
+        check_finite(finite)
+        return token
+
     def sample(logits: Tensor) -> int:
-        if temperature == 0:  # both answers at once: on a GPU each `.tolist()` waits for it
-            finite, token = torch.stack([logits.isfinite().all(), logits.argmax()]).tolist()
-            check_finite(finite)
-            return token
         logits = logits.double().cpu()
         check_finite(bool(logits.isfinite().all()))
         p, ids = ((logits - logits.max()) / temperature).softmax(-1).sort(descending=True)
-        p[p.cumsum(0) - p >= top_p] = 0  # what lies before a token has reached top_p: drop it
+        before = p.cumsum(0) - p
+        p[before >= top_p] = 0
         return int(ids[torch.multinomial(p, 1, generator=generator)])
 
-    return sample
+    return sample if temperature else greedy
 
 
 @torch.no_grad()
@@ -61,12 +66,17 @@ def generate(
     cache: list[LayerCache],
     max_new_tokens: int,
     sample: Callable[[Tensor], int],
+    seconds: list[float] | None = None,
 ) -> Iterator[int]:
-    """Yields new token ids, one by one, up to `max_new_tokens` or the model's end-of-text token."""
+    """Yields new token ids, one by one, up to `max_new_tokens` or the model's end-of-text token.
+    The time of each step of the model, the prefill first, is added to `seconds`."""
     device = model.lm_head.weight.device
     tokens = torch.tensor([prompt], device=device)  # [1, T]: prefill, then [1, 1]: decode
     for _ in range(max_new_tokens):
+        began = time.perf_counter()
         token = sample(model(tokens, cache, logits_to_keep=1)[0, -1])
+        if seconds is not None:
+            seconds.append(time.perf_counter() - began)
         if token in model.config.eos_token_ids:
             return
         yield token
@@ -98,33 +108,46 @@ def answer(
     sample: Callable[[Tensor], int],
     write: Callable[[str], None] = lambda text: None,
 ) -> dict:
-    """Generates from `cache`, streams the text through `write`, and measures bytes and seconds."""
-    tokens, times, written = [], [time.perf_counter()], ""
-    for token in generate(model, prompt, cache, max_new_tokens, sample):
-        times.append(time.perf_counter())
+    """Generates from `cache`, streams the text through `write`, and measures bytes and seconds.
+
+    A token may change the text of the one before: it may end its letter, or take a space away. So
+    the text of the newest token is held back.
+    """
+    tokens, seconds = [], []
+    text = written = ""
+    for token in generate(model, prompt, cache, max_new_tokens, sample, seconds):
         tokens.append(token)
+        before = text
         text = tokenizer.decode(tokens)
-        if not text.endswith("\ufffd"):  # else a character whose last bytes are to come
-            write(text[len(written) :])
-            written = text
-    times.append(time.perf_counter())
-    write(tokenizer.decode(tokens)[len(written) :])
-    steps = cache[0].length - len(prompt)  # every new token but the last went through decode
+        stays = common_prefix(before, text).rstrip("\ufffd")
+        if len(stays) > len(written):
+            write(stays[len(written) :])
+            written = stays
+    write(text[len(written) :])
+    steps = seconds[1:]
     full = full_bytes(model, cache[0].length)
     return {
-        "text": tokenizer.decode(tokens),
+        "text": text,
         "tokens": tokens,
         "prompt_tokens": len(prompt),
         "cache_bytes": held_bytes(cache),
         "full_cache_bytes": full,
         "measured_ratio": 1 - held_bytes(cache) / full,
-        "prefill_seconds": times[1] - times[0],
-        "decode_seconds_per_token": (times[1 + steps] - times[1]) / steps if steps else 0.0,
+        "prefill_seconds": seconds[0],
+        "decode_seconds_per_token": sum(steps) / max(1, len(steps)),
     }
 
 
+def common_prefix(a: str, b: str) -> str:
+    """What both texts begin with."""
+    for n, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return a[:n]
+    return min(a, b, key=len)
+
+
 def report(results: dict[str, dict]) -> str:
-    """A small table of bytes and seconds, a column for each cache."""
+    """A small table of bytes and seconds, a column for each cache. A full cache has no ratio."""
     rows = {
         "cache, MB": lambda r: f"{r['cache_bytes'] / 1e6:.2f}",
         "a full 16-bit cache, MB": lambda r: f"{r['full_cache_bytes'] / 1e6:.2f}",
@@ -133,9 +156,23 @@ def report(results: dict[str, dict]) -> str:
         "prefill, s": lambda r: f"{r['prefill_seconds']:.2f}",
         "decode, ms a token": lambda r: f"{1e3 * r['decode_seconds_per_token']:.1f}",
     }
-    width, lines = 8 + max(map(len, results)), [["", *results]]
-    lines += [[label, *map(value, results.values())] for label, value in rows.items()]
-    return "\n".join(f"{a:25}" + "".join(f"{x:>{width}}" for x in more) for a, *more in lines)
+    width = 8 + max(map(len, results))
+    lines = [" " * 25 + "".join(f"{name:>{width}}" for name in results)]
+    for label, show in rows.items():
+        line = f"{label:25}"
+        for name, result in results.items():
+            cell = "" if name == "full" and "ratio" in label else show(result)
+            line += f"{cell:>{width}}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def shorten(case: str) -> str:
+    """What matters of a LongEval case: how it begins, the line that is asked for, the question."""
+    first, *lines, question = case.strip().splitlines()
+    key = question.split(" in line ")[1].split("?")[0]
+    asked = next(line for line in lines if line.startswith(f"line {key}:"))
+    return f"{first[:76]} [...]\n[...]\n{asked}\n[...]\n{question}\n"
 
 
 # --------------------------------------------------------------------------------- command line
@@ -147,19 +184,23 @@ def run(args: argparse.Namespace) -> None:
     text, file, compare, most = args.prompt, args.factors, args.compare, args.max_new_tokens
     hint = ""
     if Path(args.model).resolve() == TEACHER:
-        file, hint = file or FACTORS, ENGLISH
+        file = file or TEACHER / "cskv-80.safetensors"
+        hint = HINT
         if text is None:
-            text, compare, most = read_case(), True, min(most, 8)  # a number and its end
+            text = (TEACHER / "prompt.txt").read_text(encoding="utf-8")
             hint = shorten(text)
-    if not (text or "").strip():
-        what = "no prompt" if text is None else "the prompt is empty"
-        raise UserError(f'{what}; give some text: --prompt "..."')
+            compare = True
+            most = min(most, 8)  # a number and its end
+    if text is None:
+        raise UserError('no prompt; give some text: --prompt "..."')
+    if not text.strip():
+        raise UserError('the prompt is empty; give some text: --prompt "..."')
     caches = [args.cache]
     if compare:
         caches = ["full", "cskv" if args.cache == "full" else args.cache]
     if caches != ["full"] and file is None:
-        what = f"the {caches[-1]} cache needs --factors FILE, made by train.py"
-        raise UserError(f"{what}; or use --cache full")
+        message = f"the {caches[-1]} cache needs --factors FILE, made by train.py"
+        raise UserError(f"{message}; or use --cache full")
     model = load_model(args.model, args.device, DTYPES[args.dtype])
     tokenizer = load_tokenizer(args.model, model.config.vocab_size)
     prompt = tokenizer.encode_prompt(text, args.chat)
@@ -177,28 +218,33 @@ def run(args: argparse.Namespace) -> None:
     results = {}
     for name in caches:
         if name == "full":
-            cache, nominal = full_cache(model, expected), 0.0
+            cache = full_cache(model, expected)
+            nominal = 0.0
         else:
             cache = bi_branch_cache(model, factors, args.window, expected, KINDS[name], args.sinks)
             nominal = nominal_ratio(model, factors)
-        sample = make_sampler(args.temperature, args.top_p, args.seed)
-        stream = [] if args.json else [lambda text: print(text, end="", flush=True)]
         if compare and not args.json:
             print(f"--- {name} cache, {len(prompt)} tokens of prompt")
+        sample = make_sampler(args.temperature, args.top_p, args.seed)
+        stream = [] if args.json else [lambda part: print(part, end="", flush=True)]
         result = answer(model, tokenizer, prompt, cache, new_tokens, sample, *stream)
         results[name] = {**result, "nominal_ratio": nominal}
         if not args.json:
             print("\n" if compare else "")
     if args.json:
-        last = results[caches[-1]]
-        print(json.dumps({**last, "full": results["full"]} if compare else last))
+        shown = dict(results[caches[-1]])
+        if compare:
+            shown["full"] = results["full"]
+        print(json.dumps(shown))
     else:
         print(report(results), file=sys.stdout if compare else sys.stderr)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    add, bits = parser.add_argument, {"type": int, "choices": [2, 3, 4, 8, 16, 32]}
+    add = parser.add_argument
+    count = number(int, 1)
+    widths = (2, 3, 4, 8, 16, 32)
     add("--prompt", help="text to answer or to continue (without --model: a LongEval case)")
     add("--model", default=TEACHER, help="checkpoint folder or hub name (the embedded model)")
     add("--factors", help="factors file for this model, made by train.py")
@@ -207,12 +253,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache", choices=[*KINDS, "full"], default="cskv", help=kinds)
     add("--compare", action="store_true", help="answer from the full cache as well, side by side")
     window = "newest tokens kept in full precision: costs memory, helps a little (32)"
-    add("--window", type=number(int, 1), default=32, help=window)
+    add("--window", type=count, default=32, help=window)
     add("--sinks", type=number(int, 0), default=4, help="first tokens likewise (4; the paper: 0)")
-    add("--bits", **bits, help="bits of a stored latent (those the factors were made for)")
-    add("--k-bits", **bits, help="bits for keys alone")
-    add("--v-bits", **bits, help="bits for values alone")
-    add("--max-new-tokens", type=number(int, 1), default=128, help="end the answer there (128)")
+    bits = "bits of a stored latent (those the factors were made for)"
+    add("--bits", type=int, choices=widths, help=bits)
+    add("--k-bits", type=int, choices=widths, help="bits for keys alone")
+    add("--v-bits", type=int, choices=widths, help="bits for values alone")
+    add("--max-new-tokens", type=count, default=128, help="end the answer there (128)")
     add("--temperature", type=number(float, 0, 100), default=0.0, help="sample, if above 0 (0)")
     nucleus = "sample from the likeliest tokens of this probability in all (1)"
     add("--top-p", type=number(float, 1e-6, 1), default=1.0, help=nucleus)

@@ -1,15 +1,15 @@
 """Numbers in fewer bits: rounded but still floats for training, packed for storage.
 
-A group of 32 numbers shares one scale and one minimum, each a 16-bit float (Liu et al., "KIVI",
-2024, section 3). A number x becomes a whole number, its code,
+The numbers of a group share one scale and one minimum, each a 16-bit float (Liu et al., "KIVI",
+2024, section 3; 32 numbers there). A number x becomes a whole number, its code,
 
     scale = (maximum - minimum) / (2^bits - 1)
     code  = round((x - minimum) / scale)          0, 1, ..., 2^bits - 1
     x     ~ minimum + scale * code                off by at most half a step, scale / 2
 
-Keys are grouped per channel, 32 tokens each: key channels differ much in size, and one of outliers
-must not spoil the others. Values are grouped per token, 32 channels each. So `dim` is TOKENS (-2)
-for keys and CHANNELS (-1) for values; tensors are [..., T, C] with T tokens and C channels.
+Keys are grouped along the tokens of a channel: key channels differ much in size, and one of
+outliers must not spoil the others. Values are grouped along the channels of a token. Tensors are
+[..., T, C] with T tokens and C channels.
 
 What matters is not how many levels there are but where they lie. The published code of CSKV keeps
 no minimum but a whole-number zero-point, forced into 0 .. 2^bits - 1: x ~ scale * (code - zero). So
@@ -32,7 +32,8 @@ from torch import Tensor
 
 BITS = (2, 3, 4, 8)
 TOKENS, CHANNELS = -2, -1  # the dimension along which neighbours form a group
-GROUP = 32  # numbers in a group of KIVI's; any other group is a multiple of it
+GROUP = 32  # numbers in a group of KIVI's; any other is a multiple of it
+BLOCK = 32  # tokens whose codes are packed into bytes together
 
 
 @dataclass(frozen=True)
@@ -158,13 +159,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
         row 0 of the block's 16:   token 16, token 0       bits 7654 and 3210; row 1: 17 and 1, ...
     """
-    blocks = codes.unflatten(TOKENS, (-1, GROUP))  # [..., T / 32, 32, C]
+    blocks = codes.unflatten(TOKENS, (-1, BLOCK))  # [..., T / 32, 32, C]
     rows = []
     for width, lowest in fields(bits):
-        per_byte = 8 // width
         field = (blocks >> lowest) & (2**width - 1)
-        parts = field.chunk(per_byte, TOKENS)  # of 32 / per_byte tokens each
-        rows.append(sum(part << (i * width) for i, part in enumerate(parts)))
+        byte = 0
+        for i, part in enumerate(field.chunk(8 // width, TOKENS)):  # of 4 * width tokens each
+            byte = byte + (part << (i * width))
+        rows.append(byte)
     return torch.cat(rows, TOKENS).flatten(-3, -2)
 
 
@@ -181,32 +183,35 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     rows, C = packed.shape[TOKENS:]
     # Bytes are taken four at a time, as one number: a quarter of the work. What a shift brings in
     # from the byte beside it, the mask takes out.
-    words = packed.reshape(-1, 1, GROUP * bits // 8 * C).view(torch.int32)  # [T / 32, 1, bits * C]
+    words = packed.reshape(-1, 1, BLOCK * bits // 8 * C).view(torch.int32)  # [T / 32, 1, bits * C]
     codes = []
     for width, lowest in fields(bits):
         field = words.narrow(2, lowest * C, width * C)
         field = field >> shifts(width, packed.device)  # [T / 32, 8 / width, width * C]
         field &= 0x01010101 * (2**width - 1)
-        codes.append(field.view(-1, GROUP // 4 * C))
-    whole = codes[0] if len(codes) == 1 else codes[0].add_(codes[1], alpha=4)  # low + 4 high
-    return whole.view(torch.uint8).view(packed.shape[:TOKENS] + (rows * 8 // bits, C))
+        codes.append(field.view(-1, BLOCK // 4 * C))
+    low, *high = codes
+    for field in high:
+        low.add_(field, alpha=4)
+    return low.view(torch.uint8).view(*packed.shape[:TOKENS], rows * 8 // bits, C)
 
 
 class Packed:
     """Tokens [B, T, C] of a sequence in b bits. It grows.
 
-    Packed are whole groups of 32 tokens, once all 32 are older than the newest `residual`. Until
-    then they wait as they are, at most residual + 31 of them:
+    Packed are whole blocks of tokens: groups along tokens, or 32 tokens with groups along channels.
+    A block is packed once all its tokens are older than the newest `residual`. Until then they wait
+    as they are, fewer than residual + block of them. In blocks of 32:
 
         residual 4, 70 tokens held     0 .. 31 | 32 .. 63 | 64 65   66 67 68 69
                                         packed |  packed  | wait    the residual
 
     Args:
-        bits, dim, clamped: 2, 3, 4 or 8; along what groups lie; see the top of this file.
+        bits: 2, 3, 4 or 8.
+        grouping: which numbers share a scale; its size is a multiple of 32.
         residual: newest tokens that are not packed.
         expected: final number of tokens, if known; memory is then taken once.
         dtype: of the tokens that wait. None: as they come.
-        group: in place of 32, in both senses: of a scale, and of packing. A multiple of it.
     """
 
     length = packed = 0  # tokens held, and how many of these are packed
@@ -224,34 +229,40 @@ class Packed:
         self.grouping = grouping
         self.residual = residual
         self.dtype = dtype
-        self.group = grouping.size
-        self.room = max(0, expected - residual) // self.group
-        # Codes, scales and minima, [B, T / 32 or more, rows of 32 tokens, their channels] each.
+        self.block = grouping.size
+        self.room = max(0, expected - residual) // self.block
+        # Codes, scales and minima, [B, blocks or more, rows of one block, their channels] each.
         self.buffers: list[Tensor] = []
 
     def append(self, x: Tensor) -> None:
         """x [B, n, C], the next n tokens."""
-        x = x.to(self.dtype or x.dtype)
-        # A copy a step, but of fewer than residual + 32 tokens, however long the text is.
-        waiting = torch.cat([self.waiting, x] if self.length else [x], 1)
+        parts = [x.to(self.dtype or x.dtype)]
+        if self.length:
+            parts.insert(0, self.waiting)
+        waiting = torch.cat(parts, dim=1)  # a copy a step, but only of what waits
         self.length += x.shape[1]
-        n = max(0, waiting.shape[1] - self.residual) // self.group * self.group
+        n = max(0, waiting.shape[1] - self.residual) // self.block * self.block
         if n:
-            self.pack_groups(waiting[:, :n])
+            self.pack_blocks(waiting[:, :n])
             waiting = waiting[:, n:].clone()  # a view would keep the memory of the packed ones
-        self.waiting = waiting  # [B, at most residual + 31, C]
+        self.waiting = waiting  # [B, fewer than residual + block, C]
 
-    def pack_groups(self, x: Tensor) -> None:
-        """x [B, n, C], n a multiple of 32."""
-        start, groups = self.packed // self.group, x.shape[1] // self.group
-        q, stop = quantize(x, self.bits, self.grouping), start + groups
-        parts = pack(q.codes, self.bits), q.scale, q.minimum
-        parts = [part.unflatten(1, (groups, -1)) for part in parts]
+    def pack_blocks(self, x: Tensor) -> None:
+        """x [B, n, C], n tokens of whole blocks."""
+        start = self.packed // self.block
+        blocks = x.shape[1] // self.block
+        stop = start + blocks
+        q = quantize(x, self.bits, self.grouping)
+        parts = []
+        for part in (pack(q.codes, self.bits), q.scale, q.minimum):
+            parts.append(part.unflatten(1, (blocks, -1)))
         if not self.buffers:
-            self.buffers = [p.new_empty(len(p), max(stop, self.room), *p.shape[2:]) for p in parts]
-        elif stop > self.buffers[0].shape[1]:
-            more = stop - self.buffers[0].shape[1] - 1 + max(1, self.grow // self.group)
-            self.buffers = [F.pad(buffer, (0, 0, 0, 0, 0, more)) for buffer in self.buffers]
+            room = max(stop, self.room)
+            self.buffers = [part.new_empty(len(x), room, *part.shape[2:]) for part in parts]
+        missing = stop - self.buffers[0].shape[1]
+        if missing > 0:
+            missing += max(1, self.grow // self.block) - 1
+            self.buffers = [F.pad(buffer, (0, 0, 0, 0, 0, missing)) for buffer in self.buffers]
         for buffer, part in zip(self.buffers, parts, strict=True):
             buffer[:, start:stop] = part
         self.packed += x.shape[1]
@@ -259,29 +270,32 @@ class Packed:
     def read(self, start: int, stop: int) -> Tensor:
         """The tokens from `start` to `stop` - 1 again, [B, stop - start, C] in float32."""
         start, stop = max(0, start), max(0, stop)
-        end, waiting, G = self.packed, self.waiting, self.group
+        end = self.packed
         if start >= end:
-            return waiting[:, start - end : stop - end].float()
-        first = start // G  # of the groups they lie in
-        n = -(-min(stop, end) // G) * G - first * G  # packed tokens,
-        m = max(0, stop - end)  # and waiting ones beside them
-        x = waiting.new_empty(len(waiting), n + m, waiting.shape[2], dtype=torch.float32)
-        codes, scale, minimum = self.quantized(first * G, first * G + n)
-        blocks = x[:, :n].view(codes.shape)  # [B, n / 32, 32, C]
+            return self.waiting[:, start - end : stop - end].float()
+        first = start // self.block * self.block  # of the blocks that they lie in
+        last = -(-min(stop, end) // self.block) * self.block
+        packed = last - first
+        waiting = max(0, stop - end)
+        B, _, C = self.waiting.shape
+        x = self.waiting.new_empty(B, packed + waiting, C, dtype=torch.float32)
+        codes, scale, minimum = self.quantized(first, last)
+        blocks = x[:, :packed].view(codes.shape)  # [B, blocks, tokens of one, C]
         if self.grouping.dim == TOKENS:  # a scale and a minimum for each block and channel
             blocks.copy_(codes).mul_(scale).add_(minimum)
         else:
             dequantize(Quantized(codes, scale, minimum), self.grouping, blocks)
-        if m:
-            x[:, n:] = waiting[:, :m]
-        return x[:, start - first * G : stop - first * G]
+        if waiting:
+            x[:, packed:] = self.waiting[:, :waiting]
+        return x[:, start - first : stop - first]
 
     def quantized(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The packed tokens from `start` to `stop` - 1, multiples of 32, as they are: codes
-        [B, groups, 32, C], and scale and minimum of each group, if along tokens [B, groups, 1, C]."""
-        first = start // self.group
-        n = stop // self.group - first
-        packed, scale, minimum = (buffer.narrow(1, first, n) for buffer in self.buffers)
+        """The packed tokens from `start` to `stop` - 1, of whole blocks, as they are: codes
+        [B, blocks, tokens of one, C]; scale and minimum, in groups along tokens [B, blocks, 1, C].
+        """
+        first = start // self.block
+        count = stop // self.block - first
+        packed, scale, minimum = (buffer.narrow(1, first, count) for buffer in self.buffers)
         return unpack(packed, self.bits), scale, minimum
 
     def tensors(self) -> list[Tensor]:

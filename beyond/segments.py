@@ -218,21 +218,25 @@ class FastCache(BiBranchCache):
         B, H, _, D = q.shape
         # Queries of a group share a key head; all products are of [batch * heads, rows, columns].
         q = q.reshape(B * self.H_kv, -1, D).float() / math.sqrt(D)
-        k, v = k.flatten(0, 1), v.flatten(0, 1)  # [B * H_kv, m, D]
+        k = k.flatten(0, 1)  # [B * H_kv, m, D]
+        v = v.flatten(0, 1)
         m = k.shape[1]
-        start, stop = first - self.sinks, old - self.sinks
+        start = first - self.sinks  # sinks have no latents
+        stop = old - self.sinks
         spans = cut(start, stop, self.segments)
-        begin = spans[0].start if spans else start
-        end = spans[-1].stop if spans else stop
+        begin = end = start
+        if spans:
+            begin = spans[0].start
+            end = spans[-1].stop
         n = stop - begin
-        # 4. Scores, a column for each token from `begin` on, then for those of k.
+        # 3. Scores, a column for each token from `begin` on, then for those of k.
         scores = q.new_empty(B, H, max(end - begin, n + m))
         if spans:
             self.old_scores(q, spans, rope, scores)
         scores[..., n : n + m] = torch.bmm(q, k.float().transpose(1, 2)).view(B, H, m)
         if begin < start:  # behind the sliding window
             scores[..., : start - begin] = -math.inf
-        # 5. One softmax over both branches, then the values of both.
+        # 4. One softmax over both branches, then the values of both.
         p = scores[..., : n + m].softmax(-1).to(self.dtype)  # [B, H, n + m]
         out = torch.bmm(p[..., n:].reshape(len(v), -1, m), v.to(p.dtype))  # [B * H_kv, G, D]
         if spans:
@@ -241,7 +245,8 @@ class FastCache(BiBranchCache):
 
     def old_scores(self, q: Tensor, spans: tuple[Span, ...], rope: Rope, out: Tensor) -> None:
         """Scores of q [B * H_kv, G, D], rotated, with all tokens of `spans`: into out [B, H, n]."""
-        (B, H, _), H_kv, D = out.shape, self.H_kv, self.D
+        B, H, _ = out.shape
+        H_kv, D = self.H_kv, self.D
         # 1. The query as each segment sees it.
         cos, sin = query_turns(rope, self.length - 1, self.sinks, spans, q.device)  # [M, 1, D]
         M = len(cos)
@@ -308,7 +313,7 @@ def products(u: Tensor, latents: Latents | quant.Packed, span: Span) -> Tensor:
     anything."""
     B, m, H, r = u.shape
     L = span.length
-    if packed_end(latents, span.start, span.stop) < span.stop or L % latents.group:
+    if packed_end(latents, span.start, span.stop) < span.stop or L % latents.block:
         c = latents.read(span.start, min(span.stop, latents.length)).to(u.dtype)
         if c.shape[1] < m * L:
             c = F.pad(c, (0, 0, 0, m * L - c.shape[1]))
@@ -318,9 +323,9 @@ def products(u: Tensor, latents: Latents | quant.Packed, span: Span) -> Tensor:
     codes, scale, minimum = (x.to(u.dtype) for x in latents.quantized(span.start, span.stop))
     u_scaled = u.unsqueeze(2) * scale.view(B, m, -1, 1, r)  # [B, m, g, H, r]
     constant = torch.bmm(minimum.view(B * m, -1, r), u.reshape(B * m, H, r).transpose(1, 2))
-    codes = codes.view(-1, latents.group, r).transpose(1, 2)
+    codes = codes.view(-1, latents.block, r).transpose(1, 2)
     y = torch.baddbmm(constant.view(-1, H, 1), u_scaled.view(-1, H, r), codes)
-    return y.view(B, -1, H, latents.group)
+    return y.view(B, -1, H, latents.block)
 
 
 def weighted_sum(p: Tensor, latents: Latents | quant.Packed, start: int) -> Tensor:
@@ -331,7 +336,7 @@ def weighted_sum(p: Tensor, latents: Latents | quant.Packed, start: int) -> Tens
     if packed:  # equation 3, a group at a time, of g
         groups = latents.quantized(start, start + packed)
         codes, scale, minimum = (x.to(p.dtype) for x in groups)  # [B, g, G, r], [B, g, 1, r] twice
-        p_group = p[..., :packed].view(B, H, -1, latents.group)  # [B, H, g, G]
+        p_group = p[..., :packed].view(B, H, -1, latents.block)  # [B, H, g, G]
         y = torch.bmm(p_group.transpose(1, 2).flatten(0, 1), codes.flatten(0, 1))
         y = y.view(B, -1, H, codes.shape[3]) * scale  # [B, g, H, r]
         total = torch.baddbmm(y.sum(1), p_group.sum(-1), minimum.squeeze(2))
@@ -360,6 +365,6 @@ def packed_end(latents: Latents | quant.Packed, start: int, stop: int) -> int:
     itself if there are none."""
     if not isinstance(latents, quant.Packed) or latents.grouping.dim != quant.TOKENS:
         return start
-    if start % latents.group:
+    if start % latents.block:
         return start
-    return max(start, min(stop, latents.packed) // latents.group * latents.group)
+    return max(start, min(stop, latents.packed) // latents.block * latents.block)

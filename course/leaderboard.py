@@ -27,10 +27,9 @@ from course.problems import LARGEST, ROOT
 from cskv import Factors, LayerFactors, bi_branch_cache, init_factors, rotate
 from experiments.rounded import Rounded
 from experiments.tasks import longeval as retrieval
-from infer import full_bytes, held_bytes
+from infer import TEACHER, full_bytes, held_bytes
 from model import Transformer
 from support.command import Arguments, UserError, run_command
-from support.demonstration import TEACHER
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.processes import calibrate_together

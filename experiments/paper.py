@@ -47,7 +47,7 @@ from experiments.tables import (
     write_markdown,
 )
 from experiments.tasks.longeval import PUBLISHED, read_cases, samples
-from infer import nominal_ratio
+from infer import TEACHER, nominal_ratio
 from support.command import (
     DTYPES,
     Arguments,
@@ -57,7 +57,6 @@ from support.command import (
     number,
     run_command,
 )
-from support.demonstration import TEACHER
 from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer

@@ -14,9 +14,9 @@ from experiments import caches, evaluate, measuring
 from experiments.tasks import longbench, records
 from experiments.tasks.longeval import RetrievalCase, make_cases
 from experiments.tasks.scores import wilson
+from infer import TEACHER
 from model import FullCache
 from support.command import UserError
-from support.demonstration import TEACHER
 from support.factors_file import save_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer

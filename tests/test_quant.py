@@ -54,7 +54,7 @@ def naive_groups(x, dim, group):
 @quick
 @given(inputs(), bits, dims, groups)
 def test_error_is_at_most_half_a_step(x, bits, dim, group):
-    q, stored = (f(x, bits, dim, group=group) for f in (quantize, fake_quantize))
+    q, stored = (f(x, bits, Grouping(dim, group)) for f in (quantize, fake_quantize))
     assert q.codes.dtype == torch.uint8 and int(q.codes.max()) < 2**bits
     for (place, before), (_, after) in zip(
         naive_groups(x, dim, group), naive_groups(stored, dim, group), strict=True
@@ -73,7 +73,7 @@ def test_error_is_at_most_half_a_step(x, bits, dim, group):
 @quick
 @given(inputs(), bits, dims, groups)
 def test_stored_value_is_the_nearest_level(x, bits, dim, group):
-    q, stored = (f(x, bits, dim, group=group) for f in (quantize, fake_quantize))
+    q, stored = (f(x, bits, Grouping(dim, group)) for f in (quantize, fake_quantize))
     for (place, before), (_, after) in zip(
         naive_groups(x, dim, group), naive_groups(stored, dim, group), strict=True
     ):
