@@ -1,15 +1,13 @@
 """CSKV: a KV cache with fewer channels. The paper's section 2, in its order.
 
-Wang et al., "CSKV: Training-Efficient Channel Shrinking for KV Cache in Long-Context
-Scenarios", 2024. In every layer two thin matrices approximate the key projection, and
-two the value projection:
+Wang et al., "CSKV: Training-Efficient Channel Shrinking for KV Cache in Long-Context Scenarios",
+2024. In every layer two thin matrices approximate the key projection, and two the value projection:
 
     K = x W_K  ~  (x A_K) B_K      x [T, hidden]   A [hidden, r]   B [r, d_kv]   r << d_kv
 
-The cache stores the latents x A, r numbers a token instead of d_kv, and rebuilds keys
-and values with B when attention needs them. The newest tokens stay in full precision
-beside them. The model itself is frozen: it still reads the prompt with the exact W_K
-and W_V.
+The cache stores the latents x A, r numbers a token instead of d_kv, and rebuilds keys and values
+with B when attention needs them. The newest tokens stay in full precision beside them. The model
+itself is frozen: it still reads the prompt with the exact W_K and W_V.
 
     in the paper        here                      what it is
     W_K, W_V            k_proj, v_proj            the frozen projections, W^T in nn.Linear
@@ -23,10 +21,9 @@ and W_V.
     K_local, V_local    k, v of the cache         the full-precision branch
     K^, V^              k_hat, v_hat              rebuilt keys and values
 
-Section 2.1 is `BiBranchCache`. Section 2.2 begins with what the layers see on a text
-(`calibrate`) and ends with where the factors start (`init_factors`); train.py goes on
-from there. beyond/segments.py has a cache of the same latents that is faster. Shapes as
-in model.py.
+Section 2.1 is `BiBranchCache`. Section 2.2 begins with what the layers see on a text (`calibrate`)
+and ends with where the factors start (`init_factors`); train.py goes on from there.
+beyond/segments.py has a cache of the same latents that is faster. Shapes as in model.py.
 
 Sources:
     [1] Wang et al., 2024, the paper
@@ -54,8 +51,7 @@ from model import Attention, LayerCache, Rope, Transformer, causal_attention
 class LowRank:
     """W ~ A B: A [hidden, r] shrinks, B [r, d_kv] rebuilds.
 
-    Only the product counts: A M and M^-1 B are the same factors for any invertible
-    M [r, r].
+    Only the product counts: A M and M^-1 B are the same factors for any invertible M [r, r].
     """
 
     A: Tensor
@@ -127,9 +123,9 @@ def empty_latents(
 class BiBranchCache(LayerCache):
     """The paper's cache (Figure 1) for one layer, to be read beside it.
 
-    Compressed branch: the latents c_k [B, n, r_k] and c_v [B, n, r_v] of all n tokens but
-    the sinks, before RoPE. Full-precision branch: k and v [B, H_kv, S + m, D], rotated keys
-    and values of the S <= sinks first tokens, then of the newest m <= window others.
+    Compressed branch: the latents c_k [B, n, r_k] and c_v [B, n, r_v] of all n tokens but the
+    sinks, before RoPE. Full-precision branch: k and v [B, H_kv, S + m, D], rotated keys and values
+    of the S <= sinks first tokens, then of the newest m <= window others.
 
     At a decode step each token is attended through one branch:
 
@@ -212,8 +208,8 @@ class BiBranchCache(LayerCache):
         return F.scaled_dot_product_attention(rope.rotate(q, t), k, v, enable_gqa=True)
 
     def branches(self) -> tuple[int, int, int, int]:
-        """Which tokens the newest one attends to, and through which branch: the sinks
-        seen .. S - 1, then first .. old - 1 compressed, then all others of the window."""
+        """Which tokens the newest one attends to, and through which branch: seen .. S - 1, sinks,
+        in full precision, first .. old - 1 compressed, all from `old` on in full precision."""
         S = min(self.length, self.sinks)
         behind = max(0, self.length - (self.sliding_window or self.length))
         old = max(S, self.length - self.window)
@@ -285,9 +281,9 @@ def in_bits(
 ) -> LowRank:
     """The same product A B with latents in other bits; None leaves them as they are.
 
-    Latents that go from full precision to few bits in groups along the channels of a token
-    are mixed first: else a channel of large latents, such as the first ones of `svd` and
-    `optimal`, sets the step for the 31 others of its group [4].
+    Latents that go from full precision to few bits in groups along the channels of a token are
+    mixed first: else a channel of large latents, such as the first ones of `svd` and `optimal`,
+    sets the step for the 31 others of its group [4].
     """
     to_few = bits in quant.BITS and pair.bits not in quant.BITS
     if to_few and pair.grouping(dim).dim == quant.CHANNELS:
@@ -297,8 +293,8 @@ def in_bits(
 
 @torch.no_grad()
 def mix_latents(pair: LowRank, generator: torch.Generator) -> LowRank:
-    """The same product A B with the latents turned by a random orthogonal R: A R and R^T B.
-    All channels are mixed evenly, at no cost [4]."""
+    """The same product A B with the latents turned by a random orthogonal R: A R and R^T B. All
+    channels are mixed evenly, at no cost [4]."""
     noise = torch.randn(pair.rank, pair.rank, generator=generator)
     R = torch.linalg.qr(noise).Q.to(pair.A.device)
     A = pair.A.float() @ R
@@ -436,13 +432,11 @@ def optimal_factors(W: Tensor, rank: int, moment: Tensor, metric: Tensor | None 
 
     min E |x W - x A B|^2   at   A = W V_r, B = V_r^T
 
-    with V_r the top-r eigenvectors of `moment` = E k^T k, k = x W: project k on them. The
-    loss is the sum of the eigenvalues left out. RoPE is a rotation: the loss is the same
-    before and after.
+    with V_r the top-r eigenvectors of `moment` = E k^T k, k = x W: project k on them. The loss is
+    the sum of the eigenvalues left out. RoPE is a rotation: the loss is the same before and after.
 
-    With a `metric` M = L L^T [d_kv, d_kv] an error e counts as e M e^T = |e L|^2, so the
-    same holds for k L: A = W L V_r and B = V_r^T L^-1, with the eigenvectors of
-    L^T `moment` L.
+    With a `metric` M = L L^T [d_kv, d_kv] an error e counts as e M e^T = |e L|^2, so the same holds
+    for k L: A = W L V_r and B = V_r^T L^-1, with the eigenvectors of L^T `moment` L.
     """
     if metric is not None:
         L = torch.linalg.cholesky(metric.double())  # [d_kv, d_kv]
@@ -457,8 +451,8 @@ def optimal_factors(W: Tensor, rank: int, moment: Tensor, metric: Tensor | None 
 def output_metric(attention: Attention) -> Tensor:
     """What an error of the values costs in the layer's output, as e M e^T.
 
-    M [d_kv, d_kv], float64, has a block W_O^T W_O [D, D] for each value head: the sum over
-    the query heads that share it.
+    M [d_kv, d_kv], float64, has a block W_O^T W_O [D, D] for each value head: the sum over the
+    query heads that share it.
     """
     config = attention.config
     W = attention.o_proj.weight.double()  # [hidden, H * D]
@@ -485,9 +479,8 @@ def init_pair(
 ) -> LowRank:
     """A and B of the keys ("k") or the values ("v") of layer i, in float32.
 
-    `attention` is `optimal` with value errors weighed by `output_metric`. Raises
-    `ValueError` for an unknown name, a rank that does not fit, and weights that are not
-    finite.
+    `attention` is `optimal` with value errors weighed by `output_metric`. Raises `ValueError` for
+    an unknown name, a rank that does not fit, and weights that are not finite.
     """
     if name not in INITIALIZATIONS:
         names = ", ".join(INITIALIZATIONS)
@@ -523,8 +516,8 @@ def init_factors(
 ) -> Factors:
     """Factors of every layer by the initialization `name`, with a rank for each layer.
 
-    The `CALIBRATED` ones need the `statistics` of `calibrate`. Raises `ValueError` as
-    `init_pair` does, and for another number of ranks than layers.
+    The `CALIBRATED` ones need the `statistics` of `calibrate`. Raises `ValueError` as `init_pair`
+    does, and for another number of ranks than layers.
     """
     count = len(model.model.layers)
     if not len(k_ranks) == len(v_ranks) == count:

@@ -3,22 +3,20 @@
     python train.py --model FOLDER_OR_HUB_NAME --data TEXT --k-ratio 0.8 --v-ratio 0.8 --out FILE
     torchrun --nproc-per-node 2 -- train.py ...      the same on two GPUs (or processes of a CPU)
 
-The frozen model reads the text once. From what its layers saw, A and B of every layer
-follow in closed form (cskv.py, section 2.2). Then they are trained (section 2.2 and
-appendix B of [1]): every layer has a loss of its own, of how far rebuilt keys and values
-are off,
+The frozen model reads the text once. From what its layers saw, A and B of every layer follow in
+closed form (cskv.py, section 2.2). Then they are trained (section 2.2 and appendix B of [1]): every
+layer has a loss of its own, of how far rebuilt keys and values are off,
 
     L_K = MSE(K, K^)    K = x W_K    K^ = (x A_K) B_K               (equation 1; L_V likewise)
     L   = sum over layers of L_K + L_V                              (equation 2)
 
-where x is what the frozen model feeds the layer. So no gradient passes from layer to
-layer: while the model runs, without gradients, each loss is formed and back-propagated at
-once, and memory holds one layer's graph however deep the model is. W_K and W_V never
-change. With bits, the latents x A are rounded on the way: quantization-aware training
-(appendix C.4, quant.py).
+where x is what the frozen model feeds the layer. So no gradient passes from layer to layer: while
+the model runs, without gradients, each loss is formed and back-propagated at once, and memory holds
+one layer's graph however deep the model is. W_K and W_V never change. With bits, the latents x A
+are rounded on the way: quantization-aware training (appendix C.4, quant.py).
 
-What training can reach is known: no A B of rank r, quantized or not, loses less on a text
-than the dropped eigenvalues of its K^T K [2]. Losses are reported beside this floor.
+What training can reach is known: no A B of rank r, quantized or not, loses less on a text than the
+dropped eigenvalues of its K^T K [2]. Losses are reported beside this floor.
 
 Sources:
     [1] Wang et al., "CSKV", 2024
@@ -71,8 +69,8 @@ def layer_loss(
 ) -> Tensor:
     """L_K = MSE(K, K^), K^ = (x A) B (equation 1), a scalar; for values it is L_V.
 
-    x [B, T, hidden] and k [B, T, d_kv] as `Observer.observe` gets them. Latents of few bits
-    are quantized along `dim`. They are float32; product and mean are `dtype`.
+    x [B, T, hidden] and k [B, T, d_kv] as `Observer.observe` gets them. Latents of few bits are
+    quantized along `dim`. They are float32; product and mean are `dtype`.
     """
     c = x @ pair.A  # [B, T, r]
     if pair.bits < 16:
@@ -82,14 +80,13 @@ def layer_loss(
 
 
 class Tuner:
-    """One set of factors in training: a float32 copy of them, AdamW [3], and its learning
-    rate.
+    """One set of factors in training: a float32 copy of them, AdamW [3], and its learning rate.
 
     No weight decay: the paper names none, and it would pull A B away even from the optimum.
 
-    At the starts svd, asvd and optimal the gradient of A is zero up to rounding, since what
-    is lost is orthogonal to the rows of B, and Adam makes steps of the whole learning rate
-    of that noise. So only starts that are equal to the last bit train alike.
+    At the starts svd, asvd and optimal the gradient of A is zero up to rounding, since what is lost
+    is orthogonal to the rows of B, and Adam makes steps of the whole learning rate of that noise.
+    So only starts that are equal to the last bit train alike.
 
     Args:
         factors: where to start, in the bits to train for (`Factors.in_bits`).
@@ -233,9 +230,8 @@ def new_moments(model: Transformer) -> Tensor:
 
 
 def loss_floor(moment: Tensor, rank: int) -> Tensor:
-    """The least sum of squared errors that factors of this rank can have on a text [2]: the
-    dropped eigenvalues of `moment` = K^T K [d_kv, d_kv]. A scalar; 0 where it would be mere
-    rounding."""
+    """The least sum of squared errors that factors of this rank can have on a text [2]: the dropped
+    eigenvalues of `moment` = K^T K [d_kv, d_kv]. A scalar; 0 where it would be mere rounding."""
     eigenvalues = torch.linalg.eigvalsh(moment)  # smallest first
     dropped = eigenvalues[: len(moment) - rank].clamp(min=0).sum()
     return dropped * (dropped > 1e-12 * moment.trace())  # else fewer tokens than ranks
