@@ -1,34 +1,35 @@
 """One budget of bytes over all layers, keys, values and bits, spent where it buys most.
 
-The paper leaves the choice of ratios for single layers, and for keys and values, to the future.
-Here each side (the keys or the values) of each layer gets a rank and bits of its own, without any
-training, such that a cache has so many bytes and loses as little as possible.
+The paper leaves the choice of ratios for single layers, and for keys and values, to the
+future. Here each side (the keys or the values) of each layer gets a rank and bits of
+its own, without any training, such that a cache has so many bytes and loses as little
+as possible.
 
-Take one side first: how to spend its bits on its channels? For Gaussian ones theory answers with
-reverse water-filling (Cover and Thomas, "Elements of Information Theory", section 10.3.3): pour
-water of one level D over the eigenvalues. A channel with an eigenvalue above D gets
-1/2 log2(eigenvalue / D) bits and keeps an error D, one below is dropped and keeps all of its own.
-Then one bit more lowers the error as much in every channel that has any, so none should be moved.
-The values of SmolLM2's layer 10 have 192 channels with eigenvalues from 9.0 down to 0.013. With 192
-bits a token the level is 0.038: 167 channels lie above, the first gets 3.9 bits, the 32nd 1.8, the
-128th 0.6. The error is 12% of the energy. In 16 bits the same 192 bits hold 12 channels: 57%.
+Take one side first: how to spend its bits on its channels? For Gaussian ones theory
+answers with reverse water-filling (Cover and Thomas, "Elements of Information Theory",
+section 10.3.3): pour water of one level D over the eigenvalues. A channel with an
+eigenvalue above D gets 1/2 log2(eigenvalue / D) bits and keeps an error D, one below is
+dropped and keeps all of its own. Then one bit more lowers the error as much in every
+channel that has any, so none should be moved. The values of SmolLM2's layer 10 have 192
+channels with eigenvalues from 9.0 down to 0.013. With 192 bits a token the level is
+0.038: 167 channels lie above, the first gets 3.9 bits, the 32nd 1.8, the 128th 0.6. The
+error is 12% of the energy. In 16 bits the same 192 bits hold 12 channels: 57%.
 
-Between sides the rule is the same, if errors are counted in what they cost the model's answers. But
-this differs by factors of hundreds, and eigenvalues do not tell. So it is measured:
+Between sides the rule is the same, if errors are counted in what they cost the model's
+answers. But this differs by factors of hundreds, and eigenvalues do not tell. So it is
+measured:
 
-1. Calibrate. Factors of all ranks come at once: those of rank r are the first r columns of A and
-   rows of B of full rank. They keep the output of the attention: see beyond/outputs.py. Every
-   second text, here and for the next step, is its first half twice: a long context is there to be
-   looked up, and a model that copies reads its cache in layers where plain text hardly does.
-2. Probe: one side of one layer at a few ranks and bits, all else exact. What it costs is the KL
-   divergence, in nats, of the next token's distribution from the exact model's, in decode mode.
-   Lower layers see nothing of it, so a probe starts from the stored input of its layer.
-3. Spend: every side begins with its least choice; then again and again the step is taken that
-   lowers the sum of costs most for a byte. That costs add up is assumed, not known.
+1. Calibrate. Factors of all ranks come at once: those of rank r are the first r columns
+   of A and rows of B of full rank. They keep the attention's output, beyond/outputs.py.
+2. Probe: one side of one layer at a few ranks and bits, all else exact. What it costs is
+   the KL divergence, in nats, of the next token's distribution from the exact model's, in
+   decode mode. Lower layers see nothing of it: it starts from its layer's stored input.
+3. Spend: every side begins with its least choice; then again and again the step is taken
+   that lowers the sum of costs most for a byte. That costs add up is assumed, not known.
 
-For SmolLM2, two cores probe 11 minutes, after 2 of calibration. For LongChat-7B these would be
-64 sides x 12 probes x 1,024 tokens x 16.5 layers x 0.4 GFLOP = 5e15 operations, a minute or two for
-a GPU that does 1e14 a second, with 0.3 GB of stored inputs.
+For SmolLM2, two cores probe 11 minutes, after 2 of calibration. For LongChat-7B these
+would be 64 sides x 12 probes x 1,024 tokens x 16.5 layers x 0.4 GFLOP = 5e15 operations,
+a minute or two for a GPU that does 1e14 a second, with 0.3 GB of stored inputs.
 """
 
 from dataclasses import dataclass, replace
@@ -63,8 +64,8 @@ def cut(pair: LowRank, side: str, rank: int, bits: int) -> LowRank:
 def probe_side(
     probe: Probe, seen: Statistics, i: int, side: str, widths: list[int], group: int | None
 ) -> list[list[float]]:
-    """The costs of one side of layer i: for each of the widths in bits a list, for each of
-    `probed_ranks`."""
+    """The costs of one side of layer i: for each of the widths in bits a list, for each
+    of `probed_ranks`."""
     ranks = probed_ranks(probe.model)
     whole = init_pair("attention", probe.model, i, side, ranks[-1], seen)
     like = probe.model.lm_head.weight
@@ -105,10 +106,11 @@ class Choice:
 def latent_bytes(
     rank: int, bits: int, side: str, tokens: int, window: int, group: int | None = None
 ) -> int:
-    """Bytes of a side's latents of `tokens`, as a cache really holds them: they are laid out in one
-    that has shapes, but no memory."""
+    """Bytes of a side's latents of `tokens`, as a cache really holds them: they are
+    laid out in one that has shapes, but no memory."""
     A = torch.empty(0, rank, dtype=torch.float16)
-    latents = empty_latents(LowRank(A, A.T, bits, group=group), SIDES[side], window, tokens)
+    pair = LowRank(A, A.T, bits, group=group)
+    latents = empty_latents(pair, SIDES[side], window, tokens)
     latents.append(torch.empty(1, tokens, rank, device="meta"))
     return sum(tensor.untyped_storage().nbytes() for tensor in latents.tensors())
 
@@ -116,8 +118,9 @@ def latent_bytes(
 def choices(
     costs: list[list[float]], nbytes: dict, probed: list[int], widths: list[int]
 ) -> list[Choice]:
-    """All choices of one side from its probed `costs`: those of ranks between are interpolated, as
-    straight lines of the logarithm. Full rank in 16 bits costs nothing.
+    """All choices of one side from its probed `costs`: those of ranks between are
+    interpolated, as straight lines of the logarithm. Full rank in 16 bits costs
+    nothing.
 
     `nbytes` has the bytes of each (rank, bits) to choose from.
     """
@@ -137,8 +140,8 @@ def fall(a: Choice, b: Choice) -> float:
 
 
 def convex_hull(some: list[Choice]) -> list[Choice]:
-    """Of some choices those on the lower convex hull of cost over bytes, up to the least cost: each
-    step to the next one buys less for a byte than the step before."""
+    """Of some choices those on the lower convex hull of cost over bytes, up to the
+    least cost: each step to the next one buys less for a byte than the step before."""
     kept: list[Choice] = []
     for choice in sorted(some, key=lambda c: (c.nbytes, c.cost)):
         if kept and choice.cost >= kept[-1].cost:
@@ -150,12 +153,12 @@ def convex_hull(some: list[Choice]) -> list[Choice]:
 
 
 def spend(sides: list[list[Choice]], budget: float) -> list[Choice]:
-    """A choice for each side, of at most `budget` bytes in all: greedily, so that no plan of as
-    many bytes costs less if the choices of every side are convex.
+    """A choice for each side, of at most `budget` bytes in all: greedily, so that no
+    plan of as many bytes costs less if the choices of every side are convex.
 
-    The first step that the budget does not have ends it, with what is left for the side of that
-    step: so more bytes never buy a worse plan. Raises `ValueError` if even the least choices are
-    too many bytes.
+    The first step that the budget does not have ends it, with what is left for the side
+    of that step: so more bytes never buy a worse plan. Raises `ValueError` if even the
+    least choices are too many bytes.
     """
     hulls = [convex_hull(side) for side in sides]
     plan = [hull[0] for hull in hulls]

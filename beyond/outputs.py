@@ -1,8 +1,9 @@
 """What the attention makes of keys and values: statistics for factors that keep its output.
 
-`cskv.optimal_factors` keeps every key and every value as well as it can. But what a layer hands on
-is a sum over tokens t, o = sum_t p_t v_t, so not every error counts alike. Here p are the attention
-probabilities of a query, and t the tokens that it reads through the compressed branch:
+`cskv.optimal_factors` keeps every key and every value as well as it can. But what a
+layer hands on is a sum over tokens t, o = sum_t p_t v_t, so not every error counts
+alike. Here p are the attention probabilities of a query, and t the tokens that it reads
+through the compressed branch:
 
 Values. The output is off by sum_t p_t (v_t - v^_t), and what is cut from one value may cancel with
     what is cut from another. Cutting is linear: what happens to v happens to u = sum_t p_t v_t.
@@ -29,8 +30,8 @@ EVERY = 8  # of this many queries one is looked at
 
 
 class OutputObserver(Observer):
-    """Also adds up what the queries of its layer read through the compressed branch of a cache with
-    this `window` and these `sinks`."""
+    """Also adds up what the queries of its layer read through the compressed branch of
+    a cache with this `window` and these `sinks`."""
 
     def __init__(self, attention: Attention, see, sinks: int, window: int):
         super().__init__(attention, see, sinks)
@@ -71,11 +72,11 @@ class OutputObserver(Observer):
 def calibrate_outputs(
     model: Transformer, samples: list[Tensor], window: int, sinks: int
 ) -> list[Statistics]:
-    """`cskv.calibrate`, but with the moment of the values, and the metric for keys, that are
-    explained above.
+    """`cskv.calibrate`, but with the moment of the values, and the metric for keys,
+    that are explained above.
 
-    Raises `UserError` as `calibrate_together` does, and for samples in which no token leaves the
-    window.
+    Raises `UserError` as `calibrate_together` does, and for samples in which no token
+    leaves the window.
     """
     observers = []
 

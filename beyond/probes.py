@@ -4,8 +4,6 @@ Measured as decoding would show it, but in one pass over a text (`DecodeMode`), 
 a time (`Probe`): a text is read exactly once, and the input that it gives each layer is kept.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +14,7 @@ from model import Attention, LayerCache, Rope, Transformer
 from support.command import UserError
 
 SIDES = {"k": quant.TOKENS, "v": quant.CHANNELS}  # of a layer, and how their latents are grouped
+NAMES = {"k": "keys", "v": "values"}
 
 
 def branches(
@@ -23,8 +22,11 @@ def branches(
 ) -> tuple[Tensor, Tensor]:
     """Which of T tokens the queries i [n] of a bi-branch cache see, and which in full precision
     (of those they do not see too): [n, T] both."""
-    i, j = i[:, None], torch.arange(T, device=i.device)
-    return (j <= i) & (i - j < (sliding_window or T)), (j < sinks) | (i - j < window)
+    i = i[:, None]
+    j = torch.arange(T, device=i.device)
+    seen = (j <= i) & (i - j < (sliding_window or T))
+    exact = (j < sinks) | (i - j < window)
+    return seen, exact
 
 
 class DecodeMode(LayerCache):
@@ -36,29 +38,37 @@ class DecodeMode(LayerCache):
     """
 
     def __init__(self, attention: Attention, pairs: dict[str, LowRank], window: int, sinks: int):
-        self.attention, self.pairs, self.window, self.sinks = attention, pairs, window, sinks
+        self.attention = attention
+        self.sliding_window = attention.config.sliding_window
+        self.pairs = pairs
+        self.window = window
+        self.sinks = sinks
 
     def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        T, sliding_window = x.shape[1], self.attention.config.sliding_window
-        k_hat, v_hat = self.rebuild("k", x, k), self.rebuild("v", x, v)
-        q, k, k_hat = (rope.rotate(y, 0) for y in (q, k, k_hat))
+        T = x.shape[1]
+        k_hat = rope.rotate(self.rebuild("k", x, k), 0)
+        v_hat = self.rebuild("v", x, v)
         i = torch.arange(T, device=x.device)
-        seen, exact = branches(i, T, self.window, self.sinks, sliding_window)
+        seen, exact = branches(i, T, self.window, self.sinks, self.sliding_window)
         # Every token is there twice, exact and rebuilt, and one softmax sees it once.
         mask = torch.cat([seen & exact, seen & ~exact], dim=1)  # [T, 2 T]
-        k, v = torch.cat([k, k_hat], dim=2), torch.cat([v, v_hat], dim=2)  # [B, H_kv, 2 T, D]
+        k = torch.cat([rope.rotate(k, 0), k_hat], dim=2)  # [B, H_kv, 2 T, D]
+        v = torch.cat([v, v_hat], dim=2)
+        q = rope.rotate(q, 0)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
     def rebuild(self, side: str, x: Tensor, y: Tensor) -> Tensor:
         """Keys or values y [B, H_kv, T, D] of x [B, T, hidden], through the pair of their side."""
         if side not in self.pairs:
             return y
-        pair, bias = self.pairs[side], getattr(self.attention, f"{side}_proj").bias
+        pair = self.pairs[side]
+        bias = getattr(self.attention, f"{side}_proj").bias
         c = x @ pair.A  # [B, T, r]
         if pair.bits < 16:
             grouping = pair.grouping(SIDES[side])
             c[:, self.sinks :] = quant.fake_quantize(c[:, self.sinks :], pair.bits, grouping)
-        return F.linear(c, pair.B.T, bias).unflatten(-1, (-1, y.shape[-1])).transpose(1, 2)
+        rebuilt = F.linear(c, pair.B.T, bias)
+        return rebuilt.unflatten(-1, (-1, y.shape[-1])).transpose(1, 2)
 
 
 class Probe:
@@ -80,29 +90,38 @@ class Probe:
         predictions: int = 96,
         spread: int | None = None,
     ):
-        self.model, self.window, self.sinks = model, window, sinks
+        self.model = model
+        self.window = window
+        self.sinks = sinks
         self.inputs: list[list[Tensor]] = []  # of each text: of every layer, [1, T, hidden]
-        self.at, self.exact = [], []
+        self.at = []
+        self.exact = []
+        device = model.lm_head.weight.device
         for text in texts:
-            T, device = text.shape[1], model.lm_head.weight.device
+            T = text.shape[1]
             first = min(sinks + window, T - 1)  # the first token that meets a rebuilt one
             first = max(first, T - (spread or T))
-            at = torch.linspace(first, T - 1, min(predictions, T - first)).long()
-            x, inputs = model.model.embed_tokens(text.to(device)), []
+            at = torch.linspace(first, T - 1, min(predictions, T - first)).long().to(device)
+            x = model.model.embed_tokens(text.to(device))
+            inputs = []
             for layer in model.model.layers:
                 inputs.append(x)
                 x = layer(x, model.rope, None)
             self.inputs.append(inputs)
-            self.at.append(at.to(device))
-            self.exact.append(self.log_probabilities(x, self.at[-1]))
+            self.at.append(at)
+            self.exact.append(self.log_probabilities(x, at))
 
     def log_probabilities(self, x: Tensor, at: Tensor) -> Tensor:
         """Of the token after each of those `at`, from the last layer's output: [n, vocab]."""
-        return self.model.lm_head(self.model.model.norm(x[0, at])).float().log_softmax(-1)
+        logits = self.model.lm_head(self.model.model.norm(x[0, at]))
+        return logits.float().log_softmax(-1)
 
     @torch.no_grad()
     def cost(self, i: int, pairs: dict[str, LowRank]) -> float:
-        """KL divergence in nats, a mean over all predictions, with `pairs` in layer i alone."""
+        """KL divergence in nats, a mean over all predictions, with `pairs` in layer i alone.
+
+        Raises `UserError` if it is not finite: no comparison may take a NaN for the best cost.
+        """
         first, *others = self.model.model.layers[i:]
         cache = DecodeMode(first.self_attn, pairs, self.window, self.sinks)
         divergences = []
@@ -110,9 +129,10 @@ class Probe:
             x = first(inputs[i], self.model.rope, cache)
             for layer in others:
                 x = layer(x, self.model.rope, None)
-            divergences.append((exact.exp() * (exact - self.log_probabilities(x, at))).sum(-1))
-        cost = torch.cat(divergences).mean().item()
-        if not math.isfinite(cost):  # also NaN: no comparison may take it for the best cost
-            side = " and ".join({"k": "keys", "v": "values"}[name] for name in pairs)
-            raise UserError(f"layer {i}, {side}: the cost is not finite; try another --dtype")
-        return max(0.0, cost)  # below 0 by rounding alone
+            rebuilt = self.log_probabilities(x, at)
+            divergences.append((exact.exp() * (exact - rebuilt)).sum(-1))
+        divergences = torch.cat(divergences)
+        if not divergences.isfinite().all():
+            names = " and ".join(NAMES[side] for side in pairs)
+            raise UserError(f"layer {i}, {names}: the cost is not finite; try another --dtype")
+        return max(0.0, divergences.mean().item())  # below 0 by rounding alone
