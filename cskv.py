@@ -459,7 +459,8 @@ def output_metric(attention: Attention) -> Tensor:
     W = W.unflatten(1, (config.num_key_value_heads, -1, config.head_dim))
     blocks = torch.einsum("ohgd,ohge->hde", W, W)  # W [hidden, H_kv, G, D]
     M = torch.block_diag(*blocks)
-    least = (1e-6 * M.diagonal().mean()).clamp(min=1e-12)  # M must not be singular
+    scale = M.diagonal().mean()
+    least = 1e-6 * scale if scale else 1.0  # M must not be singular, nor zero with W_O
     return M + least * torch.eye(len(M)).to(M)
 
 

@@ -199,20 +199,24 @@ class FullCache(LayerCache):
     """
 
     def __init__(self, config: Config, expected: int = 0):
-        self.expected, self.sliding_window = expected, config.sliding_window
+        self.expected = expected
+        self.sliding_window = config.sliding_window
 
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
         B, H_kv, T, D = k.shape
         self.k = k.new_empty(B, H_kv, max(T, self.expected), D)
         self.v = torch.empty_like(self.k)
-        self.k[:, :, :T], self.v[:, :, :T] = rope.rotate(k, 0), v
+        self.k[:, :, :T] = rope.rotate(k, 0)
+        self.v[:, :, :T] = v
         self.length = T
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_decode(q)
         t = self.length
-        self.k, self.v = reserve(self.k, t + 1), reserve(self.v, t + 1)
-        self.k[:, :, t], self.v[:, :, t] = rope.rotate(k, t)[:, :, 0], v[:, :, 0]
+        self.k = reserve(self.k, t + 1)
+        self.v = reserve(self.v, t + 1)
+        self.k[:, :, t] = rope.rotate(k, t)[:, :, 0]
+        self.v[:, :, t] = v[:, :, 0]
         self.length = t + 1
         start = max(0, self.length - (self.sliding_window or self.length))
         k, v = self.k[:, :, start : t + 1], self.v[:, :, start : t + 1]
@@ -241,7 +245,8 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        q_out, bias = config.num_attention_heads * config.head_dim, config.attention_bias
+        q_out = config.num_attention_heads * config.head_dim
+        bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, q_out, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, config.d_kv, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, config.d_kv, bias=bias)
@@ -250,12 +255,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None) -> Tensor:
         B, T, _ = x.shape
         # [B, T, heads * D] -> [B, heads, T, D]
-        q, k, v = (
-            proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q = self.q_proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)
         if cache is None:
-            q, k = rope.rotate(q, 0), rope.rotate(k, 0)
+            q = rope.rotate(q, 0)
+            k = rope.rotate(k, 0)
             out = causal_attention(q, k, v, self.config.sliding_window)
         elif T > 1 or cache.length == 0:
             out = cache.prefill(x, q, k, v, rope)
@@ -273,9 +278,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(m, h, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = F.silu(self.gate_proj(x)), self.up_proj(x)  # [B, T, intermediate] each
-        # In place where no gradient needs `gate`: fresh memory of this size is slow on a CPU.
-        return self.down_proj(gate * up if gate.requires_grad else gate.mul_(up))
+        gate = F.silu(self.gate_proj(x))  # [B, T, intermediate]
+        up = self.up_proj(x)
+        if gate.requires_grad:
+            return self.down_proj(gate * up)
+        return self.down_proj(gate.mul_(up))  # in place: fresh memory of this size is slow
 
 
 class Layer(nn.Module):

@@ -91,6 +91,8 @@ def calibrate_outputs(
         queries = summed(layer.queries)
         if not mass:
             raise UserError("no token leaves the window in any sample; give longer text")
+        if not queries.any():  # then no error of a key costs anything
+            queries += 1
         metric = (queries / queries.mean()).flatten().clamp(min=1e-3).diag()
         if not (values.isfinite().all() and metric.isfinite().all()):
             raise UserError(f"queries or values of layer {i} overflow; try another --dtype")
