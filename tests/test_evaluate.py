@@ -11,7 +11,7 @@ from torch import Tensor
 import cskv
 from experiments import caches, evaluate, measuring
 from experiments.tasks import longbench, records
-from experiments.tasks.longeval import RetrievalCase, make_cases
+from experiments.tasks.retrieval import RetrievalCase, make_cases
 from experiments.tasks.scores import wilson
 from model import FullCache
 from support.calibration import init_factors
@@ -471,7 +471,7 @@ MISTAKES = {
     "nowhere to write": ("longeval", ["--json", "no/such/rows.json"], "no folder no/such"),
     "too long a case": ("longeval", ["--lines", 300], "leaves no room in a context of 600"),
     "unknown set": ("longbench", ["--sets", "qasper"], "no set 'qasper'"),
-    "a Chinese set": ("lveval", ["--sets", "cmrc_mixup_16k"], "is in Chinese"),
+    "a Chinese set": ("lveval", ["--sets", "cmrc_mixup_16k"], "no set 'cmrc_mixup_16k'"),
     "no data": ("longbench", ["--data", "no"], "no file no/triviaqa_e.jsonl"),
     "a damaged line": ("longbench", ["--data", "F/damaged"], "triviaqa_e.jsonl, line 3: not JSON"),
     "a missing field": ("lveval", ["--data", "F/damaged"], "line 1: no 'answers' of type list"),

@@ -15,7 +15,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from experiments.tasks import longeval as retrieval
+from experiments.tasks import retrieval
 from support.command import UserError
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from experiments.tasks.longeval import PUBLISHED, RetrievalCase, make_cases, read_cases
+from experiments.tasks.retrieval import PUBLISHED, RetrievalCase, make_cases, read_cases
 from experiments.tasks.scores import is_correct
 from infer import generate, make_sampler
 from model import Transformer, full_cache

@@ -31,8 +31,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from experiments.tasks import longeval as retrieval
-from experiments.tasks.longeval import QUESTION
+from experiments.tasks import retrieval
+from experiments.tasks.retrieval import QUESTION
 from model import Config, Transformer
 from support.command import Arguments, UserError, number, replacing, run_command
 
