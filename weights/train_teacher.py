@@ -58,17 +58,13 @@ WORDINGS = (
 SPEECH = re.findall(r"[A-Za-z]+", PREAMBLE + retrieval.PASSKEY_FILLER + "".join(WORDINGS))
 
 
-# ----------------------------------------------------------------------------------- tokenizer
-
-
 def build_tokenizer() -> Tokenizer:
-    """Any text without loss, LongEval's in about 23 tokens a line, as large models' tokenizers.
+    """Any text without loss, LongEval's in about 23 tokens a line, as with large models.
 
-    Text becomes bytes (256 characters that stand for them), then the fewest pieces that spell it:
-    a unigram model in which all pieces have the same score. The pieces are the words of the
-    prompts, and for all other words, keys above all, every pair of small letters; a letter after a
-    space or a hyphen is a pair too. Every digit is a piece of its own. No key is, whole: what the
-    model learns of one word serves for all words.
+    Text becomes bytes (256 characters that stand for them), then the fewest pieces that spell it: a
+    unigram model in which all pieces have the same score. The pieces are the bytes, the words of
+    the prompts, and pairs of small letters, or of a space or a hyphen and a letter. No key is one
+    piece: what the model learns of one word serves for all words.
     """
     texts = [PREAMBLE, QUESTION, retrieval.PASSKEY_PREAMBLE, retrieval.PASSKEY_LINE]
     texts += [retrieval.PASSKEY_FILLER, retrieval.PASSKEY_QUESTION, retrieval.LINE, *WORDINGS]
@@ -156,11 +152,8 @@ def make_word(rng: random.Random) -> str:
 
 
 def draw_record(rng: random.Random, lines: int, spelled: bool) -> dict[str, int]:
-    """`lines` keys and their numbers; `spelled` ones are of made-up words.
-
-    Few words make many keys, in some records down to the square root: then most keys share each
-    word with others, and only both words together tell them apart.
-    """
+    """`lines` keys and their numbers; `spelled` keys are of made-up words, so few in some records
+    that most keys share each word with others, and only both words together tell them apart."""
     if not spelled:
         return retrieval.draw_record(rng, lines)
     least = math.isqrt(2 * lines) + 1
@@ -244,10 +237,8 @@ def predict(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def count_right(logits: Tensor, targets: Tensor, batch: Batch) -> tuple[int, int]:
-    """Numbers that greedy decoding gets right to the end, and numbers asked for.
-
-    If every digit is right given the right ones before it, greedy decoding writes the number.
-    """
+    """Numbers whose every token is the likeliest after the right ones before it, so that greedy
+    decoding writes them, and numbers asked for."""
     answer = batch.answer[:, 1:][batch.weight[:, 1:] > 0]  # [N]
     right = torch.zeros(int(answer.max()) + 1)
     exact = (logits.argmax(-1) == targets).float()  # [N]
