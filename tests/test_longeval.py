@@ -121,8 +121,9 @@ def test_cases_that_cannot_be(case):
 
 
 def test_published_cases(tmp_path):
-    """Whole prompts, the space at their ends included, cut where the record ends."""
-    prompt = "Below ...\n\nline a-b: REGISTER_CONTENT is <7>\n\nNow the record is over. Tell me? "
+    """Whole prompts, the space at their ends included, cut where the record ends, at the last."""
+    mark = "\nNow the record is over"
+    prompt = f"{mark}!\n\nline a-b: REGISTER_CONTENT is <7>\n{mark}. Tell me? "
     row = {"prompt": prompt, "expected_number": 7, "random_idx": ["a-b", 0], "num_lines": 1}
     file = tmp_path / "200_lines.jsonl"
     file.write_text(f"{json.dumps(row)}\n{json.dumps({**row, 'expected_number': 8})}\n")
