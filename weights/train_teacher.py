@@ -61,10 +61,9 @@ SPEECH = re.findall(r"[A-Za-z]+", PREAMBLE + retrieval.PASSKEY_FILLER + "".join(
 def build_tokenizer() -> Tokenizer:
     """Any text without loss, LongEval's in about 23 tokens a line, as with large models.
 
-    Text becomes bytes (256 characters that stand for them), then the fewest pieces that spell it: a
-    unigram model in which all pieces have the same score. The pieces are the bytes, the words of
-    the prompts, and pairs of small letters, or of a space or a hyphen and a letter. No key is one
-    piece: what the model learns of one word serves for all words.
+    Text becomes the fewest pieces that spell it: a unigram model in which all have the same score.
+    The pieces are the bytes, the words of the prompts, and pairs of small letters, or of a space or
+    a hyphen and a letter. So no key is one piece: what is learned of one word serves for all.
     """
     texts = [PREAMBLE, QUESTION, retrieval.PASSKEY_PREAMBLE, retrieval.PASSKEY_LINE]
     texts += [retrieval.PASSKEY_FILLER, retrieval.PASSKEY_QUESTION, retrieval.LINE, *WORDINGS]
@@ -79,9 +78,6 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(EOS, normalized=False)])
     return tokenizer
-
-
-# ---------------------------------------------------------------------------------- curriculum
 
 
 @dataclass(frozen=True)
@@ -306,6 +302,7 @@ class Trainer:
             torch.optim.AdamW(rest, lr=plan.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         self.step = self.level = 0
+        self.last = plan.levels - 1
         self.entered = 0  # the level's first step
         self.running = 0.0  # share of right numbers, of the last batches that have records
         self.curve = []  # a row a step
@@ -313,15 +310,12 @@ class Trainer:
     def rate(self) -> float:
         """Factor on the learning rates: a ramp up, the level's, down to zero at the last level."""
         rate = LEVELS[self.level].rate
-        if self.is_last_level():
+        if self.level == self.last:
             return rate * max(0.0, 1 - (self.step - self.entered) / self.plan.final)
         return rate * min(1.0, (self.step + 1) / self.plan.warmup)
 
-    def is_last_level(self) -> bool:
-        return self.level == self.plan.levels - 1
-
     def done(self) -> bool:
-        return self.is_last_level() and self.step - self.entered >= self.plan.final
+        return self.level == self.last and self.step - self.entered >= self.plan.final
 
     def train_step(self) -> dict[str, object]:
         """One step. Returns its row of the learning curve."""
@@ -352,7 +346,7 @@ class Trainer:
         self.curve.append(row)
         self.step += 1
         learned = self.running >= plan.advance or self.step - self.entered >= plan.patience
-        if learned and not self.is_last_level():
+        if learned and self.level < self.last:
             self.level += 1
             self.entered = self.step
             self.running = 0.5  # so that no level is left within a few batches
@@ -417,10 +411,8 @@ def export(trainer: Trainer, folder: Path) -> None:
 
 
 def train(plan: Plan, work: Path, out: Path, minutes: float = 3.0) -> None:
-    """Trains to the end, from the last checkpoint in `work` if there is one; exports to `out`.
-
-    A checkpoint is written after the first step that ends `minutes` after the one before.
-    """
+    """Trains to the end, from the last checkpoint in `work` if there is one, with `minutes` between
+    checkpoints; exports to `out`."""
     make_folder(work)
     make_folder(out)
     trainer = Trainer(plan)
