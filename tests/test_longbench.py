@@ -176,7 +176,8 @@ def test_damaged_records(tmp_path, line, message):
 
 
 def test_records_that_are_not_there(tmp_path):
-    for folder in (tmp_path, tmp_path / "missing"):
+    (tmp_path / "qasper_e.jsonl").write_text(json.dumps(RECORD))
+    for folder in (tmp_path, tmp_path / "missing", tmp_path / "qasper_e.jsonl"):
         with pytest.raises(UserError, match=r"no file .*hotpotqa_e\.jsonl"):
             read_records(HOTPOT, folder)
     path = tmp_path / "hotpotqa_e.jsonl"

@@ -77,7 +77,7 @@ def fetch(task: Task) -> Path:
 
 def find_file(place: Path, file: str) -> Path | zipfile.Path:
     """A file of this name in a folder, or one folder below; or anywhere in an archive."""
-    if place.is_file():
+    if place.suffix == ".zip":
         members = zipfile.ZipFile(place).namelist()
         paths = [zipfile.Path(place, name) for name in members if name.split("/")[-1] == file]
     else:
