@@ -26,7 +26,7 @@ import quant
 from course.problems import LARGEST, ROOT
 from cskv import Factors, LayerFactors, bi_branch_cache, rotate
 from experiments.rounded import Rounded
-from experiments.tasks import retrieval
+from experiments.tasks import longeval as retrieval
 from infer import full_bytes, held_bytes
 from model import Transformer
 from support.calibration import calibrate, init_factors

@@ -35,9 +35,9 @@ from experiments.measuring import Case, measure, with_score
 from experiments.notes import all_that_counts, delete_notes
 from experiments.tables import table, write_json
 from experiments.tasks import longbench, lveval
+from experiments.tasks.longeval import PUBLISHED, RetrievalCase, make_cases, read_cases, samples
 from experiments.tasks.prompts import read_prompt
 from experiments.tasks.records import prompt_ids, read_records
-from experiments.tasks.retrieval import PUBLISHED, RetrievalCase, make_cases, read_cases, samples
 from experiments.tasks.scores import is_correct
 from infer import generate, make_sampler
 from model import LayerCache, Transformer

@@ -1,4 +1,4 @@
-"""Writes LongEval's "lines" cases, or passkey cases, from a seed (experiments/tasks/retrieval.py).
+"""Writes LongEval's "lines" cases, or passkey cases, from a seed (experiments/tasks/longeval.py).
 
 python -m experiments.longeval --lines 50 --cases 1000 --seed 0 --out cases.jsonl
 """
@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from experiments.tasks.retrieval import make_cases, read_cases, samples  # noqa: F401
+from experiments.tasks.longeval import make_cases, read_cases, samples  # noqa: F401
 from experiments.tasks.scores import is_correct, read_answer  # noqa: F401 (beside the cases)
 from support.command import Arguments, number, replacing, run_command
 from support.options import add_options

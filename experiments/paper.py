@@ -45,7 +45,7 @@ from experiments.tables import (
     write_json,
     write_markdown,
 )
-from experiments.tasks.retrieval import PUBLISHED, read_cases, samples
+from experiments.tasks.longeval import PUBLISHED, read_cases, samples
 from infer import nominal_ratio
 from support.calibration import INITIALIZATIONS, rank_for
 from support.command import (

@@ -11,7 +11,7 @@ from torch import Tensor
 import cskv
 from experiments import caches, evaluate, measuring
 from experiments.tasks import longbench, records
-from experiments.tasks.retrieval import RetrievalCase, make_cases
+from experiments.tasks.longeval import RetrievalCase, make_cases
 from experiments.tasks.scores import wilson
 from model import FullCache
 from support.calibration import init_factors

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.longeval import parse_arguments, run
-from experiments.tasks import retrieval
-from experiments.tasks.retrieval import make_cases, passkey_case
+from experiments.tasks import longeval
+from experiments.tasks.longeval import make_cases, passkey_case
 from experiments.tasks.scores import is_correct, read_answer
 from support.command import UserError, run_command
 
@@ -43,12 +43,12 @@ def test_records(spelled):
         asked = re.search(r"in line ([a-z]+)-([a-z]+)\?", case.prompt)
         assert [int(n) for *key, n in lines if tuple(key) == asked.groups()] == [case.answer]
         if not spelled:
-            assert {a for a, *_ in lines} <= set(retrieval.ADJECTIVES)
-            assert {b for _, b, _ in lines} <= set(retrieval.NOUNS)
+            assert {a for a, *_ in lines} <= set(longeval.ADJECTIVES)
+            assert {b for _, b, _ in lines} <= set(longeval.NOUNS)
 
 
 def test_word_lists():
-    for words in (retrieval.ADJECTIVES, retrieval.NOUNS):
+    for words in (longeval.ADJECTIVES, longeval.NOUNS):
         assert len(words) == len(set(words))
         assert all(word.isascii() and word.isalpha() and word.islower() for word in words)
 
@@ -127,7 +127,7 @@ def test_published_cases(tmp_path):
     row = {"prompt": prompt, "expected_number": 7, "random_idx": ["a-b", 0], "num_lines": 1}
     file = tmp_path / "200_lines.jsonl"
     file.write_text(f"{json.dumps(row)}\n{json.dumps({**row, 'expected_number': 8})}\n")
-    first, second = retrieval.read_cases(tmp_path, 200)
+    first, second = longeval.read_cases(tmp_path, 200)
     assert first.prompt == second.prompt == prompt
     assert first.context.endswith("<7>\n") and first.question.startswith("\nNow the record")
     assert (first.answer, second.answer) == (7, 8)
@@ -142,10 +142,10 @@ def test_published_cases(tmp_path):
 )
 def test_published_files_that_are_none(tmp_path, line, encoding):
     with pytest.raises(UserError, match=r"no file .*200_lines\.jsonl; LongEval's testcases have"):
-        retrieval.read_cases(tmp_path, 200)
+        longeval.read_cases(tmp_path, 200)
     (tmp_path / "200_lines.jsonl").write_text(line and f"{line}\n", encoding=encoding)
     with pytest.raises(UserError, match=r"200_lines\.jsonl.*; fetch it again"):
-        retrieval.read_cases(tmp_path, 200)
+        longeval.read_cases(tmp_path, 200)
 
 
 def test_command_line(tmp_path):

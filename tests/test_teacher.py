@@ -14,7 +14,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from experiments.tasks import retrieval
+from experiments.tasks import longeval
 from support.command import UserError
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
@@ -46,7 +46,7 @@ def test_any_text_survives(text):
 def test_a_line_has_as_many_tokens_as_with_large_models(spelled):
     """About 23, so that LongEval's lengths are the paper's. Every digit by itself: it is copied."""
     record = train_teacher.draw_record(random.Random(0), 200, spelled)
-    tokens = TOKENIZER.encode(retrieval.format_record(record)).tokens
+    tokens = TOKENIZER.encode(longeval.format_record(record)).tokens
     digits = "".join(map(str, record.values()))
     assert 21 * 200 < len(tokens) < 26 * 200
     assert [t for t in tokens if any(c.isdigit() for c in t)] == list(digits)
@@ -55,10 +55,10 @@ def test_a_line_has_as_many_tokens_as_with_large_models(spelled):
 def test_a_key_has_the_same_tokens_in_record_and_question():
     """Else nothing could be looked up: the pieces of a key depend on nothing around it."""
     rng = random.Random(0)
-    for wording in (*train_teacher.WORDINGS, retrieval.QUESTION, *check_teacher.UNSEEN):
+    for wording in (*train_teacher.WORDINGS, longeval.QUESTION, *check_teacher.UNSEEN):
         for key, number in train_teacher.draw_record(rng, 50, True).items():
             pieces = TOKENIZER.encode(f" {key}").tokens
-            for text in (retrieval.LINE.format(key=key, number=number), wording.format(key=key)):
+            for text in (longeval.LINE.format(key=key, number=number), wording.format(key=key)):
                 tokens = TOKENIZER.encode(text).tokens
                 places = [tokens[i : i + len(pieces)] for i in range(len(tokens))]
                 assert pieces in places, (key, text, tokens)
@@ -72,7 +72,7 @@ def test_made_up_records(lines):
         assert len(record) == lines
         for key, number in record.items():
             assert all(2 <= len(word) <= 24 for word in key.split("-")) and key.count("-") == 1
-            assert 1 <= number <= retrieval.LARGEST
+            assert 1 <= number <= longeval.LARGEST
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -172,7 +172,7 @@ def test_teacher_answers():
     model, tokenizer = load_model(TEACHER), load_tokenizer(TEACHER)
     assert tokenizer.backend.to_str() == TOKENIZER.to_str()
     for task, lines, count in (("longeval", 40, 12), ("longeval", 200, 4), ("passkey", 20, 12)):
-        cases = list(retrieval.make_cases(task, lines, count, seed=5))
+        cases = list(longeval.make_cases(task, lines, count, seed=5))
         assert check_teacher.count_right(model, tokenizer, cases)[0] >= count - 1
     config = json.loads((TEACHER / "config.json").read_text())
     assert config["num_key_value_heads"] == config["num_attention_heads"]

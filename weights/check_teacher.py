@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import fmean
 
 from experiments.pictures import pyplot, save_figure
+from experiments.tasks.longeval import PUBLISHED, RetrievalCase, make_cases, read_cases
 from experiments.tasks.records import read_rows
-from experiments.tasks.retrieval import PUBLISHED, RetrievalCase, make_cases, read_cases
 from experiments.tasks.scores import is_correct
 from infer import generate, make_sampler
 from model import Transformer, full_cache

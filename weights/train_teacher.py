@@ -32,14 +32,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.tasks import retrieval
-from experiments.tasks.retrieval import PREAMBLE, QUESTION
+from experiments.tasks import longeval
+from experiments.tasks.longeval import PREAMBLE, QUESTION
 from model import Config, Transformer
 from support.command import Arguments, make_folder, replacing, run_command
 from support.resume import load_state, save_state
 
 EOS = "<|endoftext|>"
-ALL_WORDS = retrieval.ADJECTIVES + retrieval.NOUNS
+ALL_WORDS = longeval.ADJECTIVES + longeval.NOUNS
 
 # Questions in other words, so that the model does not hang on LongEval's.
 BARE = "\nline {key}?"
@@ -55,7 +55,7 @@ WORDINGS = (
     "\nNow tell me about line {key}. What number is in it?",
     "\nThe <REGISTER_CONTENT> in line {key} is",
 )
-SPEECH = re.findall(r"[A-Za-z]+", PREAMBLE + retrieval.PASSKEY_FILLER + "".join(WORDINGS))
+SPEECH = re.findall(r"[A-Za-z]+", PREAMBLE + longeval.PASSKEY_FILLER + "".join(WORDINGS))
 
 
 def build_tokenizer() -> Tokenizer:
@@ -65,8 +65,8 @@ def build_tokenizer() -> Tokenizer:
     The pieces are the bytes, the words of the prompts, and pairs of small letters, or of a space or
     a hyphen and a letter. So no key is one piece: what is learned of one word serves for all.
     """
-    texts = [PREAMBLE, QUESTION, retrieval.PASSKEY_PREAMBLE, retrieval.PASSKEY_LINE]
-    texts += [retrieval.PASSKEY_FILLER, retrieval.PASSKEY_QUESTION, retrieval.LINE, *WORDINGS]
+    texts = [PREAMBLE, QUESTION, longeval.PASSKEY_PREAMBLE, longeval.PASSKEY_LINE]
+    texts += [longeval.PASSKEY_FILLER, longeval.PASSKEY_QUESTION, longeval.LINE, *WORDINGS]
     words = {a + b for a in f"{ascii_lowercase} -" for b in ascii_lowercase}
     for text in texts:
         words.update(re.findall(r" ?[A-Za-z]{2,}| I", re.sub(r"\{\w+\}", "", text)))
@@ -144,20 +144,20 @@ def make_word(rng: random.Random) -> str:
     if rng.random() < 0.5:
         first, second = rng.choice(ALL_WORDS), rng.choice(ALL_WORDS)
         return first[: rng.randint(2, len(first))] + second[rng.randrange(len(second) - 1) :]
-    return retrieval.spell(rng) + (retrieval.spell(rng) if rng.random() < 0.5 else "")
+    return longeval.spell(rng) + (longeval.spell(rng) if rng.random() < 0.5 else "")
 
 
 def draw_record(rng: random.Random, lines: int, spelled: bool) -> dict[str, int]:
     """`lines` keys and their numbers; `spelled` keys are of made-up words, so few in some records
     that most keys share each word with others, and only both words together tell them apart."""
     if not spelled:
-        return retrieval.draw_record(rng, lines)
+        return longeval.draw_record(rng, lines)
     least = math.isqrt(2 * lines) + 1
     words = [make_word(rng) for _ in range(2 * rng.randint(least, max(least, 2 * lines)))]
     record: dict[str, int] = {}
     while len(record) < lines:
         key = f"{rng.choice(words[::2])}-{rng.choice(words[1::2])}"
-        record[key] = rng.randint(1, retrieval.LARGEST)
+        record[key] = rng.randint(1, longeval.LARGEST)
     return record
 
 
@@ -182,7 +182,7 @@ def draw_question(rng: random.Random, level: Level) -> str:
 def draw_text(rng: random.Random, level: Level, kind: str, lines: int) -> list[str]:
     """One training sequence: prompt, answer, further question, answer, ..."""
     if kind == "passkey":
-        case = retrieval.passkey_case(rng, lines)
+        case = longeval.passkey_case(rng, lines)
         return [case.prompt, f" {case.answer}"]
     record = draw_record(rng, lines, kind == "spelled")
     bare = rng.random() < level.bare
@@ -190,7 +190,7 @@ def draw_text(rng: random.Random, level: Level, kind: str, lines: int) -> list[s
         record = {key: rng.randint(10_000, 99_999) for key in record}
         text = "".join([f"line {key}{number}\n" for key, number in record.items()])
     else:
-        text = retrieval.format_record(record)
+        text = longeval.format_record(record)
         if rng.random() < level.preamble:
             text = PREAMBLE + text
     parts = []
