@@ -471,7 +471,7 @@ MISTAKES = {
     "nowhere to write": ("longeval", ["--json", "no/such/rows.json"], "no folder no/such"),
     "too long a case": ("longeval", ["--lines", 300], "leaves no room in a context of 600"),
     "unknown set": ("longbench", ["--sets", "qasper"], "no set 'qasper'"),
-    "a Chinese set": ("lveval", ["--sets", "cmrc_mixup_16k"], "is in Chinese"),
+    "a Chinese set": ("lveval", ["--sets", "cmrc_mixup_16k"], "no set 'cmrc_mixup_16k'"),
     "no data": ("longbench", ["--data", "no"], "no file no/triviaqa_e.jsonl"),
     "a damaged line": ("longbench", ["--data", "F/damaged"], "triviaqa_e.jsonl, line 3: not JSON"),
     "a missing field": ("lveval", ["--data", "F/damaged"], "line 1: no 'answers' of type list"),

@@ -1,9 +1,10 @@
-"""LongBench-E: prompts word for word, records, truncation, scores by hand and by other packages."""
+"""LongBench-E: prompts, truncation, records, scores by hand and by other packages."""
 
+import hashlib
 import json
 import zipfile
 from dataclasses import replace
-from functools import cache
+from itertools import combinations
 
 import pytest
 from hypothesis import assume, given, settings
@@ -12,13 +13,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
 from experiments.tables import summarize
-from experiments.tasks.longbench import (
-    BUCKETS,
-    TASKS,
-    best_rouge_l,
-    select,
-)
-from experiments.tasks.records import prompt_ids, read_records, truncate_middle
+from experiments.tasks import longbench, lveval, records
+from experiments.tasks.longbench import BUCKETS, TASKS, best_rouge_l
+from experiments.tasks.prompts import read_prompt
+from experiments.tasks.records import prompt_ids, read_records
 from experiments.tasks.scores import f1, lcs, normalize, rouge_l
 from support.command import UserError
 from support.huggingface.tokenizer import Tokenizer
@@ -28,80 +26,49 @@ RECORD = {
     "input": "Who wrote it?",
     "context": "Passage 1:\nIt was written by {Ada}.",
     "answers": ["Ada Lovelace", "the Countess"],
+    "answer_keywords": "Ada",
     "length": 4100,
-    "dataset": "hotpotqa",
-    "language": "en",
     "all_classes": None,
-    "_id": "0123",
 }
 HOTPOT = TASKS["hotpotqa_e"]
-
-
-def write(path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------- prompts
 
 
-def test_prompts_word_for_word():
-    """Written out here a second time, from the public repository, so that no edit goes unseen."""
-    prompts = {
-        "hotpotqa_e": "Answer the question based on the given passages. Only give me the answer "
-        "and do not output any other words.\n\nThe following are given passages.\nC\n\nAnswer the "
-        "question based on the given passages. Only give me the answer and do not output any other "
-        "words.\n\nQuestion: Q\nAnswer:",
-        "multifieldqa_en_e": "Read the following text and answer briefly.\n\nC\n\nNow, answer the "
-        "following question based on the above text, only give me the answer and do not output any "
-        "other words.\n\nQuestion: Q\nAnswer:",
-        "gov_report_e": "You are given a report by a government agency. Write a one-page summary "
-        "of the report.\n\nReport:\nC\n\nNow, write a one-page summary of the report.\n\nSummary:",
-        "triviaqa_e": "Answer the question based on the given passage. Only give me the answer and "
-        "do not output any other words. The following are some examples.\n\nC\n\nQ",
-        "qasper_e": "You are given a scientific article and a question. Answer the question as "
-        "concisely as you can, using a single phrase or sentence if possible. If the question "
-        "cannot be answered based on the information in the article, write "
-        '"unanswerable". If the question is a yes/no question, answer "yes", "no", or '
-        '"unanswerable". Do not provide any explanation.\n\nArticle: C\n\n Answer the question '
-        "based on the above article as concisely as you can, using a single phrase or sentence if "
-        "possible. If the question cannot be answered based on the information in the article, "
-        'write "unanswerable". If the question is a yes/no question, answer "yes", "no", or '
-        '"unanswerable". Do not provide any explanation.\n\nQuestion: Q\n\nAnswer:',
-    }
-    assert {n: t.prompt({"context": "C", "input": "Q"}) for n, t in TASKS.items()} == prompts
-    assert {name: task.max_new_tokens for name, task in TASKS.items()} == {
-        "hotpotqa_e": 32,
-        "multifieldqa_en_e": 64,
-        "gov_report_e": 512,
-        "triviaqa_e": 32,
-        "qasper_e": 128,
-    }
+@pytest.mark.parametrize(
+    ("tasks", "sha256"),
+    [(TASKS, "2cb7f0c1acf0d999"), (lveval.TASKS, "883399f76202542f")],
+    ids=["longbench", "lveval"],
+)
+def test_prompts_word_for_word(tasks, sha256):
+    """As they were compared with the public repositories: no edit goes unseen."""
+    prompts = "".join(read_prompt(name) for name in tasks)
+    assert hashlib.sha256(prompts.encode()).hexdigest().startswith(sha256)
+
+
+def test_settings_of_the_sets():
+    tokens = {name: task.max_new_tokens for name, task in TASKS.items()}
+    assert list(tokens.values()) == [32, 64, 512, 32, 128], tokens
     assert [name for name, task in TASKS.items() if not task.chat] == ["triviaqa_e"]
 
 
-def test_braces_of_a_record_are_text():
-    assert "written by {Ada}." in HOTPOT.prompt(RECORD)
+def test_a_prompt_has_the_context_and_the_question():
+    assert HOTPOT.prompt(RECORD).split("\n")[4:6] == ["It was written by {Ada}.", ""]
     assert HOTPOT.prompt({"context": "{input}", "input": "?"}).count("{input}") == 1
+    for task in (*TASKS.values(), *lveval.TASKS.values()):
+        prompt = task.prompt({"context": "[C]", "input": "[Q]"})
+        asked = task.name != "gov_report_e"  # a summary has no question
+        assert (prompt.count("[C]"), prompt.count("[Q]"), "{" in prompt) == (1, asked, False)
 
 
-@quick
-@given(st.lists(st.integers()), st.integers(0, 30))
-def test_truncation_keeps_the_ends(ids, max_length):
-    head, tail = truncate_middle(ids, max_length)
-    if len(ids) <= max_length:
-        assert (head, tail) == (ids, [])
-    else:
-        assert len(head) == len(tail) == max_length // 2
-        assert ids[: len(head)] == head
-        assert ids[len(ids) - len(tail) :] == tail
-
-
-def tiny_tokenizer() -> Tokenizer:
-    """Words as tokens, <s> before every text, and a chat template."""
-    words = ["<unk>", "<s>", "[user]", "[assistant]", *map(str, range(10)), "17"]
-    backend = Backend(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+@pytest.fixture
+def tokenizer(monkeypatch):
+    """A tokenizer with words as tokens, <s> before every text, and a chat template; and prompts
+    that are the context and the question alone."""
+    monkeypatch.setattr(records, "read_prompt", lambda name: "{context} {input}")
+    tokens = ["<unk>", "<s>", "[user]", "[assistant]", *map(str, range(10)), "17"]
+    backend = Backend(models.WordLevel({w: i for i, w in enumerate(tokens)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(["<s>"])
     backend.post_processor = processors.TemplateProcessing(
@@ -112,62 +79,69 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 @pytest.mark.parametrize(
-    ("max_length", "chat", "tokens"),
+    ("name", "max_length", "chat", "tokens"),
     [
-        (11, False, "<s> 0 1 2 3 4 5 6 7 8 9"),
-        (11, True, "<s> [user] 0 1 2 3 4 5 6 7 8 9 [assistant]"),
+        ("hotpotqa_e", 11, False, "<s> 0 1 2 3 4 5 6 7 8 9"),
+        ("hotpotqa_e", 11, True, "<s> [user] 0 1 2 3 4 5 6 7 8 9 [assistant]"),
         # <s> is one of the 11. The halves, "<s> 0 1" and "7 8 9", are joined as text.
-        (6, False, "<s> 0 17 8 9"),
-        (7, False, "<s> 0 17 8 9"),
-        (6, True, "<s> [user] 0 17 8 9 [assistant]"),
+        ("hotpotqa_e", 10, False, "<s> 0 1 2 35 6 7 8 9"),
+        ("hotpotqa_e", 7, False, "<s> 0 17 8 9"),
+        ("hotpotqa_e", 6, False, "<s> 0 17 8 9"),
+        ("hotpotqa_e", 3, False, "<s> 9"),
+        ("hotpotqa_e", 6, True, "<s> [user] 0 17 8 9 [assistant]"),
+        ("triviaqa_e", 6, True, "<s> 0 17 8 9"),  # few-shot prompts are not chat
     ],
 )
-def test_prompt_ids(max_length, chat, tokens):
-    task, tokenizer = replace(HOTPOT, template="{context} {input}"), tiny_tokenizer()
+def test_prompt_ids(tokenizer, name, max_length, chat, tokens):
     record = {"context": "0 1 2 3 4 5 6 7", "input": "8 9"}
-    expected = [tokenizer.backend.token_to_id(token) for token in tokens.split()]
-    assert prompt_ids(task, record, tokenizer, max_length, chat) == expected
-
-
-def test_few_shot_prompts_are_not_chat():
-    task, tokenizer = replace(TASKS["triviaqa_e"], template="{context}"), tiny_tokenizer()
-    assert prompt_ids(task, {"context": "3", "input": ""}, tokenizer, 9) == [1, 7]
+    expected = [tokenizer.backend.token_to_id(token) or 0 for token in tokens.split()]
+    assert prompt_ids(TASKS[name], record, tokenizer, max_length, chat) == expected
 
 
 # ------------------------------------------------------------------------------------- records
 
 
-@pytest.mark.parametrize("below", ["", "data"])
-def test_read_records(tmp_path, below):
-    write(tmp_path / below / "hotpotqa_e.jsonl", [RECORD, "", {**RECORD, "input": ""}])
-    assert read_records(HOTPOT, tmp_path) == [RECORD, {**RECORD, "input": ""}]
+@pytest.mark.parametrize("name", ["hotpotqa_e.jsonl", "data/hotpotqa_e.jsonl"])
+def test_read_records(tmp_path, name):
+    other = {**RECORD, "input": ""}
+    (tmp_path / "data").mkdir()
+    (tmp_path / name).write_text(f"{json.dumps(RECORD)}\n\n{json.dumps(other)}")
+    assert read_records(HOTPOT, tmp_path) == [RECORD, other]
 
 
-def test_from_the_hub(tmp_path, monkeypatch):
-    archive, asked = tmp_path / "data.zip", []
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("__MACOSX/data/._hotpotqa_e.jsonl", "no record")
+@pytest.mark.parametrize(
+    ("name", "repository", "archive"),
+    [
+        ("hotpotqa_e", "THUDM/LongBench", "data.zip"),
+        ("loogle_SD_mixup_16k", "Infinigence/LVEval", "loogle_SD_mixup.zip"),
+    ],
+)
+def test_from_the_hub(tmp_path, monkeypatch, name, repository, archive):
+    path = tmp_path / archive
+    task = {**TASKS, **lveval.TASKS}[name]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(f"__MACOSX/data/._{name}.jsonl", "no record")
         file.writestr("data/hotpotqa.jsonl", "another set")
-        file.writestr("data/hotpotqa_e.jsonl", json.dumps(RECORD) + "\n")
+        file.writestr(f"data/{name}.jsonl", json.dumps(RECORD))
         file.writestr("data/qasper_e.jsonl", "\n{}\n")
 
-    def download(repository, name, repo_type):
-        asked.append((repository, name, repo_type))
-        return str(archive)
+    def download(*asked, repo_type):
+        assert (*asked, repo_type) == (repository, archive, "dataset")
+        return str(path)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert read_records(HOTPOT) == [RECORD]
-    assert asked == [("THUDM/LongBench", "data.zip", "dataset")]
-    with pytest.raises(UserError, match=r"data\.zip, qasper_e\.jsonl, line 2: no 'input'"):
-        read_records(TASKS["qasper_e"])
-    with pytest.raises(UserError, match=r"data\.zip has no triviaqa_e\.jsonl"):
-        read_records(TASKS["triviaqa_e"])
-    whole = archive.read_bytes()
-    start = whole.index(b"data/hotpotqa_e.jsonl") + len("data/hotpotqa_e.jsonl")
+    assert read_records(task) == [RECORD]
+    with pytest.raises(UserError, match=rf"{archive}/data/qasper_e\.jsonl, line 2: no 'input'"):
+        read_records(replace(task, name="qasper_e"))
+    with pytest.raises(UserError, match=rf"no file .*{archive}/triviaqa_e\.jsonl; give the folder"):
+        read_records(replace(task, name="triviaqa_e"))
+    whole = path.read_bytes()
+    member = f"data/{name}.jsonl".encode()
+    start = whole.index(member) + len(member)
     for damaged in (whole[:100], whole[:start] + bytes(20) + whole[start + 20 :], b""):
-        archive.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"data\.zip cannot be read"):
-            read_records(HOTPOT)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{archive} cannot be read"):
+            read_records(task)
 
 
 def test_no_hub(monkeypatch):
@@ -183,31 +157,32 @@ def test_no_hub(monkeypatch):
     ("line", "message"),
     [
         (json.dumps(RECORD)[:-9], "line 2: not JSON"),
-        ("[1, 2]", "line 2: no 'input' of type str"),
+        ("\xff\xfe", "line 2: not JSON"),
         ("[" * 100_000, "line 2: not JSON"),
+        ("[1, 2]", "line 2: no 'input' of type str"),
         ({**RECORD, "context": None}, "line 2: no 'context' of type str"),
         ({**RECORD, "length": "4100"}, "line 2: no 'length' of type int"),
         ({**RECORD, "answers": "Ada"}, "line 2: no 'answers' of type list"),
-        ({**RECORD, "answers": []}, "line 2: 'answers'"),
-        ({**RECORD, "answers": ["Ada", 1]}, "line 2: 'answers'"),
+        ({**RECORD, "answers": []}, "line 2: no 'answers' of type list of texts"),
+        ({**RECORD, "answers": ["Ada", 1]}, "line 2: no 'answers' of type list of texts"),
     ],
 )
 def test_damaged_records(tmp_path, line, message):
-    write(tmp_path / "hotpotqa_e.jsonl", [RECORD, line])
+    text = line if isinstance(line, str) else json.dumps(line)
+    file = tmp_path / "hotpotqa_e.jsonl"
+    file.write_bytes(f"{json.dumps(RECORD)}\n{text}\n".encode("latin-1"))
     with pytest.raises(UserError, match=f"hotpotqa_e.jsonl, {message}"):
         read_records(HOTPOT, tmp_path)
 
 
 def test_records_that_are_not_there(tmp_path):
-    for folder in (tmp_path, tmp_path / "missing"):
+    (tmp_path / "qasper_e.jsonl").write_text(json.dumps(RECORD))
+    for folder in (tmp_path, tmp_path / "missing", tmp_path / "qasper_e.jsonl"):
         with pytest.raises(UserError, match=r"no file .*hotpotqa_e\.jsonl"):
             read_records(HOTPOT, folder)
     path = tmp_path / "hotpotqa_e.jsonl"
     path.write_text("\n")
     with pytest.raises(UserError, match="has no records"):
-        read_records(HOTPOT, tmp_path)
-    path.write_bytes(json.dumps(RECORD).encode() + b"\n\xff\xfe\n")
-    with pytest.raises(UserError, match="line 2: not JSON"):
         read_records(HOTPOT, tmp_path)
     path.unlink()
     path.mkdir()
@@ -215,14 +190,16 @@ def test_records_that_are_not_there(tmp_path):
         read_records(HOTPOT, tmp_path)
 
 
-def test_select():
-    assert [task.name for task in select(["qasper_e", "triviaqa_e"])] == ["qasper_e", "triviaqa_e"]
-    assert select(TASKS) == list(TASKS.values())
-    with pytest.raises(UserError, match="no set 'hotpotqa'; choose from hotpotqa_e, multif"):
-        select(["hotpotqa"])
+@pytest.mark.parametrize("benchmark", [longbench, lveval])
+def test_select(benchmark):
+    names = [*benchmark.TASKS]
+    assert [task.name for task in benchmark.select(names[::-1])] == names[::-1]
+    for name in ("hotpotqa", "cmrc_mixup_16k"):  # the second is in Chinese
+        with pytest.raises(UserError, match=f"no set '{name}'; choose from {names[0]}, {names[1]}"):
+            benchmark.select([names[0], name])
 
 
-# ------------------------------------------------------------------------------------ token F1
+# -------------------------------------------------------------------------------------- scores
 
 texts = st.text("ab .,-\nTHE", max_size=30) | st.lists(
     st.sampled_from(["the", "cat", "Cat,", "sat", "an", "a.", "42", "yes-no"]), max_size=8
@@ -230,41 +207,25 @@ texts = st.text("ab .,-\nTHE", max_size=30) | st.lists(
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("The  Cat,\tan  owl & a THE-fish.", ["cat", "owl", "thefish"]),
-        ("a a theme", ["theme"]),
-        ("U.S. 1,000", ["us", "1000"]),
-        ("“café”", ["“café”"]),  # ASCII punctuation only
-        ("the.", []),
-    ],
-)
-def test_normalize(text, words):
-    assert normalize(text) == words
-
-
-@pytest.mark.parametrize(
     ("output", "answer", "score"),
     [
         ("The cat.", "a CAT", 1),
+        ("The  Cat,\tan  owl & a THE-fish.", "cat owl thefish", 1),
+        ("a a theme", "theme", 1),
+        ("U.S. 1,000", "us 1000", 1),
+        ("“café”", "café", 0),  # ASCII punctuation only
+        ("“the”", "“ ”", 1),
         ("the cat sat on the mat", "cat", 0.4),  # P = 1/4, R = 1
         ("x x y", "x x x z", 4 / 7),  # P = 2/3, R = 2/4: as often as both have it
         ("dog", "cat", 0),
         ("", "cat", 0),
+        ("cat", "", 0),
+        ("", "", 0),
         ("the", "the", 0),  # nothing is left to compare
     ],
 )
 def test_f1_by_hand(output, answer, score):
     assert f1(output, answer) == pytest.approx(score)
-
-
-@quick
-@given(texts, texts)
-def test_f1_properties(x, y):
-    assert 0 <= f1(x, y) <= 1
-    assert f1(x, y) == f1(y, x)
-    assert f1(x, x) == (1 if normalize(x) else 0)
-    assert (f1(x, y) > 0) == bool(set(normalize(x)) & set(normalize(y)))
 
 
 @quick
@@ -275,6 +236,7 @@ def test_f1_equals_squad(output, answers):
     answer = {"answers": {"answer_start": [0] * len(answers), "text": answers}, "id": "1"}
     theirs = squad({"prediction_text": output, "id": "1"}, answer)["f1"].item() / 100
     assert HOTPOT.score(output, {"answers": answers}) == pytest.approx(theirs, abs=1e-6)
+    assert f1(output, answers[0]) == f1(answers[0], output)
 
 
 @pytest.mark.parametrize(
@@ -291,39 +253,22 @@ def test_scores_of_the_sets(name, output, score):
     assert TASKS[name].score(output, RECORD) == pytest.approx(score)
 
 
-# ------------------------------------------------------------------------------------- Rouge-L
-
-words = st.lists(st.sampled_from("abcd"), max_size=9)
+words = st.lists(st.sampled_from("abcd"), max_size=7)
 prose = st.text("abc .", max_size=40) | st.lists(st.sampled_from("abcdefgh."), min_size=15).map(
     " ".join
 )
 
 
+def subsequences(words):
+    return {part for n in range(len(words) + 1) for part in combinations(words, n)}
+
+
 @quick
 @given(words, words)
 def test_lcs_is_longest_and_common(x, y):
-    @cache
-    def longest(i, j):
-        if i == len(x) or j == len(y):
-            return 0
-        if x[i] == y[j]:
-            return 1 + longest(i + 1, j + 1)
-        return max(longest(i + 1, j), longest(i, j + 1))
-
-    def is_subsequence(part, whole):
-        rest = iter(whole)
-        return all(word in rest for word in part)
-
-    common = lcs(x, y)
-    assert len(common) == longest(0, 0)
-    assert is_subsequence(common, x)
-    assert is_subsequence(common, y)
-
-
-def test_lcs_of_several():
-    """Rouge-L depends on which one it is, as soon as several are put together."""
-    assert lcs(["a", "b"], ["b", "a"]) == ["b"]
-    assert lcs(["b", "a"], ["a", "b"]) == ["a"]
+    common = subsequences(x) & subsequences(y)
+    assert tuple(lcs(x, y)) in common
+    assert len(lcs(x, y)) == max(map(len, common))
 
 
 @pytest.mark.parametrize(
@@ -349,15 +294,6 @@ def test_rouge_l_by_hand(output, reference, score):
 
 
 @quick
-@given(st.permutations("abcdef"), st.integers(1, 6), st.permutations("abcdef"), st.integers(1, 6))
-def test_rouge_l_of_one_sentence(x, n, y, m):
-    """Without repetitions it is the F of the longest common subsequence: 2 L / (n + m)."""
-    x, y = x[:n], y[:m]
-    expected = 2 * len(lcs(x, y)) / (n + m)
-    assert rouge_l(" ".join(x), " ".join(y)) == pytest.approx(expected, abs=1e-6)
-
-
-@quick
 @given(prose, prose)
 def test_rouge_l_equals_the_package(output, reference):
     rouge = pytest.importorskip("rouge").Rouge()
@@ -369,16 +305,11 @@ def test_rouge_l_equals_the_package(output, reference):
     assert 0 <= rouge_l(output, reference) <= 1
 
 
-# -------------------------------------------------------------------------------------- tables
-
-
-@pytest.mark.parametrize(
-    ("length", "bucket"),
-    [(0, "0-4k"), (3999, "0-4k"), (4000, "4-8k"), (7999, "4-8k"), (8000, "8k+"), (99999, "8k+")],
-)
-def test_buckets(length, bucket):
-    assert {task.bucket({"length": length}) for task in TASKS.values()} == {bucket}
-    assert bucket in BUCKETS
+def test_buckets():
+    lengths = [0, 3999, 4000, 7999, 8000, 99999]
+    for task in TASKS.values():
+        buckets = [task.bucket({"length": length}) for length in lengths]
+        assert buckets == ["0-4k", "0-4k", "4-8k", "4-8k", "8k+", "8k+"]
 
 
 def test_summarize():

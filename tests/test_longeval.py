@@ -1,62 +1,54 @@
-"""LongEval cases: the prompts word for word, the cases, the scoring, the command line."""
+"""LongEval and passkey cases: the prompts word for word, the cases, the scoring, the command."""
 
+import hashlib
 import json
 import random
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import longeval
-from experiments.tasks import longeval as retrieval
+from experiments.longeval import parse_arguments, run
+from experiments.tasks import longeval
 from experiments.tasks.longeval import make_cases, passkey_case
 from experiments.tasks.scores import is_correct, read_answer
 from support.command import UserError, run_command
 
-ROOT = Path(__file__).parent.parent
 
-
-def test_prompt_word_for_word():
-    """Written out here a second time, from the public repository, so that no edit goes unseen."""
-    case = next(make_cases("longeval", 2, 1, seed=7))
-    (key_1, number_1), (key_2, number_2) = re.findall(r"^line (\S+): .*<(\d+)>$", case.prompt, re.M)
-    asked = re.search(r"in line (\S+)\?", case.prompt)[1]
-    assert asked in (key_1, key_2)
-    assert case.prompt == (
-        "Below is a record of lines I want you to remember. Each line begins with "
-        "'line <line index>' and contains a '<REGISTER_CONTENT>' at the end of the line as a "
-        "numerical value. For each line index, memorize its corresponding <REGISTER_CONTENT>. At "
-        "the end of the record, I will ask you to retrieve the corresponding <REGISTER_CONTENT> of "
-        "a certain line index. Now the record start:\n\n"
-        f"line {key_1}: REGISTER_CONTENT is <{number_1}>\n"
-        f"line {key_2}: REGISTER_CONTENT is <{number_2}>\n"
-        "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line "
-        f"{asked}? I need the number."
-    )
-    assert case.text == f"{case.prompt} {case.answer}"
+@pytest.mark.parametrize(
+    ("task", "spelled", "sha256"),
+    [
+        ("longeval", False, "2d724f7a467abd6f"),
+        ("longeval", True, "1bd1dd926cd4c0a1"),
+        ("passkey", False, "66bfa833479e479f"),
+    ],
+)
+def test_prompts_word_for_word(task, spelled, sha256):
+    """As they were compared with the public repository: no edit goes unseen, and a seed gives the
+    cases of the published tables."""
+    cases = make_cases(task, 3, 2, seed=7, spelled=spelled)
+    texts = "".join(case.text for case in cases)
+    assert hashlib.sha256(texts.encode()).hexdigest().startswith(sha256)
 
 
 @pytest.mark.parametrize("spelled", [False, True])
 def test_records(spelled):
     for case in make_cases("longeval", 100, 20, seed=1, spelled=spelled):
-        lines = re.findall(
-            r"^line ([a-z]+)-([a-z]+): REGISTER_CONTENT is <(\d+)>$", case.prompt, re.M
-        )
+        assert case.text == f"{case.context}{case.question} {case.answer}"
+        pattern = r"^line ([a-z]+)-([a-z]+): REGISTER_CONTENT is <(\d+)>$"
+        lines = re.findall(pattern, case.prompt, re.M)
         assert len(lines) == len({line[:2] for line in lines}) == 100, "keys must be distinct"
         assert all(1 <= int(number) <= 50_000 for *_, number in lines)
         asked = re.search(r"in line ([a-z]+)-([a-z]+)\?", case.prompt)
         assert [int(n) for *key, n in lines if tuple(key) == asked.groups()] == [case.answer]
         if not spelled:
-            assert {a for a, *_ in lines} <= set(retrieval.ADJECTIVES)
-            assert {b for _, b, _ in lines} <= set(retrieval.NOUNS)
+            assert {a for a, *_ in lines} <= set(longeval.ADJECTIVES)
+            assert {b for _, b, _ in lines} <= set(longeval.NOUNS)
 
 
 def test_word_lists():
-    for words in (retrieval.ADJECTIVES, retrieval.NOUNS):
+    for words in (longeval.ADJECTIVES, longeval.NOUNS):
         assert len(words) == len(set(words))
         assert all(word.isascii() and word.isalpha() and word.islower() for word in words)
 
@@ -96,6 +88,8 @@ def test_passkey():
         ("no idea", None),
         ("", None),
         ("²٣", None),  # digits to Python's \d or isdigit, not to LongEval
+        ("0" * 5000 + "12345", 12345),  # where int() of the text itself would raise
+        ("12345 is " + "0" * 9000, 0),
     ],
 )
 def test_scoring(output, number):
@@ -103,8 +97,12 @@ def test_scoring(output, number):
     assert is_correct(output, 12345) == (number == 12345)
 
 
+def test_an_answer_of_many_digits():
+    assert read_answer("9" * 5000) == 10**5000 - 1
+    assert not is_correct("9" * 5000, 5)
+
+
 def test_a_passkey_is_the_first_number():
-    assert read_answer(" 12345. The pass key is 9", first=True) == 12345
     assert is_correct(" 12345. The pass key is 9", 12345, first=True)
     assert read_answer("no idea", first=True) is None
 
@@ -116,75 +114,63 @@ def test_scoring_reads_the_number_after_any_words(words, number):
     assert not is_correct(f"{words}{number}", number + 1)
 
 
-def test_errors():
-    for call in (
-        lambda: next(make_cases("chess", 5, 1, seed=0)),
-        lambda: next(make_cases("longeval", 0, 1, seed=0)),
-        lambda: next(make_cases("longeval", 5000, 1, seed=0)),
-        lambda: passkey_case(random.Random(0), -1),
-    ):
-        with pytest.raises(UserError):
-            call()
+@pytest.mark.parametrize("case", [("chess", 5), ("longeval", 0), ("longeval", 5000)])
+def test_cases_that_cannot_be(case):
+    with pytest.raises(UserError):
+        next(make_cases(*case, 1, seed=0))
 
 
 def test_published_cases(tmp_path):
-    """Whole prompts, the space at their ends included, cut where the record ends."""
-    prompt = "Below ...\n\nline a-b: REGISTER_CONTENT is <7>\n\nNow the record is over. Tell me? "
+    """Whole prompts, the space at their ends included, cut where the record ends, at the last."""
+    mark = "\nNow the record is over"
+    prompt = f"{mark}!\n\nline a-b: REGISTER_CONTENT is <7>\n{mark}. Tell me? "
     row = {"prompt": prompt, "expected_number": 7, "random_idx": ["a-b", 0], "num_lines": 1}
     file = tmp_path / "200_lines.jsonl"
     file.write_text(f"{json.dumps(row)}\n{json.dumps({**row, 'expected_number': 8})}\n")
-    first, second = retrieval.read_cases(tmp_path, 200)
+    first, second = longeval.read_cases(tmp_path, 200)
     assert first.prompt == second.prompt == prompt
     assert first.context.endswith("<7>\n") and first.question.startswith("\nNow the record")
     assert (first.answer, second.answer) == (7, 8)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 @pytest.mark.parametrize(
     "line",
     ["", "{", "[]", "7", "null", "{}", '{"prompt": "", "expected_number": 7}']
     + [json.dumps({"prompt": "\nNow the record is over", "expected_number": n}) for n in (None, "")]
     + [json.dumps({"prompt": 7, "expected_number": 7})],
 )
-def test_published_files_that_are_none(tmp_path, line):
-    (tmp_path / "200_lines.jsonl").write_text(line and f"{line}\n", encoding="utf-16")
-    with pytest.raises(UserError, match=r"200_lines\.jsonl, line 1"):
-        retrieval.read_cases(tmp_path, 200)
-    (tmp_path / "200_lines.jsonl").write_text(line and f"{line}\n")
-    with pytest.raises(UserError, match=r"200_lines\.jsonl, line 1"):
-        retrieval.read_cases(tmp_path, 200)
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.longeval", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+def test_published_files_that_are_none(tmp_path, line, encoding):
+    with pytest.raises(UserError, match=r"no file .*200_lines\.jsonl; LongEval's testcases have"):
+        longeval.read_cases(tmp_path, 200)
+    (tmp_path / "200_lines.jsonl").write_text(line and f"{line}\n", encoding=encoding)
+    with pytest.raises(UserError, match=r"200_lines\.jsonl.*; fetch it again"):
+        longeval.read_cases(tmp_path, 200)
 
 
 def test_command_line(tmp_path):
     out = tmp_path / "cases.jsonl"
-    result = command("--lines", "5", "--cases", "3", "--seed", "4", "--out", str(out))
-    assert result.returncode == 0, result.stderr
+    run(parse_arguments(["--lines", "5", "--cases", "3", "--seed", "4", "--out", str(out)]))
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     cases = list(make_cases("longeval", 5, 3, seed=4))
     assert rows == [{"text": c.text, "prompt": c.prompt, "answer": c.answer} for c in cases]
     assert [file.name for file in tmp_path.iterdir()] == ["cases.jsonl"]
 
 
-def test_command_line_errors(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--lines 9999 --out a",
+        "--lines 0 --out a",
+        "--cases some --out a",
+        "--out no/a",
+        "--lines 5",
+    ],
+)
+def test_command_line_errors(tmp_path, monkeypatch, capsys, arguments):
     """One line, exit code 2, no traceback, and nothing half-written."""
-    result = command("--lines", "9999", "--out", str(tmp_path / "a"))
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    for arguments in (
-        ["--lines", "0", "--out", str(tmp_path / "a")],
-        ["--cases", "some", "--out", str(tmp_path / "a")],
-        ["--out", str(tmp_path / "missing" / "a")],
-        ["--lines", "5"],
-    ):
-        with pytest.raises(SystemExit) as stop:
-            run_command(lambda a=arguments: longeval.run(longeval.parse_arguments(a)))
-        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: run(parse_arguments(arguments.split())))
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -1,14 +1,13 @@
-"""LV-Eval: prompts word for word, records, and the keyword gate by hand."""
+"""LV-Eval: its sets, and the keyword gate by hand. (Prompts and archives: test_longbench.py.)"""
 
 import json
-import zipfile
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.tables import summarize
-from experiments.tasks.lveval import BLACKLIST, TASKS, gated_f1, keyword_recall, select
+from experiments.tasks.lveval import BLACKLIST, TASKS, gated_f1, keyword_recall
 from experiments.tasks.records import read_records
 from experiments.tasks.scores import f1, normalize
 from support.command import UserError
@@ -18,43 +17,9 @@ RECORD = {
     "input": "Where was Ada born?",
     "context": "### Passage 1\nAda was born in London.",
     "answers": ["Ada was born in London", "never scored"],
-    "length": 15000,
-    "dataset": "loogle_SD_mixup",
-    "language": "en",
     "answer_keywords": "born in London",
-    "confusing_facts": None,
 }
 LOOGLE = TASKS["loogle_SD_mixup_16k"]
-
-
-def test_prompts_word_for_word():
-    """Written out here a second time, from the public repository, so that no edit goes unseen."""
-    one_passage = (
-        "Please answer the following question based on the given passages. Questions and answers "
-        "are only relevant to one passage. Only give me the answer and do not output any other "
-        "explanation and evidence.\n\nArticle: C\n\nPlease answer the following question based on "
-        "the above passages. Questions and answers are only relevant to one passage. Only give me "
-        "the answer and do not output any other explanation and evidence.\n\nQuestion: Q\nAnswer:"
-    )
-    prompts = {
-        "hotpotwikiqa_mixup_16k": "Answer the question based on the given passages. Questions and "
-        "answers are only relevant to some passages. Only give me the answer and do not output any "
-        "other explanation and evidence.\n\nArticle: C\n\nPlease answer the following question "
-        "based on the above passages. Questions and answers are only relevant to some passages. "
-        "Only give me the answer and do not output any other explanation and evidence.\n\n"
-        "Question: Q\nAnswer:",
-        "loogle_SD_mixup_16k": one_passage,
-        "loogle_CR_mixup_16k": one_passage,
-        "loogle_MIR_mixup_16k": one_passage,
-        "multifieldqa_en_mixup_16k": one_passage,
-        "factrecall_en_16k": "Please answer the following questions based on the given article."
-        "\n\nArticle: C\n\nPlease answer the following questions based on the above article.\n\n"
-        "Question: Q\nAnswer:",
-    }
-    assert {n: t.prompt({"context": "C", "input": "Q"}) for n, t in TASKS.items()} == prompts
-    tokens = {name: task.max_new_tokens for name, task in TASKS.items()}
-    assert tokens == {**dict.fromkeys(TASKS, 64), "factrecall_en_16k": 16}
-    assert all(task.chat for task in TASKS.values())
 
 
 def test_blacklist():
@@ -113,42 +78,18 @@ def test_the_gate_only_closes(output, answer, keywords):
         assert score == 0
 
 
-def test_read_records(tmp_path, monkeypatch):
-    """From a folder, from what the archives unpack into, and from an archive."""
-    line = json.dumps(RECORD) + "\n"
-    (tmp_path / "loogle_SD_mixup").mkdir()
-    (tmp_path / "loogle_SD_mixup" / "loogle_SD_mixup_16k.jsonl").write_text(line)
-    assert read_records(LOOGLE, tmp_path) == [RECORD]
-    with zipfile.ZipFile(tmp_path / "loogle_SD_mixup.zip", "w") as file:
-        file.writestr("loogle_SD_mixup/loogle_SD_mixup_32k.jsonl", "another length")
-        file.writestr("loogle_SD_mixup/loogle_SD_mixup_16k.jsonl", line)
-
-    def download(repository, name, repo_type):
-        assert (repository, repo_type) == ("Infinigence/LVEval", "dataset")
-        return str(tmp_path / name)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert read_records(LOOGLE) == [RECORD]
-
-
-def test_which_sets_have_keywords(tmp_path):
+def test_the_sets(tmp_path):
+    """All but one have keywords, 64 tokens and an archive of their name."""
     record = {name: RECORD[name] for name in ("input", "context", "answers")}
     for name, task in TASKS.items():
+        assert task.chat and f"{name}.zip" == task.archive.replace(".zip", "_16k.zip")
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record))
         if name == "factrecall_en_16k":
-            assert read_records(task, tmp_path) == [record]
-        else:
-            with pytest.raises(UserError, match=rf"{name}\.jsonl, line 1: no 'answer_keywords'"):
-                read_records(task, tmp_path)
-
-
-def test_select():
-    assert select(TASKS) == list(TASKS.values())
-    with pytest.raises(UserError, match="no set 'hotpotqa_e'; choose from hotpotwikiqa_mixup_16k,"):
-        select(["hotpotqa_e"])
-    for name in ("cmrc_mixup_16k", "factrecall_zh", "dureader_mixup_16k"):
-        with pytest.raises(UserError, match="is in Chinese: its score needs a word segmenter"):
-            select(["factrecall_en_16k", name])
+            assert task.max_new_tokens == 16 and read_records(task, tmp_path) == [record]
+            continue
+        assert task.max_new_tokens == 64
+        with pytest.raises(UserError, match=rf"{name}\.jsonl, line 1: no 'answer_keywords'"):
+            read_records(task, tmp_path)
 
 
 def test_one_column():

@@ -1,5 +1,6 @@
 """The real model: SmolLM2-135M-Instruct, made by `python weights/get_smollm2.py`. Slow."""
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -25,30 +26,32 @@ torch.set_grad_enabled(False)
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    return load_model(FOLDER), load_tokenizer(FOLDER)
+def model():
+    return load_model(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(FOLDER)
 
 
 def english(tokenizer, length):
     """[1, length] tokens of prose: the docstrings of the standard library's argparse."""
-    import argparse
-
-    text = "\n".join(getattr(argparse, name).__doc__ or "" for name in sorted(vars(argparse)))
+    names = sorted(vars(argparse))
+    text = "\n".join(getattr(argparse, name).__doc__ or "" for name in names)
     ids = tokenizer.encode(text)
     return torch.tensor([(ids * (1 + length // len(ids)))[:length]])
 
 
-def test_logits_equal_transformers(smollm2):
+def test_logits_equal_transformers(model, tokenizer):
     transformers = pytest.importorskip("transformers")
-    model, tokenizer = smollm2
     theirs = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
     tokens = english(tokenizer, 300)
     torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
 
 
-def test_tokenizer_and_chat_template_equal_transformers(smollm2):
+def test_tokenizer_and_chat_template_equal_transformers(tokenizer):
     transformers = pytest.importorskip("transformers")
-    _, tokenizer = smollm2
     theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
     for text in ("The year 1984, in 3 words.", "naïve café 🙂\n\n\tx = 10**6", ""):
         assert tokenizer.encode(text) == theirs.encode(text)
@@ -58,12 +61,11 @@ def test_tokenizer_and_chat_template_equal_transformers(smollm2):
     assert tokenizer.chat(messages) == rendered
 
 
-def test_cache_right_after_prefill(smollm2):
+def test_cache_right_after_prefill(model, tokenizer):
     """The prefill is the model's own, and what remains after it is the compressed cache alone.
 
     Keeps out what the published code does: hold the full keys and values beside the latents.
     """
-    model, tokenizer = smollm2
     factors = load_factors(WEIGHTS / "smollm2-135m-instruct.cskv-80.safetensors", model)
     tokens = english(tokenizer, 1000)
     cache = cskv.bi_branch_cache(model, factors)
@@ -74,16 +76,15 @@ def test_cache_right_after_prefill(smollm2):
 
 
 @pytest.mark.parametrize("percent", [90, 95])
-def test_a_plan_is_what_the_cache_holds(smollm2, percent):
+def test_a_plan_is_what_the_cache_holds(model, percent):
     """Ranks and bits of a plan of experiments.budget, and the bytes of 4,064 tokens."""
-    model, _ = smollm2
     file = WEIGHTS / f"smollm2-135m-instruct.cskv-{percent}.safetensors"
     factors, plan = load_factors(file, model), json.loads(file.with_suffix(".json").read_text())
     assert [(p.rank, p.bits) for p in factors.pairs] == [(r["rank"], r["bits"]) for r in plan]
     cache = cskv.bi_branch_cache(model, factors, expected=4064, sinks=4)
     held = []
-    for layer, own in zip(cache, factors.layers, strict=True):
-        for latents, pair in ((layer.c_k, own.k), (layer.c_v, own.v)):
+    for layer, pairs in zip(cache, factors.layers, strict=True):
+        for latents, pair in ((layer.c_k, pairs.k), (layer.c_v, pairs.v)):
             latents.append(torch.zeros(1, 4060, pair.rank))
             held.append(sum(tensor.untyped_storage().nbytes() for tensor in latents.tensors()))
     assert held == [row["nbytes"] for row in plan]
@@ -91,12 +92,11 @@ def test_a_plan_is_what_the_cache_holds(smollm2, percent):
     assert 0 <= (1 - percent / 100) * full - sum(held) - full_bytes(model, 36) < 0.001 * full
 
 
-def test_greedy_answer_at_90_percent(smollm2):
+def test_greedy_answer_at_90_percent(model, tokenizer):
     """Most of the chat is read through the compressed branch, and the answer is still a sentence.
 
     (With the full cache it ends in Paris. So small a model may lose the fact, not the grammar.)
     """
-    model, tokenizer = smollm2
     factors = load_factors(WEIGHTS / "smollm2-135m-instruct.cskv-90.safetensors", model)
     chat = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
     prompt, greedy = tokenizer.encode(chat, special=False), make_sampler(0, 1, 0)

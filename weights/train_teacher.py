@@ -5,9 +5,9 @@
 Run again after an interruption, it goes on from the last checkpoint and ends with the same bits:
 batch number i is drawn from a generator seeded with i, so a checkpoint needs no random state.
 
-Given the task whole, such a model stalls: it learns to complete numbers from their own first
-digits and never looks a key up. Hence a curriculum (few lines and bare questions first), a loss on
-the answers only, with most weight on an answer's first digit, and many questions a record.
+Trained on the whole task at once, such a model stalls: it completes numbers from their first digits
+and never looks a key up. Hence a curriculum (few lines and bare questions first), a loss on the
+answers only, with most weight on an answer's first digit, and many questions a record.
 
 Sources:
     [1] Olsson et al., "In-context Learning and Induction Heads", 2022: the circuit that must form
@@ -21,7 +21,7 @@ import random
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -30,15 +30,16 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from tqdm import tqdm
 
-from experiments.tasks import longeval as retrieval
-from experiments.tasks.longeval import QUESTION
+from experiments.tasks import longeval
+from experiments.tasks.longeval import PREAMBLE, QUESTION
 from model import Config, Transformer
-from support.command import Arguments, UserError, number, replacing, run_command
+from support.command import Arguments, make_folder, replacing, run_command
+from support.resume import load_state, save_state
 
 EOS = "<|endoftext|>"
-
-ALL_WORDS = retrieval.ADJECTIVES + retrieval.NOUNS
+ALL_WORDS = longeval.ADJECTIVES + longeval.NOUNS
 
 # Questions in other words, so that the model does not hang on LongEval's.
 BARE = "\nline {key}?"
@@ -54,26 +55,21 @@ WORDINGS = (
     "\nNow tell me about line {key}. What number is in it?",
     "\nThe <REGISTER_CONTENT> in line {key} is",
 )
-SPEECH = re.findall(r"[A-Za-z]+", retrieval.PREAMBLE + retrieval.PASSKEY_FILLER + "".join(WORDINGS))
-
-
-# ----------------------------------------------------------------------------------- tokenizer
+SPEECH = re.findall(r"[A-Za-z]+", PREAMBLE + longeval.PASSKEY_FILLER + "".join(WORDINGS))
 
 
 def build_tokenizer() -> Tokenizer:
-    """Any text without loss, LongEval's in about 23 tokens a line, as large models' tokenizers.
+    """Any text without loss, LongEval's in about 23 tokens a line, as with large models.
 
-    Text becomes bytes (256 characters that stand for them), then the fewest pieces that spell it:
-    a unigram model in which all pieces have the same score. The pieces are the words of the
-    prompts, and for all other words, keys above all, every pair of small letters; a letter after a
-    space or a hyphen is a pair too. Every digit is a piece of its own. No key is, whole: what the
-    model learns of one word serves for all words.
+    Text becomes the fewest pieces that spell it: a unigram model in which all have the same score.
+    The pieces are the bytes, the words of the prompts, and pairs of small letters, or of a space or
+    a hyphen and a letter. So no key is one piece: what is learned of one word serves for all.
     """
-    fixed = [retrieval.PREAMBLE, QUESTION, retrieval.PASSKEY_PREAMBLE, retrieval.PASSKEY_LINE]
-    fixed += [retrieval.PASSKEY_FILLER, retrieval.PASSKEY_QUESTION, retrieval.LINE, *WORDINGS]
-    texts = [re.sub(r"\{\w+\}", "", text) for text in fixed]
-    words = {word for text in texts for word in re.findall(r" ?[A-Za-z]{2,}| I", text)}
-    words |= {a + b for a in f"{ascii_lowercase} -" for b in ascii_lowercase}
+    texts = [PREAMBLE, QUESTION, longeval.PASSKEY_PREAMBLE, longeval.PASSKEY_LINE]
+    texts += [longeval.PASSKEY_FILLER, longeval.PASSKEY_QUESTION, longeval.LINE, *WORDINGS]
+    words = {a + b for a in f"{ascii_lowercase} -" for b in ascii_lowercase}
+    for text in texts:
+        words.update(re.findall(r" ?[A-Za-z]{2,}| I", re.sub(r"\{\w+\}", "", text)))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces += sorted(to_bytes.pre_tokenize_str(word)[0][0] for word in words)
@@ -82,9 +78,6 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(EOS, normalized=False)])
     return tokenizer
-
-
-# ---------------------------------------------------------------------------------- curriculum
 
 
 @dataclass(frozen=True)
@@ -124,21 +117,23 @@ class Batch:
 
 def weigh(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[int, float, int]]:
     """Prompt, answer, prompt, answer, ... as tokens, their weights and the answers they are in."""
-    eos, row = tokenizer.token_to_id(EOS), []
+    row = []
     for i, part in enumerate(tokenizer.encode_batch(texts)):
         if i % 2 == 0:
             row += [(token, 0.0, 0) for token in part.ids]
             continue
+        tokens = [*part.ids, tokenizer.token_to_id(EOS)]
         digits = len(texts[i].lstrip())
         weights = [SPACE] * (len(texts[i]) - digits) + [FIRST_DIGIT]
         weights += [LATER_DIGIT] * (digits - 1) + [END]
-        row += [(t, w, i // 2) for t, w in zip([*part.ids, eos], weights, strict=True)]
+        row += [(t, w, i // 2) for t, w in zip(tokens, weights, strict=True)]
     return row
 
 
 def pack(rows: list[list[tuple[int, float, int]]]) -> Batch:
     """Rows of `weigh` as one batch, in which each answer has a number of its own."""
-    length, most = max(map(len, rows)), max(answer for row in rows for *_, answer in row) + 1
+    length = max(map(len, rows))
+    most = max([row[-1][2] for row in rows]) + 1  # answers of a row
     table = torch.tensor([row + [(0, 0.0, 0)] * (length - len(row)) for row in rows])  # [B, T, 3]
     answer = table[..., 2].long() + most * torch.arange(len(rows))[:, None]
     return Batch(table[..., 0].long(), table[..., 1], answer)
@@ -149,62 +144,62 @@ def make_word(rng: random.Random) -> str:
     if rng.random() < 0.5:
         first, second = rng.choice(ALL_WORDS), rng.choice(ALL_WORDS)
         return first[: rng.randint(2, len(first))] + second[rng.randrange(len(second) - 1) :]
-    return retrieval.spell(rng) + (retrieval.spell(rng) if rng.random() < 0.5 else "")
+    return longeval.spell(rng) + (longeval.spell(rng) if rng.random() < 0.5 else "")
 
 
 def draw_record(rng: random.Random, lines: int, spelled: bool) -> dict[str, int]:
-    """`lines` keys and their numbers; `spelled` ones are of made-up words.
-
-    Few words make many keys, in some records down to the square root: then most keys share each
-    word with others, and only both words together tell them apart.
-    """
+    """`lines` keys and their numbers; `spelled` keys are of made-up words, so few in some records
+    that most keys share each word with others, and only both words together tell them apart."""
     if not spelled:
-        return retrieval.draw_record(rng, lines)
+        return longeval.draw_record(rng, lines)
     least = math.isqrt(2 * lines) + 1
     words = [make_word(rng) for _ in range(2 * rng.randint(least, max(least, 2 * lines)))]
     record: dict[str, int] = {}
     while len(record) < lines:
         key = f"{rng.choice(words[::2])}-{rng.choice(words[1::2])}"
-        record[key] = rng.randint(1, retrieval.LARGEST)
+        record[key] = rng.randint(1, longeval.LARGEST)
     return record
 
 
 def draw_wording(rng: random.Random) -> str:
     """A question that names a line, in any words: what stands around the key shall not matter."""
-    before, after = (
-        [rng.choice(SPEECH) if rng.random() < 0.7 else make_word(rng) for _ in range(count)]
-        for count in (rng.randint(0, 8), rng.choice((0, 0, 1, 2, 3, 4, 5)))
-    )
-    asked = " ".join([*before, "line {key}", *after])
+    words = []
+    before = rng.randint(0, 8)
+    after = rng.choice((0, 0, 1, 2, 3, 4, 5))
+    for _ in range(before + after):
+        words.append(rng.choice(SPEECH) if rng.random() < 0.7 else make_word(rng))
+    asked = " ".join([*words[:before], "line {key}", *words[before:]])
     return f"\n{asked[0].upper()}{asked[1:]}{rng.choice(('?', '.', ':', ''))}"
+
+
+def draw_question(rng: random.Random, level: Level) -> str:
+    if rng.random() >= level.worded:
+        return BARE
+    wordings = (QUESTION, rng.choice(WORDINGS), draw_wording(rng))
+    return rng.choices(wordings, (0.45, 0.2, 0.35))[0]
 
 
 def draw_text(rng: random.Random, level: Level, kind: str, lines: int) -> list[str]:
     """One training sequence: prompt, answer, further question, answer, ..."""
     if kind == "passkey":
-        case = retrieval.passkey_case(rng, lines)
+        case = longeval.passkey_case(rng, lines)
         return [case.prompt, f" {case.answer}"]
     record = draw_record(rng, lines, kind == "spelled")
-    if rng.random() < level.bare:  # the classic induction task [1]: what followed this key?
+    bare = rng.random() < level.bare
+    if bare:  # the classic induction task [1]: what followed this key?
         record = {key: rng.randint(10_000, 99_999) for key in record}
-        text = "".join(f"line {key}{number}\n" for key, number in record.items())
-        parts = []
-        for key in rng.sample(list(record), lines):
-            parts += [text + f"line {key}", f"{record[key]}"]
-            text = ""
-        return parts
-    text = retrieval.format_record(record)
-    if rng.random() < level.preamble:
-        text = retrieval.PREAMBLE + text
+        text = "".join([f"line {key}{number}\n" for key, number in record.items()])
+    else:
+        text = longeval.format_record(record)
+        if rng.random() < level.preamble:
+            text = PREAMBLE + text
     parts = []
     for key in rng.sample(list(record), min(lines, QUESTIONS)):
-        wording = BARE
-        if rng.random() < level.worded:
-            wordings = (QUESTION, rng.choice(WORDINGS), draw_wording(rng))
-            wording = rng.choices(wordings, (0.45, 0.2, 0.35))[0]
-        parts += [text + wording.format(key=key), f" {record[key]}"]
-        text = ""
-    return parts
+        if bare:
+            parts += [f"line {key}", f"{record[key]}"]
+        else:
+            parts += [draw_question(rng, level).format(key=key), f" {record[key]}"]
+    return [text + parts[0], *parts[1:]]
 
 
 def draw_batch(
@@ -238,10 +233,8 @@ def predict(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def count_right(logits: Tensor, targets: Tensor, batch: Batch) -> tuple[int, int]:
-    """Numbers that greedy decoding gets right to the end, and numbers asked for.
-
-    If every digit is right given the right ones before it, greedy decoding writes the number.
-    """
+    """Numbers whose every token is the likeliest after the right ones before it, so that greedy
+    decoding writes them, and numbers asked for."""
     answer = batch.answer[:, 1:][batch.weight[:, 1:] > 0]  # [N]
     right = torch.zeros(int(answer.max()) + 1)
     exact = (logits.argmax(-1) == targets).float()  # [N]
@@ -273,7 +266,8 @@ class Trainer:
     """Model, optimizers and place in the curriculum: what a checkpoint holds."""
 
     def __init__(self, plan: Plan):
-        self.plan, self.tokenizer = plan, build_tokenizer()
+        self.plan = plan
+        self.tokenizer = build_tokenizer()
         config = Config(
             vocab_size=self.tokenizer.get_vocab_size(),
             hidden_size=plan.hidden,
@@ -294,32 +288,37 @@ class Trainer:
         )
         torch.manual_seed(plan.seed)
         self.model = Transformer(config)
+        hidden, rest = [], []
         for name, weight in self.model.named_parameters():
             if weight.dim() == 2:
-                torch.nn.init.normal_(
-                    weight, std=1.0 if "embed" in name else weight.shape[1] ** -0.5
-                )
-        hidden = [p for n, p in self.model.named_parameters() if "layers" in n and p.dim() == 2]
-        rest = [p for n, p in self.model.named_parameters() if "layers" not in n or p.dim() != 2]
+                std = 1.0 if "embed" in name else weight.shape[1] ** -0.5
+                torch.nn.init.normal_(weight, std=std)
+            if "layers" in name and weight.dim() == 2:
+                hidden.append(weight)
+            else:
+                rest.append(weight)
         self.optimizers = [
             torch.optim.Muon(hidden, lr=plan.muon_lr, weight_decay=0.0),
             torch.optim.AdamW(rest, lr=plan.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        self.step = self.level = self.entered = 0  # `entered`: the level's first step
+        self.step = self.level = 0
+        self.last = plan.levels - 1
+        self.entered = 0  # the level's first step
         self.running = 0.0  # share of right numbers, of the last batches that have records
+        self.curve = []  # a row a step
 
     def rate(self) -> float:
         """Factor on the learning rates: a ramp up, the level's, down to zero at the last level."""
         rate = LEVELS[self.level].rate
-        if self.level == self.plan.levels - 1:
+        if self.level == self.last:
             return rate * max(0.0, 1 - (self.step - self.entered) / self.plan.final)
         return rate * min(1.0, (self.step + 1) / self.plan.warmup)
 
     def done(self) -> bool:
-        return self.level == self.plan.levels - 1 and self.step - self.entered >= self.plan.final
+        return self.level == self.last and self.step - self.entered >= self.plan.final
 
     def train_step(self) -> dict[str, object]:
-        """One step. Returns its line of the learning curve."""
+        """One step. Returns its row of the learning curve."""
         plan, level = self.plan, LEVELS[self.level]
         kind, batch = draw_batch(plan.seed, self.step, level, self.tokenizer, plan.tokens)
         logits, targets = predict(self.model, batch)
@@ -344,125 +343,106 @@ class Trainer:
             "right": round(right / asked, 4),
             "running": round(self.running, 4),
         }
+        self.curve.append(row)
         self.step += 1
         learned = self.running >= plan.advance or self.step - self.entered >= plan.patience
-        if learned and self.level < plan.levels - 1:
-            self.level, self.entered = self.level + 1, self.step
+        if learned and self.level < self.last:
+            self.level += 1
+            self.entered = self.step
             self.running = 0.5  # so that no level is left within a few batches
         return row
 
-    def save(self, path: Path) -> None:
+    def save(self, folder: Path) -> None:
+        """Writes checkpoint.pt, to go on from exactly, and curve.jsonl, to be drawn."""
         state = {
             "plan": asdict(self.plan),
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "place": (self.step, self.level, self.entered, self.running),
+            "place": (self.level, self.entered, self.running),
+            "curve": self.curve,
         }
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
+        save_state(folder / "checkpoint.pt", state)
+        with replacing(folder / "curve.jsonl") as temporary:
+            temporary.write_text("".join([json.dumps(row) + "\n" for row in self.curve]))
 
-    def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        if state["plan"] != asdict(self.plan):
-            raise UserError(
-                f"{path} belongs to another plan, {state['plan']}; choose another --work"
-            )
+    def load(self, folder: Path) -> None:
+        """What `save` wrote. Raises `UserError` if it is damaged, or of another plan."""
+        names = ("model", "optimizers", "place", "curve")
+        state = load_state(folder / "checkpoint.pt", asdict(self.plan), names)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self.level, self.entered, self.running = state["place"]
+        self.level, self.entered, self.running = state["place"]
+        self.curve = state["curve"]
+        self.step = len(self.curve)
 
 
 def export(trainer: Trainer, folder: Path) -> None:
     """The plain Hugging Face layout, weights rounded to 16 bits."""
-    folder.mkdir(parents=True, exist_ok=True)
-    c = trainer.model.config
+    made = asdict(trainer.model.config)
+    end = made.pop("eos_token_ids")[0]
+    del made["sliding_window"]
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
         "torch_dtype": "float16",
         "bos_token_id": None,
-        "eos_token_id": c.eos_token_ids[0],
-        **{k: v for k, v in asdict(c).items() if k not in ("eos_token_ids", "sliding_window")},
+        "eos_token_id": end,
+        **made,
     }
     tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOS,
-        "model_max_length": c.max_position_embeddings,
+        "model_max_length": made["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
     }
-    weights = {n: w.detach().half().contiguous() for n, w in trainer.model.state_dict().items()}
-    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+    files = {
+        "config.json": json.dumps(config, indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(tokenizer, indent=2) + "\n",
+        "tokenizer.json": trainer.tokenizer.to_str(pretty=True),
+    }
+    for name, text in files.items():
         with replacing(folder / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
-    with replacing(folder / "tokenizer.json") as temporary:
-        trainer.tokenizer.save(str(temporary))
+            temporary.write_text(text, encoding="utf-8")
+    weights = {name: w.half().contiguous() for name, w in trainer.model.state_dict().items()}
     with replacing(folder / "model.safetensors") as temporary:
         save_file(weights, temporary, {"format": "pt"})
 
 
-def train(plan: Plan, work: Path, out: Path, minutes: float) -> None:
-    """Trains to the end, from the last checkpoint in `work` if there is one; exports to `out`."""
-    work.mkdir(parents=True, exist_ok=True)
-    checkpoint, curve = work / "checkpoint.pt", work / "curve.jsonl"
-    trainer, rows = Trainer(plan), []
-    if checkpoint.exists():
-        trainer.load(checkpoint)
-        # Steps after the checkpoint are done again: drop their rows, the last of them half-written.
-        rows = curve.read_text().splitlines()[: trainer.step]
+def train(plan: Plan, work: Path, out: Path, minutes: float = 3.0) -> None:
+    """Trains to the end, from the last checkpoint in `work` if there is one, with `minutes` between
+    checkpoints; exports to `out`."""
+    make_folder(work)
+    make_folder(out)
+    trainer = Trainer(plan)
+    if (work / "checkpoint.pt").exists():
+        trainer.load(work)
         print(f"going on from step {trainer.step}", file=sys.stderr)
-    with replacing(curve) as temporary:
-        temporary.write_text("".join(f"{row}\n" for row in rows))
-    start = saved = time.monotonic()
-    first = trainer.step
-    with curve.open("a", buffering=1) as log:  # line by line: complete up to any checkpoint
+    saved = time.monotonic()
+    with tqdm(initial=trainer.step, unit="step") as bar:
         while not trainer.done():
-            row = trainer.train_step()
-            log.write(json.dumps(row) + "\n")
-            now = time.monotonic()
-            if trainer.step % 20 == 0:
-                pace = (now - start) / (trainer.step - first)
-                words = " ".join(f"{name} {value}" for name, value in row.items())
-                print(f"{words} | {pace:.2f} s a step", file=sys.stderr)
-            if now - saved > minutes * 60:
-                trainer.save(checkpoint)
-                saved = now
-    trainer.save(checkpoint)
+            bar.set_postfix(trainer.train_step(), refresh=False)
+            bar.update()
+            if time.monotonic() - saved > minutes * 60:
+                trainer.save(work)
+                saved = time.monotonic()
+    trainer.save(work)
     export(trainer, out)
 
 
-# -------------------------------------------------------------------------------- command line
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path("runs/teacher"), help="for checkpoints")
-    parser.add_argument("--out", type=Path, default=Path("weights/teacher"))
-    parser.add_argument(
-        "--minutes", type=number(float, 0), default=3.0, help="between checkpoints (default: 3)"
-    )
-    parser.add_argument(
-        "--threads",
-        type=number(int, 1),
-        default=1,
-        help="for the same bits on the same machine, keep it (default: 1)",
-    )
-    plan = parser.add_argument_group("the plan; another one needs another --work")
-    for field in fields(Plan):
-        name = f"--{field.name.replace('_', '-')}"
-        plan.add_argument(name, type=number(field.type, 0), default=field.default)
+    parser = Arguments(description="Makes the teaching model, from nothing.")
+    help = "folder for the checkpoint, to go on from, and for the learning curve"
+    parser.add_argument("--work", type=Path, default=Path("runs/teacher"), help=help)
+    help = "folder to write the model to"
+    parser.add_argument("--out", type=Path, default=Path("weights/teacher"), help=help)
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
-    plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
-    if not 1 <= plan.levels <= len(LEVELS):
-        raise UserError(f"--levels {plan.levels} is not in 1 .. {len(LEVELS)}")
-    if plan.heads < 1 or 64 % plan.heads:
-        raise UserError(f"--heads {plan.heads} does not divide 64 channels")
-    train(plan, args.work, args.out, args.minutes)
+    torch.set_num_threads(1)  # more threads round differently
+    train(Plan(), args.work, args.out)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
-"""LongBench-E [1]: the five sets of the paper's Table 1, their prompts, and their scores.
+"""LongBench-E [1]: the five sets of the paper's Table 1 and their scores.
 
-Questions about long documents, a summary and a few-shot task, in English. A record is a JSON object
-with `input` (the question), `context`, `answers` (any is right) and `length` (in words). The
-prompts, in `prompts/`, are LongBench's word for word. `lveval.py` adds its sets.
+A record has `input` (the question), `context`, `answers` (any is right) and `length` (in words).
+The prompts, in `prompts/`, are LongBench's word for word.
 
 Source:
     [1] Bai et al., "LongBench", 2023; github.com/THUDM/LongBench, pred.py, eval.py, metrics.py
 """
 
-from collections.abc import Callable
+from bisect import bisect
 from functools import partial
 
-from experiments.tasks.prompts import read_prompt
 from experiments.tasks.records import Task, choose
 from experiments.tasks.scores import f1, rouge_l
 
@@ -20,7 +18,7 @@ BUCKETS = ("0-4k", "4-8k", "8k+")  # of a record's words: the columns of the pap
 
 
 def best_f1(output: str, record: dict) -> float:
-    return max(f1(output, answer) for answer in record["answers"])
+    return max([f1(output, answer) for answer in record["answers"]])
 
 
 def first_line_f1(output: str, record: dict) -> float:
@@ -29,29 +27,27 @@ def first_line_f1(output: str, record: dict) -> float:
 
 
 def best_rouge_l(output: str, record: dict) -> float:
-    return max(rouge_l(output, answer) for answer in record["answers"])
+    return max([rouge_l(output, answer) for answer in record["answers"]])
 
 
 def length_bucket(record: dict) -> str:
     """LongBench-E's bucket of a record, by its words: under 4000, under 8000, the rest."""
-    return BUCKETS[(record["length"] >= 4000) + (record["length"] >= 8000)]
+    return BUCKETS[bisect((4000, 8000), record["length"])]
 
 
-def make_task(name: str, max_new_tokens: int, score: Callable, chat: bool = True) -> Task:
-    fields = {"input": str, "context": str, "answers": list, "length": int}
-    place = ("THUDM/LongBench", "data.zip")
-    return Task(name, *place, read_prompt(name), max_new_tokens, score, length_bucket, fields, chat)
-
-
-TASKS = {
-    task.name: task
-    for task in (
-        make_task("hotpotqa_e", 32, best_f1),
-        make_task("multifieldqa_en_e", 64, best_f1),
-        make_task("gov_report_e", 512, best_rouge_l),
-        make_task("triviaqa_e", 32, first_line_f1, chat=False),
-        make_task("qasper_e", 128, best_f1),
-    )
-}
-
+make_task = partial(
+    Task,
+    repository="THUDM/LongBench",
+    archive="data.zip",
+    fields={"input": str, "context": str, "answers": list, "length": int},
+    bucket=length_bucket,
+)
+SETS = (
+    make_task("hotpotqa_e", 32, best_f1),
+    make_task("multifieldqa_en_e", 64, best_f1),
+    make_task("gov_report_e", 512, best_rouge_l),
+    make_task("triviaqa_e", 32, first_line_f1, chat=False),
+    make_task("qasper_e", 128, best_f1),
+)
+TASKS = {task.name: task for task in SETS}
 select = partial(choose, tasks=TASKS)

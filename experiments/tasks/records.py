@@ -1,6 +1,4 @@
-"""The sets of a benchmark: what a `Task` asks, and its records, JSON lines from a folder or from an
-archive of the hub.
-"""
+"""The sets of a benchmark: what a `Task` asks, and its records, from a folder or from the hub."""
 
 import json
 import zipfile
@@ -8,8 +6,8 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
+from experiments.tasks.prompts import read_prompt
 from support.command import UserError, first_line
 from support.huggingface.tokenizer import Tokenizer
 
@@ -18,18 +16,17 @@ from support.huggingface.tokenizer import Tokenizer
 class Task:
     """One set of a benchmark: where its records are, how it asks and how it scores."""
 
-    name: str  # of the set, and of its file, `name`.jsonl
-    repository: str  # of data, on the hub
-    archive: str  # the .zip there that has the file
-    template: str  # with the fields {context} and {input}
+    name: str  # of the set, of its file, `name`.jsonl, and of its prompt
     max_new_tokens: int
     score: Callable[[str, dict], float]  # (model's output, record) -> 0 .. 1
-    bucket: Callable[[dict], str]  # record -> the column that it counts in
+    repository: str  # of data, on the hub
+    archive: str  # the .zip there that has the file
     fields: dict[str, type]  # what a record must have
+    bucket: Callable[[dict], str]  # record -> the column that it counts in
     chat: bool = True  # in the model's chat template; few-shot prompts do better without
 
     def prompt(self, record: dict) -> str:
-        return self.template.format(context=record["context"], input=record["input"])
+        return read_prompt(self.name).format_map(record)
 
 
 def choose(names: list[str], tasks: dict[str, Task]) -> list[Task]:
@@ -40,58 +37,31 @@ def choose(names: list[str], tasks: dict[str, Task]) -> list[Task]:
     return [tasks[name] for name in names]
 
 
-def truncate_middle(ids: list[int], max_length: int) -> tuple[list[int], list[int]]:
-    """Up to `max_length` tokens as (all, none); of more, the first half and the last half of
-    `max_length`: instructions and question stand at the ends. [0 .. 9] and 5 give [0, 1], [8, 9].
-    """
-    if len(ids) <= max_length:
-        return ids, []
-    half = max_length // 2
-    return ids[:half], ids[len(ids) - half :]
-
-
 def prompt_ids(
     task: Task, record: dict, tokenizer: Tokenizer, max_length: int, chat: bool = True
 ) -> list[int]:
-    """Token ids that ask the record's question: truncated first, then put into the chat template.
+    """Token ids that ask the record's question, in the chat template if `chat` and the task's.
 
-    As in LongBench's own code the halves are decoded and joined as text: the tokens at the seam may
-    merge, and the template comes on top of `max_length`. `chat=False` is for a model without one.
+    Of more than `max_length` tokens, the template's not counted, the first and the last half stay:
+    at the ends are instructions and question. As in LongBench's own code the halves are decoded and
+    joined as text, so tokens at the seam may merge.
     """
     text = task.prompt(record)
-    head, tail = truncate_middle(tokenizer.encode(text), max_length)
-    if tail:
-        text = tokenizer.decode(head) + tokenizer.decode(tail)
+    ids = tokenizer.encode(text)
+    if len(ids) > max_length:
+        half = max_length // 2
+        text = tokenizer.decode(ids[:half]) + tokenizer.decode(ids[len(ids) - half :])
     return tokenizer.encode_prompt(text, chat and task.chat)
 
 
 def read_records(task: Task, folder: Path | None = None) -> list[dict]:
-    """The records of a task, from its file in `folder` or one folder below, or from the hub.
-
-    Raises `UserError` if there is no such file, or for the first line that is not such a record.
-    """
-    file = f"{task.name}.jsonl"
-    source = find_file(folder, file) if folder is not None else fetch(task)
+    """The records of a task, from `folder`, or else from the hub. Raises `UserError` if there is no
+    such file, or for the first line that is not such a record."""
+    place = folder if folder is not None else fetch(task)
     try:
-        if folder is not None:
-            with source.open("rb") as lines:
-                return parse_records(task, source, lines)
-        with zipfile.ZipFile(source) as archive:
-            members = [name for name in archive.namelist() if name.split("/")[-1] == file]
-            if not members:
-                raise UserError(f"{source} has no {file}; give a folder that has it")
-            with archive.open(members[0]) as lines:
-                return parse_records(task, f"{source}, {file}", lines)
+        return read_rows(find_file(place, f"{task.name}.jsonl"), task.fields)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{source} cannot be read ({error}); fetch it again") from None
-
-
-def find_file(folder: Path, file: str) -> Path:
-    """`folder/file`, or `folder/x/file`: the archives unpack into a folder each."""
-    found = [*folder.glob(file), *sorted(folder.glob(f"*/{file}"))]
-    if not found:
-        raise UserError(f"no file {folder / file}; give the folder of the benchmark's .jsonl files")
-    return found[0]
+        raise UserError(f"{place} cannot be read ({error}); fetch it again") from None
 
 
 def fetch(task: Task) -> Path:
@@ -101,30 +71,40 @@ def fetch(task: Task) -> Path:
     try:
         return Path(hf_hub_download(task.repository, task.archive, repo_type="dataset"))
     except Exception as error:  # the hub client raises many kinds, all of which mean the same here
-        what = f"the hub did not give {task.archive} of {task.repository} ({first_line(error)})"
-        raise UserError(f"{what}; give a folder that has {task.name}.jsonl") from None
+        missing = f"the hub did not give {task.archive} of {task.repository} ({first_line(error)})"
+        raise UserError(f"{missing}; give a folder that has {task.name}.jsonl") from None
 
 
-def parse_records(task: Task, source: Path | str, lines: IO[bytes]) -> list[dict]:
-    """Records from JSON lines. Raises `UserError` that names `source`, the line and the field."""
-    records = []
-    for i, line in enumerate(lines, 1):
+def find_file(place: Path, file: str) -> Path | zipfile.Path:
+    """A file of this name in a folder, or one folder below; or anywhere in an archive."""
+    if place.suffix == ".zip":
+        members = zipfile.ZipFile(place).namelist()
+        paths = [zipfile.Path(place, name) for name in members if name.split("/")[-1] == file]
+    else:
+        paths = [*place.glob(file), *sorted(place.glob(f"*/{file}"))]
+    if not paths:
+        raise UserError(f"no file {place / file}; give the folder of the benchmark's .jsonl files")
+    return paths[0]
+
+
+def read_rows(source: Path | zipfile.Path, fields: dict[str, type]) -> list[dict]:
+    """JSON objects, one a line. Raises `UserError` for one without these fields, lists of texts."""
+    rows = []
+    for i, line in enumerate(source.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{source}, line {i}: not JSON ({error}); fetch it again") from None
-        for field, kind in task.fields.items():
-            value = record.get(field) if isinstance(record, dict) else None
-            if not isinstance(value, kind):
-                raise UserError(
-                    f"{source}, line {i}: no {field!r} of type {kind.__name__}; fetch it again"
-                )
-        answers = record["answers"]
-        if not answers or not all(isinstance(answer, str) for answer in answers):
-            raise UserError(f"{source}, line {i}: 'answers' is no list of texts; fetch it again")
-        records.append(record)
-    if not records:
+        for field, kind in fields.items():
+            value = row.get(field) if isinstance(row, dict) else None
+            texts = value if isinstance(value, list) else [""]
+            if not isinstance(value, kind) or {type(text) for text in texts} != {str}:
+                wanted = "list of texts" if kind is list else kind.__name__
+                wrong = f"no {field!r} of type {wanted}"
+                raise UserError(f"{source}, line {i}: {wrong}; fetch it again")
+        rows.append(row)
+    if not rows:
         raise UserError(f"{source} has no records; fetch it again")
-    return records
+    return rows
