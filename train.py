@@ -25,6 +25,7 @@ Sources:
 """
 
 import argparse
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -54,7 +55,7 @@ from support.command import (
     run_command,
     user_values,
 )
-from support.factors_file import save_factors
+from support.factors_file import load_factors, save_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
 from support.processes import calibrate_together, place, processes, say, summed
@@ -306,9 +307,6 @@ def run(args: argparse.Namespace) -> None:
     reading = measuring or args.init in CALIBRATED
     with processes(args.device) as device:
         check_files(written, {"--data": args.data})
-        if args.resume and args.out.exists() and not checkpoint.exists():
-            say(f"{args.out} is finished; to make it again, leave out --resume")
-            return
         if reading and args.data is None:
             reader = "training and --log need"
             if args.init in CALIBRATED:
@@ -330,6 +328,10 @@ def run(args: argparse.Namespace) -> None:
         if steps and args.batch_size % place()[1]:
             say(f"batches of {args.batch_size}: some of {place()[1]} processes are idle at times")
         plan = make_plan(vars(args), model, samples)
+        if args.resume and args.out.exists() and not checkpoint.exists():
+            check_finished(args.out, model, plan)
+            say(f"{args.out} is finished; to make it again, leave out --resume")
+            return
         journal = Journal(checkpoint, args.checkpoint_every, args.log, plan)
 
         state = statistics = None
@@ -343,7 +345,7 @@ def run(args: argparse.Namespace) -> None:
         with user_values():
             factors = init_factors(init, model, k_ranks, v_ranks, statistics, args.seed)
         trained = f"{steps} steps, lr {args.lr:g}, batch {args.batch_size}" if steps else "none"
-        factors.info.update(init=args.init, trained=trained)
+        factors.info.update(init=args.init, trained=trained, plan=json.dumps(plan))
         if steps or args.init in CALIBRATED:
             factors.info["data"] = args.data.name
         factors = factors.in_bits(args.k_bits, args.v_bits, args.clamped_zero_point)
@@ -371,6 +373,18 @@ def run(args: argparse.Namespace) -> None:
             say(f"{args.out}: {args.init}, trained: {trained}, {shape}")
         if steps:
             journal.forget()
+
+
+def check_finished(path: Path, model: Transformer, plan: dict) -> None:
+    """Raises `UserError` if the factors at `path` were made for another model or with another plan,
+    naming an argument that differs."""
+    theirs = json.loads(load_factors(path, model).info.get("plan", "{}"))
+    for name, value in plan.items():
+        if theirs.get(name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{path} was made with another {flag}; leave out --resume to make it again"
+            )
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

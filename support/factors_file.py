@@ -7,11 +7,13 @@ nonsense.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 import quant
 from cskv import Factors, LayerFactors, LowRank
@@ -61,17 +63,20 @@ def save_factors(
 ) -> None:
     """Writes a safetensors file: A and B of every k_proj and v_proj, and as metadata what they are.
 
-    Raises `UserError` if the factors do not fit into `dtype` or the file cannot be written.
+    The file is in float32 if `dtype` cannot hold some number. Raises `UserError` for numbers that
+    are not finite, and if the file cannot be written.
     """
-    tensors = {}
+    exact = {}
     for i, layer in enumerate(factors.layers):
         for name, pair in (("k_proj", layer.k), ("v_proj", layer.v)):
             prefix = f"model.layers.{i}.self_attn.{name}"
-            tensors[f"{prefix}.A"] = pair.A.detach().to("cpu", dtype).contiguous()
-            tensors[f"{prefix}.B"] = pair.B.detach().to("cpu", dtype).contiguous()
-    for name, tensor in tensors.items():
+            exact[f"{prefix}.A"], exact[f"{prefix}.B"] = balanced(pair)
+    for name, tensor in exact.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{name} has values that {dtype} cannot hold; save as float32")
+            raise UserError(f"{name} has numbers that are not finite; make the factors again")
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in exact.items()}
+    if not all(holds(tensors[name], tensor) for name, tensor in exact.items()):
+        tensors = exact
     metadata = {
         **factors.info,
         "format": FORMAT,
@@ -96,6 +101,24 @@ def save_factors(
     header = header.encode() + b" " * (-len(header.encode()) % 8)
     with replacing(path) as temporary:
         temporary.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+
+
+def balanced(pair: LowRank) -> tuple[Tensor, Tensor]:
+    """A and B on the CPU in float32. Where the largest number of one is below 0.001, which may be
+    too small for 16 bits, a power of two is moved from one to the other: A B stays, bit for bit."""
+    A = pair.A.detach().to("cpu", torch.float32)
+    B = pair.B.detach().to("cpu", torch.float32)
+    a, b = A.abs().max().item(), B.abs().max().item()
+    if 0 < min(a, b) < 1e-3 and math.isfinite(a + b):
+        scale = 2.0 ** round(math.log2(b / a) / 2)
+        A, B = A * scale, B / scale
+    return A.contiguous(), B.contiguous()
+
+
+def holds(rounded: Tensor, exact: Tensor) -> bool:
+    """Whether rounding to another type lost nothing but digits."""
+    error = (rounded.float() - exact).abs().max()
+    return bool(error <= 2**-7 * exact.abs().max())  # bfloat16 has 8 bits
 
 
 def load_factors(path: str | Path, model: Transformer) -> Factors:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +45,8 @@ def load_state(path: Path, plan: dict, names: tuple[str, ...]) -> dict:
         raise UserError(f"{message}; delete it to start anew") from None
     if different:
         flag = "--" + different[0].replace("_", "-")
-        raise UserError(f"{path} was made with another {flag}; give the same, or another --out")
+        message = f"{path} was made with another {flag}"
+        raise UserError(f"{message}; give the same, another --out, or delete it to start anew")
     return state
 
 
@@ -56,7 +58,9 @@ def make_plan(arguments: dict, model: Transformer, samples: list[Tensor]) -> dic
     """All that must be the same to go on with a training."""
     plan = {name: str(value) for name, value in arguments.items() if name not in MAY_CHANGE}
     text = str([sample.tolist() for sample in samples]).encode()
-    return plan | {"model": fingerprint(model), "data": hashlib.sha256(text).hexdigest()}
+    weights = json.dumps(fingerprint(model)).encode()
+    digests = {"model": hashlib.sha256(weights), "data": hashlib.sha256(text)}
+    return plan | {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 @contextmanager
@@ -86,7 +90,7 @@ class Losses:
     zeros: Tensor  # of zeros in place of keys and values
 
 
-STATE = ("bases", "initial", "seconds", "step", "parameters", "optimizer")
+STATE = ("bases", "initial", "seconds", "logged", "step", "parameters", "optimizer")
 
 
 class Journal:
@@ -106,6 +110,7 @@ class Journal:
         self.plan = plan
         self.first = place()[0] == 0
         self.seconds = 0.0
+        self.logged = hashlib.sha256()  # of the log's lines so far
 
     def load(self, device: str) -> dict | None:
         """What the checkpoint holds, on `device`, or None if there is none."""
@@ -115,6 +120,7 @@ class Journal:
         state = load_state(self.checkpoint, self.plan, STATE)
         say(f"going on after step {state['step']}")
         self.seconds = state["seconds"]
+        self.logged_before = state["logged"]
         initial = {name: losses.to(device) for name, losses in state["initial"].items()}
         bases = [V.to(device) for V in state["bases"]]
         return {**state, "bases": bases, "initial": Losses(**initial)}
@@ -126,11 +132,25 @@ class Journal:
         self.steps = steps
         self.began = time.monotonic() - self.seconds
         if self.log and self.first:
-            keep_lines(self.log, done)
+            self.keep_lines(done)
         quiet = not self.first or not steps
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=quiet)
         with self.bar, interruptible() as self.signals:
             yield
+
+    def keep_lines(self, done: int) -> None:
+        """Keeps the log's lines of the steps before `done`: the others will be done again. Raises
+        `UserError` if they are not those of this training."""
+        lines = []
+        if done and self.log.exists():
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+            lines = text.splitlines(True)[:done]
+            for line in lines:
+                self.logged.update(line.rstrip("\n").encode())
+            if self.logged.hexdigest() != self.logged_before:
+                raise UserError(f"{self.log} is not the log of this training; give another --log")
+        with replacing(self.log) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
 
     def check(self, loss: Tensor, initial: Losses, step: int) -> None:
         """Raises `UserError` if a layer's loss diverges, and removes the checkpoint: to go on from
@@ -163,7 +183,9 @@ class Journal:
         stopped = summed(columns["loss"].new_tensor(len(self.signals))).item() > 0
         due = self.done == self.steps or self.done % self.every == 0
         if self.first and (stopped or due):
-            save_state(self.checkpoint, {"plan": self.plan, "seconds": self.seconds, **state()})
+            journal = {"plan": self.plan, "seconds": self.seconds}
+            journal["logged"] = self.logged.hexdigest()
+            save_state(self.checkpoint, {**journal, **state()})
         if stopped:
             say(f"\n{self.done} of {self.steps} steps are in {self.checkpoint}")
             say("go on with the same command and --resume")
@@ -190,18 +212,11 @@ class Journal:
         sums = {name: column.sum().item() for name, column in columns.items()}
         by_layer = torch.stack(list(columns.values()), dim=1).tolist()
         layers = [dict(zip(columns, losses, strict=True)) for losses in by_layer]
-        append_line(self.log, {**row, "seconds": self.seconds, **sums, "layers": layers})
+        row = {**row, "seconds": self.seconds, **sums, "layers": layers}
+        append_line(self.log, row)
+        self.logged.update(json.dumps(row).encode())
 
     def forget(self) -> None:
         """Removes the checkpoint."""
         if self.first:
             self.checkpoint.unlink(missing_ok=True)
-
-
-def keep_lines(log: Path, count: int) -> None:
-    """Keeps the first lines of a log: those of steps that will not be done again."""
-    old = ""
-    if count and log.exists():
-        old = log.read_text(encoding="utf-8", errors="replace")
-    with replacing(log) as temporary:
-        temporary.write_text("".join(old.splitlines(True)[:count]), encoding="utf-8")

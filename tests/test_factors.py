@@ -352,13 +352,36 @@ def test_factors_fit_the_same_model_in_other_bits_and_no_other(tmp_path):
             load_factors(path, other)
 
 
-def test_infinite_factors_are_not_saved(tmp_path):
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_factors_that_are_not_finite_are_not_saved(tmp_path, value):
     model = tiny_model()
     factors = make_factors(model, 3, 5)
-    factors.layers[0].k.A[0, 0] = 1e6  # more than float16 holds
-    with pytest.raises(UserError, match="cannot hold"):
-        save_factors(tmp_path / "f.safetensors", factors, model)
+    factors.layers[0].k.A[0, 0] = value
+    with pytest.raises(UserError, match=r"k_proj\.A has numbers that are not finite"):
+        save_factors(tmp_path / "f", factors, model)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-30, 1e-7, 1e-4, 1.0, 1e6])
+@pytest.mark.parametrize("side", ["A", "B", "both"])
+def test_numbers_beyond_the_type_of_the_file_lose_nothing(tmp_path, side, scale, dtype):
+    """k_proj times 1e-7 lost 40% in float16 in silence."""
+    model = tiny_model()
+    factors = make_factors(model, 3, 5)
+    expected = []
+    for pair in factors.pairs:
+        expected.append(pair.A.double() @ pair.B.double())
+        if side in ("A", "both"):
+            pair.A.mul_(scale)
+            expected[-1] *= scale
+        if side in ("B", "both"):
+            pair.B.mul_(scale)
+            expected[-1] *= scale
+    save_factors(tmp_path / "f", factors, model, dtype)
+    for pair, product in zip(load_factors(tmp_path / "f", model).pairs, expected, strict=True):
+        error = (pair.A.double() @ pair.B.double() - product).norm() / product.norm()
+        assert error < 0.01
 
 
 def test_equal_factors_are_equal_files(tmp_path):

@@ -92,11 +92,29 @@ def test_resume_of_a_finished_training_does_nothing(setup, tmp_path, capsys, mon
     assert call(train, capsys, *args)[0] == 0
     before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "load_model", None)
+        patch.setattr(train, "calibrate_together", None)
         code, _, err = call(train, capsys, *args, "--resume")
-    assert code == 0 and "is finished" in err
+        assert code == 0 and "is finished" in err
+        for name, value in {**OTHERS, "model": other_model(tmp_path.parent)}.items():
+            code, _, err = call(train, capsys, *args, "--resume", f"--{name}", value)
+            named = f"made with another --{name};" in err or "another model" in err
+            assert code == 2 and named, err
     assert before == [(f.stat().st_mtime_ns, f.read_bytes()) for f in tmp_path.iterdir()]
     assert call(train, capsys, *args)[0] == 0  # but without --resume it starts again
+
+
+def other_model(folder):
+    return save_checkpoint(tiny_model(seed=1), folder / "other")
+
+
+def test_resume_with_the_log_of_another_training_is_refused(interrupted, tmp_path, capsys):
+    """Its first lines would be kept as ours."""
+    log = tmp_path / "log"
+    line = '{"step": 0}\n'
+    log.write_text(line * 9)
+    code, _, err = call(train, capsys, *interrupted, "--log", log)
+    assert code == 2 and "is not the log of this training" in err.splitlines()[-1]
+    assert log.read_text() == line * 9 and not (tmp_path / "f").exists()
 
 
 @pytest.fixture

@@ -224,7 +224,6 @@ def draw_batch(
 def predict(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits [N, vocab] and targets [N] where the loss has weight, N tokens in all."""
     x = model.model.embed_tokens(batch.tokens)  # [B, T, hidden]
-    model.rope.reach(x.shape[1], x.device)
     for layer in model.model.layers:
         x = layer(x, model.rope, None)
     wanted = batch.weight[:, 1:] > 0  # [B, T - 1]
