@@ -68,21 +68,15 @@ def write_plan(
     figures.budget_plan(rows, out.with_suffix(".png"))
 
 
-def draw_texts(args: argparse.Namespace, model: Transformer) -> tuple[list[Tensor], list[Tensor]]:
-    """Texts to calibrate on, and passages to probe with: the longest ones that were drawn."""
-    tokenizer = load_tokenizer(args.model, model.config.vocab_size)
-    length = min(args.seq_len, model.config.context_length)
-    count = args.samples + args.passages
-    drawn = sample_tokens(args.data, tokenizer, count, length, args.seed, args.sinks)
-    drawn.sort(key=Tensor.numel)
-    samples = drawn[: -args.passages]
-    texts = [text[:, -args.probe_len :] for text in drawn[-args.passages :]]
-    if not args.no_copies:
-        samples = with_copies(samples)
-        texts = with_copies(texts)
-    shortest = min(text.shape[1] for text in texts)
-    if not samples or shortest <= args.window + args.sinks:
-        raise UserError(f"{args.data} is too short to calibrate and to probe; give more text")
+def split_texts(
+    drawn: list[Tensor], passages: int, probe_len: int, copies: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Texts to calibrate on, and the ends of the longest ones to probe with."""
+    drawn = sorted(drawn, key=Tensor.numel)
+    samples = drawn[:-passages]
+    texts = [text[:, -probe_len:] for text in drawn[-passages:]]
+    if copies:
+        return with_copies(samples), with_copies(texts)
     return samples, texts
 
 
@@ -118,7 +112,18 @@ def run(args: argparse.Namespace) -> None:
             free.append([Choice(*choice, size, 0.0) for choice, size in of_side.items()])
         spend(free, min(rooms))
 
-        samples, texts = draw_texts(args, model)
+        reach = args.window + args.sinks  # tokens that no compressed one lies before
+        if args.probe_len <= reach:
+            raise UserError(
+                f"--probe-len {args.probe_len} is not above --window and --sinks, {reach}"
+            )
+        tokenizer = load_tokenizer(args.model, config.vocab_size)
+        length = min(args.seq_len, config.context_length)
+        count = args.samples + args.passages
+        drawn = sample_tokens(args.data, tokenizer, count, length, args.seed, args.sinks)
+        samples, texts = split_texts(drawn, args.passages, args.probe_len, not args.no_copies)
+        if not samples or min(text.shape[1] for text in texts) <= reach:
+            raise UserError(f"{args.data} is too short to calibrate and to probe; give more text")
         if args.init == "attention":
             statistics = calibrate_together(model, samples, args.sinks)
         else:

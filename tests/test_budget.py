@@ -408,7 +408,7 @@ MISTAKES = {
     "nothing left": ({}, ["--remove", 0.99, "--out", "c"], "remove less"),
     "a length past the context": ({"length": 601}, [], "--length 601 exceeds the context of 600"),
     "a short text": ({"samples": 1, "passages": 9}, [], "text.txt is too short"),
-    "a large window": ({"window": 39, "sinks": 4}, [], "text.txt is too short"),
+    "a large window": ({"window": 39, "sinks": 4}, [], "--probe-len 40 is not above --window"),
     "one file twice": ({}, ["--remove", 0.7, "--out", "a.safetensors"], "are both"),
     "a group of no whole blocks": ({"group": 33}, [], "--group 33 is no multiple of 32"),
     "no text": ({"data": None}, [], "required: --data"),
