@@ -8,6 +8,8 @@ cache (`decode`). Nothing else here is particular to CSKV: a cache is a list of 
 layer, and the model takes whichever it is given.
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 import json
 import sys

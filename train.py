@@ -24,6 +24,8 @@ Sources:
     [3] Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019: AdamW
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 import json
 from collections.abc import Iterator
