@@ -13,7 +13,7 @@ import argparse
 import importlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,8 +35,6 @@ from course.problems import (
 from course.sandbox import Draw, Failed, Limits, Sandbox, Stopped, protect_memory
 from support.command import Arguments, UserError, comma_list, number, one_of, run_command
 
-UNREADABLE = (ValueError, TypeError, KeyError, IndexError, RuntimeError, OverflowError)
-
 
 @dataclass
 class Verdict:
@@ -50,16 +48,26 @@ class Verdict:
     def text(self) -> str:
         head = f"{self.problem.id}  {self.problem.title}"
         lines = [f"{head:50} {self.points:3} of {self.problem.points}"]
-        lines += [f"     {line}" for entry in self.lost for line in entry.splitlines()]
+        for entry in self.lost:
+            lines += [f"     {line}" for line in entry.splitlines()]
         if self.lost and self.output:
             lines += ["     printed by these functions, the end:"]
             lines += [f"     | {line}" for line in self.output.splitlines()[-8:]]
         return "\n".join(lines)
 
 
-def describe(check) -> str:
-    """What must hold for a check, in one line."""
-    return " ".join(inspect.getdoc(check).split())
+def run_check(check: Callable, student: Sandbox, draw: Draw) -> str | None:
+    """Why a check does not hold, or None if it does. Raises `Stopped`."""
+    try:
+        check(student, draw)
+    except Failed as error:
+        must = " ".join(inspect.getdoc(check).split())
+        return f"{error}\n    must hold: {must}"
+    except Stopped:
+        raise
+    except Exception as error:  # what came back was strange in a way nobody thought of
+        return f"no check of this was possible: {error}"
+    return None
 
 
 def check_part(
@@ -70,17 +78,11 @@ def check_part(
     with Sandbox(files, limits) as student:
         try:
             for name, points in part.checks.items():
-                check = getattr(module, name)
-                try:
-                    check(student, Draw(f"{seed}-{name}"))
+                reason = run_check(getattr(module, name), student, Draw(f"{seed}-{name}"))
+                if reason is None:
                     verdict.points += points
-                except UNREADABLE as error:  # what came back was strange in a way nobody thought of
-                    verdict.lost.append(
-                        f"-{points}  {name}: no check of this was possible: {error}"
-                    )
-                except Failed as error:
-                    must = f"    must hold: {describe(check)}"
-                    verdict.lost.append(f"-{points}  {name}: {error}\n{must}")
+                else:
+                    verdict.lost.append(f"-{points}  {name}: {reason}")
         finally:
             verdict.output = student.output() or verdict.output
 
@@ -90,15 +92,13 @@ def grade_problem(
 ) -> Verdict:
     verdict = Verdict(problem)
     for part in problem.parts:
-        worth = sum(part.checks.values())
-        missing = [name for name in part.names if not is_written(reference, name, student)]
-        if len(missing) == len(part.names):
-            verdict.lost.append(f"-{worth}  not written yet: {', '.join(missing)}")
+        if not any(is_written(reference, name, student) for name in part.names):
+            verdict.lost.append(f"-{part.points}  not written yet: {', '.join(part.names)}")
             continue
         try:
             check_part(verdict, part, assemble(reference, part, student), seed, limits)
         except NotFound as error:
-            verdict.lost.append(f"-{worth}  {error}")
+            verdict.lost.append(f"-{part.points}  {error}")
         except Stopped as error:
             verdict.points = 0
             verdict.lost = [f"-{problem.points}  stopped in {', '.join(part.names)}: {error}"]
@@ -106,9 +106,7 @@ def grade_problem(
     return verdict
 
 
-def grade(
-    folder: Path, seed: int, ids: list[str] | None = None, limits: Limits | None = None
-) -> Iterator[Verdict]:
+def grade(folder: Path, seed: int, ids: list[str] | None = None) -> Iterator[Verdict]:
     """The verdicts on a student's folder, problem by problem, each when it is known.
 
     Raises `UserError` if there is nothing to grade.
@@ -116,12 +114,13 @@ def grade(
     student = read_modules(folder)
     if not student:
         raise UserError(f"{folder} has no cskv.py or other file of the course; give its folder")
+    protect_memory()
     torch.set_num_threads(1)
     problems = load_problems()
     reference = load_reference(problems)
     for problem in problems:
         if ids is None or problem.id in ids:
-            yield grade_problem(problem, reference, student, seed, limits or Limits())
+            yield grade_problem(problem, reference, student, seed, Limits())
 
 
 def fresh_seed() -> int:
@@ -134,13 +133,13 @@ def run(args: argparse.Namespace) -> None:
     folder = args.folder or ROOT
     if args.folder is None and not GIVEN.exists():
         raise UserError("no folder of a student; python -m course.grade DIR")
-    protect_memory()
-    verdicts = []
+    points = 0
+    most = 0
     print(f"seed {seed}")
     for verdict in grade(folder, seed, args.problem):
-        verdicts.append(verdict)
+        points += verdict.points
+        most += verdict.problem.points
         print(verdict.text(), flush=True)
-    points, most = sum(v.points for v in verdicts), sum(v.problem.points for v in verdicts)
     print(f"{'total':50} {points:3} of {most}")
     if points < most and GIVEN.exists() and folder == ROOT:
         print("Where a problem builds on an earlier one, the grader uses its own solution of that.")

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -20,19 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from course import worker
-from course.problems import COURSE, ROOT
+from course.problems import copy_project
 
 LARGEST_ANSWER = 2**26  # bytes
-TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
-TYPES |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-NO_ANSWER = (SafetensorError, ValueError, AttributeError, KeyError, TypeError, RecursionError)
-NO_ANSWER += (struct.error,)
-KILLED = [getattr(signal, name, None) for name in ("SIGXCPU", "SIGKILL")]  # by the limits
+COPIED = ("support", "beyond", "course/worker.py", "course/scenarios.py", "course/confine.py")
+KEPT = ("PATH", "SYSTEMROOT", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+KILLED = (-9, -24)  # the exit status after SIGKILL and SIGXCPU, which the limits send
 NOBODY = 65534  # the user that owns nothing
 
 
@@ -87,26 +83,20 @@ class Sandbox:
     """
 
     def __init__(self, files: dict[str, str], limits: Limits):
-        self.files, self.limits = files, limits
+        self.files = files
+        self.limits = limits
 
     def __enter__(self) -> "Sandbox":
         self.folder = Path(tempfile.mkdtemp(prefix="course-"))
-        for name in ("support", "beyond"):
-            shutil.copytree(
-                ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        for module, text in self.files.items():  # these last: what was copied has the solution
-            (self.folder / f"{module}.py").write_text(text, encoding="utf-8")
-        for name in ("worker.py", "scenarios.py", "confine.py"):
-            shutil.copy(COURSE / name, self.folder)
+        copy_project(self.folder, COPIED, self.files)
         for path in [self.folder, *self.folder.rglob("*")]:
             path.chmod(0o755 if path.is_dir() else 0o644)
         self.printed = tempfile.TemporaryFile()
-        limits = self.limits.cpu_seconds, self.limits.memory, self.limits.output
-        command = [sys.executable, "-I", "-B", self.folder / "worker.py", *map(str, limits)]
+        limits = [self.limits.cpu_seconds, self.limits.memory, self.limits.output]
+        command = [sys.executable, "-I", "-B", self.folder / "course" / "worker.py"]
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
         self.process = subprocess.Popen(
-            command,
+            [*command, *map(str, limits)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.printed,
@@ -153,43 +143,24 @@ class Sandbox:
         Raises `Failed` if the student's function raised an error, `Stopped` if the process ended.
         """
         tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        data = save(tensors, {"scenario": scenario, "numbers": json.dumps(numbers)})
+        request = save(tensors, {"scenario": scenario, "numbers": json.dumps(numbers)})
         answer = None
         with suppress(OSError):
-            worker.write_message(self.process.stdin, data)
-            answer = self.read_answer()
-        if answer is None:
+            worker.write_message(self.process.stdin, request)
+            answer = worker.read_message(self.process.stdout, LARGEST_ANSWER)
+        if answer is None or self.flooded():
             raise Stopped(self.why_it_ended())
-        if self.flooded():
-            raise Stopped(self.flood())
         try:
-            if "error" in (said := worker.metadata(answer)):
-                raise Failed(printable(str(said["error"])[:2000]))
+            error = worker.metadata(answer).get("error")
             tensors = load(answer)
-        except NO_ANSWER:
+        except Exception:  # bytes of any kind may have come
             raise Stopped("the process wrote something else than its answer") from None
-        for name, tensor in tensors.items():
-            if tensor.dtype not in TYPES:
-                raise Failed(f"{printable(name)} is of type {tensor.dtype}")
+        if error is not None:
+            raise Failed(printable(str(error)[:2000]))
         return tensors
-
-    def read_answer(self) -> bytes | None:
-        stream = self.process.stdout
-        header = stream.read(worker.HEADER.size)
-        if len(header) < worker.HEADER.size:
-            return None
-        (size,) = worker.HEADER.unpack(header)
-        if size > LARGEST_ANSWER:
-            self.kill()
-            raise Stopped(f"an answer of {size} bytes; at most {LARGEST_ANSWER} are read")
-        data = stream.read(size)
-        return data if len(data) == size else None
 
     def flooded(self) -> bool:
         return os.fstat(self.printed.fileno()).st_size >= self.limits.output
-
-    def flood(self) -> str:
-        return f"it printed {self.limits.output} bytes or more; print less"
 
     def why_it_ended(self) -> str:
         """Why there is no answer, in a sentence."""
@@ -197,20 +168,21 @@ class Sandbox:
             self.process.wait(1)
         status = self.process.poll()
         self.kill()
+        end = self.output()[-300:]
         if self.late:
             return f"it did not end within {self.limits.seconds:g} seconds"
         if self.flooded():
-            return self.flood()
+            return f"it printed {self.limits.output} bytes or more; print less"
         if status is None:
-            return "it closed the way to the grader"
+            return f"it closed the way to the grader, or sent over {LARGEST_ANSWER} bytes"
         if status == worker.STATUS:
-            return self.output().splitlines()[-1] if self.output() else "it did what is not allowed"
-        if -status in KILLED:
-            what = f"processor time (at most {self.limits.cpu_seconds} seconds) or memory"
-            return f"it took too much {what}"
+            return end.splitlines()[-1] if end else "it did what is not allowed"
+        if status in KILLED:
+            seconds = self.limits.cpu_seconds
+            return f"it took too much processor time (at most {seconds} seconds) or memory"
         if status < 0:
-            return f"it crashed with signal {-status}: {self.output()[-300:]}"
-        return f"it ended the process, with status {status}: {self.output()[-300:]}"
+            return f"it crashed with signal {-status}: {end}"
+        return f"it ended the process, with status {status}: {end}"
 
     def peak(self, scenario: str, tensors: dict[str, Tensor], **numbers) -> tuple[dict, int]:
         """`ask` in a fresh process of the same files, and the most memory that it held, in bytes:
@@ -234,9 +206,6 @@ class Sandbox:
         return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-KEPT = ("PATH", "SYSTEMROOT", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-
-
 def printable(text: str) -> str:
     """A student's text without what would change the terminal that it is shown in."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
@@ -244,18 +213,18 @@ def printable(text: str) -> str:
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """The largest difference, in units of the largest number that is wanted, in float64."""
-    got, want = got.double(), want.double()
     if got.numel() == 0:
         return 0.0
-    return float((got - want).abs().max() / want.abs().max().clamp(min=1e-300))
+    error = (got.double() - want.double()).abs().max()
+    return float(error / want.double().abs().max().clamp(min=1e-300))
 
 
-def look(answer: dict[str, Tensor], name: str, shape: tuple | None, dtype=None) -> Tensor:
+def look(answer: dict[str, Tensor], name: str, shape: tuple, dtype=None) -> Tensor:
     """A tensor of an answer, of this shape and type, and finite. Raises `Failed` if it is not."""
     if name not in answer:
         raise Failed(f"{name} was not returned")
     tensor = answer[name]
-    if shape is not None and tuple(tensor.shape) != tuple(shape):
+    if tuple(tensor.shape) != tuple(shape):
         raise Failed(f"{name} has shape {list(tensor.shape)}, {list(shape)} was expected")
     if dtype is not None and tensor.dtype != dtype:
         raise Failed(f"{name} is of type {tensor.dtype}, {dtype} was expected")
@@ -264,12 +233,21 @@ def look(answer: dict[str, Tensor], name: str, shape: tuple | None, dtype=None) 
     return tensor
 
 
-def expect(answer: dict[str, Tensor], name: str, want: Tensor, tolerance: float, hint="") -> None:
-    """Raises `Failed` unless a tensor of an answer is `want`, within a relative tolerance."""
-    error = relative_error(look(answer, name, want.shape), want)
+def expect(
+    answer: dict[str, Tensor],
+    name: str,
+    want: Tensor | float,
+    tolerance: float,
+    hint: str = "",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raises `Failed` unless a tensor of an answer is `want`, within a relative tolerance, and of
+    this type."""
+    want = torch.as_tensor(want, dtype=torch.float64)
+    error = relative_error(look(answer, name, want.shape, dtype), want)
     if not error <= tolerance:
-        said = f"; {hint}" if hint else ""
-        raise Failed(f"{name}: relative error {error:.2g}, at most {tolerance:g} allowed{said}")
+        reason = f"; {hint}" if hint else ""
+        raise Failed(f"{name}: relative error {error:.2g}, at most {tolerance:g} allowed{reason}")
 
 
 class Draw:
@@ -279,8 +257,8 @@ class Draw:
         digest = int.from_bytes(seed.encode(), "little") % (2**63 - 25)
         self.generator = torch.Generator().manual_seed(digest)
 
-    def normal(self, *shape: int, dtype=torch.float64) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(dtype)
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
 
     def uniform(self, *shape: int) -> Tensor:
         return torch.rand(*shape, generator=self.generator, dtype=torch.float64)

@@ -14,6 +14,7 @@ import struct
 import sys
 import sysconfig
 import tempfile
+import traceback
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +26,7 @@ except ImportError:  # Windows has no such limits
 import torch
 from safetensors.torch import load, save
 
+FOLDER = Path(__file__).resolve().parents[1]
 HEADER = struct.Struct("<Q")  # the bytes of a message, before it
 STATUS = 70  # exit status after something that is not allowed
 
@@ -37,7 +39,6 @@ FORBIDDEN += ("sys.addaudithook", "tempfile.")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 DEVICES = (os.devnull, "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo")
 SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/sys/devices/system")  # libraries in C
-PATHS = os.path.realpath, os.path.isdir
 
 
 def set_limits(cpu_seconds: int, memory: int, output: int) -> None:
@@ -70,13 +71,13 @@ def watch(folders: list[str]) -> None:
     that too, where there is Linux.
     """
     readable = tuple(os.path.realpath(path) + "/" for path in folders)
-    devices = DEVICES
     # Kept here: a student's code could put something else in the place of a module's names.
-    forbidden, fspath, fsdecode, realpath, isdir = FORBIDDEN, os.fspath, os.fsdecode, *PATHS
-    write, leave, status, writing = os.write, os._exit, STATUS, WRITING
+    forbidden, devices, writing, status = FORBIDDEN, DEVICES, WRITING, STATUS
+    fspath, fsdecode, realpath, isdir = os.fspath, os.fsdecode, os.path.realpath, os.path.isdir
+    write, leave = os.write, os._exit
 
-    def stop(what: str) -> None:
-        write(2, f"not allowed in a graded function: {what}\n".encode())
+    def stop(deed: str) -> None:
+        write(2, f"not allowed in a graded function: {deed}\n".encode())
         leave(status)
 
     def check(event: str, arguments: tuple) -> None:
@@ -101,12 +102,16 @@ def watch(folders: list[str]) -> None:
     sys.addaudithook(check)
 
 
-def read_message(stream) -> bytes | None:
-    """The next message, or None at the end."""
+def read_message(stream, most: int = sys.maxsize) -> bytes | None:
+    """The next message, or None if there is none, or one cut off or of more bytes."""
     header = stream.read(HEADER.size)
     if len(header) < HEADER.size:
         return None
-    return stream.read(HEADER.unpack(header)[0])
+    (size,) = HEADER.unpack(header)
+    if size > most:
+        return None
+    data = stream.read(size)
+    return data if len(data) == size else None
 
 
 def write_message(stream, data: bytes) -> None:
@@ -130,14 +135,12 @@ def plain(name: str, value: object) -> torch.Tensor:
 
 
 def where(error: BaseException) -> str:
-    """The innermost line of the student's files that an error comes from."""
-    line, trace, folder = "", error.__traceback__, Path(__file__).parent
-    while trace:
-        file = Path(trace.tb_frame.f_code.co_filename)
-        if file.parent in (folder, folder / "beyond") and file.name != "scenarios.py":
-            line = f" ({file.relative_to(folder)}, {trace.tb_frame.f_code.co_name})"
-        trace = trace.tb_next
-    return line
+    """The innermost function of the student's files that an error comes from."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        if file.parent in (FOLDER, FOLDER / "beyond"):
+            return f" ({file.relative_to(FOLDER)}, {frame.name})"
+    return ""
 
 
 def answer(request: bytes) -> bytes:
@@ -146,8 +149,8 @@ def answer(request: bytes) -> bytes:
         values = metadata(request)
         import scenarios
 
-        scenario, numbers = getattr(scenarios, values["scenario"]), json.loads(values["numbers"])
-        result = scenario(**load(request), **numbers)
+        scenario = getattr(scenarios, values["scenario"])
+        result = scenario(**load(request), **json.loads(values["numbers"]))
         return save({name: plain(name, value) for name, value in result.items()}, {"ok": "1"})
     except Exception as error:
         text = f"{type(error).__name__}: {error}"[:2000] + where(error)
@@ -155,7 +158,6 @@ def answer(request: bytes) -> bytes:
 
 
 def main() -> None:
-    folder = Path(__file__).resolve().parent
     requests = sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -163,11 +165,11 @@ def main() -> None:
     set_limits(*map(int, sys.argv[1:4]))
     sys.argv[:] = sys.argv[:1]
     # PyTorch wants a folder for what it compiles when the first optimizer is made.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.tempdir = str(folder)
-    sys.path.insert(0, str(folder))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.tempdir = str(FOLDER)
+    sys.path[:0] = [str(FOLDER), str(FOLDER / "course")]
     from confine import confine
 
-    folders = [str(folder), *libraries()]
+    folders = [str(FOLDER), *libraries()]
     confine([*folders, *DEVICES, *SYSTEM])
     watch(folders)
     while (request := read_message(requests)) is not None:
