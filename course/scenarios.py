@@ -13,6 +13,7 @@ from torch import Tensor
 import cskv
 import model
 import quant
+from beyond.segments import FastCache
 
 
 def small_config(H: int, H_kv: int, D: int, hidden: int, **changes) -> model.Config:
@@ -23,6 +24,15 @@ def small_config(H: int, H_kv: int, D: int, hidden: int, **changes) -> model.Con
     values |= dict(sliding_window=None, eos_token_ids=())
     values |= changes
     return model.Config(**values)
+
+
+def call(function: str, **arguments) -> dict:
+    """What a function such as "quant.pack" returns: A and B, or a tensor by the function's name."""
+    module, name = function.rsplit(".", 1)
+    result = getattr(import_module(module), name)(**arguments)
+    if isinstance(result, cskv.LowRank):
+        return {"A": result.A, "B": result.B}
+    return {name: result}
 
 
 # ------------------------------------------------------------------------------------- problem a
@@ -36,10 +46,6 @@ def cache_bytes(used: int, **buffers: Tensor) -> dict:
             return [buffer[:, :used] for buffer in buffers.values()]
 
     return {"nbytes": Holder().nbytes()}
-
-
-def element_bits(**numbers) -> dict:
-    return {"bits": quant.bits_per_element(**numbers)}
 
 
 def full_cache_bytes(layers: int, H_kv: int, D: int, tokens: int) -> dict:
@@ -61,33 +67,12 @@ def paper_ratio(H_kv: int, D: int, layers: list) -> dict:
     return {"ratio": infer.nominal_ratio(model.Transformer(config), factors)}
 
 
-# ------------------------------------------------------------------------------------- problem b
-
-
-def both(pair: cskv.LowRank) -> dict:
-    return {"A": pair.A, "B": pair.B}
-
-
-def svd(W: Tensor, rank: int) -> dict:
-    return both(cskv.svd_factors(W, rank))
-
-
-def asvd(W: Tensor, x_abs: Tensor, rank: int, **alpha: float) -> dict:
-    return both(cskv.asvd_factors(W, rank, x_abs, **alpha))
-
-
-def optimal(W: Tensor, moment: Tensor, rank: int, metric: Tensor | None = None) -> dict:
-    return both(cskv.optimal_factors(W, rank, moment, metric))
-
-
 # ------------------------------------------------------------------------------- problems c and f
-
-PLAIN, FAST = "cskv.BiBranchCache", "beyond.segments.FastCache"
 
 
 def make_cache(
-    kind: str, sizes: list, window: int, sinks: int, factors: dict, tokens: int = 0, **more
-):
+    kind: type, sizes: list, window: int, sinks: int, factors: dict, tokens: int = 0, **more
+) -> tuple:
     """A cache for one layer, and RoPE for so many tokens. sizes: H, H_kv, D, and the sliding window
     or None. factors: A_k, B_k, A_v, B_v, and k_bias and v_bias if the projections have biases."""
     H, H_kv, D, sliding = sizes
@@ -100,9 +85,7 @@ def make_cache(
         attention.v_proj.bias.copy_(factors["v_bias"])
     k = cskv.LowRank(factors["A_k"], factors["B_k"], bits=32)
     v = cskv.LowRank(factors["A_v"], factors["B_v"], bits=32)
-    module, name = kind.rsplit(".", 1)
-    make = getattr(import_module(module), name)
-    cache = make(attention, cskv.LayerFactors(k, v), window, sinks=sinks, **more)
+    cache = kind(attention, cskv.LayerFactors(k, v), window, sinks=sinks, **more)
     rope = model.Rope(config)
     rope.reach(tokens, k.A.device)
     return cache, rope
@@ -118,7 +101,9 @@ def prompt_and_steps(
     """
     x, q, k, v = (tensors.pop(name) for name in "xqkv")
     T = x.shape[1]
-    cache, rope = make_cache(PLAIN, sizes, window, sinks, tensors, T, expected=expected)
+    cache, rope = make_cache(
+        cskv.BiBranchCache, sizes, window, sinks, tensors, T, expected=expected
+    )
     calls = []
     for tokens in [slice(prompt), *(slice(t, t + 1) for t in range(prompt, T))]:
         calls.append((x[:, tokens], q[:, :, tokens], k[:, :, tokens], v[:, :, tokens], rope))
@@ -168,43 +153,26 @@ def branches(**text) -> dict:
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    c_k: Tensor,
-    c_v: Tensor,
-    kind: str,
-    first: int,
-    old: int,
-    sizes: list,
-    sinks: int,
-    chunk: int | None = None,
-    segments: list | None = None,
-    longest: int = 0,
-    **factors,
+    first: int, old: int, sizes: list, sinks: int, segments=None, chunk=16, longest=0, **tensors
 ) -> dict:
-    """`attend` alone, on a cache with these latents of the tokens from `sinks` on. q, before RoPE,
-    is that of the last one. RoPE's table is for `longest` tokens, or for as many as there are."""
-    length = sinks + c_k.shape[1]
-    cache, rope = make_cache(kind, sizes, 1, sinks, factors, max(length, longest))
-    if chunk:
-        cache.chunk = chunk
+    """`attend` alone, of a cache with latents c_k and c_v of the tokens from `sinks` on: the fast
+    one if there are segments. q, before RoPE, is that of the last token; k and v are those of the
+    full branch. RoPE's table is for `longest` tokens, or for as many as there are."""
+    length = sinks + tensors["c_k"].shape[1]
+    kind = FastCache if segments else cskv.BiBranchCache
+    cache, rope = make_cache(kind, sizes, 1, sinks, tensors, max(length, longest))
     if segments:
         cache.segments = tuple(map(tuple, segments))
-    cache.c_k.append(c_k)
-    cache.c_v.append(c_v)
+        cache.chunk = chunk
+    cache.c_k.append(tensors["c_k"])
+    cache.c_v.append(tensors["c_v"])
     cache.length = length
-    return {"out": cache.attend(rope.rotate(q, length - 1), k, v, first, old, rope)}
-
-
-def segment_damping(w: Tensor, length: int) -> dict:
-    from beyond.segments import damping
-
-    return {"a": damping(w, length)}
+    q = rope.rotate(tensors["q"], length - 1)
+    return {"out": cache.attend(q, tensors["k"], tensors["v"], first, old, rope)}
 
 
 def old_values(p: Tensor, c_v: Tensor, begin: int, sizes: list, chunk: int, **factors) -> dict:
-    cache, _ = make_cache(FAST, sizes, 1, 0, factors)
+    cache, _ = make_cache(FastCache, sizes, 1, 0, factors)
     cache.chunk = chunk
     cache.c_v.append(c_v)
     return {"out": cache.old_values(p, begin)}
@@ -235,14 +203,6 @@ def rounded(x: Tensor, weight: Tensor, bits: int, dim: int, clamped: bool) -> di
     return {"y": y, "gradient": x.grad}
 
 
-def packed(codes: Tensor, bits: int) -> dict:
-    return {"packed": quant.pack(codes, bits)}
-
-
-def unpacked(packed: Tensor, bits: int) -> dict:
-    return {"codes": quant.unpack(packed, bits)}
-
-
 # ------------------------------------------------------------------------------------- problem e
 
 
@@ -256,12 +216,6 @@ def loss(
     value = layer_loss(pair, x, k, dim, torch.float64) if double else layer_loss(pair, x, k, dim)
     value.backward()
     return {"loss": value, "A": A.grad, "B": B.grad}
-
-
-def floor(moment: Tensor, rank: int) -> dict:
-    from train import loss_floor
-
-    return {"floor": loss_floor(moment, rank)}
 
 
 def steps(A: Tensor, B: Tensor, gradients: Tensor, planned: int, lr: float) -> dict:

@@ -1,16 +1,16 @@
 """The process that runs a student's functions. It gets tensors and returns tensors: no more.
 
-The grader starts it in a folder with the course's files, `support/` and `scenarios.py`, and writes
-requests to its standard input: the name of a scenario, tensors, numbers. Answers go back on what
+The grader starts it in a folder with `support/`, `beyond/` and scenarios.py, and writes requests to
+its standard input, a line each: the name of a scenario, tensors, numbers. Answers go back on what
 was its standard output; what the student's functions print goes with the errors. Nothing in here
 knows the right answers, so nothing is won by changing it from within: sandbox.py, on the other
 side, trusts nothing that it receives.
 """
 
+import base64
 import ctypes  # noqa: F401 (before the guard: it opens the program itself)
 import json
 import os
-import struct
 import sys
 import sysconfig
 import tempfile
@@ -27,7 +27,6 @@ import torch
 from safetensors.torch import load, save
 
 FOLDER = Path(__file__).resolve().parents[1]
-HEADER = struct.Struct("<Q")  # the bytes of a message, before it
 STATUS = 70  # exit status after something that is not allowed
 
 # What Python says it is about to do (its audit events), and what of that ends the process.
@@ -54,13 +53,6 @@ def set_limits(cpu_seconds: int, memory: int, output: int) -> None:
             # The system kills a second later: before, it says why.
             hard = most + 1 if name == "CPU" else most
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, hard))
-
-
-def libraries() -> list[str]:
-    """Folders of Python's own modules and of installed ones."""
-    paths = sysconfig.get_paths()
-    folders = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return folders + [path for path in sys.path if "-packages" in path]
 
 
 def watch(folders: list[str]) -> None:
@@ -102,27 +94,12 @@ def watch(folders: list[str]) -> None:
     sys.addaudithook(check)
 
 
-def read_message(stream, most: int = sys.maxsize) -> bytes | None:
-    """The next message, or None if there is none, or one cut off or of more bytes."""
-    header = stream.read(HEADER.size)
-    if len(header) < HEADER.size:
-        return None
-    (size,) = HEADER.unpack(header)
-    if size > most:
-        return None
-    data = stream.read(size)
-    return data if len(data) == size else None
+def encode(tensors: dict[str, torch.Tensor]) -> str:
+    return base64.b64encode(save(tensors)).decode()
 
 
-def write_message(stream, data: bytes) -> None:
-    stream.write(HEADER.pack(len(data)) + data)
-    stream.flush()
-
-
-def metadata(data: bytes) -> dict[str, str]:
-    """That of a safetensors message."""
-    (length,) = HEADER.unpack(data[: HEADER.size])
-    return json.loads(data[HEADER.size : HEADER.size + length]).get("__metadata__", {})
+def decode(text: str) -> dict[str, torch.Tensor]:
+    return load(base64.b64decode(text))
 
 
 def plain(name: str, value: object) -> torch.Tensor:
@@ -143,37 +120,39 @@ def where(error: BaseException) -> str:
     return ""
 
 
-def answer(request: bytes) -> bytes:
-    """Runs the scenario that is asked for. An error is an answer too."""
+def answer(request: str) -> str:
+    """Runs the scenario that is asked for. Request and answer are JSON; an error is an answer."""
     try:
-        values = metadata(request)
         import scenarios
 
+        values = json.loads(request)
         scenario = getattr(scenarios, values["scenario"])
-        result = scenario(**load(request), **json.loads(values["numbers"]))
-        return save({name: plain(name, value) for name, value in result.items()}, {"ok": "1"})
+        result = scenario(**decode(values["tensors"]), **values["numbers"])
+        tensors = {name: plain(name, value) for name, value in result.items()}
+        return json.dumps({"tensors": encode(tensors)})
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"[:2000] + where(error)
-        return save({}, {"error": text.encode("utf-8", "replace").decode()})
+        return json.dumps({"error": f"{type(error).__name__}: {error}"[:2000] + where(error)})
 
 
 def main() -> None:
-    requests = sys.stdin.buffer
-    answers = os.fdopen(os.dup(1), "wb")
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(1)
     set_limits(*map(int, sys.argv[1:4]))
     sys.argv[:] = sys.argv[:1]
     # PyTorch wants a folder for what it compiles when the first optimizer is made.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.tempdir = str(FOLDER)
+    libraries = sysconfig.get_paths()
+    folders = [str(FOLDER), libraries["stdlib"], libraries["platstdlib"]]
+    folders += [libraries["purelib"], libraries["platlib"]]
+    folders += [path for path in sys.path if "-packages" in path]
     sys.path[:0] = [str(FOLDER), str(FOLDER / "course")]
     from confine import confine
 
-    folders = [str(FOLDER), *libraries()]
     confine([*folders, *DEVICES, *SYSTEM])
     watch(folders)
-    while (request := read_message(requests)) is not None:
-        write_message(answers, answer(request))
+    for request in sys.stdin:
+        print(answer(request), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ CHEATS = {
     ),
     "the answer is forged": (
         "import sys; main = sys.modules['__main__']\n"
-        "    main.answer = lambda request: main.save({}, {'points': '100', 'ok': '1'})\n"
+        "    main.answer = lambda _: main.json.dumps({'points': 100, 'tensors': main.encode({})})\n"
         f"    {ZEROS}",
         "A was not returned",
     ),

@@ -13,7 +13,6 @@ from course.checks.attention import (
 )
 from course.sandbox import Draw, Failed, Sandbox, expect
 
-KIND = "beyond.segments.FastCache"
 # That of float32, which rounds to 6e-8: a score of 20 is off by 20 times that, or a few times more.
 # Angles of the middles are made in float64 by what is given, so they allow no more for long texts.
 TOLERANCE = 3e-5
@@ -22,6 +21,7 @@ SEGMENTS = [((1, 0),), ((2, 4), (4, 0)), ((3, 0),), ((4, 8), (8, 16), (16, 0))]
 SHORT, LONG = 2_000, 60_000  # tokens
 HEADS, D, RANK = 8, 64, 4  # rebuilt keys of LONG tokens take 123 MB
 MOST = 60e6  # bytes more for LONG than for SHORT: a half of that
+CHUNK = 2**12
 LONG_SEGMENTS = ((16, 512), (128, 2048), (512, 0))
 
 
@@ -30,8 +30,8 @@ def damping_is_the_mean_turn(student: Sandbox, draw: Draw) -> None:
     for fast and for slow w; 1 for L = 1."""
     for length in (1, 2, 3, draw.integer(4, 40), 512):
         w = 10 ** (-5 * draw.uniform(draw.integer(1, 9)))  # 0.00001 .. 1
-        answer = student.ask("segment_damping", {"w": w}, length=length)
-        expect(answer, "a", mean_turn(w, length), 1e-9, f"L = {length}")
+        answer = student.call("beyond.segments.damping", {"w": w}, length=length)
+        expect(answer, "damping", mean_turn(w, length), 1e-9, f"L = {length}")
 
 
 def weighted_values(student: Sandbox, draw: Draw) -> None:
@@ -90,7 +90,7 @@ def tokens_share_a_position(student: Sandbox, draw: Draw) -> None:
         chunk = [1, 5, 100][i // 4]
         n = draw.choose([0, 1, 7, 20, 40, 45])
         tensors, numbers, want, at = draw_attend(
-            draw, KIND, n, i % 3 == 1, sinks, torch.float32, segments
+            draw, n, i % 3 == 1, sinks, torch.float32, segments
         )
         answer = student.ask("attend", tensors, **numbers, chunk=chunk, segments=segments)
         expect(answer, "out", want, TOLERANCE, f"{at}, segments {segments}, chunks of {chunk}")
@@ -105,8 +105,8 @@ def keys_are_absorbed(student: Sandbox, draw: Draw) -> None:
     full = draw.choose([2, 4, 8])
     tensors |= {"q": torch.zeros(1, H, 1, D), "c_v": tensors["c_v"] * 0}
     tensors |= {name: draw.normal(1, H_kv, full, D).float() for name in "kv"}
-    numbers = {"kind": KIND, "first": 0, "old": 64, "sizes": sizes, "sinks": 0}
-    answer = student.ask("attend", tensors, **numbers, chunk=16, segments=draw.choose(SEGMENTS))
+    numbers = {"first": 0, "old": 64, "sizes": sizes, "sinks": 0}
+    answer = student.ask("attend", tensors, **numbers, segments=draw.choose(SEGMENTS))
     want = tensors["v"].double().sum(2, keepdim=True) / (64 + full)
     expect(answer, "out", want.repeat_interleave(2, 1), TOLERANCE)
 
@@ -127,8 +127,8 @@ def memory_of_a_step(student: Sandbox, draw: Draw) -> None:
             "k": torch.zeros(1, HEADS, 1, D),
             "v": torch.ones(1, HEADS, 1, D),
         }
-        numbers = {"kind": KIND, "first": 0, "old": old, "sizes": [HEADS, HEADS, D, None]}
-        numbers |= {"sinks": 0, "longest": LONG, "segments": LONG_SEGMENTS}
+        numbers = {"first": 0, "old": old, "sizes": [HEADS, HEADS, D, None], "sinks": 0}
+        numbers |= {"segments": LONG_SEGMENTS, "longest": LONG, "chunk": CHUNK}
         answer, peak = student.peak("attend", tensors, **numbers)
         expect(answer, "out", long_attention(tensors, old), TOLERANCE, f"{old} tokens")
         peaks.append(peak)

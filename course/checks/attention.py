@@ -53,20 +53,13 @@ def rotate_in_segments(k: Tensor, start: int, stop: int, sinks: int, segments: t
     return rotate(k, middle) * torch.cat([a, a], -1)
 
 
-def split_heads(y: Tensor, D: int) -> Tensor:
-    """[B, T, d_kv] -> [B, H_kv, T, D]"""
-    return torch.stack(y.split(D, dim=-1), 1)
-
-
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [B, H, 1, D] over k and v [B, H_kv, n, D], head by head -> [B, H, 1, D]."""
-    G = q.shape[1] // k.shape[1]
-    out = []
-    for h in range(q.shape[1]):
-        scores = q[:, h] @ k[:, h // G].transpose(1, 2) / math.sqrt(q.shape[-1])  # [B, 1, n]
-        weights = (scores - scores.max()).exp()
-        out.append(weights / weights.sum(-1, keepdim=True) @ v[:, h // G])
-    return torch.stack(out, 1)
+    """q [B, H, 1, D] over k and v [B, H_kv, n, D] -> [B, H, 1, D]. Heads H / H_kv side by side share
+    a key head."""
+    shared = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(shared, 1)
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # [B, H, 1, n]
+    return scores.softmax(-1) @ v.repeat_interleave(shared, 1)
 
 
 @dataclass
@@ -93,7 +86,7 @@ class Layer:
     def rebuilt(self, name: str, c: Tensor) -> Tensor:
         """Keys or values [B, H_kv, T, D] from latents c [B, T, r]."""
         flat = c @ self.tensors[f"B_{name}"] + self.tensors.get(f"{name}_bias", 0)
-        return split_heads(flat, self.sizes[2])
+        return flat.unflatten(-1, self.sizes[1:3]).transpose(1, 2)
 
     def seen(self, t: int) -> Tensor:
         """The positions that the token at position t sees."""
@@ -145,7 +138,7 @@ def draw_layer(draw: Draw, T: int, bias=False, sliding=None, window=3, sinks=0) 
 
 
 def draw_attend(
-    draw: Draw, kind: str, n: int, bias: bool, sinks: int, dtype: torch.dtype, segments=((1, 0),)
+    draw: Draw, n: int, bias: bool, sinks: int, dtype: torch.dtype, segments=((1, 0),)
 ) -> tuple[dict[str, Tensor], dict, Tensor, str]:
     """Tensors and numbers for the scenario `attend`, what it must return, and a description. n
     tokens are attended through the compressed branch. Some before them may be behind the sliding
@@ -168,6 +161,6 @@ def draw_attend(
     k = torch.cat([rotate_in_segments(k, start, stop, sinks, segments), layer.tensors["k"]], 2)
     v = torch.cat([v, layer.tensors["v"]], 2)
     q = rotate(layer.tensors["q"], torch.tensor([sinks + held - 1]))
-    numbers = {"kind": kind, "first": first, "old": old, "sizes": layer.sizes, "sinks": sinks}
+    numbers = {"first": first, "old": old, "sizes": layer.sizes, "sinks": sinks}
     at = f"first {first}, old {old}, sinks {sinks}, biases {bias}"
     return tensors, numbers, softmax_attention(q, k, v), at

@@ -180,13 +180,13 @@ def packed_bytes(student: Sandbox, draw: Draw) -> None:
     """T * bits / 8 bytes of each channel, laid out as the docstring of `pack` says."""
     for bits in (2, 3, 4, 8):
         codes, want = draw_packed(draw, bits)
-        answer = student.ask("packed", {"codes": codes}, bits=bits)
-        expect(answer, "packed", want, 0, f"{bits} bits, shape {list(codes.shape)}", torch.uint8)
+        answer = student.call("quant.pack", {"codes": codes}, bits=bits)
+        expect(answer, "pack", want, 0, f"{bits} bits, shape {list(codes.shape)}", torch.uint8)
 
 
 def unpacked_codes(student: Sandbox, draw: Draw) -> None:
     """The codes that packed bytes stand for, whoever packed them."""
     for bits in (2, 3, 4, 8):
         want, packed = draw_packed(draw, bits)
-        answer = student.ask("unpacked", {"packed": packed}, bits=bits)
-        expect(answer, "codes", want, 0, f"{bits} bits, shape {list(want.shape)}", torch.uint8)
+        answer = student.call("quant.unpack", {"packed": packed}, bits=bits)
+        expect(answer, "unpack", want, 0, f"{bits} bits, shape {list(want.shape)}", torch.uint8)

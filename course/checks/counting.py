@@ -27,8 +27,8 @@ def short_groups_cost(student: Sandbox, draw: Draw) -> None:
         elements = size or 32
         groups = len(range(0, elements, 32))
         want = (elements * bits + 32 * groups) / elements
-        answer = student.ask("element_bits", {}, **numbers)
-        expect(answer, "bits", want, 1e-12, f"{bits} bits, {elements} elements")
+        answer = student.call("quant.bits_per_element", {}, **numbers)
+        expect(answer, "bits_per_element", want, 1e-12, f"{bits} bits, {elements} elements")
 
 
 def a_full_cache(student: Sandbox, draw: Draw) -> None:

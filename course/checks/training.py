@@ -79,12 +79,12 @@ def floor_is_dropped_eigenvalues(student: Sandbox, draw: Draw) -> None:
         d_kv = draw.integer(4, 12)
         rank = draw.integer(1, d_kv - 1)
         k = draw.normal(rank + extra, d_kv) * torch.exp(draw.normal(d_kv))
-        answer = student.ask("floor", {"moment": k.T @ k}, rank=rank)
+        answer = student.call("train.loss_floor", {"moment": k.T @ k}, rank=rank)
         if extra:
             want = torch.linalg.svdvals(k)[rank:].square().sum()
-            expect(answer, "floor", want, 1e-7, f"rank {rank} of {d_kv}")
+            expect(answer, "loss_floor", want, 1e-7, f"rank {rank} of {d_kv}")
         else:
-            expect(answer, "floor", 0, 0, "fewer tokens than ranks")
+            expect(answer, "loss_floor", 0, 0, "fewer tokens than ranks")
 
 
 def adam(gradients: Tensor, planned: int, lr: float) -> Tensor:
