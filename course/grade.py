@@ -12,26 +12,15 @@ another, the grader has the reference's; a student's folder has none, so there i
 import argparse
 import importlib
 import inspect
-import os
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from course.problems import (
-    GIVEN,
-    ROOT,
-    NotFound,
-    Part,
-    Problem,
-    Reference,
-    assemble,
-    is_written,
-    load_problems,
-    load_reference,
-    read_modules,
-)
+from course import problems
+from course.problems import GIVEN, ROOT, NotFound, Part, Problem, Reference
 from course.sandbox import Draw, Failed, Limits, Sandbox, Stopped, protect_memory
 from support.command import Arguments, UserError, comma_list, number, one_of, run_command
 
@@ -92,17 +81,17 @@ def grade_problem(
 ) -> Verdict:
     verdict = Verdict(problem)
     for part in problem.parts:
-        if not any(is_written(reference, name, student) for name in part.names):
-            verdict.lost.append(f"-{part.points}  not written yet: {', '.join(part.names)}")
+        names = ", ".join(part.names)
+        if not any(problems.is_written(reference, name, student) for name in part.names):
+            verdict.lost.append(f"-{part.points}  not written yet: {names}")
             continue
         try:
-            check_part(verdict, part, assemble(reference, part, student), seed, limits)
+            check_part(verdict, part, problems.assemble(reference, part, student), seed, limits)
         except NotFound as error:
             verdict.lost.append(f"-{part.points}  {error}")
         except Stopped as error:
-            verdict.points = 0
-            verdict.lost = [f"-{problem.points}  stopped in {', '.join(part.names)}: {error}"]
-            break
+            reason = f"-{problem.points}  stopped in {names}: {error}"
+            return Verdict(problem, 0, [reason], verdict.output)
     return verdict
 
 
@@ -111,25 +100,21 @@ def grade(folder: Path, seed: int, ids: list[str] | None = None) -> Iterator[Ver
 
     Raises `UserError` if there is nothing to grade.
     """
-    student = read_modules(folder)
+    student = problems.read_modules(folder)
     if not student:
         raise UserError(f"{folder} has no cskv.py or other file of the course; give its folder")
     protect_memory()
     torch.set_num_threads(1)
-    problems = load_problems()
-    reference = load_reference(problems)
-    for problem in problems:
+    all_problems = problems.load_problems()
+    reference = problems.load_reference(all_problems)
+    for problem in all_problems:
         if ids is None or problem.id in ids:
             yield grade_problem(problem, reference, student, seed, Limits())
 
 
-def fresh_seed() -> int:
-    return int.from_bytes(os.urandom(4), "little") % 2**31
-
-
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
-    seed = fresh_seed() if args.seed is None else args.seed
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     folder = args.folder or ROOT
     if args.folder is None and not GIVEN.exists():
         raise UserError("no folder of a student; python -m course.grade DIR")
@@ -147,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    ids = tuple(problem.id for problem in load_problems())
+    ids = tuple(problem.id for problem in problems.load_problems())
     parser.add_argument("folder", type=Path, nargs="?", help="of a student (this one)")
     problem = comma_list(one_of(ids, "problem"))
     parser.add_argument("--problem", type=problem, help="check only this one, such as b or b,c")

@@ -12,12 +12,13 @@ a plan.json, for the leaderboard.
 import argparse
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from course import leaderboard
-from course.grade import Verdict, fresh_seed, grade
+from course.grade import Verdict, grade
 from course.problems import MODULES, PROJECT, copy_project, load_problems, load_reference
 from support.command import Arguments, UserError, check_writable, replacing, run_command
 
@@ -45,8 +46,7 @@ cp "$home/source/no_points.json" "$home/results/results.json"
 chmod -R go-rwx "$home/source" "$home/results" "$home/submission"
 cd "$home/source" || exit 1
 export OMP_NUM_THREADS=1
-"$python" -m course.gradescope --submission "$home/submission" \\
-    --results "$home/results/results.json"
+"$python" -m course.gradescope --grade "$home"
 """
 
 
@@ -63,20 +63,13 @@ def results(verdicts: list[Verdict], message: str, score: leaderboard.Score | No
             "score": points.get(problem.id, 0),
             "max_score": problem.points,
             "output": texts.get(problem.id, missing),
-            "output_format": "text",
             "visibility": "visible",
         }
         tests.append(test)
     board = [{"name": "points", "value": sum(points.values()), "order": "desc"}]
     if score and score.share <= leaderboard.BUDGET:
         board.append({"name": leaderboard.NAME, "value": round(score.nats, 4), "order": "asc"})
-    return {
-        "output": message,
-        "visibility": "visible",
-        "stdout_visibility": "hidden",
-        "tests": tests,
-        "leaderboard": board,
-    }
+    return {"output": message, "tests": tests, "leaderboard": board}
 
 
 def write_results(path: Path, content: dict) -> None:
@@ -96,7 +89,7 @@ def find_files(submission: Path) -> Path:
 
 def grade_submission(submission: Path, path: Path) -> None:
     """Writes results.json anew after every problem. Raises `UserError` if it cannot be written."""
-    seed = fresh_seed()
+    seed = secrets.randbelow(2**31)
     verdicts = []
     try:
         folder = find_files(submission)
@@ -128,22 +121,20 @@ def write_zip(path: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
-    if args.out is not None:
-        check_writable(args.out)
-        write_zip(args.out)
-        print(f"{args.out}: upload it to Gradescope, {os.path.getsize(args.out) / 1e6:.2f} MB")
-    elif args.submission is None or args.results is None:
-        raise UserError("nothing to do; python -m course.gradescope --out autograder.zip")
-    else:
-        grade_submission(args.submission, args.results)
+    if args.grade is not None:
+        grade_submission(args.grade / "submission", args.grade / "results" / "results.json")
+        return
+    check_writable(args.out)
+    write_zip(args.out)
+    print(f"{args.out}: upload it to Gradescope, {os.path.getsize(args.out) / 1e6:.2f} MB")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="zip file to write, for Gradescope")
-    there = "on Gradescope, by run_autograder:"
-    parser.add_argument("--submission", type=Path, help=f"{there} a student's folder to grade")
-    parser.add_argument("--results", type=Path, help=f"{there} the results.json to write")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--out", type=Path, help="zip file to write, such as autograder.zip")
+    where = "Gradescope's folder, where run_autograder grades what was submitted"
+    task.add_argument("--grade", type=Path, help=where)
     return parser.parse_args(argv)
 
 

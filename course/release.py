@@ -15,15 +15,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from course.problems import (
-    GIVEN,
-    PROJECT,
-    ROOT,
-    copy_project,
-    load_problems,
-    load_reference,
-    write_modules,
-)
+from course import problems
+from course.problems import GIVEN, PROJECT, ROOT, write_modules
 from support.command import Arguments, UserError, run_command
 
 FOR_THE_INSTRUCTOR = ("course/release.py", "course/gradescope.py")
@@ -41,8 +34,8 @@ and after every change, to see what holds:
 
 def write_release(folder: Path) -> None:
     """Fills an empty folder. Raises `UserError` where problems.toml names what there is not."""
-    given = load_reference(load_problems()).given
-    copy_project(folder, PROJECT, given)
+    given = problems.load_reference(problems.load_problems()).given
+    problems.copy_project(folder, PROJECT, given)
     for name in FOR_THE_INSTRUCTOR:
         (folder / name).unlink()
     write_modules(folder / GIVEN.relative_to(ROOT), given)

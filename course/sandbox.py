@@ -49,20 +49,16 @@ class Stopped(Exception):
     """The process had to be stopped, or stopped itself: no points for the whole problem."""
 
 
-def drop_rights() -> dict:
-    """For `subprocess.Popen`: as root, run as a user that may change nothing."""
-    if os.name != "posix":
+def other_user() -> dict:
+    """For `subprocess.Popen`: as root, run as a user that may change nothing, if every user may run
+    this Python."""
+    if os.name != "posix" or os.geteuid() != 0:
         return {}
-    rights = {"start_new_session": True}
-    if os.geteuid() == 0 and readable_by_all(Path(sys.executable)):
-        rights |= {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-    return rights
-
-
-def readable_by_all(file: Path) -> bool:
-    """Whether every user may run this Python: its folders are open to all."""
-    folders = [*Path(os.path.abspath(file)).parents, *file.resolve().parents]
-    return all(folder.stat().st_mode & 0o005 == 0o005 for folder in folders)
+    python = Path(sys.executable)
+    folders = [*Path(os.path.abspath(python)).parents, *python.resolve().parents]
+    if not all(folder.stat().st_mode & 0o005 == 0o005 for folder in folders):
+        return {}
+    return {"user": NOBODY, "group": NOBODY, "extra_groups": []}
 
 
 def protect_memory() -> None:
@@ -91,17 +87,18 @@ class Sandbox:
         for path in [self.folder, *self.folder.rglob("*")]:
             path.chmod(0o755 if path.is_dir() else 0o644)
         self.printed = tempfile.TemporaryFile()
-        limits = [self.limits.cpu_seconds, self.limits.memory, self.limits.output]
         command = [sys.executable, "-I", "-B", self.folder / "course" / "worker.py"]
+        command += [str(self.limits.cpu_seconds), str(self.limits.memory), str(self.limits.output)]
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
         self.process = subprocess.Popen(
-            [*command, *map(str, limits)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.printed,
             cwd=self.folder,
             env={**environment, "OMP_NUM_THREADS": "1", "HOME": str(self.folder)},
-            **drop_rights(),
+            start_new_session=True,
+            **other_user(),
         )
         self.late = False
         self.timer = threading.Timer(self.limits.seconds, self.time_out)
@@ -136,13 +133,14 @@ class Sandbox:
         self.printed.seek(0)
         return printable(self.printed.read()[-8000:].decode("utf-8", "replace")[-2000:]).strip()
 
-    def ask(self, scenario: str, tensors: dict[str, Tensor], **numbers) -> dict[str, Tensor]:
-        """What a function of scenarios.py makes of these tensors and numbers, as tensors.
+    def ask(self, function: str, tensors: dict[str, Tensor], **numbers) -> dict[str, Tensor]:
+        """What a function, such as "quant.pack" or "scenarios.attend", makes of these tensors and
+        numbers, as tensors: those of its result's names or, for a single one, of its own name.
 
         Raises `Failed` if the student's function raised an error, `Stopped` if the process ended.
         """
         tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        request = {"scenario": scenario, "numbers": numbers, "tensors": worker.encode(tensors)}
+        request = {"function": function, "numbers": numbers, "tensors": worker.encode(tensors)}
         answer = b""
         with suppress(OSError):
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -151,10 +149,6 @@ class Sandbox:
         if not answer.endswith(b"\n") or self.flooded():
             raise Stopped(self.why_it_ended())
         return read_answer(answer)
-
-    def call(self, function: str, tensors: dict[str, Tensor], **numbers) -> dict[str, Tensor]:
-        """What a function returns for these arguments, such as "quant.pack"; see `ask`."""
-        return self.ask("call", tensors, function=function, **numbers)
 
     def flooded(self) -> bool:
         return os.fstat(self.printed.fileno()).st_size >= self.limits.output
@@ -172,20 +166,18 @@ class Sandbox:
             return f"it printed {self.limits.output} bytes or more; print less"
         if status is None:
             return f"it closed the way to the grader, or sent over {LARGEST_ANSWER} bytes"
-        if status == worker.STATUS:
-            return end.splitlines()[-1] if end else "it did what is not allowed"
         if status in KILLED:
-            seconds = self.limits.cpu_seconds
-            return f"it took too much processor time (at most {seconds} seconds) or memory"
+            limit = f"at most {self.limits.cpu_seconds} seconds"
+            return f"it took too much processor time ({limit}) or memory"
         if status < 0:
             return f"it crashed with signal {-status}: {end}"
         return f"it ended the process, with status {status}: {end}"
 
-    def peak(self, scenario: str, tensors: dict[str, Tensor], **numbers) -> tuple[dict, int]:
+    def peak(self, function: str, tensors: dict[str, Tensor], **numbers) -> tuple[dict, int]:
         """`ask` in a fresh process of the same files, and the most memory that it held, in bytes:
         the operating system's word, not the process's."""
         with Sandbox(self.files, self.limits) as fresh:
-            return fresh.ask(scenario, tensors, **numbers), fresh.most_memory()
+            return fresh.ask(function, tensors, **numbers), fresh.most_memory()
 
     def most_memory(self) -> int:
         """The most bytes of memory that the process has held. It may end by this."""
@@ -195,12 +187,12 @@ class Sandbox:
                 return 1024 * int(text.split("VmHWM:")[1].split()[0])
             except (OSError, IndexError):  # it has ended, or is about to
                 raise Stopped(self.why_it_ended()) from None
-        if not hasattr(os, "wait4"):
+        if sys.platform != "darwin":
             raise Failed("this system does not say how much memory was used; the grader's does")
         self.process.stdin.close()
         _, status, usage = os.wait4(self.process.pid, 0)
         self.process.returncode = os.waitstatus_to_exitcode(status)
-        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return usage.ru_maxrss
 
 
 def read_answer(answer: bytes) -> dict[str, Tensor]:
@@ -246,8 +238,8 @@ def expect(
     name: str,
     want: Tensor | float,
     tolerance: float,
-    hint: str = "",
-    dtype: torch.dtype | None = None,
+    hint="",
+    dtype=None,
 ) -> None:
     """Raises `Failed` unless a tensor of an answer is `want`, within a relative tolerance, and of
     this type."""

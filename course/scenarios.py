@@ -5,10 +5,9 @@ compares nothing: the checks do, in another process. Files that take long to loa
 the scenarios that need them.
 """
 
-from importlib import import_module
-
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 import cskv
 import model
@@ -24,15 +23,6 @@ def small_config(H: int, H_kv: int, D: int, hidden: int, **changes) -> model.Con
     values |= dict(sliding_window=None, eos_token_ids=())
     values |= changes
     return model.Config(**values)
-
-
-def call(function: str, **arguments) -> dict:
-    """What a function such as "quant.pack" returns: A and B, or a tensor by the function's name."""
-    module, name = function.rsplit(".", 1)
-    result = getattr(import_module(module), name)(**arguments)
-    if isinstance(result, cskv.LowRank):
-        return {"A": result.A, "B": result.B}
-    return {name: result}
 
 
 # ------------------------------------------------------------------------------------- problem a
@@ -153,7 +143,7 @@ def branches(**text) -> dict:
 
 
 def attend(
-    first: int, old: int, sizes: list, sinks: int, segments=None, chunk=16, longest=0, **tensors
+    first: int, old: int, sizes: list, sinks: int, segments=None, chunk=None, longest=0, **tensors
 ) -> dict:
     """`attend` alone, of a cache with latents c_k and c_v of the tokens from `sinks` on: the fast
     one if there are segments. q, before RoPE, is that of the last token; k and v are those of the
@@ -163,7 +153,7 @@ def attend(
     cache, rope = make_cache(kind, sizes, 1, sinks, tensors, max(length, longest))
     if segments:
         cache.segments = tuple(map(tuple, segments))
-        cache.chunk = chunk
+        cache.chunk = chunk or cache.chunk
     cache.c_k.append(tensors["c_k"])
     cache.c_v.append(tensors["c_v"])
     cache.length = length
@@ -207,7 +197,7 @@ def rounded(x: Tensor, weight: Tensor, bits: int, dim: int, clamped: bool) -> di
 
 
 def loss(
-    A: Tensor, B: Tensor, x: Tensor, k: Tensor, bits: int, clamped: bool, dim: int, double: bool
+    A: Tensor, B: Tensor, x: Tensor, k: Tensor, bits=16, clamped=False, dim=-2, double=False
 ) -> dict:
     """layer_loss and its gradients."""
     from train import layer_loss
@@ -237,10 +227,6 @@ def steps(A: Tensor, B: Tensor, gradients: Tensor, planned: int, lr: float) -> d
         for M in tuner.parameters:
             if M.grad is None:
                 M.grad = torch.zeros_like(M)
-        after.append(flatten(tuner.parameters))
-        left.append(flatten([M.grad for M in tuner.parameters]))
+        after.append(parameters_to_vector(tuner.parameters))
+        left.append(parameters_to_vector([M.grad for M in tuner.parameters]))
     return {"after": torch.stack(after), "left": torch.stack(left), "done": tuner.steps_done}
-
-
-def flatten(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])

@@ -1,7 +1,7 @@
 """The process that runs a student's functions. It gets tensors and returns tensors: no more.
 
 The grader starts it in a folder with `support/`, `beyond/` and scenarios.py, and writes requests to
-its standard input, a line each: the name of a scenario, tensors, numbers. Answers go back on what
+its standard input, a line each: a function's name, tensors, numbers. Answers go back on what
 was its standard output; what the student's functions print goes with the errors. Nothing in here
 knows the right answers, so nothing is won by changing it from within: sandbox.py, on the other
 side, trusts nothing that it receives.
@@ -16,6 +16,7 @@ import sysconfig
 import tempfile
 import traceback
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 try:
@@ -37,6 +38,7 @@ FORBIDDEN += ("resource.", "shutil.", "signal.pthread_kill", "socket.", "subproc
 FORBIDDEN += ("sys.addaudithook", "tempfile.")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 DEVICES = (os.devnull, "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo")
+LIBRARIES = ("stdlib", "platstdlib", "purelib", "platlib")  # Python's and installed ones
 SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/sys/devices/system")  # libraries in C
 
 
@@ -102,13 +104,20 @@ def decode(text: str) -> dict[str, torch.Tensor]:
     return load(base64.b64decode(text))
 
 
-def plain(name: str, value: object) -> torch.Tensor:
-    """A value that a student's function returned, as a tensor that can be sent."""
-    if isinstance(value, (bool, int, float)):
-        return torch.tensor(value, dtype=torch.float64)
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} is of type {type(value).__name__}, a tensor was expected")
-    return torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
+def named(name: str, result: object) -> dict[str, torch.Tensor]:
+    """What a function of this name returned, as tensors that can be sent."""
+    if {"A", "B"} <= set(dir(result)):  # a LowRank
+        result = {"A": result.A, "B": result.B}
+    if not isinstance(result, dict):
+        result = {name: result}
+    tensors = {}
+    for key, value in result.items():
+        if isinstance(value, (bool, int, float)):
+            value = torch.tensor(value, dtype=torch.float64)
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{key} is of type {type(value).__name__}, a tensor was expected")
+        tensors[key] = torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
+    return tensors
 
 
 def where(error: BaseException) -> str:
@@ -121,15 +130,13 @@ def where(error: BaseException) -> str:
 
 
 def answer(request: str) -> str:
-    """Runs the scenario that is asked for. Request and answer are JSON; an error is an answer."""
+    """Calls the function that is asked for. Request and answer are JSON; an error is an answer."""
     try:
-        import scenarios
-
         values = json.loads(request)
-        scenario = getattr(scenarios, values["scenario"])
-        result = scenario(**decode(values["tensors"]), **values["numbers"])
-        tensors = {name: plain(name, value) for name, value in result.items()}
-        return json.dumps({"tensors": encode(tensors)})
+        module, name = values["function"].rsplit(".", 1)
+        function = getattr(import_module(module), name)
+        result = function(**decode(values["tensors"]), **values["numbers"])
+        return json.dumps({"tensors": encode(named(name, result))})
     except Exception as error:
         return json.dumps({"error": f"{type(error).__name__}: {error}"[:2000] + where(error)})
 
@@ -142,9 +149,8 @@ def main() -> None:
     sys.argv[:] = sys.argv[:1]
     # PyTorch wants a folder for what it compiles when the first optimizer is made.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.tempdir = str(FOLDER)
-    libraries = sysconfig.get_paths()
-    folders = [str(FOLDER), libraries["stdlib"], libraries["platstdlib"]]
-    folders += [libraries["purelib"], libraries["platlib"]]
+    paths = sysconfig.get_paths()
+    folders = [str(FOLDER)] + [paths[name] for name in LIBRARIES]
     folders += [path for path in sys.path if "-packages" in path]
     sys.path[:0] = [str(FOLDER), str(FOLDER / "course")]
     from confine import confine

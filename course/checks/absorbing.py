@@ -3,14 +3,7 @@
 import torch
 from torch import Tensor
 
-from course.checks.attention import (
-    draw_attend,
-    draw_layer,
-    mean_turn,
-    rotate,
-    rotate_in_segments,
-    softmax_attention,
-)
+from course.checks import attention
 from course.sandbox import Draw, Failed, Sandbox, expect
 
 # That of float32, which rounds to 6e-8: a score of 20 is off by 20 times that, or a few times more.
@@ -21,7 +14,6 @@ SEGMENTS = [((1, 0),), ((2, 4), (4, 0)), ((3, 0),), ((4, 8), (8, 16), (16, 0))]
 SHORT, LONG = 2_000, 60_000  # tokens
 HEADS, D, RANK = 8, 64, 4  # rebuilt keys of LONG tokens take 123 MB
 MOST = 60e6  # bytes more for LONG than for SHORT: a half of that
-CHUNK = 2**12
 LONG_SEGMENTS = ((16, 512), (128, 2048), (512, 0))
 
 
@@ -30,8 +22,8 @@ def damping_is_the_mean_turn(student: Sandbox, draw: Draw) -> None:
     for fast and for slow w; 1 for L = 1."""
     for length in (1, 2, 3, draw.integer(4, 40), 512):
         w = 10 ** (-5 * draw.uniform(draw.integer(1, 9)))  # 0.00001 .. 1
-        answer = student.call("beyond.segments.damping", {"w": w}, length=length)
-        expect(answer, "damping", mean_turn(w, length), 1e-9, f"L = {length}")
+        answer = student.ask("beyond.segments.damping", {"w": w}, length=length)
+        expect(answer, "damping", attention.mean_turn(w, length), 1e-9, f"L = {length}")
 
 
 def weighted_values(student: Sandbox, draw: Draw) -> None:
@@ -41,7 +33,7 @@ def weighted_values(student: Sandbox, draw: Draw) -> None:
         n, begin = draw.integer(5, 30), draw.integer(0, 9)
         bias = i % 2 == 1
         chunk = [1, 3, 8, 100][i % 4]
-        layer = draw_layer(draw, 1, bias)
+        layer = attention.draw_layer(draw, 1, bias)
         B, H, _, _ = layer.tensors["q"].shape
         c_v = draw.normal(B, begin + n + 2, len(layer.tensors["B_v"]))
         p = draw.uniform(B, H, n) / n
@@ -49,7 +41,9 @@ def weighted_values(student: Sandbox, draw: Draw) -> None:
         want = p.unflatten(1, (values.shape[1], -1)) @ values  # [B, H_kv, G, D]
         tensors = {**layer.factors, "p": p, "c_v": c_v}
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
-        answer = student.ask("old_values", tensors, begin=begin, sizes=layer.sizes, chunk=chunk)
+        answer = student.ask(
+            "scenarios.old_values", tensors, begin=begin, sizes=layer.sizes, chunk=chunk
+        )
         at = f"{n} tokens from {begin} on, chunks of {chunk}, biases {bias}"
         expect(answer, "out", want.flatten(0, 1), TOLERANCE, at)
 
@@ -76,7 +70,7 @@ def values_are_absorbed(student: Sandbox, draw: Draw) -> None:
     other = tensors.pop("c_k")[0, :, 1].double().sum() / 128
     tensors["p"] = torch.full((1, H, 64), 1 / 128)
     chunk = draw.choose([6, 16, 100])
-    answer = student.ask("old_values", tensors, begin=0, sizes=sizes, chunk=chunk)
+    answer = student.ask("scenarios.old_values", tensors, begin=0, sizes=sizes, chunk=chunk)
     want = other * tensors["B_v"][1].double().view(H_kv, 1, 4)
     expect(answer, "out", want.expand(H_kv, 2, 4), TOLERANCE)
 
@@ -89,10 +83,10 @@ def tokens_share_a_position(student: Sandbox, draw: Draw) -> None:
         segments = SEGMENTS[i % 4]
         chunk = [1, 5, 100][i // 4]
         n = draw.choose([0, 1, 7, 20, 40, 45])
-        tensors, numbers, want, at = draw_attend(
+        tensors, numbers, want, at = attention.draw_attend(
             draw, n, i % 3 == 1, sinks, torch.float32, segments
         )
-        answer = student.ask("attend", tensors, **numbers, chunk=chunk, segments=segments)
+        answer = student.ask("scenarios.attend", tensors, **numbers, chunk=chunk, segments=segments)
         expect(answer, "out", want, TOLERANCE, f"{at}, segments {segments}, chunks of {chunk}")
 
 
@@ -106,7 +100,9 @@ def keys_are_absorbed(student: Sandbox, draw: Draw) -> None:
     tensors |= {"q": torch.zeros(1, H, 1, D), "c_v": tensors["c_v"] * 0}
     tensors |= {name: draw.normal(1, H_kv, full, D).float() for name in "kv"}
     numbers = {"first": 0, "old": 64, "sizes": sizes, "sinks": 0}
-    answer = student.ask("attend", tensors, **numbers, segments=draw.choose(SEGMENTS))
+    answer = student.ask(
+        "scenarios.attend", tensors, **numbers, segments=draw.choose(SEGMENTS), chunk=16
+    )
     want = tensors["v"].double().sum(2, keepdim=True) / (64 + full)
     expect(answer, "out", want.repeat_interleave(2, 1), TOLERANCE)
 
@@ -128,8 +124,8 @@ def memory_of_a_step(student: Sandbox, draw: Draw) -> None:
             "v": torch.ones(1, HEADS, 1, D),
         }
         numbers = {"first": 0, "old": old, "sizes": [HEADS, HEADS, D, None], "sinks": 0}
-        numbers |= {"segments": LONG_SEGMENTS, "longest": LONG, "chunk": CHUNK}
-        answer, peak = student.peak("attend", tensors, **numbers)
+        numbers |= {"segments": LONG_SEGMENTS, "longest": LONG}
+        answer, peak = student.peak("scenarios.attend", tensors, **numbers)
         expect(answer, "out", long_attention(tensors, old), TOLERANCE, f"{old} tokens")
         peaks.append(peak)
     growth = peaks[1] - peaks[0]
@@ -140,15 +136,15 @@ def memory_of_a_step(student: Sandbox, draw: Draw) -> None:
 def long_attention(tensors: dict[str, Tensor], old: int) -> Tensor:
     """What `attend` must return, [1, HEADS, 1, D]; head by head, to need less memory."""
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
-    q = rotate(tensors["q"], torch.tensor([old]))
+    q = attention.rotate(tensors["q"], torch.tensor([old]))
     out = []
     for h in range(HEADS):
         head = slice(h, h + 1)
         channels = slice(h * D, (h + 1) * D)
         k = tensors["c_k"][:, None, :old] @ tensors["B_k"][:, channels]  # [1, 1, old, D]
         v = tensors["c_v"][:, None, :old] @ tensors["B_v"][:, channels]
-        k = rotate_in_segments(k, 0, old, 0, LONG_SEGMENTS)
+        k = attention.rotate_in_segments(k, 0, old, 0, LONG_SEGMENTS)
         k = torch.cat([k, tensors["k"][:, head]], 2)
         v = torch.cat([v, tensors["v"][:, head]], 2)
-        out.append(softmax_attention(q[:, head], k, v))
+        out.append(attention.softmax_attention(q[:, head], k, v))
     return torch.cat(out, 1)

@@ -54,8 +54,7 @@ def rotate_in_segments(k: Tensor, start: int, stop: int, sinks: int, segments: t
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [B, H, 1, D] over k and v [B, H_kv, n, D] -> [B, H, 1, D]. Heads H / H_kv side by side share
-    a key head."""
+    """q [B, H, 1, D] over k and v [B, H_kv, n, D], which neighbouring heads share, [B, H, 1, D]."""
     shared = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(shared, 1)
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # [B, H, 1, n]
@@ -73,11 +72,6 @@ class Layer:
     window: int
     sinks: int
     tensors: dict[str, Tensor]  # x, q, k, v, A_k, B_k, A_v, B_v, perhaps k_bias, v_bias
-
-    @property
-    def settings(self) -> dict:
-        """Numbers for a scenario."""
-        return {"sizes": self.sizes, "window": self.window, "sinks": self.sinks}
 
     @property
     def factors(self) -> dict[str, Tensor]:
@@ -110,11 +104,6 @@ class Layer:
             c = self.tensors["x"] @ self.tensors[f"A_{name}"]
             both.append(torch.where(exact, self.tensors[name], self.rebuilt(name, c)))
         return self.attend(t, both[0], both[1])
-
-    def prompt(self) -> Tensor:
-        """What a prefill of all tokens returns, [B, H, T, D]."""
-        k, v = self.tensors["k"], self.tensors["v"]
-        return torch.cat([self.attend(t, k, v) for t in range(self.T)], 2)
 
 
 def draw_layer(draw: Draw, T: int, bias=False, sliding=None, window=3, sinks=0) -> Layer:

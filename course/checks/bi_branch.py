@@ -14,9 +14,11 @@ from course.sandbox import Draw, Failed, Sandbox, expect, look, relative_error
 TOLERANCE = 1e-4
 
 
-def draw_layers(draw: Draw, shortest: int, longest: int) -> Iterator[Layer]:
-    """Windows, sinks, biases and sliding windows that any right cache must manage, each with a text
-    of `shortest` to `longest` tokens."""
+def run_texts(
+    student: Sandbox, draw: Draw, scenario: str
+) -> Iterator[tuple[Layer, int, dict, str]]:
+    """Layers with the windows, sinks, biases and sliding windows that any right cache must manage,
+    the length of each prompt, what a scenario returned for them, and a description."""
     settings = [
         {"window": 1},
         {"window": draw.integer(2, 4), "bias": True},
@@ -25,16 +27,10 @@ def draw_layers(draw: Draw, shortest: int, longest: int) -> Iterator[Layer]:
         {"window": 40, "bias": True, "sinks": 2},  # longer than the text
     ]
     for choice in settings:
-        yield draw_layer(draw, draw.integer(shortest, longest), **choice)
-
-
-def run_steps(
-    student: Sandbox, draw: Draw, scenario: str
-) -> Iterator[tuple[Layer, int, dict, str]]:
-    """Layers, the length of each prompt, what a scenario returned for them, and a description."""
-    for layer in draw_layers(draw, 20, 30):
+        layer = draw_layer(draw, draw.integer(20, 30), **choice)
         prompt = draw.integer(1, 15)
-        numbers = {**layer.settings, "prompt": prompt, "expected": draw.choose([0, layer.T])}
+        numbers = {"sizes": layer.sizes, "window": layer.window, "sinks": layer.sinks}
+        numbers |= {"prompt": prompt, "expected": draw.choose([0, layer.T])}
         answer = student.ask(scenario, layer.tensors, **numbers)
         at = f"prompt {prompt}, window {layer.window}, sinks {layer.sinks}"
         yield layer, prompt, answer, f"{at}, sliding window {layer.sliding}"
@@ -44,11 +40,11 @@ def prefill_is_exact(student: Sandbox, draw: Draw) -> None:
     """`prefill` returns causal attention with the exact keys and values, as if there were no
     factors: `remember` has left them as they were. `length` is set, so a second prefill is a
     ValueError."""
-    for layer in draw_layers(draw, 6, 16):
-        numbers = {**layer.settings, "prompt": layer.T, "expected": 0}
-        answer = student.ask("prefill_only", layer.tensors, **numbers)
-        expect(answer, "prefill", layer.prompt(), TOLERANCE)
-        expect(answer, "length", layer.T, 0)
+    for layer, prompt, answer, at in run_texts(student, draw, "scenarios.prefill_only"):
+        k, v = layer.tensors["k"], layer.tensors["v"]
+        want = torch.cat([layer.attend(t, k, v) for t in range(prompt)], 2)
+        expect(answer, "prefill", want, TOLERANCE, at)
+        expect(answer, "length", prompt, 0)
         if not look(answer, "refused", ()):
             raise Failed("a second prefill on the same cache was not refused")
 
@@ -56,7 +52,7 @@ def prefill_is_exact(student: Sandbox, draw: Draw) -> None:
 def latents_of_all_but_sinks(student: Sandbox, draw: Draw) -> None:
     """After a prompt and further tokens, c_k and c_v hold x A of every token but the sinks, in
     order, before RoPE; the ring has room for the sinks and the window, and no more."""
-    for layer, _, answer, at in run_steps(student, draw, "branches"):
+    for layer, _, answer, at in run_texts(student, draw, "scenarios.branches"):
         x = layer.tensors["x"][:, layer.sinks :]
         expect(answer, "c_k", x @ layer.tensors["A_k"], 1e-5, at)
         expect(answer, "c_v", x @ layer.tensors["A_v"], 1e-5, at)
@@ -73,13 +69,13 @@ def attend_is_one_softmax(student: Sandbox, draw: Draw) -> None:
         sinks = draw.choose([0, 0, 2])
         n = draw.integer(3, 15) if i else 0
         tensors, numbers, want, at = draw_attend(draw, n, i % 2 == 1, sinks, torch.float64)
-        expect(student.ask("attend", tensors, **numbers), "out", want, TOLERANCE, at)
+        expect(student.ask("scenarios.attend", tensors, **numbers), "out", want, TOLERANCE, at)
 
 
 def each_token_one_branch(student: Sandbox, draw: Draw) -> None:
     """At every step `decode` hands `attend` exact, rotated keys and exact values of the sinks and
     the newest `window` tokens (in any order), and first .. old - 1 are all others that are seen."""
-    for layer, prompt, answer, at in run_steps(student, draw, "branches"):
+    for layer, prompt, answer, at in run_texts(student, draw, "scenarios.branches"):
         expect(answer, "calls", layer.T - prompt, 0, "attend is called once a step")
         for i, t in enumerate(range(prompt, layer.T)):
             seen = layer.seen(t)
@@ -107,6 +103,6 @@ def error_of_tokens(answer: dict, i: int, want: Tensor) -> float:
 
 def decode_step_by_step(student: Sandbox, draw: Draw) -> None:
     """All together: every decode step equals attention with the window mask written out."""
-    for layer, prompt, answer, at in run_steps(student, draw, "sequence"):
+    for layer, prompt, answer, at in run_texts(student, draw, "scenarios.sequence"):
         want = torch.cat([layer.step(t) for t in range(prompt, layer.T)], 2)
         expect(answer, "steps", want, TOLERANCE, at)

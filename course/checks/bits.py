@@ -41,7 +41,7 @@ def limits_hold_the_group(student: Sandbox, draw: Draw) -> None:
     for bits, dim in product((2, 3, 4, 8), DIMS):
         x = draw.normal(*draw_shape(draw, dim)) * 2 + draw.choose([0, 10, -30])
         x = x.float()
-        answer = student.ask("limits", {"x": x}, bits=bits, dim=dim, clamped=False)
+        answer = student.ask("scenarios.limits", {"x": x}, bits=bits, dim=dim, clamped=False)
         low, high = per_group(x, dim).double(), per_group(x, dim, Tensor.amax).double()
         step = look(answer, "scale", low.shape, torch.float16).double()
         least = look(answer, "minimum", low.shape, torch.float16).double()
@@ -59,7 +59,7 @@ def clamped_limits(student: Sandbox, draw: Draw) -> None:
     forced into 0 .. 2^bits - 1, and the minimum is that of the levels that are left."""
     for bits, dim in product((2, 4, 8), DIMS):
         x, _, step, least = draw_exact(draw, bits, dim)
-        answer = student.ask("limits", {"x": x.float()}, bits=bits, dim=dim, clamped=True)
+        answer = student.ask("scenarios.limits", {"x": x.float()}, bits=bits, dim=dim, clamped=True)
         want = -step * (-least / step).clamp(0, 2**bits - 1)
         expect(answer, "scale", step, 1e-3, f"{bits} bits, dim {dim}")
         got = look(answer, "minimum", want.shape).double()
@@ -93,7 +93,7 @@ def nearest_codes(student: Sandbox, draw: Draw) -> None:
     for bits, dim, clamped in product((2, 3, 4, 8), DIMS, (False, True)):
         x = draw.normal(*draw_shape(draw, dim)) * 2 + draw.choose([0, 3, -20])
         x = x.float()
-        answer = student.ask("codes", {"x": x}, bits=bits, dim=dim, clamped=clamped)
+        answer = student.ask("scenarios.codes", {"x": x}, bits=bits, dim=dim, clamped=clamped)
         codes = look(answer, "codes", x.shape, torch.uint8).double()
         groups = per_group(x, dim).shape
         step = spread(look(answer, "scale", groups, torch.float16), dim, x.shape[dim])
@@ -116,7 +116,7 @@ def levels_come_back(student: Sandbox, draw: Draw) -> None:
         groups = per_group(codes, dim).shape
         scale, minimum = draw.uniform(*groups).half(), draw.normal(*groups).half()
         tensors = {"codes": codes, "scale": scale, "minimum": minimum}
-        answer = student.ask("levels", tensors, dim=dim)
+        answer = student.ask("scenarios.levels", tensors, dim=dim)
         want = spread(minimum, dim, shape[dim]) + spread(scale, dim, shape[dim]) * codes
         expect(answer, "x", want, 1e-6, f"dim {dim}, shape {shape}", torch.float32)
 
@@ -140,7 +140,7 @@ def rounded_values(student: Sandbox, draw: Draw) -> None:
         x, want, _ = draw_rounded(draw, bits, dim, False)
         x = x.to(draw.choose([torch.float32, torch.float64]))
         tensors = {"x": x, "weight": torch.ones_like(x)}
-        answer = student.ask("rounded", tensors, bits=bits, dim=dim, clamped=False)
+        answer = student.ask("scenarios.rounded", tensors, bits=bits, dim=dim, clamped=False)
         expect(answer, "y", want, 1e-5, f"{bits} bits, dim {dim}", x.dtype)
 
 
@@ -151,7 +151,7 @@ def straight_through(student: Sandbox, draw: Draw) -> None:
         x, y, inside = draw_rounded(draw, bits, dim, clamped)
         weight = draw.normal(*x.shape)
         tensors = {"x": x, "weight": weight}
-        answer = student.ask("rounded", tensors, bits=bits, dim=dim, clamped=clamped)
+        answer = student.ask("scenarios.rounded", tensors, bits=bits, dim=dim, clamped=clamped)
         at = f"{bits} bits, dim {dim}, clamped {clamped}"
         expect(answer, "y", y, 1e-5, at)
         expect(answer, "gradient", weight * inside, 1e-9, at)
@@ -180,7 +180,7 @@ def packed_bytes(student: Sandbox, draw: Draw) -> None:
     """T * bits / 8 bytes of each channel, laid out as the docstring of `pack` says."""
     for bits in (2, 3, 4, 8):
         codes, want = draw_packed(draw, bits)
-        answer = student.call("quant.pack", {"codes": codes}, bits=bits)
+        answer = student.ask("quant.pack", {"codes": codes}, bits=bits)
         expect(answer, "pack", want, 0, f"{bits} bits, shape {list(codes.shape)}", torch.uint8)
 
 
@@ -188,5 +188,5 @@ def unpacked_codes(student: Sandbox, draw: Draw) -> None:
     """The codes that packed bytes stand for, whoever packed them."""
     for bits in (2, 3, 4, 8):
         want, packed = draw_packed(draw, bits)
-        answer = student.call("quant.unpack", {"packed": packed}, bits=bits)
+        answer = student.ask("quant.unpack", {"packed": packed}, bits=bits)
         expect(answer, "unpack", want, 0, f"{bits} bits, shape {list(want.shape)}", torch.uint8)

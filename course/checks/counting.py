@@ -15,7 +15,7 @@ def room_counts(student: Sandbox, draw: Draw) -> None:
             dtype = draw.choose([torch.float32, torch.float16, torch.uint8])
             buffers[name] = torch.zeros(B, room, draw.integer(1, 9), dtype=dtype)
         want = sum(b.numel() * b.element_size() for b in buffers.values())
-        answer = student.ask("cache_bytes", buffers, used=used)
+        answer = student.ask("scenarios.cache_bytes", buffers, used=used)
         expect(answer, "nbytes", want, 0, "count the room that is not used yet")
 
 
@@ -27,7 +27,7 @@ def short_groups_cost(student: Sandbox, draw: Draw) -> None:
         elements = size or 32
         groups = len(range(0, elements, 32))
         want = (elements * bits + 32 * groups) / elements
-        answer = student.call("quant.bits_per_element", {}, **numbers)
+        answer = student.ask("quant.bits_per_element", {}, **numbers)
         expect(answer, "bits_per_element", want, 1e-12, f"{bits} bits, {elements} elements")
 
 
@@ -37,7 +37,9 @@ def a_full_cache(student: Sandbox, draw: Draw) -> None:
         layers, H_kv, D = draw.integer(1, 4), draw.integer(1, 4), 2 * draw.integer(1, 8)
         tokens = draw.integer(1, 5000)
         keys = torch.zeros(layers, tokens, H_kv, D, dtype=torch.float16)
-        answer = student.ask("full_cache_bytes", {}, layers=layers, H_kv=H_kv, D=D, tokens=tokens)
+        answer = student.ask(
+            "scenarios.full_cache_bytes", {}, layers=layers, H_kv=H_kv, D=D, tokens=tokens
+        )
         expect(answer, "bytes", 2 * keys.numel() * keys.element_size(), 0)
 
 
@@ -50,5 +52,5 @@ def what_the_paper_counts(student: Sandbox, draw: Draw) -> None:
         bits = torch.tensor([2, 4, 8, 16, 32])[draw.whole(0, 4, count, 2)]
         want = 1 - float((ranks * bits).sum()) / (count * 2 * H_kv * D * 16)
         layers = torch.stack([ranks, bits], 2).tolist()  # [layers, K and V, rank and bits]
-        answer = student.ask("paper_ratio", {}, H_kv=H_kv, D=D, layers=layers)
+        answer = student.ask("scenarios.paper_ratio", {}, H_kv=H_kv, D=D, layers=layers)
         expect(answer, "ratio", want, 1e-9, f"rank and bits {layers}")

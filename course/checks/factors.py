@@ -35,7 +35,7 @@ def svd_is_nearest(student: Sandbox, draw: Draw) -> None:
     values left out (Eckart and Young)."""
     for _ in range(5):
         W, rank = draw_weight(draw)
-        answer = student.call("cskv.svd_factors", {"W": W}, rank=rank)
+        answer = student.ask("cskv.svd_factors", {"W": W}, rank=rank)
         at_floor("|W - A B|^2", W - product(answer, W, rank), W, rank, 1e-8)
 
 
@@ -43,7 +43,7 @@ def svd_is_balanced(student: Sandbox, draw: Draw) -> None:
     """The singular values are shared evenly: A^T A = B B^T = diag(S_r), the largest first."""
     for _ in range(3):
         W, rank = draw_weight(draw)
-        answer = student.call("cskv.svd_factors", {"W": W}, rank=rank)
+        answer = student.ask("cskv.svd_factors", {"W": W}, rank=rank)
         want = torch.linalg.svdvals(W)[:rank].diag()
         A, B = look(answer, "A", (len(W), rank)), look(answer, "B", (rank, W.shape[1]))
         for name, got in (("A^T A", A.T @ A), ("B B^T", B @ B.T)):
@@ -52,7 +52,7 @@ def svd_is_balanced(student: Sandbox, draw: Draw) -> None:
 
 def weigh_rows(student: Sandbox, x_abs: Tensor, W: Tensor, rank: int, **alpha) -> None:
     """Raises `Failed` unless the loss with rows weighed by x_abs^alpha is at its minimum."""
-    answer = student.call("cskv.asvd_factors", {"W": W, "x_abs": x_abs}, rank=rank, **alpha)
+    answer = student.ask("cskv.asvd_factors", {"W": W, "x_abs": x_abs}, rank=rank, **alpha)
     S = x_abs.pow(alpha.get("alpha", 0.5))[:, None]
     lost = S * (W - product(answer, W, rank))
     at_floor(f"|S W - S A B|^2 with {alpha or 'no alpha'}", lost, S * W, rank, 1e-6)
@@ -88,7 +88,7 @@ def optimal_reaches_the_floor(student: Sandbox, draw: Draw) -> None:
         tokens = 3 * W.shape[1] if i else rank + 1
         x = draw_inputs(draw, len(W), tokens)
         k = x @ W
-        answer = student.call(
+        answer = student.ask(
             "cskv.optimal_factors", {"W": W, "moment": k.T @ k / tokens}, rank=rank
         )
         at_floor("the loss", k - x @ product(answer, W, rank), k, rank, 1e-7)
@@ -111,7 +111,7 @@ def metric_weighs_errors(student: Sandbox, draw: Draw) -> None:
         half = draw.normal(d_kv, d_kv) * torch.exp(draw.normal(d_kv))
         metric = half.T @ half + 1e-3 * torch.eye(d_kv, dtype=torch.float64)
         tensors = {"W": W, "moment": k.T @ k / tokens, "metric": metric}
-        answer = student.call("cskv.optimal_factors", tensors, rank=rank)
+        answer = student.ask("cskv.optimal_factors", tensors, rank=rank)
         # The same by another way: the symmetric square root of M in the place of L.
         values, vectors = torch.linalg.eigh(metric)
         root = vectors * values.sqrt() @ vectors.T

@@ -19,12 +19,6 @@ def draw_regression(draw: Draw) -> dict[str, Tensor]:
     return {name: draw.normal(*shape).float() for name, shape in shapes.items()}
 
 
-def ask_loss(
-    student: Sandbox, tensors: dict, bits=16, clamped=False, dim=-2, double=False
-) -> dict[str, Tensor]:
-    return student.ask("loss", tensors, bits=bits, clamped=clamped, dim=dim, double=double)
-
-
 def equation_1(student: Sandbox, draw: Draw) -> None:
     """L_K = MSE(K, K^), K^ = (x A) B, the mean over batch, tokens and channels. In float64 if asked
     for, and close to zero too: there the squares must not be taken apart."""
@@ -32,12 +26,12 @@ def equation_1(student: Sandbox, draw: Draw) -> None:
         double = dtype == torch.float64
         tensors = draw_regression(draw)
         x, k, A, B = (tensors[name].double() for name in "xkAB")
-        answer = ask_loss(student, tensors, double=double)
+        answer = student.ask("scenarios.loss", tensors, double=double)
         expect(answer, "loss", (k - x @ A @ B).square().mean(), 1e-5, dtype=dtype)
         if double:
             c = (tensors["x"] @ tensors["A"]).double()
             tensors["k"] = (c @ B + 1e-3 * draw.normal(*k.shape)).float()
-            answer = ask_loss(student, tensors, double=True)
+            answer = student.ask("scenarios.loss", tensors, double=True)
             want = (tensors["k"].double() - c @ B).square().mean()
             expect(answer, "loss", want, 1e-2, "near 0")
 
@@ -47,7 +41,7 @@ def gradients(student: Sandbox, draw: Draw) -> None:
     for _ in range(3):
         tensors = draw_regression(draw)
         x, k, A, B = (tensors[name].double() for name in "xkAB")
-        answer = ask_loss(student, tensors)
+        answer = student.ask("scenarios.loss", tensors)
         x, k = x.flatten(0, 1), k.flatten(0, 1)
         error = 2 / k.numel() * (x @ A @ B - k)
         expect(answer, "A", x.T @ error @ B.T, 1e-4)
@@ -63,7 +57,7 @@ def latents_are_rounded(student: Sandbox, draw: Draw) -> None:
         B = draw.normal(rank, draw.integer(2, 5)).float()
         k = draw.normal(batch, tokens, B.shape[1]).float()
         tensors = {"x": x.float(), "A": torch.eye(rank), "B": B, "k": k}
-        answer = ask_loss(student, tensors, bits, clamped, dim)
+        answer = student.ask("scenarios.loss", tensors, bits=bits, clamped=clamped, dim=dim)
         at = f"{bits} bits, dim {dim}, clamped {clamped}"
         error = c @ B.double() - k
         expect(answer, "loss", error.square().mean(), 1e-4, at)
@@ -79,7 +73,7 @@ def floor_is_dropped_eigenvalues(student: Sandbox, draw: Draw) -> None:
         d_kv = draw.integer(4, 12)
         rank = draw.integer(1, d_kv - 1)
         k = draw.normal(rank + extra, d_kv) * torch.exp(draw.normal(d_kv))
-        answer = student.call("train.loss_floor", {"moment": k.T @ k}, rank=rank)
+        answer = student.ask("train.loss_floor", {"moment": k.T @ k}, rank=rank)
         if extra:
             want = torch.linalg.svdvals(k)[rank:].square().sum()
             expect(answer, "loss_floor", want, 1e-7, f"rank {rank} of {d_kv}")
@@ -112,7 +106,7 @@ def one_step(student: Sandbox, draw: Draw) -> None:
         planned, lr = taken + draw.integer(0, 3), draw.choose([1e-2, 5e-2])
         gradients = draw.normal(taken, len(start)).float()
         tensors = {"A": A, "B": B, "gradients": gradients}
-        answer = student.ask("steps", tensors, planned=planned, lr=lr)
+        answer = student.ask("scenarios.steps", tensors, planned=planned, lr=lr)
         # What the steps moved is compared: it is small beside the parameters.
         moved = look(answer, "after", gradients.shape).double() - start
         expect({"steps": moved}, "steps", adam(gradients, planned, lr), 1e-4, f"lr {lr:g}")
