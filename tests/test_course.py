@@ -5,9 +5,11 @@ of the processes that students' code runs in.
 """
 
 import json
+import re
 import secrets
 import sys
 from dataclasses import replace
+from textwrap import indent
 
 import pytest
 import torch
@@ -80,8 +82,8 @@ def here(monkeypatch, tmp_path):
 def write_body(modules, name, body):
     """The files with this body in the place of a function's."""
     empty = problems.empty_function(modules, name, "x")
-    head = function_text(empty, name).split("raise NotImplementedError(")[0]
-    return problems.put_function(modules, name, head + body)
+    head, indentation, _ = re.split(r"( +)raise NotImplementedError", function_text(empty, name))
+    return problems.put_function(modules, name, head + indent(body.rstrip(), indentation))
 
 
 def wrong(name, change):

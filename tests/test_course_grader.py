@@ -160,117 +160,112 @@ def test_the_same_seed_draws_the_same_inputs():
 # --------------------------------------------------------------------------------------- cheats
 
 FAST = Limits(cpu_seconds=4, seconds=12, memory=2**28)
-CHEATS = {
-    "the interpreter is left": ("import sys; sys.exit(0)", "ended the process, with status 0"),
-    "the process is left": ("import os; os._exit(0)", "ended the process, with status 0"),
-    "an endless loop": ("while True: pass", "at most 4 seconds"),
-    "sleep": ("import time; time.sleep(1000)", "did not end within"),
-    "a print flood": ("while True: print('x' * 1000)", "it printed"),
-    "a quiet flood": (
-        f"try:\n        while True: print('x' * 1000)\n    except OSError: pass\n    {ZEROS}",
-        "it printed",
-    ),
-    "all of the memory": ("[bytearray(2**28) for _ in range(1000)]", "MemoryError"),
-    "a crash": ("import signal; signal.raise_signal(signal.SIGSEGV)", "crashed with signal 11"),
-    "a file elsewhere": ("open('ELSEWHERE/x', 'w').write('100')", "not allowed in a graded"),
-    "a file in its folder": ("open('note', 'w').write('100')", "not allowed in a graded"),
-    "the reference is read": ("exec(open('ROOT/cskv.py').read())", "PermissionError"),
-    "the reference is read by code in C": (
-        "raw = torch.from_file('ROOT/cskv.py', size=20000, dtype=torch.uint8)\n"
-        "    text = bytes(raw.tolist()).decode(errors='replace')\n"
-        "    start, end = text.index('def svd_factors'), text.index('def asvd_factors')\n"
-        "    own = dict(globals()); exec(text[start:end], own)\n"
-        "    return own['svd_factors'](W, rank)",
-        "RuntimeError: unable to open file",
-    ),
-    "the reference is imported": (
-        "import sys; sys.path.insert(0, 'ROOT'); sys.modules.pop('cskv')\n"
-        "    import importlib; importlib.invalidate_caches()\n"
-        "    import experiments",
-        "No module named",
-    ),
-    "the grader is stopped": ("import os; os.kill(os.getppid(), 9)", "not allowed in a graded"),
-    "another process": ("import subprocess; subprocess.run(['ls'])", "not allowed in a graded"),
-    "a copy of the process": ("import os; os.fork()", "not allowed in a graded"),
-    "the limits are lifted": (
-        "import resource; resource.setrlimit(resource.RLIMIT_CPU, (9**9, 9**9))",
-        "not allowed in a graded",
-    ),
-    "machine code": ("import ctypes; ctypes.CDLL(None).exit(0)", "not allowed in a graded"),
-    "the network": ("import socket; socket.socket()", "not allowed in a graded"),
-    "torch is patched": (
-        "zero = lambda *a, **k: torch.zeros(1000)\n"
-        "    torch.linalg.eigvalsh = torch.linalg.svdvals = zero\n"
-        "    torch.equal = torch.allclose = lambda *a, **k: True\n"
-        "    torch.Tensor.__le__ = torch.Tensor.__eq__ = lambda *a: True\n"
-        f"    {ZEROS}",
-        "times the least",
-    ),
-    "the checks are patched": (
-        "import sys, types\n"
-        "    for name in ('pytest', 'course', 'course.sandbox', 'course.checks.factors'):\n"
-        "        sys.modules[name] = types.ModuleType(name)\n"
-        "    sys.modules['course.sandbox'].expect = lambda *a, **k: None\n"
-        "    sys.modules['course.checks.factors'].svd_is_nearest = lambda *a: None\n"
-        f"    {ZEROS}",
-        "times the least",
-    ),
-    "the answer is forged": (
-        "import sys; main = sys.modules['__main__']\n"
-        "    main.answer = lambda _: main.json.dumps({'points': 100, 'tensors': main.encode({})})\n"
-        f"    {ZEROS}",
-        "A was not returned",
-    ),
-    "points are written to the grader": (
-        "import os\n"
-        "    for stream in range(3, 20):\n"
-        "        try: os.write(stream, b'total 100 of 100' * 100)\n"
-        "        except OSError: pass\n"
-        f"    {ZEROS}",
-        "",
-    ),
-    "a huge answer": ("return LowRank(torch.zeros(2**25), torch.zeros(2**25))", "bytes"),
-    "no numbers": (ZEROS.replace("torch.zeros(W", "torch.nan * torch.zeros(W"), "not finite"),
-    "the answer is searched for": (
-        "import gc, sys\n"
-        "    for frame in sys._current_frames().values():\n"
-        "        while frame:\n"
-        "            if 'floor' in frame.f_locals or 'want' in frame.f_locals: raise SystemExit\n"
-        "            frame = frame.f_back\n"
-        "    for thing in gc.get_objects():\n"
-        "        if type(thing).__name__ in ('Sandbox', 'Verdict', 'Draw'): raise SystemExit\n"
-        f"    {ZEROS}",
-        "times the least",
-    ),
-    "a thread goes on": (
-        "import threading, time\n"
-        "    def later():\n"
-        "        while True: time.sleep(0.1)\n"
-        "    threading.Thread(target=later).start()\n"
-        f"    {ZEROS}",
-        "times the least",
-    ),
-    "a trap at the end": (
-        f"import atexit, time; atexit.register(time.sleep, 1000)\n    {ZEROS}",
-        "times the least",
-    ),
+CHEATS = {  # by what is said of them, if more than that the answer is wrong
+    "ended the process, with status 0": {
+        "the interpreter is left": "import sys; sys.exit(0)",
+        "the process is left": "import os; os._exit(0)",
+    },
+    "at most 4 seconds": {"an endless loop": "while True: pass"},
+    "did not end within": {"sleep": "import time; time.sleep(1000)"},
+    "it printed": {
+        "a print flood": "while True: print('x' * 1000)",
+        "a quiet flood": ("try:\n    while True: print('x' * 1000)\nexcept OSError: pass"),
+    },
+    "MemoryError": {"all of the memory": "[bytearray(2**28) for _ in range(1000)]"},
+    "crashed with signal 11": {"a crash": "import signal; signal.raise_signal(signal.SIGSEGV)"},
+    "not allowed in a graded": {
+        "a file elsewhere": "open('ELSEWHERE/x', 'w').write('100')",
+        "a file in its folder": "open('note', 'w').write('100')",
+        "the grader is stopped": "import os; os.kill(os.getppid(), 9)",
+        "another process": "import subprocess; subprocess.run(['ls'])",
+        "a copy of the process": "import os; os.fork()",
+        "the limits are lifted": "import resource as r; r.setrlimit(r.RLIMIT_CPU, (9**9, 9**9))",
+        "machine code": "import ctypes; ctypes.CDLL(None).exit(0)",
+        "the network": "import socket; socket.socket()",
+    },
+    "PermissionError": {"the reference is read": "exec(open('ROOT/cskv.py').read())"},
+    "RuntimeError: unable to open file": {
+        "the reference is read by code in C": (
+            "raw = torch.from_file('ROOT/cskv.py', size=20000, dtype=torch.uint8)\n"
+            "text = bytes(raw.tolist()).decode(errors='replace')\n"
+            "start, end = text.index('def svd_factors'), text.index('def asvd_factors')\n"
+            "names = dict(globals()); exec(text[start:end], names)\n"
+            "return names['svd_factors'](W, rank)"
+        ),
+    },
+    "No module named": {
+        "the reference is imported": (
+            "import sys; sys.path.insert(0, 'ROOT'); sys.modules.pop('cskv')\n"
+            "import importlib; importlib.invalidate_caches(); import experiments"
+        ),
+    },
+    "times the least": {
+        "torch is patched": (
+            "zero = lambda *a, **k: torch.zeros(1000)\n"
+            "torch.linalg.eigvalsh = torch.linalg.svdvals = zero\n"
+            "torch.equal = torch.allclose = lambda *a, **k: True\n"
+            "torch.Tensor.__le__ = torch.Tensor.__eq__ = lambda *a: True"
+        ),
+        "the checks are patched": (
+            "import sys, types\n"
+            "for name in ('pytest', 'course', 'course.sandbox', 'course.checks.factors'):\n"
+            "    sys.modules[name] = types.ModuleType(name)\n"
+            "sys.modules['course.sandbox'].expect = lambda *a, **k: None\n"
+            "sys.modules['course.checks.factors'].svd_is_nearest = lambda *a: None"
+        ),
+        "the answer is searched for": (
+            "import gc, sys\n"
+            "for frame in sys._current_frames().values():\n"
+            "    while frame:\n"
+            "        if 'floor' in frame.f_locals or 'want' in frame.f_locals: raise SystemExit\n"
+            "        frame = frame.f_back\n"
+            "for thing in gc.get_objects():\n"
+            "    if type(thing).__name__ in ('Sandbox', 'Verdict', 'Draw'): raise SystemExit"
+        ),
+        "a thread goes on": (
+            "import threading, time\n"
+            "def later():\n"
+            "    while True: time.sleep(0.1)\n"
+            "threading.Thread(target=later).start()"
+        ),
+        "a trap at the end": "import atexit, time; atexit.register(time.sleep, 1000)",
+    },
+    "A was not returned": {
+        "the answer is forged": (
+            "import sys; m = sys.modules['__main__']\n"
+            "m.answer = lambda _: m.json.dumps({'points': 100, 'tensors': m.encode({})})"
+        ),
+    },
+    "": {
+        "points are written to the grader": (
+            "import os\n"
+            "for stream in range(3, 20):\n"
+            "    try: os.write(stream, b'total 100 of 100' * 100)\n"
+            "    except OSError: pass"
+        ),
+    },
+    "bytes": {"a huge answer": "return LowRank(torch.zeros(2**25), torch.zeros(2**25))"},
+    "not finite": {"no numbers": ZEROS.replace("torch.zeros(W", "torch.nan * torch.zeros(W")},
 }
 QUICK = ("torch is patched", "a file elsewhere")
+ALL_CHEATS = [
+    pytest.param(body, message, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
+    for message, bodies in CHEATS.items()
+    for name, body in bodies.items()
+]
 
 
 def grade_body(body):
-    """The verdict on a student's files with nothing but this body, in the place of svd_factors."""
-    student = write_body(REFERENCE.given, SVD, body)
+    """The verdict on a student's files with nothing but this body, in the place of svd_factors. It
+    goes on with a wrong answer."""
+    student = write_body(REFERENCE.given, SVD, f"{body}\n{ZEROS}")
     return grade.grade_problem(PROBLEMS["b"], REFERENCE, student, 1, FAST)
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param(w, marks=[] if w in QUICK else pytest.mark.slow) for w in CHEATS]
-)
-def test_cheat_has_no_points(what, tmp_path):
-    if "code in C" in what and not confine.version():
+@pytest.mark.parametrize("body, message", ALL_CHEATS)
+def test_cheat_has_no_points(body, message, tmp_path):
+    if "from_file" in body and not confine.version():
         pytest.skip("no Landlock here")
-    body, message = CHEATS[what]
     tmp_path.chmod(0o777)  # the file could be written, were it allowed
     verdict = grade_body(body.replace("ELSEWHERE", str(tmp_path)).replace("ROOT", str(ROOT)))
     assert verdict.points == 0, verdict.text()

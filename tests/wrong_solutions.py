@@ -4,43 +4,30 @@ A change is a text in the function and what comes in its place, or the function'
 first change of every function is tried in a quick run of the tests.
 """
 
-from textwrap import indent
-
 PLAIN = "cskv.BiBranchCache"
 FAST = "beyond/segments.FastCache"
 ZEROS = "return LowRank(torch.zeros(W.shape[0], rank).to(W), torch.zeros(rank, W.shape[1]).to(W))"
 HALF = "torch.cat([eigenvectors[:, : rank // 2 + 1], eigenvectors[:, rank // 2 + 1 - rank :]], 1)"
 STRAIGHT = "torch.where(inside, stored + (x - x.detach()), stored)"
-
-
-def method_body(text: str) -> str:
-    return indent(text, " " * 8).strip()
-
-
-VALUES = method_body("""
-B, H, n = p.shape
+VALUES = """B, H, n = p.shape
 values = self.c_v.read(begin, begin + n).float() @ self.B_v.float()  # [B, n, d_kv]
-if self.v_bias is not None:
-    values = values + self.v_bias
+values = values if self.v_bias is None else values + self.v_bias
 values = values.unflatten(-1, (self.H_kv, self.D)).transpose(1, 2)  # [B, H_kv, n, D]
 return (p.reshape(B, self.H_kv, -1, n) @ values).flatten(0, 1)
-""")
-KEYS = method_body("""
-tables = query_turns(rope, self.length - 1, self.sinks, spans, q.device)
+"""
+KEYS = """tables = query_turns(rope, self.length - 1, self.sinks, spans, q.device)
 begin, stop = spans[0].start, min(spans[-1].stop, self.c_k.length)
 lengths = torch.tensor([span.length for span in spans for _ in range(span.count)])
 cos, sin = (table.repeat_interleave(lengths, 0) for table in tables)  # of each token, [n, D]
 for s in range(begin, stop, STEP):
     e = min(s + STEP, stop)
     keys = self.c_k.read(s, e).float() @ self.B_k.float()
-    if self.k_bias is not None:
-        keys = keys + self.k_bias
+    keys = keys if self.k_bias is None else keys + self.k_bias
     keys = keys.unflatten(-1, (self.H_kv, self.D)).transpose(1, 2)  # [B, H_kv, e - s, D]
     some = slice(s - begin, e - begin)
     keys = keys * cos[some] + (keys * sin[some]).roll(self.D // 2, -1)
-    scores = q.view(len(out), self.H_kv, -1, self.D) @ keys.transpose(-1, -2)
-    out[..., some] = scores.flatten(1, 2)
-""")
+    out[..., some] = (q.view(len(out), self.H_kv, -1, self.D) @ keys.mT).flatten(1, 2)
+"""
 WRONG = {
     "model.LayerCache.nbytes": {
         "only what is used": ("untyped_storage().nbytes()", "nbytes"),
