@@ -86,8 +86,9 @@ def parse(text: str, file: str) -> ast.Module:
         raise NotFound(f"{file} is not Python: {error}") from None
 
 
-def find_function(modules: dict[str, str], name: str) -> ast.FunctionDef:
-    """The definition of `name`, such as "cskv.BiBranchCache.decode".
+def find_function(modules: dict[str, str], name: str) -> tuple[ast.FunctionDef, list[str], slice]:
+    """The definition of `name`, such as "cskv.BiBranchCache.decode", all lines of its file, and
+    which of them it has, decorators included.
 
     Of several definitions it is the last, as in Python. Raises `NotFound`.
     """
@@ -102,41 +103,30 @@ def find_function(modules: dict[str, str], name: str) -> ast.FunctionDef:
         if not same_name:
             raise NotFound(f"{file} has no function {'.'.join(path)}")
         node = same_name[-1]
-    return node
-
-
-def line_range(node: ast.FunctionDef) -> slice:
-    """The lines of a function in its text, decorators included."""
-    first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-    return slice(first - 1, node.end_lineno)
+    lines = modules[module].split("\n")  # as Python counts them; splitlines() knows other ends
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    return node, lines, slice(first - 1, node.end_lineno)
 
 
 def function_text(modules: dict[str, str], name: str) -> str:
     """The lines of a function, as they stand in its file. Raises `NotFound`."""
-    node = find_function(modules, name)
-    return "\n".join(split_lines(modules, name)[line_range(node)])
-
-
-def split_lines(modules: dict[str, str], name: str) -> list[str]:
-    """The lines of a function's file as Python's parser counts them. (str.splitlines also ends one
-    at a form feed.)"""
-    return modules[name.split(".")[0]].split("\n")
+    _, lines, place = find_function(modules, name)
+    return "\n".join(lines[place])
 
 
 def put_function(modules: dict[str, str], name: str, function: str) -> dict[str, str]:
     """The files with these lines in the place of the function `name`. Raises `NotFound`."""
-    node = find_function(modules, name)
-    lines = split_lines(modules, name)
-    lines[line_range(node)] = [function]
+    _, lines, place = find_function(modules, name)
+    lines[place] = [function]
     return {**modules, name.split(".")[0]: "\n".join(lines)}
 
 
 def empty_function(modules: dict[str, str], name: str, problem: str) -> dict[str, str]:
     """The files with this function's signature and docstring left, which it must have, and a body
     that says what to do. Raises `NotFound`."""
-    node = find_function(modules, name)
+    node, lines, place = find_function(modules, name)
     docstring = node.body[0]
-    head = split_lines(modules, name)[line_range(node).start : docstring.end_lineno]
+    head = lines[place.start : docstring.end_lineno]
     path = name.split(".", 1)[1]
     message = f"problem {problem}: {path} is to be written; course/README.md, Problem {problem}"
     indent = " " * docstring.col_offset

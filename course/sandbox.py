@@ -87,7 +87,8 @@ class Sandbox:
         for path in [self.folder, *self.folder.rglob("*")]:
             path.chmod(0o755 if path.is_dir() else 0o644)
         self.printed = tempfile.TemporaryFile()
-        command = [sys.executable, "-I", "-B", self.folder / "course" / "worker.py"]
+        # -u: what was printed must be there when the process is ended.
+        command = [sys.executable, "-I", "-B", "-u", self.folder / "course" / "worker.py"]
         command += [str(self.limits.cpu_seconds), str(self.limits.memory), str(self.limits.output)]
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
         self.process = subprocess.Popen(
@@ -156,7 +157,7 @@ class Sandbox:
     def why_it_ended(self) -> str:
         """Why there is no answer, in a sentence."""
         with suppress(subprocess.TimeoutExpired):  # it has closed its answers, but still runs
-            self.process.wait(1)
+            self.process.wait(5)
         status = self.process.poll()
         self.kill()
         end = self.output()[-300:]

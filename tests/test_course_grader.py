@@ -82,7 +82,7 @@ def test_release_keeps_contracts(released):
     given = read_modules(released)
     page = (released / "course" / "README.md").read_text()
     for name, id in PROBLEM_OF.items():
-        ours, theirs = (problems.find_function(modules, name) for modules in (SOLVED, given))
+        ours, theirs = (problems.find_function(modules, name)[0] for modules in (SOLVED, given))
         assert ast.unparse(ours.args) == ast.unparse(theirs.args)
         assert ast.unparse(ours.returns) == ast.unparse(theirs.returns)
         assert ast.get_docstring(ours) == ast.get_docstring(theirs)
@@ -274,14 +274,16 @@ def test_cheat_has_no_points(body, message, tmp_path):
 
 
 def test_strange_answers_are_no_end_of_the_grader(monkeypatch):
-    """An error in a check, and a process that is gone when its memory is asked for."""
+    """An error in a check, and a process that is gone when its memory is asked for. What was
+    printed is shown."""
 
     def strange(student, draw):
         raise ValueError("strange")
 
     monkeypatch.setattr(factors, "svd_is_nearest", strange)
-    verdict = grade_body("return 0")
+    verdict = grade_body("print('printed'); return 0")
     assert verdict.points == 0 and "no check of this was possible: strange" in verdict.text()
+    assert "| printed" in verdict.text()
     with Sandbox(REFERENCE.given, FAST) as student:
         assert read_modules(student.folder) == REFERENCE.given
         student.process.kill()

@@ -112,17 +112,12 @@ def memory_of_a_step(student: Sandbox, draw: Draw) -> None:
     The grader asks the operating system how much the process held, so it must be Linux or macOS."""
     peaks = []
     for old in (SHORT, LONG):
-        tensors = {
-            "A_k": torch.zeros(8, RANK),
-            "B_k": draw.normal(RANK, HEADS * D).float(),
-            "A_v": torch.zeros(8, RANK),
-            "B_v": draw.normal(RANK, HEADS * D).float(),
-            "c_k": draw.normal(1, old + 1, RANK).float(),
-            "c_v": draw.normal(1, old + 1, RANK).float(),
-            "q": draw.normal(1, HEADS, 1, D).float(),
-            "k": torch.zeros(1, HEADS, 1, D),
-            "v": torch.ones(1, HEADS, 1, D),
-        }
+        tensors = {"q": draw.normal(1, HEADS, 1, D).float()}
+        tensors |= {"k": torch.zeros(1, HEADS, 1, D), "v": torch.ones(1, HEADS, 1, D)}
+        for name in "kv":
+            tensors[f"A_{name}"] = torch.zeros(8, RANK)
+            tensors[f"B_{name}"] = draw.normal(RANK, HEADS * D).float()
+            tensors[f"c_{name}"] = draw.normal(1, old + 1, RANK).float()
         numbers = {"first": 0, "old": old, "sizes": [HEADS, HEADS, D, None], "sinks": 0}
         numbers |= {"segments": LONG_SEGMENTS, "longest": LONG}
         answer, peak = student.peak("scenarios.attend", tensors, **numbers)
