@@ -146,17 +146,6 @@ def test_wrong_solution_loses_in_no_other():
             assert student != SOLVED
 
 
-def test_a_missing_file_costs_its_own_problem():
-    student = {module: text for module, text in SOLVED.items() if module != "beyond/segments"}
-    verdict = graded("f", student)
-    assert verdict.points == 0
-    assert verdict.text().count("there is no file beyond/segments.py") == len(PROBLEMS["f"].parts)
-    for part in PARTS:
-        if part not in PROBLEMS["f"].parts:
-            both = [problems.assemble(REFERENCE, part, files) for files in (student, SOLVED)]
-            assert both[0] == both[1]
-
-
 def test_parts_have_nothing_else_of_a_student():
     """A student's files in which everything but a part's functions is damaged are as good."""
     for part in PARTS:

@@ -305,15 +305,18 @@ def test_a_link_to_the_reference_is_no_solution(tmp_path):
 
 @pytest.mark.slow
 def test_others_are_graded(tmp_path):
-    """A file that is no Python and one that is missing cost their own problems alone; so does a
+    """A file that is no Python and files that are missing cost their own problems alone; so does a
     function that ends the process."""
     write_modules(tmp_path, write_body(SOLVED, SVD, "import os; os._exit(0)"))
     (tmp_path / "quant.py").write_text("def quantize(:\n")
     (tmp_path / "train.py").unlink()
+    (tmp_path / "beyond" / "segments.py").unlink()
     verdicts = {v.problem.id: v for v in grade.grade(tmp_path, 1)}
-    assert {id: v.points for id, v in verdicts.items()} == dict(a=0, b=0, c=25, d=0, e=0, f=10)
+    assert {id: v.points for id, v in verdicts.items()} == dict(a=0, b=0, c=25, d=0, e=0, f=0)
     assert "quant.py is not Python: invalid syntax (quant.py, line 1)" in verdicts["d"].text()
     assert "there is no file train.py" in verdicts["e"].text()
+    missing = verdicts["f"].text().count("there is no file beyond/segments.py")
+    assert missing == len(PROBLEMS["f"].parts)
 
 
 # ------------------------------------------------------------------------------------- gradescope
@@ -402,12 +405,9 @@ def test_a_plan_that_is_none(tmp_path, text):
         leaderboard.read_plan(tmp_path / "plan.json", tiny_model())
 
 
-def test_gradescope_without_files(tmp_path):
+def test_gradescope_looks_for_the_files(tmp_path):
     results = grade_submission(tmp_path)
     assert "cskv.py, " in results["output"] and "hand in these files" in results["output"]
-
-
-def test_gradescope_submission_in_a_folder(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "cskv.py").write_text("")
     assert gradescope.find_files(tmp_path) == tmp_path / "inner"

@@ -39,7 +39,7 @@ def weighted_values(student: Sandbox, draw: Draw) -> None:
         p = draw.uniform(B, H, n) / n
         values = layer.rebuilt("v", c_v[:, begin : begin + n])  # [B, H_kv, n, D]
         want = p.unflatten(1, (values.shape[1], -1)) @ values  # [B, H_kv, G, D]
-        tensors = {**layer.factors, "p": p, "c_v": c_v}
+        tensors = {**layer.tensors, "p": p, "c_v": c_v}
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
         answer = student.ask(
             "scenarios.old_values", tensors, begin=begin, sizes=layer.sizes, chunk=chunk
@@ -83,9 +83,7 @@ def tokens_share_a_position(student: Sandbox, draw: Draw) -> None:
         segments = SEGMENTS[i % 4]
         chunk = [1, 5, 100][i // 4]
         n = draw.choose([0, 1, 7, 20, 40, 45])
-        tensors, numbers, want, at = attention.draw_attend(
-            draw, n, i % 3 == 1, sinks, torch.float32, segments
-        )
+        tensors, numbers, want, at = attention.draw_attend(draw, n, i % 3 == 1, sinks, segments)
         answer = student.ask("scenarios.attend", tensors, **numbers, chunk=chunk, segments=segments)
         expect(answer, "out", want, TOLERANCE, f"{at}, segments {segments}, chunks of {chunk}")
 

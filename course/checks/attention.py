@@ -73,10 +73,6 @@ class Layer:
     sinks: int
     tensors: dict[str, Tensor]  # x, q, k, v, A_k, B_k, A_v, B_v, perhaps k_bias, v_bias
 
-    @property
-    def factors(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in self.tensors.items() if name not in "xqkv"}
-
     def rebuilt(self, name: str, c: Tensor) -> Tensor:
         """Keys or values [B, H_kv, T, D] from latents c [B, T, r]."""
         flat = c @ self.tensors[f"B_{name}"] + self.tensors.get(f"{name}_bias", 0)
@@ -127,7 +123,7 @@ def draw_layer(draw: Draw, T: int, bias=False, sliding=None, window=3, sinks=0) 
 
 
 def draw_attend(
-    draw: Draw, n: int, bias: bool, sinks: int, dtype: torch.dtype, segments=((1, 0),)
+    draw: Draw, n: int, bias: bool, sinks: int, segments=((1, 0),)
 ) -> tuple[dict[str, Tensor], dict, Tensor, str]:
     """Tensors and numbers for the scenario `attend`, what it must return, and a description. n
     tokens are attended through the compressed branch. Some before them may be behind the sliding
@@ -143,7 +139,7 @@ def draw_attend(
     for name in "kv":
         tensors[f"c_{name}"] = draw.normal(B, held, len(tensors[f"B_{name}"]))
     del tensors["x"]
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     layer.tensors = {name: tensor.double() for name, tensor in tensors.items()}
     start, stop = first - sinks, old - sinks
     k, v = (layer.rebuilt(name, layer.tensors[f"c_{name}"][:, start:stop]) for name in "kv")

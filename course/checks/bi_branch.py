@@ -68,7 +68,7 @@ def attend_is_one_softmax(student: Sandbox, draw: Draw) -> None:
     for i in range(6):
         sinks = draw.choose([0, 0, 2])
         n = draw.integer(3, 15) if i else 0
-        tensors, numbers, want, at = draw_attend(draw, n, i % 2 == 1, sinks, torch.float64)
+        tensors, numbers, want, at = draw_attend(draw, n, i % 2 == 1, sinks)
         expect(student.ask("scenarios.attend", tensors, **numbers), "out", want, TOLERANCE, at)
 
 
