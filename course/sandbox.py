@@ -157,7 +157,7 @@ class Sandbox:
     def why_it_ended(self) -> str:
         """Why there is no answer, in a sentence."""
         with suppress(subprocess.TimeoutExpired):  # it has closed its answers, but still runs
-            self.process.wait(5)
+            self.process.wait(0 if self.flooded() else 5)
         status = self.process.poll()
         self.kill()
         end = self.output()[-300:]
