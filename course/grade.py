@@ -12,30 +12,17 @@ another, the grader has the reference's; a student's folder has none, so there i
 import argparse
 import importlib
 import inspect
-import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from course.problems import (
-    GIVEN,
-    ROOT,
-    NotFound,
-    Part,
-    Problem,
-    Reference,
-    assemble,
-    is_written,
-    load_problems,
-    load_reference,
-    read_modules,
-)
+from course import problems
+from course.problems import GIVEN, ROOT, NotFound, Part, Problem, Reference
 from course.sandbox import Draw, Failed, Limits, Sandbox, Stopped, protect_memory
 from support.command import Arguments, UserError, comma_list, number, one_of, run_command
-
-UNREADABLE = (ValueError, TypeError, KeyError, IndexError, RuntimeError, OverflowError)
 
 
 @dataclass
@@ -50,16 +37,26 @@ class Verdict:
     def text(self) -> str:
         head = f"{self.problem.id}  {self.problem.title}"
         lines = [f"{head:50} {self.points:3} of {self.problem.points}"]
-        lines += [f"     {line}" for entry in self.lost for line in entry.splitlines()]
+        for entry in self.lost:
+            lines += [f"     {line}" for line in entry.splitlines()]
         if self.lost and self.output:
             lines += ["     printed by these functions, the end:"]
             lines += [f"     | {line}" for line in self.output.splitlines()[-8:]]
         return "\n".join(lines)
 
 
-def describe(check) -> str:
-    """What must hold for a check, in one line."""
-    return " ".join(inspect.getdoc(check).split())
+def run_check(check: Callable, student: Sandbox, draw: Draw) -> str | None:
+    """Why a check does not hold, or None if it does. Raises `Stopped`."""
+    try:
+        check(student, draw)
+    except Failed as error:
+        must = " ".join(inspect.getdoc(check).split())
+        return f"{error}\n    must hold: {must}"
+    except Stopped:
+        raise
+    except Exception as error:  # what came back was strange in a way nobody thought of
+        return f"no check of this was possible: {error}"
+    return None
 
 
 def check_part(
@@ -70,17 +67,11 @@ def check_part(
     with Sandbox(files, limits) as student:
         try:
             for name, points in part.checks.items():
-                check = getattr(module, name)
-                try:
-                    check(student, Draw(f"{seed}-{name}"))
+                reason = run_check(getattr(module, name), student, Draw(f"{seed}-{name}"))
+                if reason is None:
                     verdict.points += points
-                except UNREADABLE as error:  # what came back was strange in a way nobody thought of
-                    verdict.lost.append(
-                        f"-{points}  {name}: no check of this was possible: {error}"
-                    )
-                except Failed as error:
-                    must = f"    must hold: {describe(check)}"
-                    verdict.lost.append(f"-{points}  {name}: {error}\n{must}")
+                else:
+                    verdict.lost.append(f"-{points}  {name}: {reason}")
         finally:
             verdict.output = student.output() or verdict.output
 
@@ -90,57 +81,50 @@ def grade_problem(
 ) -> Verdict:
     verdict = Verdict(problem)
     for part in problem.parts:
-        worth = sum(part.checks.values())
-        missing = [name for name in part.names if not is_written(reference, name, student)]
-        if len(missing) == len(part.names):
-            verdict.lost.append(f"-{worth}  not written yet: {', '.join(missing)}")
+        names = ", ".join(part.names)
+        if not any(problems.is_written(reference, name, student) for name in part.names):
+            verdict.lost.append(f"-{part.points}  not written yet: {names}")
             continue
         try:
-            check_part(verdict, part, assemble(reference, part, student), seed, limits)
+            check_part(verdict, part, problems.assemble(reference, part, student), seed, limits)
         except NotFound as error:
-            verdict.lost.append(f"-{worth}  {error}")
+            verdict.lost.append(f"-{part.points}  {error}")
         except Stopped as error:
-            verdict.points = 0
-            verdict.lost = [f"-{problem.points}  stopped in {', '.join(part.names)}: {error}"]
-            break
+            reason = f"-{problem.points}  stopped in {names}: {error}"
+            return Verdict(problem, 0, [reason], verdict.output)
     return verdict
 
 
-def grade(
-    folder: Path, seed: int, ids: list[str] | None = None, limits: Limits | None = None
-) -> Iterator[Verdict]:
+def grade(folder: Path, seed: int, ids: list[str] | None = None) -> Iterator[Verdict]:
     """The verdicts on a student's folder, problem by problem, each when it is known.
 
     Raises `UserError` if there is nothing to grade.
     """
-    student = read_modules(folder)
+    student = problems.read_modules(folder)
     if not student:
         raise UserError(f"{folder} has no cskv.py or other file of the course; give its folder")
+    protect_memory()
     torch.set_num_threads(1)
-    problems = load_problems()
-    reference = load_reference(problems)
-    for problem in problems:
+    all_problems = problems.load_problems()
+    reference = problems.load_reference(all_problems)
+    for problem in all_problems:
         if ids is None or problem.id in ids:
-            yield grade_problem(problem, reference, student, seed, limits or Limits())
-
-
-def fresh_seed() -> int:
-    return int.from_bytes(os.urandom(4), "little") % 2**31
+            yield grade_problem(problem, reference, student, seed, Limits())
 
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
-    seed = fresh_seed() if args.seed is None else args.seed
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     folder = args.folder or ROOT
     if args.folder is None and not GIVEN.exists():
         raise UserError("no folder of a student; python -m course.grade DIR")
-    protect_memory()
-    verdicts = []
+    points = 0
+    most = 0
     print(f"seed {seed}")
     for verdict in grade(folder, seed, args.problem):
-        verdicts.append(verdict)
+        points += verdict.points
+        most += verdict.problem.points
         print(verdict.text(), flush=True)
-    points, most = sum(v.points for v in verdicts), sum(v.problem.points for v in verdicts)
     print(f"{'total':50} {points:3} of {most}")
     if points < most and GIVEN.exists() and folder == ROOT:
         print("Where a problem builds on an earlier one, the grader uses its own solution of that.")
@@ -148,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    ids = tuple(problem.id for problem in load_problems())
+    ids = tuple(problem.id for problem in problems.load_problems())
     parser.add_argument("folder", type=Path, nargs="?", help="of a student (this one)")
     problem = comma_list(one_of(ids, "problem"))
     parser.add_argument("--problem", type=problem, help="check only this one, such as b or b,c")

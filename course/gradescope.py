@@ -12,14 +12,14 @@ a plan.json, for the leaderboard.
 import argparse
 import json
 import os
-import zipfile
+import secrets
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from course import leaderboard
-from course.grade import Verdict, fresh_seed, grade
-from course.problems import GIVEN, MODULES, ROOT, Problem, load_problems, load_reference
-from course.sandbox import protect_memory
-from experiments.tables import write_json
+from course.grade import Verdict, grade
+from course.problems import MODULES, PROJECT, copy_project, load_problems, load_reference
 from support.command import Arguments, UserError, check_writable, replacing, run_command
 
 SETUP = """#!/usr/bin/env bash
@@ -46,53 +46,35 @@ cp "$home/source/no_points.json" "$home/results/results.json"
 chmod -R go-rwx "$home/source" "$home/results" "$home/submission"
 cd "$home/source" || exit 1
 export OMP_NUM_THREADS=1
-"$python" -m course.gradescope --submission "$home/submission" \\
-    --results "$home/results/results.json"
+"$python" -m course.gradescope --grade "$home"
 """
 
-PACKED = ("support", "beyond", "course", "weights/teacher", "LICENSE", "requirements.txt")
 
-
-def test_entry(problem: Problem, points: int, text: str) -> dict:
-    """One of the `tests` in results.json."""
-    return {
-        "name": f"{problem.id}  {problem.title}",
-        "score": points,
-        "max_score": problem.points,
-        "status": "passed" if points == problem.points else "failed",
-        "output": text,
-        "output_format": "text",
-        "visibility": "visible",
-    }
-
-
-def results(
-    verdicts: list[Verdict],
-    seed: int | None,
-    note: str = "",
-    score: leaderboard.Score | None = None,
-) -> dict:
+def results(verdicts: list[Verdict], message: str, score: leaderboard.Score | None = None) -> dict:
     """results.json: the verdicts so far, and zero points for the other problems; `score` is that of
     a plan, problem g."""
-    done = {verdict.problem.id: verdict for verdict in verdicts}
+    missing = "not graded: the grader ended before. Submit again, or ask the instructor."
+    points = {verdict.problem.id: verdict.points for verdict in verdicts}
+    texts = {verdict.problem.id: verdict.text() for verdict in verdicts}
     tests = []
     for problem in load_problems():
-        if verdict := done.get(problem.id):
-            tests.append(test_entry(problem, verdict.points, verdict.text()))
-        else:
-            text = "not graded: the grader ended before. Submit again, or ask the instructor."
-            tests.append(test_entry(problem, 0, text))
-    points = sum(test["score"] for test in tests)
-    board = [{"name": "points", "value": points, "order": "desc"}]
+        test = {
+            "name": f"{problem.id}  {problem.title}",
+            "score": points.get(problem.id, 0),
+            "max_score": problem.points,
+            "output": texts.get(problem.id, missing),
+            "visibility": "visible",
+        }
+        tests.append(test)
+    board = [{"name": "points", "value": sum(points.values()), "order": "desc"}]
     if score and score.share <= leaderboard.BUDGET:
         board.append({"name": leaderboard.NAME, "value": round(score.nats, 4), "order": "asc"})
-    return {
-        "output": note or f"seed {seed}",
-        "visibility": "visible",
-        "stdout_visibility": "hidden",
-        "tests": tests,
-        "leaderboard": board,
-    }
+    return {"output": message, "tests": tests, "leaderboard": board}
+
+
+def write_results(path: Path, content: dict) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def find_files(submission: Path) -> Path:
@@ -107,60 +89,52 @@ def find_files(submission: Path) -> Path:
 
 def grade_submission(submission: Path, path: Path) -> None:
     """Writes results.json anew after every problem. Raises `UserError` if it cannot be written."""
-    protect_memory()
-    seed, verdicts = fresh_seed(), []
+    seed = secrets.randbelow(2**31)
+    verdicts = []
     try:
         folder = find_files(submission)
         for verdict in grade(folder, seed):
             verdicts.append(verdict)
-            write_json(path, results(verdicts, seed))
+            write_results(path, results(verdicts, f"seed {seed}"))
         plan = folder / "plan.json"
         if plan.exists():
             score = leaderboard.measure(plan)
-            note = f"seed {seed}; problem g, plan.json: {leaderboard.judge(score)}"
-            write_json(path, results(verdicts, seed, note, score))
+            message = f"seed {seed}; problem g, plan.json: {leaderboard.judge(score)}"
+            write_results(path, results(verdicts, message, score))
     except UserError as error:
-        write_json(path, results(verdicts, seed, str(error)))
+        write_results(path, results(verdicts, str(error)))
 
 
 def write_zip(path: Path) -> None:
     """Raises `UserError` if it cannot be written, or problems.toml names what there is not."""
-    load_reference(load_problems())
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as out:
-        files = {ROOT / f"{module}.py" for module in MODULES}
-        for root in (ROOT / name for name in PACKED):
-            files |= set(root.rglob("*")) if root.is_dir() else {root}
-        for file in sorted(files):
-            if file.is_file() and file.suffix not in (".pyc", ".ipynb"):
-                out.write(file, file.relative_to(ROOT))
-        no_points = json.dumps(results([], None, "the grader did not come to an end"), indent=1)
-        out.writestr("no_points.json", no_points)
+    reference = load_reference(load_problems())
+    with replacing(path) as temporary, TemporaryDirectory() as work:
+        folder = Path(work) / "source"
+        copy_project(folder, PROJECT, reference.solved)
+        no_points = results([], "the grader did not come to an end")
+        write_results(folder / "no_points.json", no_points)
         for name, text in (("setup.sh", SETUP), ("run_autograder", RUN)):
-            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-            entry.external_attr = 0o755 << 16  # executable
-            out.writestr(entry, text)
+            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).chmod(0o755)
+        shutil.move(shutil.make_archive(f"{work}/autograder", "zip", folder), temporary)
 
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
-    if args.out is not None:
-        if GIVEN.exists():
-            raise UserError("this is a student's folder; make the grader from the full project")
-        check_writable(args.out)
-        write_zip(args.out)
-        print(f"{args.out}: upload it to Gradescope, {os.path.getsize(args.out) / 1e6:.2f} MB")
-    elif args.submission is None or args.results is None:
-        raise UserError("nothing to do; python -m course.gradescope --out autograder.zip")
-    else:
-        grade_submission(args.submission, args.results)
+    if args.grade is not None:
+        grade_submission(args.grade / "submission", args.grade / "results" / "results.json")
+        return
+    check_writable(args.out)
+    write_zip(args.out)
+    print(f"{args.out}: upload it to Gradescope, {os.path.getsize(args.out) / 1e6:.2f} MB")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="zip file to write, for Gradescope")
-    there = "on Gradescope, by run_autograder:"
-    parser.add_argument("--submission", type=Path, help=f"{there} a student's folder to grade")
-    parser.add_argument("--results", type=Path, help=f"{there} the results.json to write")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--out", type=Path, help="zip file to write, such as autograder.zip")
+    where = "Gradescope's folder, where run_autograder grades what was submitted"
+    task.add_argument("--grade", type=Path, help=where)
     return parser.parse_args(argv)
 
 

@@ -6,27 +6,27 @@ A plan gives every layer a rank and bits for its keys and for its values, one pa
 
     {"keys": [[13, 4], [8, 4], ...], "values": [[16, 3], ...]}
 
-The factors are the closed form (`attention`) on texts that are always the same. Two things are
-measured: the bytes that the cache really holds, which must be within the budget, and how surprised
-the model is by the right digits, in nats a digit (the mean of -log p), with the text compressed
-before the question comes. Less is better. A plan is numbers: for it, no code of a student
-runs on the grader.
+The factors are the closed form (`attention`) on texts that are always the same. Measured are the
+bytes that the cache really holds, and how surprised the model is by the right digits, in nats a
+digit (the mean of -log p), with the text compressed before the question comes. A plan is numbers:
+for it, no code of a student runs on the grader.
 """
 
 import argparse
 import io
 import json
 from contextlib import redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import quant
 from course.problems import LARGEST, ROOT
-from cskv import Factors, LayerFactors, bi_branch_cache, init_factors, rotate
+from cskv import Factors, LayerFactors, bi_branch_cache, in_bits, init_factors
 from experiments.rounded import Rounded
-from experiments.tasks import longeval as retrieval
+from experiments.tasks import longeval
 from infer import TEACHER, full_bytes, held_bytes
 from model import Transformer
 from support.command import Arguments, UserError, run_command
@@ -45,42 +45,44 @@ class Score:
     nats: float
 
 
-def read_plan(path: Path, model: Transformer) -> dict[str, list[list[int]]]:
-    """Raises `UserError` for what is no plan for this model, with what is wrong."""
+def read_plan(path: Path, model: Transformer) -> tuple[list, list]:
+    """[rank, bits] of the keys, and of the values, of every layer. Raises `UserError` for what is
+    no plan for this model, with what is wrong."""
     layers, d_kv = model.config.num_hidden_layers, model.config.d_kv
     try:
         if path.is_symlink() or path.stat().st_size > LARGEST:
             raise ValueError("a link, or very large")
         plan = json.loads(path.read_text(encoding="utf-8"))
-        both = [plan["keys"], plan["values"]]
-        for side in both:
-            if len(side) != layers:
-                raise ValueError(f"{len(side)} pairs for {layers} layers")
-            for rank, bits in side:
-                if type(rank) is not int or not 1 <= rank <= d_kv:
-                    raise ValueError(f"rank {rank} is not in 1 .. {d_kv}")
-                if type(bits) is not int or bits not in (*quant.BITS, 16):
-                    raise ValueError(f"{bits} bits; choose 2, 3, 4, 8 or 16")
+        keys, values = plan["keys"], plan["values"]
+        if len(keys) != layers or len(values) != layers:
+            raise ValueError(f"not {layers} pairs each")
+        for rank, bits in (*keys, *values):
+            if type(rank) is not int or not 1 <= rank <= d_kv:
+                raise ValueError(f"rank {rank} is not in 1 .. {d_kv}")
+            if type(bits) is not int or bits not in (*quant.BITS, 16):
+                raise ValueError(f"{bits} bits; choose 2, 3, 4, 8 or 16")
     except FileNotFoundError:
         raise UserError(f"no plan {path}; write one, see course/README.md, Problem g") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no plan ({error}); see course/README.md, Problem g") from None
-    return {"k": both[0], "v": both[1]}
+    return keys, values
 
 
-def plan_factors(model: Transformer, tokenizer: Tokenizer, plan: dict) -> Factors:
+def plan_factors(model: Transformer, tokenizer: Tokenizer, keys: list, values: list) -> Factors:
     """The closed form of each side's rank, in its bits; values of few bits are rotated first."""
     length = model.config.context_length
-    texts = retrieval.samples(tokenizer, length, "longeval", [10, 20, 40], 48, seed=0)
+    texts = longeval.samples(tokenizer, length, "longeval", [10, 20, 40], 48, seed=0)
     with redirect_stderr(io.StringIO()):  # without a bar of progress
         statistics = calibrate_together(model, texts)
-    ranks = ([rank for rank, _ in plan[side]] for side in "kv")
-    factors = init_factors("attention", model, *ranks, statistics)
-    generator, layers = torch.Generator().manual_seed(0), []
-    for i, layer in enumerate(factors.layers):
-        bits = {side: plan[side][i][1] for side in "kv"}
-        v = rotate(layer.v, generator) if bits["v"] in quant.BITS else layer.v
-        layers.append(LayerFactors(replace(layer.k, bits=bits["k"]), replace(v, bits=bits["v"])))
+    k_ranks = [rank for rank, _ in keys]
+    v_ranks = [rank for rank, _ in values]
+    factors = init_factors("attention", model, k_ranks, v_ranks, statistics)
+    generator = torch.Generator().manual_seed(0)
+    layers = []
+    for layer, (_, k_bits), (_, v_bits) in zip(factors.layers, keys, values, strict=True):
+        k = in_bits(layer.k, k_bits, quant.TOKENS, False, generator)
+        v = in_bits(layer.v, v_bits, quant.CHANNELS, False, generator)
+        layers.append(LayerFactors(k, v))
     return Factors(layers).to(torch.empty(0, dtype=torch.bfloat16))
 
 
@@ -90,22 +92,23 @@ def measure(path: Path) -> Score:
     torch.set_num_threads(1)
     model = load_model(TEACHER)
     tokenizer = load_tokenizer(TEACHER, model.config.vocab_size)
-    factors = plan_factors(model, tokenizer, read_plan(path, model))
+    keys, values = read_plan(path, model)
+    factors = plan_factors(model, tokenizer, keys, values)
     shares, losses = [], []
-    for case in retrieval.make_cases("longeval", LINES, CASES, seed=1):
+    for case in longeval.make_cases("longeval", LINES, CASES, seed=1):
         context = tokenizer.encode_prompt(case.context, chat=False)
         ids = tokenizer.encode_prompt(case.text, chat=False)
         digits = len(ids) - len(tokenizer.encode_prompt(case.prompt, chat=False))
-        pairs = enumerate(zip(ids, context, strict=False))
-        start = next((i for i, (ours, other) in pairs if ours != other), len(context))
-        plain = bi_branch_cache(model, factors, WINDOW, expected=len(ids) - 1)
-        cache = [Rounded(layer, torch.bfloat16) for layer in plain]
-        logits = [model(torch.tensor([ids[:start]]), cache, logits_to_keep=1)[0]]
-        logits += [model(torch.tensor([[token]]), cache)[0] for token in ids[start:-1]]
-        log_p = torch.cat(logits).double().log_softmax(-1)[-digits:]
-        losses += (-log_p[range(digits), ids[-digits:]]).tolist()
-        shares.append(held_bytes(cache) / full_bytes(model, cache[0].length))
-    return Score(max(shares), sum(losses) / len(losses))
+        same = [a == b for a, b in zip(ids, context, strict=False)]
+        start = [*same, False].index(False)  # where the question begins
+        caches = bi_branch_cache(model, factors, WINDOW, expected=len(ids) - 1)
+        caches = [Rounded(cache, torch.bfloat16) for cache in caches]
+        logits = [model(torch.tensor([ids[:start]]), caches, logits_to_keep=1)[0]]
+        logits += [model(torch.tensor([[token]]), caches)[0] for token in ids[start:-1]]
+        answer = torch.cat(logits)[-digits:].double()
+        losses.append(F.cross_entropy(answer, torch.tensor(ids[-digits:]), reduction="none"))
+        shares.append(held_bytes(caches) / full_bytes(model, caches[0].length))
+    return Score(max(shares), float(torch.cat(losses).mean()))
 
 
 def judge(score: Score) -> str:

@@ -1,15 +1,14 @@
 """The problems of problems.toml, and their functions in source text: found, emptied, put in place.
 
 Functions are named by a file, perhaps a class, and a function: `cskv.BiBranchCache.decode`,
-`beyond/segments.damping`.
+`beyond/segments.damping`. `modules` are the texts of files by their names without ".py".
 Everything here works on text. No file of a student is imported.
 """
 
 import ast
 import functools
-import io
+import shutil
 import sys
-import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,16 +26,24 @@ ROOT = COURSE.parent
 # The files that problems are in.
 MODULES = ("quant", "model", "cskv", "train", "infer", "beyond/segments")
 LARGEST = 2**20  # bytes of a file that is read
-GIVEN = COURSE / "given.zip"  # in a student's folder: all files of `MODULES` as handed out
+GIVEN = COURSE / "given"  # in a student's folder: the files of `MODULES` as handed out
+# What students and the grader on Gradescope need besides.
+PROJECT = ("course", "support", "beyond", "weights/teacher", "LICENSE", "requirements.txt")
+# Of the experiments, what the leaderboard measures with.
+PROJECT += ("experiments/__init__.py", "experiments/rounded.py", "experiments/tasks")
 
 
 @dataclass(frozen=True)
 class Part:
     """Functions that are graded together; see problems.toml."""
 
-    names: tuple[str, ...]
-    builds_on: tuple[str, ...]
+    names: list[str]
+    builds_on: list[str]
     checks: dict[str, int]  # points by the check's name
+
+    @property
+    def points(self) -> int:
+        return sum(self.checks.values())
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,11 @@ class Problem:
     id: str
     title: str
     checks_in: str  # a module of course.checks
-    parts: tuple[Part, ...]
+    parts: list[Part]
 
     @property
     def points(self) -> int:
-        return sum(sum(part.checks.values()) for part in self.parts)
+        return sum(part.points for part in self.parts)
 
     @property
     def names(self) -> list[str]:
@@ -57,95 +64,74 @@ class Problem:
 
 def load_problems() -> list[Problem]:
     text = (COURSE / "problems.toml").read_text(encoding="utf-8")
-    return [
-        Problem(
-            entry["id"],
-            entry["title"],
-            entry["checks_in"],
-            tuple(
-                Part(tuple(part["names"]), tuple(part["builds_on"]), part["checks"])
-                for part in entry["part"]
-            ),
-        )
-        for entry in tomllib.loads(text)["problem"]
-    ]
+    problems = []
+    for entry in tomllib.loads(text)["problem"]:
+        parts = [Part(**part) for part in entry["part"]]
+        problems.append(Problem(entry["id"], entry["title"], entry["checks_in"], parts))
+    return problems
 
 
 # ------------------------------------------------------------------------- functions in a text
 
 
 class NotFound(ValueError):
-    """A text has no such function, or is no Python."""
+    """There is no such file, it is no Python, or it has no such function."""
 
 
 @functools.lru_cache(maxsize=64)
-def parse(text: str) -> ast.Module:
-    return ast.parse(text)
+def parse(text: str, file: str) -> ast.Module:
+    try:
+        return ast.parse(text, file)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise NotFound(f"{file} is not Python: {error}") from None
 
 
-def find_function(text: str, name: str) -> ast.FunctionDef:
-    """The definition of `name`, such as "cskv.BiBranchCache.decode", in the text of its module.
+def find_function(modules: dict[str, str], name: str) -> tuple[ast.FunctionDef, list[str], slice]:
+    """The definition of `name`, such as "cskv.BiBranchCache.decode", all lines of its file, and
+    which of them it has, decorators included.
 
     Of several definitions it is the last, as in Python. Raises `NotFound`.
     """
     module, *path = name.split(".")
-    try:
-        body = parse(text).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = getattr(error, "lineno", None)
-        where = f", line {line}" if line else ""
-        what = getattr(error, "msg", str(error))
-        raise NotFound(f"{module}.py{where} is not Python: {what}") from None
-    for depth, part in enumerate(path):
-        kind = ast.FunctionDef if depth == len(path) - 1 else ast.ClassDef
-        found = [node for node in body if isinstance(node, kind) and node.name == part]
-        if not found:
-            what = "function" if kind is ast.FunctionDef else "class"
-            raise NotFound(f"{module}.py has no {what} {'.'.join(path[: depth + 1])}")
-        body = found[-1].body
-    return found[-1]
+    file = f"{module}.py"
+    if module not in modules:
+        raise NotFound(f"there is no file {file} (of text, not a link) in the folder")
+    node = parse(modules[module], file)
+    for part in path:
+        kind = ast.FunctionDef if part == path[-1] else ast.ClassDef
+        same_name = [n for n in node.body if isinstance(n, kind) and n.name == part]
+        if not same_name:
+            raise NotFound(f"{file} has no function {'.'.join(path)}")
+        node = same_name[-1]
+    lines = modules[module].split("\n")  # as Python counts them; splitlines() knows other ends
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    return node, lines, slice(first - 1, node.end_lineno)
 
 
-def line_range(node: ast.FunctionDef) -> slice:
-    """The lines of a function in its text, decorators included."""
-    first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-    return slice(first - 1, node.end_lineno)
+def function_text(modules: dict[str, str], name: str) -> str:
+    """The lines of a function, as they stand in its file. Raises `NotFound`."""
+    _, lines, place = find_function(modules, name)
+    return "\n".join(lines[place])
 
 
-def function_text(text: str, name: str) -> str:
-    """The lines of a function, as they stand in the text."""
-    return "".join(split_lines(text)[line_range(find_function(text, name))])
+def put_function(modules: dict[str, str], name: str, function: str) -> dict[str, str]:
+    """The files with these lines in the place of the function `name`. Raises `NotFound`."""
+    _, lines, place = find_function(modules, name)
+    lines[place] = [function]
+    return {**modules, name.split(".")[0]: "\n".join(lines)}
 
 
-def put_function(text: str, name: str, function: str) -> str:
-    """The text with these lines in the place of the function `name`."""
-    lines = split_lines(text)
-    lines[line_range(find_function(text, name))] = [function]
-    return "".join(lines)
-
-
-def split_lines(text: str) -> list[str]:
-    """Lines as Python's parser counts them (str.splitlines also ends one at a form feed), each
-    with its end."""
-    return [line + "\n" for line in text.removesuffix("\n").split("\n")]
-
-
-def empty_function(text: str, name: str, problem: str) -> str:
-    """The text with the function's signature and docstring left, and a body that says what to do.
-
-    Raises `NotFound`.
-    """
-    node, lines = find_function(text, name), split_lines(text)
-    documented = ast.get_docstring(node) is not None
-    end = node.body[0].end_lineno if documented else node.body[0].lineno - 1
-    head = lines[line_range(node).start : end]
-    while not documented and head[-1].lstrip().startswith("#"):  # what the body begins with
-        head.pop()
+def empty_function(modules: dict[str, str], name: str, problem: str) -> dict[str, str]:
+    """The files with this function's signature and docstring left, which it must have, and a body
+    that says what to do. Raises `NotFound`."""
+    node, lines, place = find_function(modules, name)
+    docstring = node.body[0]
+    head = lines[place.start : docstring.end_lineno]
     path = name.split(".", 1)[1]
-    what = f'"problem {problem}: {path} is to be written; course/README.md, Problem {problem}"'
-    indent = " " * node.body[0].col_offset
-    body = [f"{indent}raise NotImplementedError(\n", f"{indent}    {what}\n", f"{indent})\n"]
-    return put_function(text, name, "".join(head + body))
+    message = f"problem {problem}: {path} is to be written; course/README.md, Problem {problem}"
+    indent = " " * docstring.col_offset
+    body = f'{indent}raise NotImplementedError(\n{indent}    "{message}"\n{indent})'
+    return put_function(modules, name, "\n".join([*head, body]))
 
 
 # ---------------------------------------------------------------------------- files of a project
@@ -163,27 +149,25 @@ def read_modules(folder: Path) -> dict[str, str]:
     return texts
 
 
-def empty_modules(modules: dict[str, str], problems: Iterable[Problem]) -> dict[str, str]:
-    """The files with every function of the problems emptied. Raises `UserError` if one of them no
-    longer exists."""
-    modules = dict(modules)
-    for problem in problems:
-        for name in problem.names:
-            file = name.split(".")[0]
-            try:
-                modules[file] = empty_function(modules[file], name, problem.id)
-            except (NotFound, KeyError) as error:
-                raise UserError(f"problems.toml, problem {problem.id}: {error}; mend it") from None
-    return modules
+def write_modules(folder: Path, modules: dict[str, str]) -> None:
+    for module, text in modules.items():
+        file = folder / f"{module}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
 
 
-def write_given(modules: dict[str, str]) -> bytes:
-    """A zip file of these files, the same bytes for the same texts."""
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
-        for module, text in modules.items():
-            archive.writestr(zipfile.ZipInfo(f"{module}.py"), text)
-    return data.getvalue()
+def copy_project(folder: Path, names: Iterable[str], modules: dict[str, str]) -> None:
+    """Fills a folder with these files and folders of the project, and with these modules."""
+    for name in names:
+        source = ROOT / name
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            ignore = shutil.ignore_patterns("__pycache__", "*.ipynb")
+            shutil.copytree(source, target, ignore=ignore)
+        else:
+            shutil.copyfile(source, target)
+    write_modules(folder, modules)  # these last: what was copied has the solution
 
 
 @dataclass(frozen=True)
@@ -201,38 +185,34 @@ class Reference:
 
 
 def load_reference(problems: Iterable[Problem]) -> Reference:
-    """Of this project; `UserError` if its parts do not fit together."""
+    """Of this project. Raises `UserError` if problems.toml names a function that there is not."""
     if GIVEN.exists():
-        with zipfile.ZipFile(GIVEN) as archive:
-            texts = {name[:-3]: archive.read(name).decode() for name in archive.namelist()}
-        return Reference(texts, None)
-    modules = read_modules(ROOT)
-    return Reference(empty_modules(modules, problems), modules)
+        return Reference(read_modules(GIVEN), None)
+    solved = read_modules(ROOT)
+    given = solved
+    for problem in problems:
+        for name in problem.names:
+            try:
+                given = empty_function(given, name, problem.id)
+            except NotFound as error:
+                raise UserError(f"problems.toml, problem {problem.id}: {error}; mend it") from None
+    return Reference(given, solved)
 
 
 def assemble(reference: Reference, part: Part, student: dict[str, str]) -> dict[str, str]:
     """The files to check a part with. Raises `NotFound` for a function that the student's
     files do not have."""
-    files = dict(reference.given)
-
-    def put(name: str, source: dict[str, str]) -> None:
-        module = name.split(".")[0]
-        if module not in source:
-            raise NotFound(f"there is no file {module}.py (of text, not a link) in the folder")
-        files[module] = put_function(files[module], name, function_text(source[module], name))
-
+    files = reference.given
     for name in part.builds_on:
-        put(name, student if reference.solved is None else reference.solved)
+        files = put_function(files, name, function_text(reference.solved or student, name))
     for name in part.names:
-        put(name, student)
+        files = put_function(files, name, function_text(student, name))
     return files
 
 
 def is_written(reference: Reference, name: str, student: dict[str, str]) -> bool:
     """Whether a student's function is another one than was handed out."""
-    module = name.split(".")[0]
-    given = function_text(reference.given[module], name)
     try:
-        return module not in student or function_text(student[module], name) != given
+        return function_text(student, name) != function_text(reference.given, name)
     except NotFound:
         return True  # so that the reason is said

@@ -3,7 +3,7 @@
     python -m course.release --out DIR
 
 What is emptied stands in problems.toml, by name. Signatures and docstrings stay. DIR gets the
-model, the checks, the teaching model and a README of two commands. `course/given.zip` in it are the
+model, the checks, the teaching model and a README of two commands. `course/given/` in it has the
 files to write in, as handed out: the checks put the student's functions into these, as the grader
 does.
 """
@@ -15,23 +15,11 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from course.problems import GIVEN, ROOT, load_problems, load_reference, write_given
+from course import problems
+from course.problems import GIVEN, PROJECT, ROOT, write_modules
 from support.command import Arguments, UserError, run_command
 
-COPIED = ("support", "beyond", "weights/teacher", "course/checks", "LICENSE", "requirements.txt")
-COPIED += tuple(
-    f"course/{name}"
-    for name in (
-        "README.md",
-        "problems.toml",
-        "problems.py",
-        "grade.py",
-        "sandbox.py",
-        "leaderboard.py",
-    )
-)
-COPIED += ("course/__init__.py", "course/worker.py", "course/scenarios.py", "course/confine.py")
-
+FOR_THE_INSTRUCTOR = ("course/release.py", "course/gradescope.py")
 README = """# CSKV, to be written by you
 
 The hand-out is [course/README.md](course/README.md). With Python 3.10 or newer, once:
@@ -46,26 +34,18 @@ and after every change, to see what holds:
 
 def write_release(folder: Path) -> None:
     """Fills an empty folder. Raises `UserError` where problems.toml names what there is not."""
-    given = load_reference(load_problems()).given
+    given = problems.load_reference(problems.load_problems()).given
+    problems.copy_project(folder, PROJECT, given)
+    for name in FOR_THE_INSTRUCTOR:
+        (folder / name).unlink()
+    write_modules(folder / GIVEN.relative_to(ROOT), given)
     (folder / "README.md").write_text(README, encoding="utf-8")
     (folder / ".gitignore").write_text(".venv/\n__pycache__/\n", encoding="utf-8")
-    for name in COPIED:
-        source, target = ROOT / name, folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copyfile(source, target)
-    for module, text in given.items():  # these last: what was copied has the solution
-        (folder / f"{module}.py").write_text(text, encoding="utf-8")
-    (folder / GIVEN.relative_to(ROOT)).write_bytes(write_given(given))
 
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     out = args.out
-    if GIVEN.exists():
-        raise UserError("this is a student's folder already; make releases from the full project")
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is there and not an empty folder; choose another name")
     if not out.absolute().parent.is_dir():

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -20,19 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from course import worker
-from course.problems import COURSE, ROOT
+from course.problems import copy_project
 
 LARGEST_ANSWER = 2**26  # bytes
-TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
-TYPES |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-NO_ANSWER = (SafetensorError, ValueError, AttributeError, KeyError, TypeError, RecursionError)
-NO_ANSWER += (struct.error,)
-KILLED = [getattr(signal, name, None) for name in ("SIGXCPU", "SIGKILL")]  # by the limits
+COPIED = ("support", "beyond", "course/worker.py", "course/scenarios.py", "course/confine.py")
+KEPT = ("PATH", "SYSTEMROOT", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+KILLED = (-9, -24)  # the exit status after SIGKILL and SIGXCPU, which the limits send
 NOBODY = 65534  # the user that owns nothing
 
 
@@ -54,20 +49,16 @@ class Stopped(Exception):
     """The process had to be stopped, or stopped itself: no points for the whole problem."""
 
 
-def drop_rights() -> dict:
-    """For `subprocess.Popen`: as root, run as a user that may change nothing."""
-    if os.name != "posix":
+def other_user() -> dict:
+    """For `subprocess.Popen`: as root, run as a user that may change nothing, if every user may run
+    this Python."""
+    if os.name != "posix" or os.geteuid() != 0:
         return {}
-    rights = {"start_new_session": True}
-    if os.geteuid() == 0 and readable_by_all(Path(sys.executable)):
-        rights |= {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-    return rights
-
-
-def readable_by_all(file: Path) -> bool:
-    """Whether every user may run this Python: its folders are open to all."""
-    folders = [*Path(os.path.abspath(file)).parents, *file.resolve().parents]
-    return all(folder.stat().st_mode & 0o005 == 0o005 for folder in folders)
+    python = Path(sys.executable)
+    folders = [*Path(os.path.abspath(python)).parents, *python.resolve().parents]
+    if not all(folder.stat().st_mode & 0o005 == 0o005 for folder in folders):
+        return {}
+    return {"user": NOBODY, "group": NOBODY, "extra_groups": []}
 
 
 def protect_memory() -> None:
@@ -87,23 +78,18 @@ class Sandbox:
     """
 
     def __init__(self, files: dict[str, str], limits: Limits):
-        self.files, self.limits = files, limits
+        self.files = files
+        self.limits = limits
 
     def __enter__(self) -> "Sandbox":
         self.folder = Path(tempfile.mkdtemp(prefix="course-"))
-        for name in ("support", "beyond"):
-            shutil.copytree(
-                ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        for module, text in self.files.items():  # these last: what was copied has the solution
-            (self.folder / f"{module}.py").write_text(text, encoding="utf-8")
-        for name in ("worker.py", "scenarios.py", "confine.py"):
-            shutil.copy(COURSE / name, self.folder)
+        copy_project(self.folder, COPIED, self.files)
         for path in [self.folder, *self.folder.rglob("*")]:
             path.chmod(0o755 if path.is_dir() else 0o644)
         self.printed = tempfile.TemporaryFile()
-        limits = self.limits.cpu_seconds, self.limits.memory, self.limits.output
-        command = [sys.executable, "-I", "-B", self.folder / "worker.py", *map(str, limits)]
+        # -u: what was printed must be there when the process is ended.
+        command = [sys.executable, "-I", "-B", "-u", self.folder / "course" / "worker.py"]
+        command += [str(self.limits.cpu_seconds), str(self.limits.memory), str(self.limits.output)]
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
         self.process = subprocess.Popen(
             command,
@@ -112,7 +98,8 @@ class Sandbox:
             stderr=self.printed,
             cwd=self.folder,
             env={**environment, "OMP_NUM_THREADS": "1", "HOME": str(self.folder)},
-            **drop_rights(),
+            start_new_session=True,
+            **other_user(),
         )
         self.late = False
         self.timer = threading.Timer(self.limits.seconds, self.time_out)
@@ -147,76 +134,51 @@ class Sandbox:
         self.printed.seek(0)
         return printable(self.printed.read()[-8000:].decode("utf-8", "replace")[-2000:]).strip()
 
-    def ask(self, scenario: str, tensors: dict[str, Tensor], **numbers) -> dict[str, Tensor]:
-        """What a function of scenarios.py makes of these tensors and numbers, as tensors.
+    def ask(self, function: str, tensors: dict[str, Tensor], **numbers) -> dict[str, Tensor]:
+        """What a function, such as "quant.pack" or "scenarios.attend", makes of these tensors and
+        numbers, as tensors: those of its result's names or, for a single one, of its own name.
 
         Raises `Failed` if the student's function raised an error, `Stopped` if the process ended.
         """
         tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        data = save(tensors, {"scenario": scenario, "numbers": json.dumps(numbers)})
-        answer = None
+        request = {"function": function, "numbers": numbers, "tensors": worker.encode(tensors)}
+        answer = b""
         with suppress(OSError):
-            worker.write_message(self.process.stdin, data)
-            answer = self.read_answer()
-        if answer is None:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline(LARGEST_ANSWER)
+        if not answer.endswith(b"\n") or self.flooded():
             raise Stopped(self.why_it_ended())
-        if self.flooded():
-            raise Stopped(self.flood())
-        try:
-            if "error" in (said := worker.metadata(answer)):
-                raise Failed(printable(str(said["error"])[:2000]))
-            tensors = load(answer)
-        except NO_ANSWER:
-            raise Stopped("the process wrote something else than its answer") from None
-        for name, tensor in tensors.items():
-            if tensor.dtype not in TYPES:
-                raise Failed(f"{printable(name)} is of type {tensor.dtype}")
-        return tensors
-
-    def read_answer(self) -> bytes | None:
-        stream = self.process.stdout
-        header = stream.read(worker.HEADER.size)
-        if len(header) < worker.HEADER.size:
-            return None
-        (size,) = worker.HEADER.unpack(header)
-        if size > LARGEST_ANSWER:
-            self.kill()
-            raise Stopped(f"an answer of {size} bytes; at most {LARGEST_ANSWER} are read")
-        data = stream.read(size)
-        return data if len(data) == size else None
+        return read_answer(answer)
 
     def flooded(self) -> bool:
         return os.fstat(self.printed.fileno()).st_size >= self.limits.output
 
-    def flood(self) -> str:
-        return f"it printed {self.limits.output} bytes or more; print less"
-
     def why_it_ended(self) -> str:
         """Why there is no answer, in a sentence."""
         with suppress(subprocess.TimeoutExpired):  # it has closed its answers, but still runs
-            self.process.wait(1)
+            self.process.wait(0 if self.flooded() else 5)
         status = self.process.poll()
         self.kill()
+        end = self.output()[-300:]
         if self.late:
             return f"it did not end within {self.limits.seconds:g} seconds"
         if self.flooded():
-            return self.flood()
+            return f"it printed {self.limits.output} bytes or more; print less"
         if status is None:
-            return "it closed the way to the grader"
-        if status == worker.STATUS:
-            return self.output().splitlines()[-1] if self.output() else "it did what is not allowed"
-        if -status in KILLED:
-            what = f"processor time (at most {self.limits.cpu_seconds} seconds) or memory"
-            return f"it took too much {what}"
+            return f"it closed the way to the grader, or sent over {LARGEST_ANSWER} bytes"
+        if status in KILLED:
+            limit = f"at most {self.limits.cpu_seconds} seconds"
+            return f"it took too much processor time ({limit}) or memory"
         if status < 0:
-            return f"it crashed with signal {-status}: {self.output()[-300:]}"
-        return f"it ended the process, with status {status}: {self.output()[-300:]}"
+            return f"it crashed with signal {-status}: {end}"
+        return f"it ended the process, with status {status}: {end}"
 
-    def peak(self, scenario: str, tensors: dict[str, Tensor], **numbers) -> tuple[dict, int]:
+    def peak(self, function: str, tensors: dict[str, Tensor], **numbers) -> tuple[dict, int]:
         """`ask` in a fresh process of the same files, and the most memory that it held, in bytes:
         the operating system's word, not the process's."""
         with Sandbox(self.files, self.limits) as fresh:
-            return fresh.ask(scenario, tensors, **numbers), fresh.most_memory()
+            return fresh.ask(function, tensors, **numbers), fresh.most_memory()
 
     def most_memory(self) -> int:
         """The most bytes of memory that the process has held. It may end by this."""
@@ -226,15 +188,23 @@ class Sandbox:
                 return 1024 * int(text.split("VmHWM:")[1].split()[0])
             except (OSError, IndexError):  # it has ended, or is about to
                 raise Stopped(self.why_it_ended()) from None
-        if not hasattr(os, "wait4"):
+        if sys.platform != "darwin":
             raise Failed("this system does not say how much memory was used; the grader's does")
         self.process.stdin.close()
         _, status, usage = os.wait4(self.process.pid, 0)
         self.process.returncode = os.waitstatus_to_exitcode(status)
-        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return usage.ru_maxrss
 
 
-KEPT = ("PATH", "SYSTEMROOT", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+def read_answer(answer: bytes) -> dict[str, Tensor]:
+    """The tensors of a line that the process wrote. Raises as `Sandbox.ask` does."""
+    try:
+        values = json.loads(answer)
+        if "error" not in values:
+            return worker.decode(values["tensors"])
+    except Exception:  # bytes of any kind may have come
+        raise Stopped("the process wrote something else than its answer") from None
+    raise Failed(printable(str(values["error"])[:2000]))
 
 
 def printable(text: str) -> str:
@@ -244,18 +214,18 @@ def printable(text: str) -> str:
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """The largest difference, in units of the largest number that is wanted, in float64."""
-    got, want = got.double(), want.double()
     if got.numel() == 0:
         return 0.0
-    return float((got - want).abs().max() / want.abs().max().clamp(min=1e-300))
+    error = (got.double() - want.double()).abs().max()
+    return float(error / want.double().abs().max().clamp(min=1e-300))
 
 
-def look(answer: dict[str, Tensor], name: str, shape: tuple | None, dtype=None) -> Tensor:
+def look(answer: dict[str, Tensor], name: str, shape: tuple, dtype=None) -> Tensor:
     """A tensor of an answer, of this shape and type, and finite. Raises `Failed` if it is not."""
     if name not in answer:
         raise Failed(f"{name} was not returned")
     tensor = answer[name]
-    if shape is not None and tuple(tensor.shape) != tuple(shape):
+    if tuple(tensor.shape) != tuple(shape):
         raise Failed(f"{name} has shape {list(tensor.shape)}, {list(shape)} was expected")
     if dtype is not None and tensor.dtype != dtype:
         raise Failed(f"{name} is of type {tensor.dtype}, {dtype} was expected")
@@ -264,12 +234,21 @@ def look(answer: dict[str, Tensor], name: str, shape: tuple | None, dtype=None) 
     return tensor
 
 
-def expect(answer: dict[str, Tensor], name: str, want: Tensor, tolerance: float, hint="") -> None:
-    """Raises `Failed` unless a tensor of an answer is `want`, within a relative tolerance."""
-    error = relative_error(look(answer, name, want.shape), want)
+def expect(
+    answer: dict[str, Tensor],
+    name: str,
+    want: Tensor | float,
+    tolerance: float,
+    hint="",
+    dtype=None,
+) -> None:
+    """Raises `Failed` unless a tensor of an answer is `want`, within a relative tolerance, and of
+    this type."""
+    want = torch.as_tensor(want, dtype=torch.float64)
+    error = relative_error(look(answer, name, want.shape, dtype), want)
     if not error <= tolerance:
-        said = f"; {hint}" if hint else ""
-        raise Failed(f"{name}: relative error {error:.2g}, at most {tolerance:g} allowed{said}")
+        reason = f"; {hint}" if hint else ""
+        raise Failed(f"{name}: relative error {error:.2g}, at most {tolerance:g} allowed{reason}")
 
 
 class Draw:
@@ -279,8 +258,8 @@ class Draw:
         digest = int.from_bytes(seed.encode(), "little") % (2**63 - 25)
         self.generator = torch.Generator().manual_seed(digest)
 
-    def normal(self, *shape: int, dtype=torch.float64) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(dtype)
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
 
     def uniform(self, *shape: int) -> Tensor:
         return torch.rand(*shape, generator=self.generator, dtype=torch.float64)

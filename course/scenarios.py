@@ -1,24 +1,28 @@
 """What is done with a student's functions, each scenario in a few lines. See worker.py.
 
 A scenario gets tensors and numbers, calls the functions, and returns tensors and numbers. It
-compares nothing: the checks do, in another process. Modules are imported in the scenarios, so that
-an error while one is loaded is the student's result, not the worker's end.
+compares nothing: the checks do, in another process. Files that take long to load are imported in
+the scenarios that need them.
 """
-
-from importlib import import_module
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
+
+import cskv
+import model
+import quant
+from beyond.segments import FastCache
 
 
-def small_config(H: int, H_kv: int, D: int, hidden: int, **changes):
-    from model import Config
-
+def small_config(H: int, H_kv: int, D: int, hidden: int, **changes) -> model.Config:
     values = dict(vocab_size=8, hidden_size=hidden, intermediate_size=4, num_hidden_layers=1)
     values |= dict(num_attention_heads=H, num_key_value_heads=H_kv, head_dim=D, rms_norm_eps=1e-5)
     values |= dict(rope_theta=100.0, rope_scaling=None, max_position_embeddings=10**6)
     values |= dict(tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
-    return Config(**{**values, "sliding_window": None, "eos_token_ids": (), **changes})
+    values |= dict(sliding_window=None, eos_token_ids=())
+    values |= changes
+    return model.Config(**values)
 
 
 # ------------------------------------------------------------------------------------- problem a
@@ -26,327 +30,203 @@ def small_config(H: int, H_kv: int, D: int, hidden: int, **changes):
 
 def cache_bytes(used: int, **buffers: Tensor) -> dict:
     """nbytes() of a cache whose tensors are the first `used` tokens of buffers [B, T, C]."""
-    from model import LayerCache
 
-    class Holder(LayerCache):
+    class Holder(model.LayerCache):
         def tensors(self) -> list[Tensor]:
             return [buffer[:, :used] for buffer in buffers.values()]
 
     return {"nbytes": Holder().nbytes()}
 
 
-def element_bits(bits: int, size: int | None) -> dict:
-    from quant import bits_per_element
-
-    return {"bits": bits_per_element(bits) if size is None else bits_per_element(bits, size)}
-
-
 def full_cache_bytes(layers: int, H_kv: int, D: int, tokens: int) -> dict:
     import infer
-    from model import Transformer
 
     config = small_config(H_kv, H_kv, D, 4, num_hidden_layers=layers)
-    return {"bytes": infer.full_bytes(Transformer(config), tokens)}
+    return {"bytes": infer.full_bytes(model.Transformer(config), tokens)}
 
 
-def paper_ratio(H_kv: int, D: int, ranks: list, bits: list) -> dict:
-    """ranks and bits: of keys and of values of every layer."""
+def paper_ratio(H_kv: int, D: int, layers: list) -> dict:
+    """layers: [rank, bits] of keys, and of values, for every layer."""
     import infer
-    from cskv import Factors, LayerFactors, LowRank
-    from model import Transformer
 
-    config = small_config(H_kv, H_kv, D, 4, num_hidden_layers=len(ranks))
-    layers = [
-        LayerFactors(
-            *(
-                LowRank(torch.zeros(4, r), torch.zeros(r, H_kv * D), b)
-                for r, b in zip(rs, bs, strict=True)
-            )
-        )
-        for rs, bs in zip(ranks, bits, strict=True)
-    ]
-    return {"ratio": infer.nominal_ratio(Transformer(config), Factors(layers))}
+    def pair(rank: int, bits: int) -> cskv.LowRank:
+        return cskv.LowRank(torch.zeros(4, rank), torch.zeros(rank, H_kv * D), bits)
 
-
-# ------------------------------------------------------------------------------------- problem b
-
-
-def svd(W: Tensor, rank: int) -> dict:
-    from cskv import svd_factors
-
-    pair = svd_factors(W, rank)
-    return {"A": pair.A, "B": pair.B}
-
-
-def asvd(W: Tensor, x_abs: Tensor, rank: int, alpha: float | None) -> dict:
-    from cskv import asvd_factors
-
-    more = {} if alpha is None else {"alpha": alpha}
-    pair = asvd_factors(W, rank, x_abs, **more)
-    return {"A": pair.A, "B": pair.B}
-
-
-def optimal(W: Tensor, moment: Tensor, rank: int, metric: Tensor | None = None) -> dict:
-    from cskv import optimal_factors
-
-    pair = optimal_factors(W, rank, moment, metric)
-    return {"A": pair.A, "B": pair.B}
+    config = small_config(H_kv, H_kv, D, 4, num_hidden_layers=len(layers))
+    factors = cskv.Factors([cskv.LayerFactors(pair(*k), pair(*v)) for k, v in layers])
+    return {"ratio": infer.nominal_ratio(model.Transformer(config), factors)}
 
 
 # ------------------------------------------------------------------------------- problems c and f
 
-PLAIN, FAST = "cskv.BiBranchCache", "beyond.segments.FastCache"
 
-
-def make_cache(kind: str, sizes: list, hidden: int, window: int, sinks: int, factors: dict, **more):
-    """A cache for one layer. sizes: H, H_kv, D, and the sliding window or None. factors: A_k, B_k,
-    A_v, B_v, and k_bias and v_bias if the projections have biases."""
-    import cskv
-    from model import Attention
-
+def make_cache(
+    kind: type, sizes: list, window: int, sinks: int, factors: dict, tokens: int = 0, **more
+) -> tuple:
+    """A cache for one layer, and RoPE for so many tokens. sizes: H, H_kv, D, and the sliding window
+    or None. factors: A_k, B_k, A_v, B_v, and k_bias and v_bias if the projections have biases."""
     H, H_kv, D, sliding = sizes
     bias = "k_bias" in factors
+    hidden = len(factors["A_v"])
     config = small_config(H, H_kv, D, hidden, sliding_window=sliding, attention_bias=bias)
-    attention = Attention(config).to(factors["B_k"].dtype).requires_grad_(False)
+    attention = model.Attention(config).to(factors["B_v"].dtype).requires_grad_(False)
     if bias:
         attention.k_proj.bias.copy_(factors["k_bias"])
         attention.v_proj.bias.copy_(factors["v_bias"])
-    pairs = (cskv.LowRank(factors[f"A_{n}"], factors[f"B_{n}"], bits=32) for n in "kv")
-    layer = cskv.LayerFactors(*pairs)
-    module, name = kind.rsplit(".", 1)
-    kind = getattr(import_module(module), name)
-    return kind(attention, layer, window, sinks=sinks, **more), config
+    k = cskv.LowRank(factors["A_k"], factors["B_k"], bits=32)
+    v = cskv.LowRank(factors["A_v"], factors["B_v"], bits=32)
+    cache = kind(attention, cskv.LayerFactors(k, v), window, sinks=sinks, **more)
+    rope = model.Rope(config)
+    rope.reach(tokens, k.A.device)
+    return cache, rope
 
 
-def sequence(
-    x: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt: int, sizes: list, window: int, **more
-) -> dict:
-    """Prefill with the first `prompt` tokens, then decode the others, one by one.
+def prompt_and_steps(
+    prompt: int, sizes: list, window: int, sinks: int, expected: int, **tensors
+) -> tuple:
+    """A cache that is told of `expected` tokens, the arguments of its `prefill` with the first
+    `prompt` tokens, and those of `decode` with every other one.
 
-    x [B, T, hidden], q [B, H, T, D], k and v [B, H_kv, T, D]. `more` are the factors, `sinks`, and
-    `expected`, the length that the cache is told of.
+    tensors: x [B, T, hidden], q [B, H, T, D], k and v [B, H_kv, T, D], and the factors.
     """
-    from model import Rope
-
-    sinks, expected = more.pop("sinks"), more.pop("expected")
-    cache, config = make_cache(PLAIN, sizes, x.shape[2], window, sinks, more, expected=expected)
-    rope = Rope(config)
-    rope.reach(x.shape[1], x.device)
-    first = x[:, :prompt], *(y[:, :, :prompt] for y in (q, k, v))
-    result = {"prefill": cache.prefill(*first, rope), "length": cache.length}
-    steps = []
-    for t in range(prompt, x.shape[1]):
-        steps.append(cache.decode(x[:, t : t + 1], *(y[:, :, t : t + 1] for y in (q, k, v)), rope))
-    if steps:
-        result["steps"] = torch.cat(steps, 2)
-    return {**result, "final_length": cache.length}
+    x, q, k, v = (tensors.pop(name) for name in "xqkv")
+    T = x.shape[1]
+    cache, rope = make_cache(
+        cskv.BiBranchCache, sizes, window, sinks, tensors, T, expected=expected
+    )
+    calls = []
+    for tokens in [slice(prompt), *(slice(t, t + 1) for t in range(prompt, T))]:
+        calls.append((x[:, tokens], q[:, :, tokens], k[:, :, tokens], v[:, :, tokens], rope))
+    return cache, calls[0], calls[1:]
 
 
-def contents(cache) -> dict:
-    """What a cache holds: latents, and how many tokens its ring has room for."""
-    result = {"ring": cache.k.shape[2], "latents": cache.c_k.length}
+def sequence(**text) -> dict:
+    """Prefill, then decode, token by token."""
+    cache, prompt, steps = prompt_and_steps(**text)
+    cache.prefill(*prompt)
+    return {"steps": torch.cat([cache.decode(*step) for step in steps], 2)}
+
+
+def prefill_only(**text) -> dict:
+    """Prefill; then a second one, which must be refused."""
+    cache, prompt, _ = prompt_and_steps(**text)
+    result = {"prefill": cache.prefill(*prompt), "length": cache.length, "refused": False}
+    try:
+        cache.prefill(*prompt)
+    except ValueError:
+        result["refused"] = True
+    return result
+
+
+def branches(**text) -> dict:
+    """What `decode` hands to `attend` at every step, q, k, v, `first` and `old`, and what the cache
+    holds in the end: latents, and how many tokens its ring has room for. The student's `attend` is
+    not called."""
+    cache, prompt, steps = prompt_and_steps(**text)
+    seen = []
+
+    def attend(q, k, v, first, old, rope):
+        seen.append({"q": q.clone(), "k": k.clone(), "v": v.clone(), "first": first, "old": old})
+        return torch.zeros_like(q)
+
+    cache.attend = attend
+    cache.prefill(*prompt)
+    result = {}
+    for i, step in enumerate(steps):
+        cache.decode(*step)
+        result |= {f"{name}{i}": value for name, value in seen[-1].items()}
+    result |= {"calls": len(seen), "final_length": cache.length, "ring": cache.k.shape[2]}
     for name, latents in (("c_k", cache.c_k), ("c_v", cache.c_v)):
         if latents.length:
             result[name] = latents.read(0, latents.length)
     return result
 
 
-def prefill_only(x: Tensor, q: Tensor, k: Tensor, v: Tensor, sizes: list, window: int, **more):
-    """`sequence` without a decode step; then a second prefill, which must be refused."""
-    from model import Rope
-
-    sinks, expected = more.pop("sinks"), more.pop("expected")
-    cache, config = make_cache(PLAIN, sizes, x.shape[2], window, sinks, more, expected=expected)
-    rope = Rope(config)
-    rope.reach(x.shape[1], x.device)
-    out = cache.prefill(x, q, k, v, rope)
-    length = cache.length
-    refused = 0
-    try:
-        cache.prefill(x, q, k, v, rope)
-    except ValueError:
-        refused = 1
-    return {"prefill": out, "length": length, "refused": refused}
-
-
-def branches(
-    x: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt: int, sizes: list, window: int, **more
-) -> dict:
-    """What `decode` hands to `attend` at every step, q, k, v, `first` and `old`, and what the cache
-    holds in the end. The student's `attend` is not called."""
-    from model import Rope
-
-    sinks, expected = more.pop("sinks"), more.pop("expected")
-    cache, config = make_cache(PLAIN, sizes, x.shape[2], window, sinks, more, expected=expected)
-    rope, seen = Rope(config), []
-    rope.reach(x.shape[1], x.device)
-
-    def attend(q, k, v, first, old, rope):
-        seen.append((q.clone(), k.clone(), v.clone(), first, old))
-        return torch.zeros_like(q)
-
-    cache.attend = attend
-    cache.prefill(x[:, :prompt], *(y[:, :, :prompt] for y in (q, k, v)), rope)
-    result = {}
-    for i, t in enumerate(range(prompt, x.shape[1])):
-        cache.decode(x[:, t : t + 1], *(y[:, :, t : t + 1] for y in (q, k, v)), rope)
-        result |= {f"{name}{i}": value for name, value in zip("qkvfo", seen[-1], strict=True)}
-    return {**result, "calls": len(seen), "final_length": cache.length, **contents(cache)}
-
-
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    c_k: Tensor,
-    c_v: Tensor,
-    kind: str,
-    first: int,
-    old: int,
-    sizes: list,
-    sinks: int,
-    chunk: int | None = None,
-    segments: list | None = None,
-    **factors,
+    first: int, old: int, sizes: list, sinks: int, segments=None, chunk=None, longest=0, **tensors
 ) -> dict:
-    """`attend` alone, on a cache with these latents of the tokens from `sinks` on."""
-    from model import Rope
-
-    cache, config = make_cache(kind, sizes, factors["A_k"].shape[0], 1, sinks, factors)
+    """`attend` alone, of a cache with latents c_k and c_v of the tokens from `sinks` on: the fast
+    one if there are segments. q, before RoPE, is that of the last token; k and v are those of the
+    full branch. RoPE's table is for `longest` tokens, or for as many as there are."""
+    length = sinks + tensors["c_k"].shape[1]
+    kind = FastCache if segments else cskv.BiBranchCache
+    cache, rope = make_cache(kind, sizes, 1, sinks, tensors, max(length, longest))
     if segments:
-        cache.chunk, cache.segments = chunk, tuple(map(tuple, segments))
-    cache.c_k.append(c_k)
-    cache.c_v.append(c_v)
-    cache.length = sinks + c_k.shape[1]
-    rope = Rope(config)
-    rope.reach(cache.length, q.device)
-    return {"out": cache.attend(q, k, v, first, old, rope)}
-
-
-def segment_damping(w: Tensor, length: int) -> dict:
-    from beyond.segments import damping
-
-    return {"a": damping(w, length)}
+        cache.segments = tuple(map(tuple, segments))
+        cache.chunk = chunk or cache.chunk
+    cache.c_k.append(tensors["c_k"])
+    cache.c_v.append(tensors["c_v"])
+    cache.length = length
+    q = rope.rotate(tensors["q"], length - 1)
+    return {"out": cache.attend(q, tensors["k"], tensors["v"], first, old, rope)}
 
 
 def old_values(p: Tensor, c_v: Tensor, begin: int, sizes: list, chunk: int, **factors) -> dict:
-    cache, _ = make_cache(FAST, sizes, factors["A_v"].shape[0], 1, 0, factors)
+    cache, _ = make_cache(FastCache, sizes, 1, 0, factors)
     cache.chunk = chunk
     cache.c_v.append(c_v)
     return {"out": cache.old_values(p, begin)}
-
-
-def attend_long(
-    q: Tensor, c_k: Tensor, c_v: Tensor, longest: int, sizes: list, segments: list, **factors
-) -> dict:
-    """`attend` to all of these latents and to one token of the other branch, of key 0 and value 1.
-    q comes before RoPE."""
-    from model import Rope
-
-    _, H_kv, D, _ = sizes
-    cache, config = make_cache(FAST, sizes, factors["A_k"].shape[0], 1, 0, factors)
-    cache.segments = tuple(map(tuple, segments))
-    rope = Rope(config)
-    rope.reach(longest + 1, q.device)
-    old = c_k.shape[1]
-    cache.c_k.append(c_k)
-    cache.c_v.append(c_v)
-    cache.length = old + 1
-    k, v = torch.zeros(1, H_kv, 1, D), torch.ones(1, H_kv, 1, D)
-    return {"out": cache.attend(rope.rotate(q, old), k, v, 0, old, rope)}
 
 
 # ------------------------------------------------------------------------------------- problem d
 
 
 def limits(x: Tensor, bits: int, dim: int, clamped: bool) -> dict:
-    from quant import group_limits
-
-    scale, minimum = group_limits(x, bits, dim, clamped)
+    scale, minimum = quant.group_limits(x, bits, dim, clamped)
     return {"scale": scale, "minimum": minimum}
 
 
 def codes(x: Tensor, bits: int, dim: int, clamped: bool) -> dict:
-    from quant import quantize
-
-    q = quantize(x, bits, dim, clamped)
+    q = quant.quantize(x, bits, dim, clamped)
     return {"codes": q.codes, "scale": q.scale, "minimum": q.minimum}
 
 
 def levels(codes: Tensor, scale: Tensor, minimum: Tensor, dim: int) -> dict:
-    from quant import Quantized, dequantize
-
-    return {"x": dequantize(Quantized(codes, scale, minimum), dim)}
+    return {"x": quant.dequantize(quant.Quantized(codes, scale, minimum), dim)}
 
 
 def rounded(x: Tensor, weight: Tensor, bits: int, dim: int, clamped: bool) -> dict:
     """fake_quantize(x), and the gradient of its sum with these weights."""
-    from quant import fake_quantize
-
     x = x.requires_grad_()
-    y = fake_quantize(x, bits, dim, clamped)
+    y = quant.fake_quantize(x, bits, dim, clamped)
     (y * weight).sum().backward()
     return {"y": y, "gradient": x.grad}
-
-
-def packed(codes: Tensor, bits: int) -> dict:
-    from quant import pack
-
-    return {"packed": pack(codes, bits)}
-
-
-def unpacked(packed: Tensor, bits: int) -> dict:
-    from quant import unpack
-
-    return {"codes": unpack(packed, bits)}
 
 
 # ------------------------------------------------------------------------------------- problem e
 
 
 def loss(
-    A: Tensor, B: Tensor, x: Tensor, k: Tensor, bits: int, clamped: bool, dim: int, double: bool
+    A: Tensor, B: Tensor, x: Tensor, k: Tensor, bits=16, clamped=False, dim=-2, double=False
 ) -> dict:
     """layer_loss and its gradients."""
-    from cskv import LowRank
     from train import layer_loss
 
-    pair = LowRank(A.requires_grad_(), B.requires_grad_(), bits, clamped)
-    more = [torch.float64] if double else []
-    value = layer_loss(pair, x, k, dim, *more)
+    pair = cskv.LowRank(A.requires_grad_(), B.requires_grad_(), bits, clamped)
+    value = layer_loss(pair, x, k, dim, torch.float64) if double else layer_loss(pair, x, k, dim)
     value.backward()
     return {"loss": value, "A": A.grad, "B": B.grad}
-
-
-def floor(moment: Tensor, rank: int) -> dict:
-    from train import loss_floor
-
-    return {"floor": loss_floor(moment, rank)}
 
 
 def steps(A: Tensor, B: Tensor, gradients: Tensor, planned: int, lr: float) -> dict:
     """Steps of a `Tuner` with one layer, whose keys and values both have A [h, r] and B [r, d].
 
-    gradients [steps, 2, h * r + r * d], of keys and of values at every step. Returns all parameters
+    gradients [steps, 2 (h r + r d)], of keys and of values at every step. Returns all parameters
     after every step, in the same order, the steps done, and the gradients that are left.
     """
-    from cskv import Factors, LayerFactors, LowRank
     from train import Tuner
 
-    tuner = Tuner(Factors([LayerFactors(LowRank(A, B), LowRank(A, B))]), planned, lr)
+    layer = cskv.LayerFactors(cskv.LowRank(A, B), cskv.LowRank(A, B))
+    tuner = Tuner(cskv.Factors([layer]), planned, lr)
+    sizes = [M.numel() for M in tuner.parameters]
     after, left = [], []
-    for step in gradients:
-        for pair, flat in zip(tuner.factors.pairs, step, strict=True):
-            for M, part in zip((pair.A, pair.B), flat.split([A.numel(), B.numel()]), strict=True):
-                if M.grad is None:
-                    M.grad = torch.zeros_like(M)
-                M.grad += part.view_as(M)
+    for gradient in gradients:
+        for M, part in zip(tuner.parameters, gradient.split(sizes), strict=True):
+            M.grad += part.view_as(M)
         tuner.step()
-        after.append(torch.stack([flatten(p.A, p.B) for p in tuner.factors.pairs]))
-        zero = [torch.zeros_like(M) if M.grad is None else M.grad for M in tuner.parameters]
-        left.append(flatten(*zero))
+        for M in tuner.parameters:
+            if M.grad is None:
+                M.grad = torch.zeros_like(M)
+        after.append(parameters_to_vector(tuner.parameters))
+        left.append(parameters_to_vector([M.grad for M in tuner.parameters]))
     return {"after": torch.stack(after), "left": torch.stack(left), "done": tuner.steps_done}
-
-
-def flatten(*tensors: Tensor) -> Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])

@@ -1,20 +1,22 @@
 """The process that runs a student's functions. It gets tensors and returns tensors: no more.
 
-The grader starts it in a folder with the course's files, `support/` and `scenarios.py`, and writes
-requests to its standard input: the name of a scenario, tensors, numbers. Answers go back on what
+The grader starts it in a folder with `support/`, `beyond/` and scenarios.py, and writes requests to
+its standard input, a line each: a function's name, tensors, numbers. Answers go back on what
 was its standard output; what the student's functions print goes with the errors. Nothing in here
 knows the right answers, so nothing is won by changing it from within: sandbox.py, on the other
 side, trusts nothing that it receives.
 """
 
+import base64
 import ctypes  # noqa: F401 (before the guard: it opens the program itself)
 import json
 import os
-import struct
 import sys
 import sysconfig
 import tempfile
+import traceback
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 try:
@@ -25,7 +27,7 @@ except ImportError:  # Windows has no such limits
 import torch
 from safetensors.torch import load, save
 
-HEADER = struct.Struct("<Q")  # the bytes of a message, before it
+FOLDER = Path(__file__).resolve().parents[1]
 STATUS = 70  # exit status after something that is not allowed
 
 # What Python says it is about to do (its audit events), and what of that ends the process.
@@ -36,8 +38,8 @@ FORBIDDEN += ("resource.", "shutil.", "signal.pthread_kill", "socket.", "subproc
 FORBIDDEN += ("sys.addaudithook", "tempfile.")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 DEVICES = (os.devnull, "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo")
+LIBRARIES = ("stdlib", "platstdlib", "purelib", "platlib")  # Python's and installed ones
 SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/sys/devices/system")  # libraries in C
-PATHS = os.path.realpath, os.path.isdir
 
 
 def set_limits(cpu_seconds: int, memory: int, output: int) -> None:
@@ -55,13 +57,6 @@ def set_limits(cpu_seconds: int, memory: int, output: int) -> None:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, hard))
 
 
-def libraries() -> list[str]:
-    """Folders of Python's own modules and of installed ones."""
-    paths = sysconfig.get_paths()
-    folders = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return folders + [path for path in sys.path if "-packages" in path]
-
-
 def watch(folders: list[str]) -> None:
     """Ends the process when it is about to do what no graded function needs to do, such as to
     write a file, and refuses to read files outside of these folders.
@@ -70,13 +65,13 @@ def watch(folders: list[str]) -> None:
     that too, where there is Linux.
     """
     readable = tuple(os.path.realpath(path) + "/" for path in folders)
-    devices = DEVICES
     # Kept here: a student's code could put something else in the place of a module's names.
-    forbidden, fspath, fsdecode, realpath, isdir = FORBIDDEN, os.fspath, os.fsdecode, *PATHS
-    write, leave, status, writing = os.write, os._exit, STATUS, WRITING
+    forbidden, devices, writing, status = FORBIDDEN, DEVICES, WRITING, STATUS
+    fspath, fsdecode, realpath, isdir = os.fspath, os.fsdecode, os.path.realpath, os.path.isdir
+    write, leave = os.write, os._exit
 
-    def stop(what: str) -> None:
-        write(2, f"not allowed in a graded function: {what}\n".encode())
+    def stop(deed: str) -> None:
+        write(2, f"not allowed in a graded function: {deed}\n".encode())
         leave(status)
 
     def check(event: str, arguments: tuple) -> None:
@@ -101,77 +96,69 @@ def watch(folders: list[str]) -> None:
     sys.addaudithook(check)
 
 
-def read_message(stream) -> bytes | None:
-    """The next message, or None at the end."""
-    header = stream.read(HEADER.size)
-    if len(header) < HEADER.size:
-        return None
-    return stream.read(HEADER.unpack(header)[0])
+def encode(tensors: dict[str, torch.Tensor]) -> str:
+    return base64.b64encode(save(tensors)).decode()
 
 
-def write_message(stream, data: bytes) -> None:
-    stream.write(HEADER.pack(len(data)) + data)
-    stream.flush()
+def decode(text: str) -> dict[str, torch.Tensor]:
+    return load(base64.b64decode(text))
 
 
-def metadata(data: bytes) -> dict[str, str]:
-    """That of a safetensors message."""
-    (length,) = HEADER.unpack(data[: HEADER.size])
-    return json.loads(data[HEADER.size : HEADER.size + length]).get("__metadata__", {})
-
-
-def plain(name: str, value: object) -> torch.Tensor:
-    """A value that a student's function returned, as a tensor that can be sent."""
-    if isinstance(value, (bool, int, float)):
-        return torch.tensor(value, dtype=torch.float64)
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} is of type {type(value).__name__}, a tensor was expected")
-    return torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
+def named(name: str, result: object) -> dict[str, torch.Tensor]:
+    """What a function of this name returned, as tensors that can be sent."""
+    if {"A", "B"} <= set(dir(result)):  # a LowRank
+        result = {"A": result.A, "B": result.B}
+    if not isinstance(result, dict):
+        result = {name: result}
+    tensors = {}
+    for key, value in result.items():
+        if isinstance(value, (bool, int, float)):
+            value = torch.tensor(value, dtype=torch.float64)
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{key} is of type {type(value).__name__}, a tensor was expected")
+        tensors[key] = torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
+    return tensors
 
 
 def where(error: BaseException) -> str:
-    """The innermost line of the student's files that an error comes from."""
-    line, trace, folder = "", error.__traceback__, Path(__file__).parent
-    while trace:
-        file = Path(trace.tb_frame.f_code.co_filename)
-        if file.parent in (folder, folder / "beyond") and file.name != "scenarios.py":
-            line = f" ({file.relative_to(folder)}, {trace.tb_frame.f_code.co_name})"
-        trace = trace.tb_next
-    return line
+    """The innermost function of the student's files that an error comes from."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        if file.parent in (FOLDER, FOLDER / "beyond"):
+            return f" ({file.relative_to(FOLDER)}, {frame.name})"
+    return ""
 
 
-def answer(request: bytes) -> bytes:
-    """Runs the scenario that is asked for. An error is an answer too."""
+def answer(request: str) -> str:
+    """Calls the function that is asked for. Request and answer are JSON; an error is an answer."""
     try:
-        values = metadata(request)
-        import scenarios
-
-        scenario, numbers = getattr(scenarios, values["scenario"]), json.loads(values["numbers"])
-        result = scenario(**load(request), **numbers)
-        return save({name: plain(name, value) for name, value in result.items()}, {"ok": "1"})
+        values = json.loads(request)
+        module, name = values["function"].rsplit(".", 1)
+        function = getattr(import_module(module), name)
+        result = function(**decode(values["tensors"]), **values["numbers"])
+        return json.dumps({"tensors": encode(named(name, result))})
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"[:2000] + where(error)
-        return save({}, {"error": text.encode("utf-8", "replace").decode()})
+        return json.dumps({"error": f"{type(error).__name__}: {error}"[:2000] + where(error)})
 
 
 def main() -> None:
-    folder = Path(__file__).resolve().parent
-    requests = sys.stdin.buffer
-    answers = os.fdopen(os.dup(1), "wb")
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(1)
     set_limits(*map(int, sys.argv[1:4]))
     sys.argv[:] = sys.argv[:1]
     # PyTorch wants a folder for what it compiles when the first optimizer is made.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.tempdir = str(folder)
-    sys.path.insert(0, str(folder))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.tempdir = str(FOLDER)
+    paths = sysconfig.get_paths()
+    folders = [str(FOLDER)] + [paths[name] for name in LIBRARIES]
+    folders += [path for path in sys.path if "-packages" in path]
+    sys.path[:0] = [str(FOLDER), str(FOLDER / "course")]
     from confine import confine
 
-    folders = [str(folder), *libraries()]
     confine([*folders, *DEVICES, *SYSTEM])
     watch(folders)
-    while (request := read_message(requests)) is not None:
-        write_message(answers, answer(request))
+    for request in sys.stdin:
+        print(answer(request), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,24 +3,16 @@
 import torch
 from torch import Tensor
 
-from course.checks.attention import (
-    draw_attend,
-    draw_layer,
-    mean_turn,
-    rotate,
-    rotate_in_segments,
-    softmax_attention,
-)
+from course.checks import attention
 from course.sandbox import Draw, Failed, Sandbox, expect
 
-KIND = "beyond.segments.FastCache"
 # That of float32, which rounds to 6e-8: a score of 20 is off by 20 times that, or a few times more.
 # Angles of the middles are made in float64 by what is given, so they allow no more for long texts.
 TOLERANCE = 3e-5
 SEGMENTS = [((1, 0),), ((2, 4), (4, 0)), ((3, 0),), ((4, 8), (8, 16), (16, 0))]
 
 SHORT, LONG = 2_000, 60_000  # tokens
-SIZES = (8, 8, 64)  # H, H_kv, D: rebuilt keys of LONG tokens take 123 MB
+HEADS, D, RANK = 8, 64, 4  # rebuilt keys of LONG tokens take 123 MB
 MOST = 60e6  # bytes more for LONG than for SHORT: a half of that
 LONG_SEGMENTS = ((16, 512), (128, 2048), (512, 0))
 
@@ -30,38 +22,43 @@ def damping_is_the_mean_turn(student: Sandbox, draw: Draw) -> None:
     for fast and for slow w; 1 for L = 1."""
     for length in (1, 2, 3, draw.integer(4, 40), 512):
         w = 10 ** (-5 * draw.uniform(draw.integer(1, 9)))  # 0.00001 .. 1
-        answer = student.ask("segment_damping", {"w": w}, length=length)
-        expect(answer, "a", mean_turn(w, length), 1e-9, f"L = {length}")
+        answer = student.ask("beyond.segments.damping", {"w": w}, length=length)
+        expect(answer, "damping", attention.mean_turn(w, length), 1e-9, f"L = {length}")
 
 
 def weighted_values(student: Sandbox, draw: Draw) -> None:
     """`old_values` returns p times the values of the tokens from `begin` on, biases included, for
     every query head, whatever the length of a chunk. p's sum is below 1."""
     for i in range(6):
-        n, begin, chunk = draw.integer(5, 30), draw.integer(0, 9), [1, 3, 8, 100][i % 4]
-        layer = draw_layer(draw, 1, bias=i % 2 == 1)
-        B, G = len(layer.tensors["x"]), layer.H // layer.H_kv
-        c_v = draw.normal(B, begin + n + 2, layer.tensors["B_v"].shape[0])
-        p = draw.uniform(B, layer.H, n) / n
-        v_hat = layer.rebuilt("v", c_v[:, begin : begin + n])  # [B, H_kv, n, D]
-        want = (p.unflatten(1, (layer.H_kv, G)) @ v_hat).flatten(0, 1)  # [B * H_kv, G, D]
-        tensors = {**layer.factors, "p": p, "c_v": c_v}
+        n, begin = draw.integer(5, 30), draw.integer(0, 9)
+        bias = i % 2 == 1
+        chunk = [1, 3, 8, 100][i % 4]
+        layer = attention.draw_layer(draw, 1, bias)
+        B, H, _, _ = layer.tensors["q"].shape
+        c_v = draw.normal(B, begin + n + 2, len(layer.tensors["B_v"]))
+        p = draw.uniform(B, H, n) / n
+        values = layer.rebuilt("v", c_v[:, begin : begin + n])  # [B, H_kv, n, D]
+        want = p.unflatten(1, (values.shape[1], -1)) @ values  # [B, H_kv, G, D]
+        tensors = {**layer.tensors, "p": p, "c_v": c_v}
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
-        answer = student.ask("old_values", tensors, begin=begin, sizes=layer.sizes, chunk=chunk)
-        what = f"{n} tokens from {begin} on, chunks of {chunk}, biases {i % 2 == 1}"
-        expect(answer, "out", want, TOLERANCE, what)
+        answer = student.ask(
+            "scenarios.old_values", tensors, begin=begin, sizes=layer.sizes, chunk=chunk
+        )
+        at = f"{n} tokens from {begin} on, chunks of {chunk}, biases {bias}"
+        expect(answer, "out", want.flatten(0, 1), TOLERANCE, at)
 
 
 def draw_large(draw: Draw) -> tuple[dict[str, Tensor], list]:
     """Factors and latents that rebuild to what float32 cannot hold, and sizes. The first channel of
     a latent is 2^100, of every second token -2^100, and the row of B for it is 2^40: 2^140."""
-    H_kv, D = draw.choose([1, 2]), 4
-    c, B = draw.normal(1, 64, 2).float(), draw.normal(2, H_kv * D).float()
+    H_kv = draw.choose([1, 2])
+    c = draw.normal(1, 64, 2).float()
     c[..., 0] = torch.tensor([2.0**100, -(2.0**100)]).repeat(32)
+    B = draw.normal(2, H_kv * 4).float()
     B[0] = 2.0**40
     A = torch.zeros(3, 2)
     tensors = {"A_k": A, "B_k": B, "A_v": A, "B_v": B, "c_k": c, "c_v": c}
-    return tensors, [2 * H_kv, H_kv, D, None]
+    return tensors, [2 * H_kv, H_kv, 4, None]
 
 
 def values_are_absorbed(student: Sandbox, draw: Draw) -> None:
@@ -69,26 +66,26 @@ def values_are_absorbed(student: Sandbox, draw: Draw) -> None:
     its row of B_v is 2^40, and all tokens weigh the same. So in p C_v, and in (p C_v) B_v, it is 0;
     but C_v B_v would be 2^140, which float32 cannot hold."""
     tensors, sizes = draw_large(draw)
-    H, H_kv, D, _ = sizes
+    H, H_kv, _, _ = sizes
     other = tensors.pop("c_k")[0, :, 1].double().sum() / 128
     tensors["p"] = torch.full((1, H, 64), 1 / 128)
     chunk = draw.choose([6, 16, 100])
-    answer = student.ask("old_values", tensors, begin=0, sizes=sizes, chunk=chunk)
-    want = other * tensors["B_v"][1].double().view(H_kv, 1, D)
-    expect(answer, "out", want.expand(H_kv, 2, D), TOLERANCE)
+    answer = student.ask("scenarios.old_values", tensors, begin=0, sizes=sizes, chunk=chunk)
+    want = other * tensors["B_v"][1].double().view(H_kv, 1, 4)
+    expect(answer, "out", want.expand(H_kv, 2, 4), TOLERANCE)
 
 
 def tokens_share_a_position(student: Sandbox, draw: Draw) -> None:
     """`attend` returns one softmax over exact keys and over old ones: rebuilt, with their bias,
     turned to the middle of their segment, and damped there, pair by pair."""
     for i in range(12):
-        bias, sinks, segments = i % 3 == 1, draw.integer(0, 2), SEGMENTS[i % 4]
-        n, chunk = draw.choose([0, 1, 7, 20, 40, 45]), [1, 5, 100][i // 4]
-        tensors, numbers, want = draw_attend(draw, KIND, n, bias, sinks, torch.float32, segments)
-        answer = student.ask("attend", tensors, **numbers, chunk=chunk, segments=segments)
-        first, old = numbers["first"], numbers["old"]
-        what = f"first {first}, old {old}, sinks {sinks}, biases {bias}"
-        expect(answer, "out", want, TOLERANCE, f"{what}, segments {segments}, chunks of {chunk}")
+        sinks = draw.integer(0, 2)
+        segments = SEGMENTS[i % 4]
+        chunk = [1, 5, 100][i // 4]
+        n = draw.choose([0, 1, 7, 20, 40, 45])
+        tensors, numbers, want, at = attention.draw_attend(draw, n, i % 3 == 1, sinks, segments)
+        answer = student.ask("scenarios.attend", tensors, **numbers, chunk=chunk, segments=segments)
+        expect(answer, "out", want, TOLERANCE, f"{at}, segments {segments}, chunks of {chunk}")
 
 
 def keys_are_absorbed(student: Sandbox, draw: Draw) -> None:
@@ -96,11 +93,14 @@ def keys_are_absorbed(student: Sandbox, draw: Draw) -> None:
     `values_are_absorbed`. So u = q R B_k^T is 0, and so are all scores; but keys would be 2^140,
     which float32 cannot hold."""
     tensors, sizes = draw_large(draw)
-    (H, H_kv, D, _), full = sizes, draw.choose([2, 4, 8])
+    H, H_kv, D, _ = sizes
+    full = draw.choose([2, 4, 8])
     tensors |= {"q": torch.zeros(1, H, 1, D), "c_v": tensors["c_v"] * 0}
     tensors |= {name: draw.normal(1, H_kv, full, D).float() for name in "kv"}
-    numbers = {"kind": KIND, "first": 0, "old": 64, "sizes": sizes, "sinks": 0}
-    answer = student.ask("attend", tensors, **numbers, chunk=16, segments=draw.choose(SEGMENTS))
+    numbers = {"first": 0, "old": 64, "sizes": sizes, "sinks": 0}
+    answer = student.ask(
+        "scenarios.attend", tensors, **numbers, segments=draw.choose(SEGMENTS), chunk=16
+    )
     want = tensors["v"].double().sum(2, keepdim=True) / (64 + full)
     expect(answer, "out", want.repeat_interleave(2, 1), TOLERANCE)
 
@@ -108,38 +108,36 @@ def keys_are_absorbed(student: Sandbox, draw: Draw) -> None:
 def memory_of_a_step(student: Sandbox, draw: Draw) -> None:
     """A step with 60,000 old tokens takes hardly more memory than one with 2,000, and is as exact.
     The grader asks the operating system how much the process held, so it must be Linux or macOS."""
-    H, H_kv, D = SIZES
-    r, hidden = 4, 8
     peaks = []
     for old in (SHORT, LONG):
-        tensors = {
-            "A_k": torch.zeros(hidden, r),
-            "B_k": draw.normal(r, H_kv * D).float(),
-            "A_v": torch.zeros(hidden, r),
-            "B_v": draw.normal(r, H_kv * D).float(),
-            "c_k": draw.normal(1, old, r).float(),
-            "c_v": draw.normal(1, old, r).float(),
-            "q": draw.normal(1, H, 1, D).float(),
-        }
-        numbers = {"longest": LONG, "sizes": [*SIZES, None], "segments": LONG_SEGMENTS}
-        answer, peak = student.peak("attend_long", tensors, **numbers)
+        tensors = {"q": draw.normal(1, HEADS, 1, D).float()}
+        tensors |= {"k": torch.zeros(1, HEADS, 1, D), "v": torch.ones(1, HEADS, 1, D)}
+        for name in "kv":
+            tensors[f"A_{name}"] = torch.zeros(8, RANK)
+            tensors[f"B_{name}"] = draw.normal(RANK, HEADS * D).float()
+            tensors[f"c_{name}"] = draw.normal(1, old + 1, RANK).float()
+        numbers = {"first": 0, "old": old, "sizes": [HEADS, HEADS, D, None], "sinks": 0}
+        numbers |= {"segments": LONG_SEGMENTS, "longest": LONG}
+        answer, peak = student.peak("scenarios.attend", tensors, **numbers)
         expect(answer, "out", long_attention(tensors, old), TOLERANCE, f"{old} tokens")
         peaks.append(peak)
-    more = peaks[1] - peaks[0]
-    if not more <= MOST:
-        raise Failed(f"{more / 1e6:.0f} MB more for {LONG} tokens than for {SHORT}")
+    growth = peaks[1] - peaks[0]
+    if growth > MOST:
+        raise Failed(f"{growth / 1e6:.0f} MB more for {LONG} tokens than for {SHORT}")
 
 
 def long_attention(tensors: dict[str, Tensor], old: int) -> Tensor:
-    """What `attend_long` must return, [1, H, 1, D], head by head."""
-    c_k, c_v, q = (tensors[name].double() for name in ("c_k", "c_v", "q"))
-    D, last = SIZES[2], torch.zeros(1, 1, 1, SIZES[2]).double()
-    q = rotate(q, torch.tensor([old]))
+    """What `attend` must return, [1, HEADS, 1, D]; head by head, to need less memory."""
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    q = attention.rotate(tensors["q"], torch.tensor([old]))
     out = []
-    for h in range(SIZES[1]):
-        B_k, B_v = (tensors[n][:, h * D : (h + 1) * D].double() for n in ("B_k", "B_v"))
-        k = rotate_in_segments(c_k @ B_k, 0, old, 0, LONG_SEGMENTS)
-        k = torch.cat([k[:, None], last], 2)
-        v = torch.cat([(c_v @ B_v)[:, None], last + 1], 2)
-        out.append(softmax_attention(q[:, h : h + 1], k, v))
+    for h in range(HEADS):
+        head = slice(h, h + 1)
+        channels = slice(h * D, (h + 1) * D)
+        k = tensors["c_k"][:, None, :old] @ tensors["B_k"][:, channels]  # [1, 1, old, D]
+        v = tensors["c_v"][:, None, :old] @ tensors["B_v"][:, channels]
+        k = attention.rotate_in_segments(k, 0, old, 0, LONG_SEGMENTS)
+        k = torch.cat([k, tensors["k"][:, head]], 2)
+        v = torch.cat([v, tensors["v"][:, head]], 2)
+        out.append(attention.softmax_attention(q[:, head], k, v))
     return torch.cat(out, 1)

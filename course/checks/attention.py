@@ -53,20 +53,12 @@ def rotate_in_segments(k: Tensor, start: int, stop: int, sinks: int, segments: t
     return rotate(k, middle) * torch.cat([a, a], -1)
 
 
-def split_heads(y: Tensor, D: int) -> Tensor:
-    """[B, T, d_kv] -> [B, H_kv, T, D]"""
-    return torch.stack(y.split(D, dim=-1), 1)
-
-
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [B, H, 1, D] over k and v [B, H_kv, n, D], head by head -> [B, H, 1, D]."""
-    G = q.shape[1] // k.shape[1]
-    out = []
-    for h in range(q.shape[1]):
-        scores = q[:, h] @ k[:, h // G].transpose(1, 2) / math.sqrt(q.shape[-1])  # [B, 1, n]
-        weights = (scores - scores.max()).exp()
-        out.append(weights / weights.sum(-1, keepdim=True) @ v[:, h // G])
-    return torch.stack(out, 1)
+    """q [B, H, 1, D] over k and v [B, H_kv, n, D], which neighbouring heads share, [B, H, 1, D]."""
+    shared = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(shared, 1)
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # [B, H, 1, n]
+    return scores.softmax(-1) @ v.repeat_interleave(shared, 1)
 
 
 @dataclass
@@ -74,97 +66,86 @@ class Layer:
     """A layer, its factors, and a text of T tokens for it. Exact keys and values, k and v, have
     nothing to do with x A B: so it shows at once which of them a token is attended through."""
 
-    H: int
-    H_kv: int
-    D: int
+    T: int
+    sizes: list  # H, H_kv, D, and the sliding window or None
     sliding: int | None
     window: int
     sinks: int
     tensors: dict[str, Tensor]  # x, q, k, v, A_k, B_k, A_v, B_v, perhaps k_bias, v_bias
 
-    @property
-    def sizes(self) -> list:
-        return [self.H, self.H_kv, self.D, self.sliding]
-
-    @property
-    def settings(self) -> dict:
-        """Numbers for a scenario."""
-        return {"sizes": self.sizes, "window": self.window, "sinks": self.sinks}
-
-    @property
-    def factors(self) -> dict[str, Tensor]:
-        names = ("A_k", "B_k", "A_v", "B_v", "k_bias", "v_bias")
-        return {name: self.tensors[name] for name in names if name in self.tensors}
-
-    def rebuilt(self, name: str, c: Tensor | None = None) -> Tensor:
-        """Keys or values from latents c [B, T, r] (x A if none are given), [B, H_kv, T, D]."""
-        c = self.tensors["x"] @ self.tensors[f"A_{name}"] if c is None else c
+    def rebuilt(self, name: str, c: Tensor) -> Tensor:
+        """Keys or values [B, H_kv, T, D] from latents c [B, T, r]."""
         flat = c @ self.tensors[f"B_{name}"] + self.tensors.get(f"{name}_bias", 0)
-        return split_heads(flat, self.D)
+        return flat.unflatten(-1, self.sizes[1:3]).transpose(1, 2)
+
+    def seen(self, t: int) -> Tensor:
+        """The positions that the token at position t sees."""
+        return torch.arange(max(0, t + 1 - (self.sliding or t + 1)), t + 1)
+
+    def is_exact(self, positions: Tensor, t: int) -> Tensor:
+        """Which of these positions a decode step at position t sees exactly."""
+        return (positions < self.sinks) | (positions > t - self.window)
+
+    def attend(self, t: int, k: Tensor, v: Tensor) -> Tensor:
+        """What the token at position t gets from all that it sees of k and v, [B, H, 1, D]."""
+        i = self.seen(t)
+        q = rotate(self.tensors["q"][:, :, t : t + 1], torch.tensor([t]))
+        return softmax_attention(q, rotate(k[:, :, i], i), v[:, :, i])
 
     def step(self, t: int) -> Tensor:
         """What a decode step of the token at position t returns, [B, H, 1, D]."""
-        positions = torch.arange(t + 1)
-        i = positions[positions > t - self.sliding] if self.sliding else positions
-        exact = (i < self.sinks) | (i > t - self.window)
-        k = torch.where(exact[:, None], self.tensors["k"][:, :, i], self.rebuilt("k")[:, :, i])
-        v = torch.where(exact[:, None], self.tensors["v"][:, :, i], self.rebuilt("v")[:, :, i])
-        q = rotate(self.tensors["q"][:, :, t : t + 1], torch.tensor([t]))
-        return softmax_attention(q, rotate(k, i), v)
-
-    def prompt(self, T: int) -> Tensor:
-        """What a prefill of the first T tokens returns, [B, H, T, D]."""
-        out = []
-        for t in range(T):
-            i = torch.arange(max(0, t + 1 - (self.sliding or t + 1)), t + 1)
-            q = rotate(self.tensors["q"][:, :, t : t + 1], torch.tensor([t]))
-            k, v = rotate(self.tensors["k"][:, :, i], i), self.tensors["v"][:, :, i]
-            out.append(softmax_attention(q, k, v))
-        return torch.cat(out, 2)
+        exact = self.is_exact(torch.arange(self.T), t)[:, None]
+        both = []
+        for name in "kv":
+            c = self.tensors["x"] @ self.tensors[f"A_{name}"]
+            both.append(torch.where(exact, self.tensors[name], self.rebuilt(name, c)))
+        return self.attend(t, both[0], both[1])
 
 
 def draw_layer(draw: Draw, T: int, bias=False, sliding=None, window=3, sinks=0) -> Layer:
     """A layer of a size that is drawn."""
     H_kv, D = draw.choose([1, 2, 3]), draw.choose([4, 6, 8])
     H, B = H_kv * draw.choose([1, 2, 3]), draw.integer(1, 2)
-    hidden, r_k, r_v = draw.integer(5, 12), draw.integer(1, 4), draw.integer(1, 4)
+    hidden = draw.integer(5, 12)
     tensors = {
         "x": draw.normal(B, T, hidden),
         "q": draw.normal(B, H, T, D),
         "k": draw.normal(B, H_kv, T, D),
         "v": draw.normal(B, H_kv, T, D),
-        "A_k": draw.normal(hidden, r_k) / math.sqrt(hidden),
-        "B_k": draw.normal(r_k, H_kv * D) / math.sqrt(r_k),
-        "A_v": draw.normal(hidden, r_v) / math.sqrt(hidden),
-        "B_v": draw.normal(r_v, H_kv * D) / math.sqrt(r_v),
     }
-    if bias:
-        tensors |= {"k_bias": draw.normal(H_kv * D), "v_bias": draw.normal(H_kv * D)}
-    return Layer(H, H_kv, D, sliding, window, sinks, tensors)
+    for name in "kv":
+        r = draw.integer(1, 4)
+        tensors[f"A_{name}"] = draw.normal(hidden, r) / math.sqrt(hidden)
+        tensors[f"B_{name}"] = draw.normal(r, H_kv * D) / math.sqrt(r)
+        if bias:
+            tensors[f"{name}_bias"] = draw.normal(H_kv * D)
+    return Layer(T, [H, H_kv, D, sliding], sliding, window, sinks, tensors)
 
 
 def draw_attend(
-    draw: Draw, kind: str, n: int, bias: bool, sinks: int, dtype: torch.dtype, segments=((1, 0),)
-) -> tuple:
-    """Tensors and numbers for the scenario `attend`, and what it must return. n tokens are attended
-    through the compressed branch. Some before them may be behind the sliding window."""
-    full, first = draw.integer(1, 6), sinks + draw.integer(0, 15)
+    draw: Draw, n: int, bias: bool, sinks: int, segments=((1, 0),)
+) -> tuple[dict[str, Tensor], dict, Tensor, str]:
+    """Tensors and numbers for the scenario `attend`, what it must return, and a description. n
+    tokens are attended through the compressed branch. Some before them may be behind the sliding
+    window."""
+    first = sinks + draw.integer(0, 15)
     old = first + n
-    layer = draw_layer(draw, full, bias, sinks=sinks)
-    tensors = layer.factors
+    layer = draw_layer(draw, draw.integer(1, 6), bias, sinks=sinks)
+    B, H, _, D = layer.tensors["q"].shape
     # Latents of all tokens from `sinks` on, newer ones than `old` too, as in a real cache.
-    B, held = len(layer.tensors["x"]), old - sinks + draw.integer(1, 4)
-    tensors["c_k"] = draw.normal(B, held, tensors["B_k"].shape[0])
-    tensors["c_v"] = draw.normal(B, held, tensors["B_v"].shape[0])
-    tensors["q"] = draw.normal(B, layer.H, 1, layer.D)
-    tensors |= {name: draw.normal(B, layer.H_kv, full, layer.D) for name in "kv"}
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    exact = {name: tensor.double() for name, tensor in tensors.items()}
-    layer.tensors |= exact
+    held = old - sinks + draw.integer(1, 4)
+    tensors = layer.tensors
+    tensors["q"] = draw.normal(B, H, 1, D)
+    for name in "kv":
+        tensors[f"c_{name}"] = draw.normal(B, held, len(tensors[f"B_{name}"]))
+    del tensors["x"]
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    layer.tensors = {name: tensor.double() for name, tensor in tensors.items()}
     start, stop = first - sinks, old - sinks
-    k_hat = layer.rebuilt("k", exact["c_k"][:, start:stop])
-    k_hat = rotate_in_segments(k_hat, start, stop, sinks, segments)
-    v_hat = layer.rebuilt("v", exact["c_v"][:, start:stop])
-    k, v = torch.cat([k_hat, exact["k"]], 2), torch.cat([v_hat, exact["v"]], 2)
-    numbers = {"kind": kind, "first": first, "old": old, "sizes": layer.sizes, "sinks": sinks}
-    return tensors, numbers, softmax_attention(exact["q"], k, v)
+    k, v = (layer.rebuilt(name, layer.tensors[f"c_{name}"][:, start:stop]) for name in "kv")
+    k = torch.cat([rotate_in_segments(k, start, stop, sinks, segments), layer.tensors["k"]], 2)
+    v = torch.cat([v, layer.tensors["v"]], 2)
+    q = rotate(layer.tensors["q"], torch.tensor([sinks + held - 1]))
+    numbers = {"first": first, "old": old, "sizes": layer.sizes, "sinks": sinks}
+    at = f"first {first}, old {old}, sinks {sinks}, biases {bias}"
+    return tensors, numbers, softmax_attention(q, k, v), at

@@ -10,25 +10,25 @@ def room_counts(student: Sandbox, draw: Draw) -> None:
     whatever type they have."""
     for _ in range(4):
         B, room, used = draw.integer(1, 3), draw.integer(9, 20), draw.integer(1, 8)
-        types = [draw.choose([torch.float32, torch.float16, torch.uint8]) for _ in range(3)]
-        buffers = {
-            f"buffer{i}": torch.zeros(B, room, draw.integer(1, 9), dtype=dtype)
-            for i, dtype in enumerate(types)
-        }
-        want = sum(b.shape.numel() * b.element_size() for b in buffers.values())
-        answer = student.ask("cache_bytes", buffers, used=used)
-        expect(answer, "nbytes", torch.tensor(want), 0, "count the room that is not used yet")
+        buffers = {}
+        for name in ("buffer0", "buffer1", "buffer2"):
+            dtype = draw.choose([torch.float32, torch.float16, torch.uint8])
+            buffers[name] = torch.zeros(B, room, draw.integer(1, 9), dtype=dtype)
+        want = sum(b.numel() * b.element_size() for b in buffers.values())
+        answer = student.ask("scenarios.cache_bytes", buffers, used=used)
+        expect(answer, "nbytes", want, 0, "count the room that is not used yet")
 
 
 def short_groups_cost(student: Sandbox, draw: Draw) -> None:
     """Every group of 32, the last and short one too, adds 32 bits to the bits of the codes."""
     for size in (None, 32, draw.integer(1, 31), draw.integer(33, 63), 32 * draw.integer(2, 9)):
         bits = draw.choose([2, 3, 4, 8])
+        numbers = {"bits": bits, "size": size} if size else {"bits": bits}
         elements = size or 32
         groups = len(range(0, elements, 32))
-        want = torch.tensor((elements * bits + 32 * groups) / elements, dtype=torch.float64)
-        answer = student.ask("element_bits", {}, bits=bits, size=size)
-        expect(answer, "bits", want, 1e-12, f"{bits} bits, {elements} elements")
+        want = (elements * bits + 32 * groups) / elements
+        answer = student.ask("quant.bits_per_element", {}, **numbers)
+        expect(answer, "bits_per_element", want, 1e-12, f"{bits} bits, {elements} elements")
 
 
 def a_full_cache(student: Sandbox, draw: Draw) -> None:
@@ -37,19 +37,20 @@ def a_full_cache(student: Sandbox, draw: Draw) -> None:
         layers, H_kv, D = draw.integer(1, 4), draw.integer(1, 4), 2 * draw.integer(1, 8)
         tokens = draw.integer(1, 5000)
         keys = torch.zeros(layers, tokens, H_kv, D, dtype=torch.float16)
-        want = torch.tensor(2 * keys.numel() * keys.element_size())
-        answer = student.ask("full_cache_bytes", {}, layers=layers, H_kv=H_kv, D=D, tokens=tokens)
-        expect(answer, "bytes", want, 0)
+        answer = student.ask(
+            "scenarios.full_cache_bytes", {}, layers=layers, H_kv=H_kv, D=D, tokens=tokens
+        )
+        expect(answer, "bytes", 2 * keys.numel() * keys.element_size(), 0)
 
 
 def what_the_paper_counts(student: Sandbox, draw: Draw) -> None:
     """The nominal ratio: the bits of all latents of a token, of keys and values and all layers,
     beside 16 bits for each of the channels that they stand for."""
     for _ in range(4):
-        layers, H_kv, D = draw.integer(1, 4), draw.integer(1, 3), 2 * draw.integer(2, 6)
-        ranks = draw.whole(1, H_kv * D, layers, 2).tolist()
-        bits = [[draw.choose([2, 4, 8, 16, 32]) for _ in range(2)] for _ in range(layers)]
-        kept = float((torch.tensor(ranks) * torch.tensor(bits)).sum())
-        want = torch.tensor(1 - kept / (layers * 2 * H_kv * D * 16), dtype=torch.float64)
-        answer = student.ask("paper_ratio", {}, H_kv=H_kv, D=D, ranks=ranks, bits=bits)
-        expect(answer, "ratio", want, 1e-9, f"ranks {ranks}, bits {bits}")
+        count, H_kv, D = draw.integer(1, 4), draw.integer(1, 3), 2 * draw.integer(2, 6)
+        ranks = draw.whole(1, H_kv * D, count, 2)
+        bits = torch.tensor([2, 4, 8, 16, 32])[draw.whole(0, 4, count, 2)]
+        want = 1 - float((ranks * bits).sum()) / (count * 2 * H_kv * D * 16)
+        layers = torch.stack([ranks, bits], 2).tolist()  # [layers, K and V, rank and bits]
+        answer = student.ask("scenarios.paper_ratio", {}, H_kv=H_kv, D=D, layers=layers)
+        expect(answer, "ratio", want, 1e-9, f"rank and bits {layers}")

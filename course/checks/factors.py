@@ -6,10 +6,11 @@ from torch import Tensor
 from course.sandbox import Draw, Failed, Sandbox, expect, look, relative_error
 
 
-def shapes(draw: Draw) -> tuple[int, int, int]:
-    """hidden, d_kv and a rank below both."""
+def draw_weight(draw: Draw) -> tuple[Tensor, int]:
+    """W [hidden, d_kv], and a rank below both."""
     hidden, d_kv = draw.integer(4, 24), draw.integer(4, 16)
-    return hidden, d_kv, draw.integer(1, min(hidden, d_kv) - 1)
+    rank = draw.integer(1, min(hidden, d_kv) - 1)
+    return draw.normal(hidden, d_kv), rank
 
 
 def product(answer: dict, W: Tensor, rank: int) -> Tensor:
@@ -18,91 +19,79 @@ def product(answer: dict, W: Tensor, rank: int) -> Tensor:
     return A.double() @ look(answer, "B", (rank, W.shape[1])).double()
 
 
-def dropped(values: Tensor, rank: int) -> Tensor:
-    """The sum of all but the `rank` largest."""
-    return values.sort(descending=True).values[rank:].sum()
-
-
-def at_floor(what: str, loss: Tensor, floor: Tensor, whole: Tensor, tolerance: float) -> None:
-    """Raises `Failed` unless a loss is at the least value that it can have, which may be 0 but for
-    rounding. `whole` is the loss of A B = 0."""
-    least = floor.clamp(min=0) + 1e-10 * whole
+def at_floor(name: str, lost: Tensor, whole: Tensor, rank: int, tolerance: float) -> None:
+    """Raises `Failed` unless |lost|^2 is the least that a matrix of this rank can leave of `whole`:
+    the sum of the squares of the singular values left out (Eckart and Young). It may be 0 but for
+    rounding."""
+    floor = torch.linalg.svdvals(whole)[rank:].square().sum()
+    least = floor + 1e-10 * whole.square().sum()
+    loss = lost.square().sum()
     if not loss <= least * (1 + tolerance):
-        raise Failed(f"{what} is {loss / least:.6g} times the least that it can be")
+        raise Failed(f"{name} is {loss / least:.6g} times the least that it can be")
 
 
 def svd_is_nearest(student: Sandbox, draw: Draw) -> None:
     """No A B of this rank is nearer to W: |W - A B|^2 is the sum of the squares of the singular
     values left out (Eckart and Young)."""
     for _ in range(5):
-        hidden, d_kv, rank = shapes(draw)
-        W = draw.normal(hidden, d_kv)
-        answer = student.ask("svd", {"W": W}, rank=rank)
-        loss = (W - product(answer, W, rank)).square().sum()
-        floor = dropped(torch.linalg.eigvalsh(W.T @ W), rank)
-        at_floor("|W - A B|^2", loss, floor, W.square().sum(), 1e-8)
+        W, rank = draw_weight(draw)
+        answer = student.ask("cskv.svd_factors", {"W": W}, rank=rank)
+        at_floor("|W - A B|^2", W - product(answer, W, rank), W, rank, 1e-8)
 
 
 def svd_is_balanced(student: Sandbox, draw: Draw) -> None:
     """The singular values are shared evenly: A^T A = B B^T = diag(S_r), the largest first."""
     for _ in range(3):
-        hidden, d_kv, rank = shapes(draw)
-        W = draw.normal(hidden, d_kv)
-        answer = student.ask("svd", {"W": W}, rank=rank)
-        want = torch.linalg.eigvalsh(W.T @ W).flip(0)[:rank].sqrt().diag()
-        A, B = look(answer, "A", (hidden, rank)), look(answer, "B", (rank, d_kv))
+        W, rank = draw_weight(draw)
+        answer = student.ask("cskv.svd_factors", {"W": W}, rank=rank)
+        want = torch.linalg.svdvals(W)[:rank].diag()
+        A, B = look(answer, "A", (len(W), rank)), look(answer, "B", (rank, W.shape[1]))
         for name, got in (("A^T A", A.T @ A), ("B B^T", B @ B.T)):
             expect({name: got}, name, want, 1e-8, "split S evenly")
 
 
-def weighed(student: Sandbox, draw: Draw, x_abs: Tensor, W: Tensor, rank: int, alpha) -> Tensor:
-    """A B, once the loss with rows weighed by x_abs^alpha is at its minimum."""
-    answer = student.ask("asvd", {"W": W, "x_abs": x_abs}, rank=rank, alpha=alpha)
-    alpha = 0.5 if alpha is None else alpha
-    S = x_abs.pow(alpha)[:, None]
-    AB = product(answer, W, rank)
-    floor = dropped(torch.linalg.eigvalsh((S * W).T @ (S * W)), rank)
-    loss, whole = (S * (W - AB)).square().sum(), (S * W).square().sum()
-    at_floor(f"|S W - S A B|^2 with alpha {alpha}", loss, floor, whole, 1e-6)
-    return AB
+def weigh_rows(student: Sandbox, x_abs: Tensor, W: Tensor, rank: int, **alpha) -> None:
+    """Raises `Failed` unless the loss with rows weighed by x_abs^alpha is at its minimum."""
+    answer = student.ask("cskv.asvd_factors", {"W": W, "x_abs": x_abs}, rank=rank, **alpha)
+    S = x_abs.pow(alpha.get("alpha", 0.5))[:, None]
+    lost = S * (W - product(answer, W, rank))
+    at_floor(f"|S W - S A B|^2 with {alpha or 'no alpha'}", lost, S * W, rank, 1e-6)
 
 
 def asvd_weighs_rows(student: Sandbox, draw: Draw) -> None:
     """No A B of this rank has a smaller |S W - S A B|^2, S = diag(mean |x|^alpha)."""
-    for alpha in (None, 0.5, 1.0, 0.25):
-        hidden, d_kv, rank = shapes(draw)
-        x_abs = torch.exp(2 * draw.normal(hidden))
-        weighed(student, draw, x_abs, draw.normal(hidden, d_kv), rank, alpha)
+    for alpha in ({}, {"alpha": 0.5}, {"alpha": 1.0}, {"alpha": 0.25}):
+        W, rank = draw_weight(draw)
+        weigh_rows(student, torch.exp(2 * draw.normal(len(W))), W, rank, **alpha)
 
 
 def asvd_meets_silent_channels(student: Sandbox, draw: Draw) -> None:
     """A channel of x that is always 0 makes nothing infinite."""
-    hidden, d_kv, rank = shapes(draw)
-    x_abs = torch.exp(draw.normal(hidden))
-    x_abs[draw.integer(0, hidden - 1)] = 0
-    weighed(student, draw, x_abs, draw.normal(hidden, d_kv), rank, None)
+    W, rank = draw_weight(draw)
+    x_abs = torch.exp(draw.normal(len(W)))
+    x_abs[draw.integer(0, len(W) - 1)] = 0
+    weigh_rows(student, x_abs, W, rank)
 
 
-def text(draw: Draw, hidden: int, d_kv: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Inputs x [tokens, hidden] of a layer, channels of different sizes that go together, and W."""
+def draw_inputs(draw: Draw, hidden: int, tokens: int) -> Tensor:
+    """Inputs x [tokens, hidden] of a layer, channels of different sizes that go together."""
     mix = draw.normal(hidden, hidden) * torch.exp(draw.normal(hidden))
-    return draw.normal(tokens, hidden) @ mix, draw.normal(hidden, d_kv)
+    return draw.normal(tokens, hidden) @ mix
 
 
 def optimal_reaches_the_floor(student: Sandbox, draw: Draw) -> None:
     """The mean of |x W - x A B|^2 is the sum of the eigenvalues of E k^T k left out, so no other
     A B of this rank has less. Also with fewer tokens than channels."""
     for i in range(5):
-        hidden, d_kv, rank = shapes(draw)
-        rank = min(rank, d_kv - 2)
-        tokens = 3 * d_kv if i else rank + 1
-        x, W = text(draw, hidden, d_kv, tokens)
+        W, rank = draw_weight(draw)
+        rank = min(rank, W.shape[1] - 2)
+        tokens = 3 * W.shape[1] if i else rank + 1
+        x = draw_inputs(draw, len(W), tokens)
         k = x @ W
-        moment = k.T @ k / tokens
-        answer = student.ask("optimal", {"W": W, "moment": moment}, rank=rank)
-        loss = (k - x @ product(answer, W, rank)).square().sum() / tokens
-        floor = dropped(torch.linalg.svdvals(k).square() / tokens, rank)
-        at_floor("the loss", loss, floor, moment.trace(), 1e-7)
+        answer = student.ask(
+            "cskv.optimal_factors", {"W": W, "moment": k.T @ k / tokens}, rank=rank
+        )
+        at_floor("the loss", k - x @ product(answer, W, rank), k, rank, 1e-7)
         A, B = answer["A"], answer["B"]
         if relative_error(B @ B.T, torch.eye(rank)) > 1e-8:
             raise Failed("the rows of B are not orthonormal; they are eigenvectors")
@@ -114,18 +103,17 @@ def metric_weighs_errors(student: Sandbox, draw: Draw) -> None:
     """With a metric M the mean of e M e^T, e = x W - x A B, is at its least: the sum of the
     eigenvalues of L^T (E k^T k) L left out, M = L L^T."""
     for _ in range(4):
-        hidden, d_kv, rank = shapes(draw)
+        W, rank = draw_weight(draw)
+        d_kv = W.shape[1]
         tokens = 3 * d_kv
-        x, W = text(draw, hidden, d_kv, tokens)
-        k, half = x @ W, draw.normal(d_kv, d_kv) * torch.exp(draw.normal(d_kv))
+        x = draw_inputs(draw, len(W), tokens)
+        k = x @ W
+        half = draw.normal(d_kv, d_kv) * torch.exp(draw.normal(d_kv))
         metric = half.T @ half + 1e-3 * torch.eye(d_kv, dtype=torch.float64)
         tensors = {"W": W, "moment": k.T @ k / tokens, "metric": metric}
-        answer = student.ask("optimal", tensors, rank=rank)
-        e = k - x @ product(answer, W, rank)
-        loss = ((e @ metric) * e).sum() / tokens
+        answer = student.ask("cskv.optimal_factors", tensors, rank=rank)
         # The same by another way: the symmetric square root of M in the place of L.
         values, vectors = torch.linalg.eigh(metric)
         root = vectors * values.sqrt() @ vectors.T
-        floor = dropped(torch.linalg.svdvals(k @ root).square() / tokens, rank)
-        whole = (k @ root).square().sum() / tokens
-        at_floor("the loss", loss, floor, whole, 1e-6)
+        lost = k - x @ product(answer, W, rank)
+        at_floor("the loss", lost @ root, k @ root, rank, 1e-6)
