@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.command import UserError
-from support.huggingface.tokenizer import load_tokenizer
+from support.huggingface.added_tokens import BY_NAME
+from support.huggingface.tokenizer import CLEAN_UP, load_tokenizer
 from tests.helpers import save_checkpoint, tiny_model
 
 TEXT = (
@@ -82,82 +83,66 @@ def test_damaged_sentencepiece_model(tmp_path, sentencepiece_model, size):
     _, folder = sentencepiece_model
     data = (folder / "tokenizer.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(data[:size])
-    with pytest.raises(UserError, match=r"tokenizer\.model"):
+    with pytest.raises(UserError, match=r"tokenizer\.model is damaged, or not of SentencePiece"):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("part", ["charsmap", "kind"])
-def test_sentencepiece_model_with_a_damaged_part(tmp_path, sentencepiece_model, part):
+def without_llama_like(proto, name):
+    """Changes one thing of a tokenizer.model that all of Llama and Mistral have."""
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    if name in ("unigram", "letters"):
+        trainer.model_type = {"unigram": 1, "letters": 4}[name]
+    elif name == "map":
+        normalizer.precompiled_charsmap = b"\0\1\xff"
+    elif name == "fewer spaces":
+        normalizer.remove_extra_whitespaces = True
+    elif name == "no space":
+        normalizer.add_dummy_prefix = False
+    elif name == "no bytes":
+        trainer.byte_fallback = False
+    elif name == "renamed":
+        trainer.bos_piece = "[BOS]"
+    elif name == "a user's":
+        proto.pieces[400].type = 4
+
+
+UNLIKE = [
+    "unigram",
+    "letters",
+    "map",
+    "fewer spaces",
+    "no space",
+    "no bytes",
+    "renamed",
+    "a user's",
+]
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_a_sentencepiece_model_that_no_llama_has_is_refused(tmp_path, sentencepiece_model, name):
     layout = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
     proto = layout.ModelProto()
     proto.ParseFromString((sentencepiece_model[1] / "tokenizer.model").read_bytes())
-    if part == "charsmap":
-        proto.normalizer_spec.precompiled_charsmap = b"\x00\x01\xff"
-    else:
-        proto.trainer_spec.model_type = 4  # of letters
+    without_llama_like(proto, name)
     (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
-    with pytest.raises(UserError, match=r"tokenizer\.model is (damaged|neither BPE nor unigram)"):
+    with pytest.raises(
+        UserError, match=r"unlike those of Llama and Mistral; put the tokenizer\.js"
+    ):
         load_tokenizer(tmp_path)
+    if name in ("unigram", "letters"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(LLAMA))
+        with pytest.raises(UserError, match=r"tokenizer\.model is not a BPE model, unlike"):
+            load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["unigram", "bpe"])  # with the normalization nmt_nfkc, the default
-def test_unigram_and_normalizing_models_equal_sentencepiece(tmp_path, kind):
-    spm = pytest.importorskip("sentencepiece")
-    (tmp_path / "text.txt").write_text(TEXT)
-    spm.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"),
-        model_prefix=str(tmp_path / "tokenizer"),
-        vocab_size=120,
-        model_type=kind,
-        minloglevel=2,
-    )
-    theirs = spm.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    ours = load_tokenizer(tmp_path)
-    for text in ("the  key", "ﬁne ①", "Numbers such as 58979", "", "漢"):
-        assert ours.encode(text, special=False) == theirs.encode(text)
-        assert ours.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text))
-
-
-def test_sentencepiece_that_is_missing_is_named(tmp_path, monkeypatch):
-    (tmp_path / "tokenizer.model").write_bytes(b"x")
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(UserError, match="needs the package sentencepiece"):
-        load_tokenizer(tmp_path)
-
-
-def test_a_bos_token_that_is_no_piece_is_named(tmp_path, sentencepiece_model):
-    _, folder = sentencepiece_model
-    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<bos>"}')
-    with pytest.raises(UserError, match="bos_token '<bos>'"):
-        load_tokenizer(tmp_path)
-
-
-def test_chat_template(tmp_path):
-    folder = save_checkpoint(tiny_model(), tmp_path)
-    with pytest.raises(UserError, match="no chat template"):
-        load_tokenizer(folder).chat([])
-    template = (
-        "{{ bos_token }}{% for m in messages %}\n"
-        "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}\n"
-        "[{{ m.role }}] {{ m.content | tojson }}\n"
-        "{% endfor %}\n"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    messages = [{"role": "user", "content": "a < b"}]
-    expected = '<s>[user] "a < b"\n[assistant]'
-    settings = {"chat_template": template, "bos_token": {"content": "<s>"}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert load_tokenizer(folder).chat(messages) == expected
-    with pytest.raises(UserError, match="no tools here"):
-        load_tokenizer(folder).chat([{"role": "tool", "content": ""}])
-    named = [{"name": "default", "template": template}, {"name": "tool_use", "template": "no"}]
-    settings["chat_template"] = named
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert load_tokenizer(folder).chat(messages) == expected
-    (folder / "tokenizer_config.json").write_text("{}")
-    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    assert load_tokenizer(folder).chat(messages) == "a < b"
+@pytest.mark.parametrize("package", ["sentencepiece", "google"])
+def test_a_package_that_is_missing_is_named(save, monkeypatch, package):
+    folder = save("model", LLAMA)
+    for name in [name for name in sys.modules if name.startswith(package)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match="needs the packages sentencepiece protobuf; pip install"):
+        load_tokenizer(folder)
 
 
 def test_truncation_in_the_file_does_not_cut_prompts(tmp_path):
@@ -233,19 +218,7 @@ def byte_level():
     return backend
 
 
-def padded(backend=None):
-    backend = backend or words()
-    backend.enable_padding(pad_token="dog")
-    return backend
-
-
-JSON = {
-    "words": words,
-    "padded": padded,
-    "padded bytes": lambda: padded(byte_level()),
-    "llama": llama_like,
-    "bytes": byte_level,
-}
+JSON = {"words": words, "llama": llama_like, "bytes": byte_level}
 
 
 @pytest.fixture
@@ -275,38 +248,28 @@ def reference(folder):
 
 
 LLAMA = {"tokenizer_class": "LlamaTokenizer"}
-MISTRAL = {"model_type": "mistral"}
+GPT2 = {"tokenizer_class": "GPT2Tokenizer"}
+MISTRAL = {"config": {"model_type": "mistral"}}
 TAGS = {"<|user|>": 600, "<|end|>": 601}
-DECODER = {str(i): token(text, special=True) for text, i in TAGS.items()}
+DECODER = {"added_tokens_decoder": {str(i): token(t, special=True) for t, i in TAGS.items()}}
 STRIPPED = {
     "600": token("<|user|>", rstrip=True, special=True),
     "601": token("<|end|>", lstrip=True, special=False),
     "602": token("dog", single_word=True),
 }
+TYPED = token("<|end|>", lstrip=True) | {"__type": "AddedToken"}
+OLD = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|end|>"}
+OLD_MAP = {"pad_token": token("<|user|>", lstrip=True)}
 CHAT = ("<|user|> the dog  <|end|>\nthe dogs<|end|>", " the dog", "<s>the</s> dog 's user, it")
 CHAT += ("the  dog , ", "Grüße 漢 1234", "", "  ")
-DECLARED = {
-    "decoder": ("model", LLAMA | {"added_tokens_decoder": DECODER}, {}),
+DECLARED = {  # a vocabulary, the settings, the files beside them
     "flags": ("model", LLAMA | {"added_tokens_decoder": STRIPPED}, {}),
-    "flags, mistral": ("model", {"added_tokens_decoder": STRIPPED}, {"config": MISTRAL}),
+    "flags, mistral": ("model", {"added_tokens_decoder": STRIPPED}, MISTRAL),
     "added_tokens.json": ("model", LLAMA, {"added_tokens": TAGS}),
-    "added and special": (
-        "model",
-        LLAMA | {"eos_token": "<|end|>"},
-        {"added_tokens": TAGS, "special_tokens_map": {"pad_token": token("<|user|>", lstrip=True)}},
-    ),
-    "additional": ("model", LLAMA | {"additional_special_tokens": list(TAGS)}, {}),
-    "extra list": ("model", LLAMA | {"extra_special_tokens": list(TAGS)}, {}),
-    "extra by name": ("model", LLAMA | {"extra_special_tokens": {"video": "<|user|>"}}, {}),
-    "own name": ("model", LLAMA | {"image_token": "<|user|>", "pad_token": "<|end|>"}, {}),
-    "typed": (
-        "model",
-        LLAMA | {"eos_token": token("<|end|>", lstrip=True) | {"__type": "AddedToken"}},
-        {},
-    ),
+    "added and special": ("model", OLD, {"added_tokens": TAGS, "special_tokens_map": OLD_MAP}),
     "map is ignored": (
         "model",
-        LLAMA | {"added_tokens_decoder": DECODER},
+        LLAMA | DECODER,
         {"special_tokens_map": {"eos_token": "dog"}, "added_tokens": {"it": 602}},
     ),
     "map, additional": (
@@ -314,49 +277,21 @@ DECLARED = {
         LLAMA,
         {"special_tokens_map": {"additional_special_tokens": list(TAGS)}},
     ),
-    "map, extra": ("words", {}, {"special_tokens_map": {"extra_special_tokens": list(TAGS)}}),
     "map, words": (
         "words",
         {},
         {"special_tokens_map": {"additional_special_tokens": ["dog"], "eos_token": token("<e>")}},
     ),
-    "map, own": ("words", {}, {"special_tokens_map": {"image_token": "<|user|>"}}),
     "words": ("words", {"additional_special_tokens": ["<|user|>", "dog"]}, {}),
-    "decoder and names": (
-        "model",
-        LLAMA | {"added_tokens_decoder": DECODER, "extra_special_tokens": {"video": "dog"}},
-        {},
-    ),
-    "map, names": ("words", {}, {"special_tokens_map": {"extra_special_tokens": {"video": "dog"}}}),
-    "map, more": (
-        "words",
-        {"additional_special_tokens": ["<|end|>", "dog"]},
-        {"special_tokens_map": {"extra_special_tokens": [{"content": "<|user|>"}, "dog"]}},
-    ),
-    "own name, typed": ("words", {"image_token": token("<i>") | {"__type": "AddedToken"}}, {}),
+    "own name, typed": ("words", {"image_token": TYPED}, {}),
     "normalized": (
         "model",
         {"added_tokens_decoder": {"600": token("<|user|>", normalized=True)}},
-        {"config": MISTRAL},
+        MISTRAL,
     ),
-    "padding": ("padded", {}, {}),
-    "padding, GPT-2": ("padded bytes", {"tokenizer_class": "GPT2Tokenizer"}, {}),
-    "placeholder": (
-        "model",
-        {"added_tokens_decoder": {"300": token("<|user|>", special=True)}},
-        {"config": MISTRAL},
-    ),
-    "bos and eos": ("model", LLAMA | {"add_bos_token": True, "add_eos_token": True}, {}),
-    "only eos": ("model", LLAMA | {"add_bos_token": False, "add_eos_token": True}, {}),
-    "nothing asked": ("model", LLAMA, {}),
-    "no bos": ("model", LLAMA | {"add_bos_token": True, "bos_token": None}, {}),
-    "bos is another": ("model", LLAMA | {"add_bos_token": True, "bos_token": "</s>"}, {}),
     "bos in words": ("words", {"add_bos_token": True, "bos_token": "<s>"}, {}),
     "bos in llama": ("llama", LLAMA | {"add_bos_token": False, "add_eos_token": True}, {}),
-    "legacy": ("model", LLAMA | {"legacy": True}, {}),
-    "no legacy": ("model", LLAMA | {"legacy": False}, {}),
-    "no legacy, mistral": ("model", {"legacy": False, "add_bos_token": True}, {"config": MISTRAL}),
-    "no space": ("model", LLAMA | {"add_prefix_space": False}, {}),
+    "no legacy, mistral": ("model", {"legacy": False, "add_bos_token": True}, MISTRAL),
     "no class": ("model", None, {}),
     "class in config": ("model", None, {"config": {"model_type": "llama"} | LLAMA}),
     "fast class": ("model", {"tokenizer_class": "PreTrainedTokenizerFast"}, {}),
@@ -364,14 +299,36 @@ DECLARED = {
     "llama file, class": ("llama", LLAMA, {}),
     "llama file, legacy": ("llama", {"tokenizer_class": "LlamaTokenizerFast", "legacy": True}, {}),
     "llama file, no space": ("llama", LLAMA | {"add_prefix_space": False}, {}),
-    "llama file, mistral": ("llama", LLAMA, {"config": MISTRAL}),
+    "llama file, mistral": ("llama", LLAMA, MISTRAL),
     "bytes": ("bytes", LLAMA, {}),
-    "bytes, GPT-2": ("bytes", {"tokenizer_class": "GPT2Tokenizer"}, {}),
-    "bytes, space": ("bytes", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, {}),
-    "clean up": ("words", {"clean_up_tokenization_spaces": True}, {}),
+    "bytes, GPT-2": ("bytes", GPT2, {}),
+    "bytes, space": ("bytes", GPT2 | {"add_prefix_space": True}, {}),
     "clean up BPE": ("llama", LLAMA | {"clean_up_tokenization_spaces": True}, {}),
     "split": ("words", {"split_special_tokens": True, "eos_token": "dog"}, {}),
 }
+for name, settings_of_llama in {
+    "decoder": DECODER,
+    "additional": {"additional_special_tokens": list(TAGS)},
+    "extra list": {"extra_special_tokens": list(TAGS)},
+    "extra by name": {"extra_special_tokens": {"video": "<|user|>"}},
+    "own name": {"image_token": "<|user|>", "pad_token": "<|end|>"},
+    "saved by transformers 5": {"v": "<|user|>", BY_NAME: {"v": "<|user|>", "image_token": "dog"}},
+    "saved, and an own name": {BY_NAME: {"v": "<|user|>"}, "image_token": "<|end|>"},
+    "saved, and extra": {BY_NAME: {"v": "<|user|>"}, "extra_special_tokens": {"w": "<|end|>"}},
+    "typed": {"eos_token": TYPED},
+    "decoder and names": DECODER | {"extra_special_tokens": {"video": "dog"}},
+    "bos and eos": {"add_bos_token": True, "add_eos_token": True},
+    "only eos": {"add_bos_token": False, "add_eos_token": True},
+    "nothing asked": {},
+    "no bos": {"add_bos_token": True, "bos_token": None},
+    "bos is another": {"add_bos_token": True, "bos_token": "</s>"},
+    "bos is new": {"add_bos_token": True, "bos_token": "<bos>"},
+    "legacy": {"legacy": True},
+    "no legacy": {"legacy": False},
+    "no space": {"add_prefix_space": False},
+    "versions of one": {"fast_tokenizer_files": ["tokenizer.json"]},
+}.items():
+    DECLARED[name] = ("model", LLAMA | settings_of_llama, {})
 
 
 @pytest.mark.parametrize("name", DECLARED)
@@ -388,23 +345,21 @@ def test_settings_beside_the_vocabulary_as_in_transformers(name, save):
     assert ours.special == theirs.special_tokens_map
 
 
-@pytest.mark.parametrize(
-    "kind,config", [("bpe", "mistral"), ("unigram", "mistral"), ("bpe", "llama")]
-)
 @pytest.mark.parametrize("legacy", [True, False])
-def test_own_symbols_of_a_sentencepiece_model_as_in_transformers(tmp_path, kind, config, legacy):
+def test_symbols_of_a_sentencepiece_model_as_in_transformers(tmp_path, legacy):
+    """LlamaTokenizer reads a model that normalizes, without bytes for unknown letters, its way."""
     spm = pytest.importorskip("sentencepiece")
     (tmp_path / "text.txt").write_text(TEXT)
     spm.SentencePieceTrainer.train(
         input=str(tmp_path / "text.txt"),
         model_prefix=str(tmp_path / "tokenizer"),
         vocab_size=140,
-        model_type=kind,
+        model_type="bpe",
         user_defined_symbols=["<tab>", "keys"],
         control_symbols=["<sep>"],
         minloglevel=2,
     )
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": config}))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(LLAMA | {"legacy": legacy}))
     ours, theirs = load_tokenizer(tmp_path), reference(tmp_path)
     for text in ("the keys<tab> of  a monkeys<sep>line", " ﬁne ", "▁the", "漢 the"):
@@ -413,76 +368,67 @@ def test_own_symbols_of_a_sentencepiece_model_as_in_transformers(tmp_path, kind,
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
-NUMBERS = [5, 1.5, [7], True, {"text": "x"}]
+ID_300 = {"added_tokens_decoder": {"300": token("<|user|>")}}
 WRONG = {
     "added id": (LLAMA, {"added_tokens": {"<|user|>": 700}}, "'<|user|>' says its id is 700"),
-    "decoder id": (
-        LLAMA | {"added_tokens_decoder": {"300": token("<|user|>")}},
-        {},
-        "'<|user|>' says its id is 300, but it would get 600",
-    ),
+    "decoder id": (LLAMA | ID_300, {}, "'<|user|>' says its id is 300, but it would get 600"),
+    "decoder id, mistral": (ID_300, MISTRAL, "says its id is 300, but it would get 600"),
     "another class": ({"tokenizer_class": "BertTokenizer"}, {}, "tokenizer_class BertTokenizer"),
-    "class": ({"tokenizer_class": 5}, {}, "tokenizer_class is 5"),
+    "GPT2Tokenizer": (GPT2, {}, "tokenizer_class GPT2Tokenizer is not supported"),
+    "class": ({"tokenizer_class": 5}, {}, "tokenizer_class 5 is not supported"),
     "regex": ({"fix_mistral_regex": True}, {}, "fix_mistral_regex"),
-    "decoder": ({"added_tokens_decoder": [1]}, {}, "added_tokens_decoder is not an object"),
-    "decoder null": ({"added_tokens_decoder": None}, {}, "added_tokens_decoder is not an object"),
-    "decoder key": ({"added_tokens_decoder": {"a": token("x")}}, {}, "added_tokens_decoder"),
-    "decoder value": ({"added_tokens_decoder": {"600": "x"}}, {}, "added_tokens_decoder"),
-    "decoder token": ({"added_tokens_decoder": {"600": {}}}, {}, "without_content"),
-    "flag": ({"added_tokens_decoder": {"600": token("x", lstrip=1)}}, {}, "lstrip of the token"),
-    "extra": ({"extra_special_tokens": "x"}, {}, "extra_special_tokens is neither a list"),
+    "versions": ({"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}, {}, "other files in fast_tok"),
+    "versions, no list": ({"fast_tokenizer_files": 5}, {}, "other files in fast_tokenizer_files"),
+    "clean up": ({f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output": True}, {}, CLEAN_UP),
+    "decoder": ({"added_tokens_decoder": [1]}, {}, "added_tokens_decoder is no object"),
+    "decoder null": ({"added_tokens_decoder": None}, {}, "added_tokens_decoder is no object"),
+    "decoder key": ({"added_tokens_decoder": {"a": token("x")}}, {}, "added_tokens_decoder is no"),
+    "decoder token": ({"added_tokens_decoder": {"600": {}}}, {}, "the token {} is neither a text"),
+    "flag": ({"added_tokens_decoder": {"600": token("x", lstrip=1)}}, {}, "'lstrip': 1"),
+    "extra": ({"extra_special_tokens": "x"}, {}, "extra_special_tokens is no list or object"),
     "extra member": ({"extra_special_tokens": [3]}, {}, "the token 3"),
+    "names": ({BY_NAME: ["x"]}, {}, "model_specific_special_tokens is no object"),
     "added value": (LLAMA, {"added_tokens": {"x": "600"}}, "added_tokens.json: 'x' has the id"),
-    "added list": (LLAMA, {"added_tokens": ["x"]}, "added_tokens.json holds a list"),
-    "map": (
-        LLAMA,
-        {"special_tokens_map": {"eos_token": 3}},
-        "special_tokens_map.json: the token 3",
-    ),
+    "added list": (LLAMA, {"added_tokens": ["x"]}, "a list, not a JSON object"),
+    "map": (LLAMA, {"special_tokens_map": {"eos_token": 3}}, "tokens_map.json: the token 3"),
+    "map, names": (LLAMA, {"special_tokens_map": {"image_token": "x"}}, "move it to tokenizer_con"),
     "surrogate": ({"eos_token": "\ud800"}, {}, "the token '\\ud800'"),
 }
-WRONG |= {f"bos {value}": ({"bos_token": value}, {}, "the token") for value in NUMBERS}
-WRONG |= {f"add {value}": ({"add_bos_token": value}, {}, "add_bos_token is") for value in [5, "x"]}
-WRONG |= {f"legacy {value}": ({"legacy": value}, {}, "legacy is") for value in [0, "no", []]}
+for value in (5, 1.5, [7], True, {"text": "x"}, {"content": None}):
+    WRONG[f"bos {value}"] = ({"bos_token": value}, {}, f"the token {value} is neither")
+for switch, value in (("add_bos_token", 5), ("add_bos_token", "x"), ("legacy", 0), ("legacy", [])):
+    WRONG[f"{switch} {value}"] = ({switch: value}, {}, f"{switch} is {value!r}, neither true nor")
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_settings_of_a_tokenizer_are_named_in_a_line(name, save):
     settings, files, said = WRONG[name]
     folder = save("model", settings, **files)
-    said = said.replace("without_content", "is neither a text nor an object with a `content`")
     with pytest.raises(UserError, match=re.escape(said)) as error:
         load_tokenizer(folder)
     assert ".json" in str(error.value) or str(folder) in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_class_that_cannot_be_rebuilt_is_refused(save):
+def test_what_only_tokenizers_of_bpe_can_do_is_refused_of_others(save):
     with pytest.raises(UserError, match="LlamaTokenizer with a WordLevel"):
         load_tokenizer(save("words", LLAMA))
+    with pytest.raises(UserError, match=f"{CLEAN_UP} is not supported; set it to false"):
+        load_tokenizer(save("words", {CLEAN_UP: True}))
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_config", "special_tokens_map"])
-def test_json_with_a_byte_order_mark_or_too_deep_is_named(name, save):
+def test_json_with_a_byte_order_mark_or_too_deep(name, save):
     folder = save("words", {})
     file = folder / f"{name}.json"
     file.write_bytes(b"\xef\xbb\xbf{}")
-    with pytest.raises(UserError, match=f"{name}.json begins with a byte order mark; save it as"):
-        load_tokenizer(folder)
+    if name == "tokenizer":
+        with pytest.raises(UserError, match=r"tokenizer\.json is damaged"):
+            load_tokenizer(folder)
+    else:
+        assert load_tokenizer(folder).encode("the dog") == [1, 2]
     file.write_text('{"a": ' + "[" * 200_000)
-    with pytest.raises(UserError, match=rf"{name}\.json (is nested too deeply|is damaged)"):
-        load_tokenizer(folder)
-
-
-def test_protobuf_that_is_missing_is_named(save, monkeypatch):
-    folder = save("model", LLAMA)
-    for name in [name for name in sys.modules if name.startswith(("google", "sentencepiece."))]:
-        monkeypatch.delitem(sys.modules, name)
-    import sentencepiece
-
-    monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2", raising=False)
-    monkeypatch.setitem(sys.modules, "google", None)
-    with pytest.raises(UserError, match="needs the package protobuf; pip install it"):
+    with pytest.raises(UserError, match=rf"{name}\.json (cannot be read as JSON|is damaged)"):
         load_tokenizer(folder)
 
 
@@ -503,8 +449,6 @@ TEMPLATES = {
     "{% endfor %}{{ n.a }} {{ dict(b=2) }} {{ dict.fromkeys([1]) }}",
     "time": "{{ strftime_now('%Y') | length }}",
     "blocks": "  {% if add_generation_prompt %}\n  a\n  {% endif %}\n\n  b",
-    "message": "{{ messages[0] | tojson }} {{ messages[0].name is defined }}",
-    "reasoning": "{{ messages[1].reasoning_content }} {{ messages[1].thinking }}",
     "empty": "",
 }
 
@@ -513,8 +457,8 @@ TEMPLATES = {
 def test_chat_templates_as_in_transformers(name, save):
     extra = {"extra_special_tokens": {"video": "<v>"}, "image_token": "<i>", "bos_token": "<s>"}
     folder = save("words", {"chat_template": TEMPLATES[name], **extra})
-    first = {"role": "user", "content": "<é> 'a' & 漢", "name": None}
-    messages = [first, {"role": "assistant", "content": "b", "reasoning": "c"}]
+    first = {"role": "user", "content": "<é> 'a' & 漢"}
+    messages = [first, {"role": "assistant", "content": "b"}]
     options = {"tokenize": False, "add_generation_prompt": True}
     expected = reference(folder).apply_chat_template(messages, **options)
     assert load_tokenizer(folder).chat(messages) == expected
@@ -555,26 +499,18 @@ BROKEN = {
     "memory": ("{{ 'x' * 10**15 }}", "MemoryError"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     "sandbox": ("{{ ''.__class__.__mro__ }}", "SecurityError"),
-    "name": ("{% set n = namespace(_a=1) %}", "SecurityError"),
-    "later name": ("{% set n = namespace() %}{% set n._a = 1 %}", "SecurityError"),
     "syntax": ("{% if %}", "TemplateSyntaxError"),
     "open": ("{% for m in messages %}", "TemplateSyntaxError"),
     "filter": ("{{ 1 | frobnicate }}", "TemplateAssertionError"),
     "json": ("{{ range | tojson }}", "TypeError"),
     "deep": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),
     "own words": ("{{ raise_exception('only\nfor tools') }}", "fails: only for tools; try"),
-    "number": (5, "of type int, not text"),
-    "flag": (False, "of type bool, not text"),
-    "numbers": ([1, 2], "objects with `name` and `template`"),
-    "no template": ([{"name": "default"}], "objects with `name` and `template`"),
-    "no name": ([{"template": "x"}], "objects with `name` and `template`"),
-    "texts": (["x"], "objects with `name` and `template`"),
-    "value": ([{"name": "default", "template": 5}], "of type int, not text"),
-    "null value": ({"default": None}, "of type NoneType, not text"),
-    "empty list": ([], "no chat template has the name `default`"),
-    "empty object": ({}, "no chat template has the name `default`"),
-    "no default": ([{"name": "rag", "template": "x"}], "no chat template has the name `default`"),
 }
+NO_TEMPLATE = (5, False, [1, 2], [{"name": "default"}], [{"template": "x"}], ["x"], [], {})
+NO_TEMPLATE += ([{"name": "default", "template": 5}], [{"name": "rag", "template": "x"}])
+NO_TEMPLATE += ({"default": None}, [{"name": [], "template": "x"}])
+for value in NO_TEMPLATE:
+    BROKEN[f"no template {value}"] = (value, "is neither UTF-8 text nor several, one of the name")
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -597,19 +533,21 @@ def test_template_files_that_are_not_utf8_or_have_no_default(save):
     folder = save("words", {"chat_template": "x"})
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates/rag.jinja").write_text("x")
-    with pytest.raises(UserError, match="additional_chat_templates: no chat template has the name"):
+    with pytest.raises(UserError, match="additional_chat_templates: the chat template is neither"):
         load_tokenizer(folder).encode_prompt("the dog")
     (folder / "chat_template.jinja").write_bytes(b"{# \xe9 #}x")
-    with pytest.raises(UserError, match=r"chat_template\.jinja cannot be read as UTF-8 text"):
+    with pytest.raises(
+        UserError, match=r"chat_template\.jinja: the chat template is neither UTF-8"
+    ):
         load_tokenizer(folder).encode_prompt("the dog")
     assert load_tokenizer(folder).encode_prompt("the dog", chat=False) == [1, 2]
 
 
-def test_names_and_messages_that_no_template_can_have(save):
-    folder = save("words", {"chat_template": "x", "extra_special_tokens": {"tools": "<t>"}})
-    with pytest.raises(UserError, match="a special token has the name 'tools'"):
-        load_tokenizer(folder).encode_prompt("the dog")
+def test_messages_that_are_none(save):
     tokenizer = load_tokenizer(save("words", {"chat_template": "x"}))
-    for messages in ([], ["the dog"]):
-        with pytest.raises(UserError, match="a chat needs one message at least"):
+    good = {"role": "user", "content": "x"}
+    for messages in ([], ["the dog"], [good, {"role": "user"}], [{**good, "reasoning": "y"}]):
+        with pytest.raises(
+            UserError, match="a chat is made of messages, each of a role and a cont"
+        ):
             tokenizer.chat(messages)
