@@ -92,7 +92,7 @@ def test_damaged_sentencepiece_model(tmp_path, sentencepiece_model, size):
     _, folder = sentencepiece_model
     data = (folder / "tokenizer.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(data[:size])
-    with pytest.raises(UserError, match=r"tokenizer\.model is damaged, or not of SentencePiece"):
+    with pytest.raises(UserError, match=r"tokenizer\.model is (damaged, or not of Se|not a BPE)"):
         load_tokenizer(tmp_path)
 
 
@@ -309,7 +309,6 @@ for name, settings_of_llama in {
     "legacy": {"legacy": True},
     "no legacy": {"legacy": False},
     "no space": {"add_prefix_space": False},
-    "versions of one": {"fast_tokenizer_files": ["tokenizer.json"]},
 }.items():
     DECLARED[name] = ("model", LLAMA | settings_of_llama, {})
 
@@ -364,8 +363,7 @@ WRONG = {
     "GPT2Tokenizer": (GPT2, {}, "tokenizer_class GPT2Tokenizer is not supported"),
     "class": ({"tokenizer_class": 5}, {}, "tokenizer_class 5 is not supported"),
     "regex": ({"fix_mistral_regex": True}, {}, "fix_mistral_regex"),
-    "versions": ({"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}, {}, "other files in fast_tok"),
-    "versions, no list": ({"fast_tokenizer_files": 5}, {}, "other files in fast_tokenizer_files"),
+    "versions": ({"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}, {}, "fast_tokenizer_files"),
     "clean up": ({f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output": True}, {}, CLEAN_UP),
     "decoder": ({"added_tokens_decoder": [1]}, {}, "added_tokens_decoder is no object"),
     "decoder null": ({"added_tokens_decoder": None}, {}, "added_tokens_decoder is no object"),
@@ -400,7 +398,7 @@ def test_wrong_settings_of_a_tokenizer_are_named_in_a_line(name, save):
 def test_what_only_tokenizers_of_bpe_can_do_is_refused_of_others(save):
     with pytest.raises(UserError, match="LlamaTokenizer with a WordLevel"):
         load_tokenizer(save("words", LLAMA))
-    with pytest.raises(UserError, match=f"{CLEAN_UP} is not supported; set it to false"):
+    with pytest.raises(UserError, match=f"{CLEAN_UP} is not supported; take it out"):
         load_tokenizer(save("words", {CLEAN_UP: True}))
 
 

@@ -24,17 +24,11 @@ class Declared:
     """`by_id` are added tokens by the id they say they have, `named` special tokens by a name such
     as bos_token (None where the files say that there is none), `extra` further special tokens.
 
-    `in_file` are a tokenizer.json's added tokens; `control` those of a tokenizer.model, which stand
-    in for `extra` where that is not declared. Raises `UserError` for what is no token.
+    `in_file` are a tokenizer.json's added tokens by id; `control` the list of a tokenizer.model's,
+    which stand in for `extra` where that is not declared. Raises `UserError` for what is no token.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        settings: dict,
-        in_file: dict[int, AddedToken] | None = None,
-        control: list[AddedToken] | None = None,
-    ):
+    def __init__(self, folder: Path, settings: dict, in_file: dict, control: list | None):
         file = folder / CONFIG
         settings = dict(settings)
         if OLDER_EXTRA in settings and not settings.get(EXTRA):
@@ -51,7 +45,7 @@ class Declared:
             self.by_id = read_by_id(settings[BY_ID], file)
         else:
             special = {*self.texts().values(), *(token.content for token in self.extra)}
-            self.by_id = read_added(folder / "added_tokens.json", special) | (in_file or {})
+            self.by_id = read_added(folder / "added_tokens.json", special) | in_file
         if EXTRA not in settings:
             older = read_list(settings.get(OLDER_EXTRA), file)
             self.extra = older if control is None else control

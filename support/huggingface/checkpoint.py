@@ -246,16 +246,25 @@ TIED = ("model.embed_tokens.weight", "lm_head.weight")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def shards_of(index: Path) -> list[Path]:
-    """The files that an index names, each once. Raises `UserError` for any outside its folder."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} has no weight_map; fetch it again")
-    for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name:
-            problem = f"names a shard {name!r:.80}, not a file beside it"
-            raise UserError(f"{index} {problem}; fetch it again")
-    return [index.parent / name for name in sorted(set(weight_map.values()))]
+def weight_files(folder: Path) -> list[Path]:
+    """Safetensors before .bin, one file before the shards that an index names, each once. Raises
+    `UserError` if there are none, and for a shard that is outside the folder."""
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        file, index = folder / kind, folder / f"{kind}.index.json"
+        if file.is_file():
+            return [file]
+        if not index.is_file():
+            continue
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} has no weight_map; fetch it again")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                problem = f"names a shard {name!r:.80}, not a file beside it"
+                raise UserError(f"{index} {problem}; fetch it again")
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    names = "model.safetensors nor pytorch_model.bin, nor their index"
+    raise UserError(f"{folder} has neither {names}; fetch the checkpoint again")
 
 
 def read_file(file: Path) -> Iterator[tuple[str, object]]:
@@ -280,25 +289,7 @@ def read_file(file: Path) -> Iterator[tuple[str, object]]:
         raise UserError(f"{problem}; fetch it again, or save its weights as safetensors") from None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Safetensors before .bin, one file before the shards that an index names."""
-    for kind in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / kind).is_file():
-            return [folder / kind]
-        if (folder / f"{kind}.index.json").is_file():
-            return shards_of(folder / f"{kind}.index.json")
-    raise UserError(
-        f"{folder} has neither model.safetensors nor pytorch_model.bin, nor their index"
-    )
-
-
-def converted(
-    place: str,
-    tensor: object,
-    wanted: Tensor | None,
-    device: str | torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
+def converted(place: str, tensor: object, wanted: Tensor | None, device, dtype) -> Tensor:
     """The weight on `device` in `dtype`. Raises `UserError`, which begins with `place`, unless one
     is `wanted`, of that shape, and all its numbers are finite."""
     if wanted is None or not isinstance(tensor, Tensor):

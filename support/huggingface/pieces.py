@@ -71,36 +71,40 @@ def read_proto(file: Path):
         packages = "sentencepiece protobuf"
         mend = f"pip install {packages}, or put a tokenizer.json beside it"
         raise UserError(f"{file} needs the packages {packages}; {mend}") from None
-    proto = ModelProto()
     try:
-        proto.ParseFromString(file.read_bytes())
-        if not proto.pieces:
-            raise ValueError("no pieces")
-    except (OSError, DecodeError, ValueError) as error:
+        return ModelProto.FromString(file.read_bytes())
+    except (OSError, DecodeError) as error:
         problem = f"is damaged, or not of SentencePiece ({error})"
         raise UserError(f"{file} {problem}; fetch it again, or a tokenizer.json") from None
-    if proto.trainer_spec.model_type != BPE:
-        raise unlike_llama(file, "is not a BPE model")
-    return proto
-
-
-def unlike_llama(file: Path, problem: str) -> UserError:
-    mend = "put the tokenizer.json of its model beside it"
-    return UserError(f"{file} {problem}, unlike those of Llama and Mistral; {mend}")
 
 
 def from_proto(file: Path, proto, kind: str, settings: dict) -> Tokenizer:
-    """The pipeline of LlamaTokenizer, or else of SentencePiece. Raises `UserError` for one that no
-    Llama or Mistral has.
+    """The pipeline of LlamaTokenizer, or else of SentencePiece.
 
     Two pieces merge if that gives a third one: LlamaTokenizer's in the order of ids, the others in
     that of scores, which is the same for a model that SentencePiece trained. With `legacy`, these
     get a space before every part between two special tokens, even one that begins with a space.
+    Raises `UserError` for a model that no Llama or Mistral has.
     """
+    trainer, spec = proto.trainer_spec, proto.normalizer_spec
+    problems = {"is not a BPE model": trainer.model_type != BPE}
+    if kind != LLAMA:
+        special = [trainer.bos_piece, trainer.eos_piece, trainer.unk_piece]
+        problems |= {
+            "has no pieces for single bytes": not trainer.byte_fallback,
+            "has pieces that a user defined": any(p.type == USER_DEFINED for p in proto.pieces),
+            "has other special tokens": special != list(DEFAULTS[LLAMA].values()),
+            "changes letters before it splits them": bool(spec.precompiled_charsmap),
+            "drops spaces that follow another": spec.remove_extra_whitespaces,
+            "puts no space before a text": not spec.add_dummy_prefix,
+        }
+    for problem, present in problems.items():
+        if present:
+            mend = "put the tokenizer.json of its model beside it"
+            raise UserError(f"{file} {problem}, unlike those of Llama and Mistral; {mend}")
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     if kind == LLAMA:
         return llama_pipeline(vocab, merges_of(list(vocab)), prefix_scheme(settings))
-    check_like_llama(file, proto)
     normal = [piece for piece in proto.pieces if piece.type == NORMAL]
     normal.sort(key=lambda piece: -piece.score)  # of equal scores, the first piece first
     merges = merges_of([piece.piece for piece in normal])
@@ -118,22 +122,6 @@ def merges_of(ranked: list[str]) -> list[tuple[str, str]]:
     known = set(ranked)
     pairs = [(word[:n], word[n:]) for word in ranked for n in range(1, len(word))]
     return [(left, right) for left, right in pairs if left in known and right in known]
-
-
-def check_like_llama(file: Path, proto) -> None:
-    trainer, spec = proto.trainer_spec, proto.normalizer_spec
-    special = [trainer.bos_piece, trainer.eos_piece, trainer.unk_piece]
-    problems = {
-        "has no pieces for single bytes": not trainer.byte_fallback,
-        "has pieces that a user defined": any(p.type == USER_DEFINED for p in proto.pieces),
-        "has other special tokens": special != list(DEFAULTS[LLAMA].values()),
-        "changes letters before it splits them": bool(spec.precompiled_charsmap),
-        "drops spaces that follow another": spec.remove_extra_whitespaces,
-        "puts no space before a text": not spec.add_dummy_prefix,
-    }
-    for problem, present in problems.items():
-        if present:
-            raise unlike_llama(file, problem)
 
 
 def surround(backend: Tokenizer, named: dict[str, str], settings: dict) -> None:

@@ -20,8 +20,8 @@ from support.huggingface.pieces import CONTROL, DEFAULTS, GPT2, LLAMA, USER_DEFI
 
 GENERAL = ("", "TokenizersBackend", "PreTrainedTokenizer", "PythonBackend")  # do as the files say
 CLEAN_UP = "clean_up_tokenization_spaces"
-VERSIONS = "fast_tokenizer_files"  # transformers chooses one of them by its version
-UNSUPPORTED = ("fix_mistral_regex", f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output")
+CLEAN_UP_BPE = f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output"
+UNSUPPORTED = ("fix_mistral_regex", "fast_tokenizer_files", CLEAN_UP_BPE)
 
 
 @contextmanager
@@ -112,9 +112,6 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
     """
     folder = find_checkpoint(path)
     settings = read_settings(folder / CONFIG)
-    if settings.get(VERSIONS) not in (None, ["tokenizer.json"]):
-        mend = "leave tokenizer.json alone there"
-        raise UserError(f"{folder / CONFIG}: other files in {VERSIONS} are not supported; {mend}")
     kind = pipeline_of(folder, settings)
     if (folder / "tokenizer.json").is_file():
         backend, special = open_json(folder / "tokenizer.json", kind, settings)
@@ -126,7 +123,7 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
     bpe = type(backend.model).__name__ == "BPE"  # which CLEAN_UP does not change
     for name in UNSUPPORTED if bpe else (*UNSUPPORTED, CLEAN_UP):
         if settings.get(name):
-            raise UserError(f"{folder / CONFIG}: {name} is not supported; set it to false")
+            raise UserError(f"{folder / CONFIG}: {name} is not supported; take it out there")
     template, source = find_template(folder, settings)
     return Tokenizer(backend, special, template, source, vocabulary)
 
@@ -149,18 +146,17 @@ def pipeline_of(folder: Path, settings: dict) -> str:
     raise UserError(f"{folder / CONFIG}: tokenizer_class {name} is not supported; {mend}")
 
 
-def open_json(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+def open_json(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokenizer, dict]:
     with library(f"{file} is damaged", "fetch it again"):
         backend = tokenizers.Tokenizer.from_file(str(file))
-    declared = Declared(file.parent, settings, in_file=backend.get_added_tokens_decoder())
+    in_file = backend.get_added_tokens_decoder()
+    declared = Declared(file.parent, settings, in_file=in_file, control=None)
     if kind:
         backend = pieces.rebuild(backend, kind, settings, file.parent / CONFIG)
     return backend, declared.add_to(backend, DEFAULTS.get(kind, {}))
 
 
-def open_model(
-    file: Path, kind: str, settings: dict
-) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+def open_model(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokenizer, dict]:
     proto = pieces.read_proto(file)
     with library(f"{file} is damaged", "fetch it again"):
         backend = pieces.from_proto(file, proto, kind, settings)
@@ -169,7 +165,7 @@ def open_model(
         for piece in proto.pieces
         if piece.type in (CONTROL, USER_DEFINED)  # these SentencePiece keeps whole
     ]
-    declared = Declared(file.parent, settings, control=control)
+    declared = Declared(file.parent, settings, in_file={}, control=control)
     if not kind:
         declared.match_raw_text()
     special = declared.add_to(backend, DEFAULTS[LLAMA])
