@@ -160,10 +160,6 @@ def read_token(token: object, file: Path) -> AddedToken:
         raise wrong(file, problem) from None
 
 
-def is_unicode(text: str) -> bool:
-    return not any("\ud800" <= c <= "\udfff" for c in text)  # how Python spells what is no UTF-8
-
-
 def read_settings(file: Path) -> dict:
     """A JSON object from a file, an empty one if there is no file. Raises `UserError`."""
     settings = read_json(file) if file.is_file() else {}

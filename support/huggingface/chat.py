@@ -20,15 +20,12 @@ MEND = "try --no-chat"
 def find_template(folder: Path, settings: dict) -> tuple[object, str]:
     """The template as it stands in a checkpoint's files, None without one, and where it stands.
 
-    Any JSON value, or bytes that are no text: only who chats needs a good one.
+    Any JSON value, or text with bytes that are no letters: only who chats needs a good one.
     """
     by_name = folder / "additional_chat_templates"
     for file in (by_name / "default.jinja", folder / "chat_template.jinja"):
         if file.is_file():
-            try:
-                return file.read_text(encoding="utf-8"), str(file)
-            except (OSError, UnicodeDecodeError):
-                return b"", str(file)
+            return file.read_text(encoding="utf-8", errors="surrogateescape"), str(file)
     if any(by_name.glob("*.jinja")):  # transformers then reads none of tokenizer_config.json either
         return {}, str(by_name)
     return settings.get("chat_template"), str(folder / "tokenizer_config.json")
@@ -48,7 +45,7 @@ def render(template: object, messages: list[dict], special: dict[str, str], sour
     except (TypeError, KeyError):
         template = None
     if not isinstance(template, str):
-        problem = "the chat template is neither UTF-8 text nor several, one of the name `default`"
+        problem = "the chat template is neither text nor several, one of the name `default`"
         raise UserError(f"{source}: {problem}; {MEND}")
     if not messages or any(set(message) != {"role", "content"} for message in messages):
         raise UserError("a chat is made of messages, each of a role and a content; give one")
@@ -62,9 +59,6 @@ def render(template: object, messages: list[dict], special: dict[str, str], sour
         if type(error) is not jinja2.TemplateError or not reason:  # else the template's words
             reason = f"{type(error).__name__}: {reason}"
         raise UserError(f"{source}: the chat template fails: {reason}; {MEND}") from None
-
-
-# ---------------------------------------------------------- what transformers adds to jinja
 
 
 class Generation(ext.Extension):
@@ -90,10 +84,6 @@ def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
 def make_environment() -> jinja2.Environment:
     """jinja's sandbox, with what templates for transformers expect of it."""
     environment = sandbox.ImmutableSandboxedEnvironment(
@@ -101,5 +91,5 @@ def make_environment() -> jinja2.Environment:
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment

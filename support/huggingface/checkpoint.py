@@ -102,14 +102,12 @@ def read_window(c: Settings, mistral: bool, layers: int) -> int | None:
     window = c.entries.get("sliding_window", 4096 if mistral else None)
     fits = window is None or (type(window) is int and window > 0)
     c.check(fits, "sliding_window", window, "a positive whole number or null")
-    full = ["full_attention"] * layers
-    sliding = ["sliding_attention"] * layers
     types = c.entries.get("layer_types")
     if types is None:
         return window if mistral else None
-    if types in (full, ["attention"] * layers):
+    if types in (["full_attention"] * layers, ["attention"] * layers):
         return None
-    if types != sliding or not mistral or window is None:
+    if types != ["sliding_attention"] * layers or not mistral or window is None:
         c.refuse(f"attention by layer_types {types!r:.80}")
     return window
 

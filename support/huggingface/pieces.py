@@ -59,9 +59,6 @@ def llama_pipeline(vocab: dict[str, int], merges: list[tuple[str, str]], scheme:
     return new
 
 
-# ------------------------------------------------------------------------------- tokenizer.model
-
-
 def read_proto(file: Path):
     """The message that a tokenizer.model holds. Raises `UserError` if it cannot be read."""
     try:

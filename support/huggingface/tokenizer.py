@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 
 from support.command import UserError, first_line
 from support.huggingface import pieces
-from support.huggingface.added_tokens import CONFIG, Declared, is_unicode, read_settings
+from support.huggingface.added_tokens import CONFIG, Declared, read_settings
 from support.huggingface.chat import find_template, render
 from support.huggingface.checkpoint import find_checkpoint
 from support.huggingface.pieces import CONTROL, DEFAULTS, GPT2, LLAMA, USER_DEFINED
@@ -60,8 +60,10 @@ class Tokenizer:
 
         Raises `UserError` for text that is not valid Unicode, and for a token beyond the model's.
         """
-        if not is_unicode(text):
-            raise UserError("the text is not valid UTF-8; check where it was cut")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("the text is not valid UTF-8; check where it was cut") from None
         with library("the tokenizer cannot read the text", "mend its files or give other text"):
             ids = self.backend.encode(text, add_special_tokens=special).ids
         if self.vocabulary is not None and max(ids, default=0) >= self.vocabulary:
@@ -85,8 +87,8 @@ class Tokenizer:
         else:
             ids = self.encode(text)
         if not ids:
-            problem = "the tokenizer makes no token of the prompt"
-            raise UserError(f"{problem}; give other text, or --no-chat")
+            mend = "give other text, or --no-chat"
+            raise UserError(f"the tokenizer makes no token of the prompt; {mend}")
         return ids
 
     def chat(self, messages: list[dict[str, str]]) -> str:
@@ -98,9 +100,6 @@ class Tokenizer:
         if self.template is None:
             raise UserError("this model has no chat template; give the prompt as it is (--no-chat)")
         return render(self.template, messages, self.special, self.source)
-
-
-# ------------------------------------------------------------------------------------- the files
 
 
 def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer:
@@ -158,8 +157,7 @@ def open_json(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokeniz
 
 def open_model(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokenizer, dict]:
     proto = pieces.read_proto(file)
-    with library(f"{file} is damaged", "fetch it again"):
-        backend = pieces.from_proto(file, proto, kind, settings)
+    backend = pieces.from_proto(file, proto, kind, settings)
     control = [
         AddedToken(piece.piece, normalized=False, special=piece.type == CONTROL)
         for piece in proto.pieces
