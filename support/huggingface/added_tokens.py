@@ -42,7 +42,10 @@ class Declared:
             self.named[name] = None if token is None else read_token(token, file)
         self.extra = read_list(settings.get(EXTRA), file)
         if BY_ID in settings:
-            self.by_id = read_by_id(settings[BY_ID], file)
+            tokens = settings[BY_ID]
+            if not isinstance(tokens, dict) or not all(index.isdecimal() for index in tokens):
+                raise wrong(file, f"{BY_ID} is no object of tokens by their ids")
+            self.by_id = {int(index): read_token(token, file) for index, token in tokens.items()}
         else:
             special = {*self.texts().values(), *(token.content for token in self.extra)}
             self.by_id = read_added(folder / "added_tokens.json", special) | in_file
@@ -70,8 +73,8 @@ class Declared:
         for name, text in defaults.items():
             self.named.setdefault(name, AddedToken(text, special=True))
         tokens = [self.by_id[index] for index in sorted(self.by_id)]
-        known = {token.content for token in backend.get_added_tokens_decoder().values()}
-        known |= {token.content for token in tokens}
+        present = [*backend.get_added_tokens_decoder().values(), *tokens]
+        known = {token.content for token in present}
         named = sorted(self.named, key=lambda name: NAMES.index(name) if name in NAMES else 99)
         for token in [self.named[name] for name in named] + self.extra:
             if token is not None and token.content not in known:
@@ -131,12 +134,6 @@ def read_added(file: Path, special: set[str]) -> dict[int, AddedToken]:
         token = {"content": text, "normalized": not known, "special": known}
         by_id[index] = read_token(token, file)
     return by_id
-
-
-def read_by_id(tokens: object, file: Path) -> dict[int, AddedToken]:
-    if not isinstance(tokens, dict) or not all(index.isdecimal() for index in tokens):
-        raise wrong(file, f"{BY_ID} is no object of tokens by their ids")
-    return {int(index): read_token(token, file) for index, token in tokens.items()}
 
 
 def read_list(tokens: object, file: Path) -> list[AddedToken]:

@@ -18,10 +18,8 @@ MEND = "try --no-chat"
 
 
 def find_template(folder: Path, settings: dict) -> tuple[object, str]:
-    """The template as it stands in a checkpoint's files, None without one, and where it stands.
-
-    Any JSON value, or text with bytes that are no letters: only who chats needs a good one.
-    """
+    """The template as it stands in a checkpoint's files, None without one, and where it stands. It
+    may be any JSON value, or have bytes that are no letters: only who chats needs a good one."""
     by_name = folder / "additional_chat_templates"
     for file in (by_name / "default.jinja", folder / "chat_template.jinja"):
         if file.is_file():

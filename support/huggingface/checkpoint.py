@@ -38,6 +38,7 @@ MOST_LAYERS = 1000
 MOST = 2**24  # channels, heads or words; keeps the bytes of every matrix countable in 64 bits
 NOTHING = (None, False, [], {})
 PLAIN = {  # entries that change the computation, and the values that leave it as it is
+    "model_type": ("llama", "mistral"),
     "hidden_act": ("silu", "swish"),  # two names of one function
     "is_causal": (True, None),
     "attention_chunk_size": (None,),
@@ -49,10 +50,8 @@ PLAIN = {  # entries that change the computation, and the values that leave it a
 
 
 class Settings:
-    """The entries of a JSON file, each of the type and size that it is asked for.
-
-    Types are strict, as in the reference library: "12", 12.0 and true are no whole numbers.
-    """
+    """The entries of a JSON file, each of the type and size that it is asked for. Types are strict,
+    as in the reference library: "12", 12.0 and true are no whole numbers."""
 
     def __init__(self, path: Path):
         self.path, self.entries = path, read_json(path)
@@ -130,7 +129,8 @@ def read_rope(c: Settings, positions: int) -> dict:
     numbers that cannot be meant.
     """
     rope = c.entries.get("rope_scaling") or c.entries.get("rope_parameters")
-    rope = {} if rope is None else rope
+    if rope is None:
+        rope = {}
     if not isinstance(rope, dict):
         c.refuse(f"RoPE scaling {rope!r:.80}")
     values = {"rope_theta": 10000.0, "partial_rotary_factor": None, TRAINED: positions}
@@ -161,20 +161,18 @@ def read_rope(c: Settings, positions: int) -> dict:
 def read_config(folder: Path) -> Config:
     """`folder/config.json`. Raises `UserError` for what this code would compute wrongly.
 
-    Entries that are absent have the defaults of the reference library, which are not the same for
-    a Llama and a Mistral. Sizes have none here: they tell one checkpoint from another.
+    Entries that are absent have the reference library's defaults, other ones for a Llama and for a
+    Mistral. Sizes have none: they tell one checkpoint from another.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json; give a folder in the Hugging Face layout")
     c = Settings(path)
-    kind = c.entries.get("model_type")
-    mistral = kind == "mistral"
-    if not mistral and kind != "llama":
-        c.refuse(f"model_type {kind!r:.80}")
+    c.entries.setdefault("model_type", None)
     for name, values in PLAIN.items():
         if name in c.entries and c.entries[name] not in values:
             c.refuse(f"{name} {c.entries[name]!r:.80}")
+    mistral = c.entries["model_type"] == "mistral"
 
     hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
     layers = c.whole("num_hidden_layers", most=MOST_LAYERS)
@@ -222,8 +220,7 @@ def find_checkpoint(path: str | Path) -> Path:
     parts = str(path).split("/")
     # `weights/x` looks like a hub name: a first part that is a folder here means a missing path.
     if len(parts) != 2 or not all(parts) or os.path.exists(parts[0]):
-        mend = "give a checkpoint folder or a hub name such as org/name"
-        raise UserError(f"no folder {path}; {mend}")
+        raise UserError(f"no folder {path}; give one, or a hub name such as org/name")
     from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
 
     try:
@@ -261,8 +258,7 @@ def weight_files(folder: Path) -> list[Path]:
                 problem = f"names a shard {name!r:.80}, not a file beside it"
                 raise UserError(f"{index} {problem}; fetch it again")
         return [folder / name for name in sorted(set(weight_map.values()))]
-    names = "model.safetensors nor pytorch_model.bin, nor their index"
-    raise UserError(f"{folder} has neither {names}; fetch the checkpoint again")
+    raise UserError(f"{folder} has no model.safetensors or pytorch_model.bin; fetch it again")
 
 
 def read_file(file: Path) -> Iterator[tuple[str, object]]:

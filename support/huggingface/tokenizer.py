@@ -26,8 +26,7 @@ UNSUPPORTED = ("fix_mistral_regex", "fast_tokenizer_files", CLEAN_UP_BPE)
 
 @contextmanager
 def library(problem: str, mend: str) -> Iterator[None]:
-    """A failure of the tokenizers library, plain Exception or a panic of its Rust code, as a
-    `UserError` that says the `problem` and the `mend`."""
+    """A failure of the tokenizers library, an Exception or a panic of its Rust code, as one line."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, UserError):
@@ -56,10 +55,8 @@ class Tokenizer:
         self.vocabulary = vocabulary  # tokens that the model has; None: not known
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids; `special` adds what the model wants around a text, such as <s>.
-
-        Raises `UserError` for text that is not valid Unicode, and for a token beyond the model's.
-        """
+        """Token ids; `special` adds what the model wants around a text, such as <s>. Raises
+        `UserError` for text that is not valid Unicode, and for a token beyond the model's."""
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -76,11 +73,9 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def encode_prompt(self, text: str, chat: bool | None = None) -> list[int]:
-        """Token ids of a prompt: as what a user says, within the chat template, if `chat` or, where
-        that is None, if there is a template; else as it is.
-
-        Raises `UserError` if there are none: a tokenizer may drop letters, a template write none.
-        """
+        """Token ids of a prompt: within the chat template if `chat`, or if that is None and there
+        is one; else as it is. Raises `UserError` if there are none: a tokenizer may drop letters, a
+        template write none."""
         if chat or (chat is None and self.template is not None):
             message = {"role": "user", "content": text}
             ids = self.encode(self.chat([message]), special=False)
@@ -92,19 +87,17 @@ class Tokenizer:
         return ids
 
     def chat(self, messages: list[dict[str, str]]) -> str:
-        """Messages {"role", "content"} as one prompt that ends where the answer begins.
-
-        It holds its special tokens already: encode it with special=False. Raises `UserError` for a
-        model without a template and for messages that the template refuses.
-        """
+        """Messages {"role", "content"} as one prompt that ends where the answer begins. It holds
+        its special tokens already: encode it with special=False. Raises `UserError` for a model
+        without a template and for messages that the template refuses."""
         if self.template is None:
             raise UserError("this model has no chat template; give the prompt as it is (--no-chat)")
         return render(self.template, messages, self.special, self.source)
 
 
 def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint: its tokenizer.json, or else its SentencePiece tokenizer.model.
-    `vocabulary` is the number of tokens that the model has.
+    """The tokenizer of a checkpoint, for a model of `vocabulary` tokens: its tokenizer.json, or
+    else its SentencePiece tokenizer.model.
 
     Raises `UserError` if it is missing or damaged, if a package to read it is missing, and for
     settings that would give other token ids than in transformers.
@@ -128,10 +121,8 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
 
 
 def pipeline_of(folder: Path, settings: dict) -> str:
-    """The class of `DEFAULTS` whose pipeline transformers builds, "" for the files' own.
-
-    Raises `UserError` for other classes that bring one.
-    """
+    """The class of `DEFAULTS` whose pipeline transformers builds, "" for that of the files. Raises
+    `UserError` for other classes that bring one."""
     config, file = read_settings(folder / "config.json"), folder / "tokenizer.json"
     name = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
     kind = str(name).removesuffix("Fast")
