@@ -39,8 +39,7 @@ def user_values() -> Iterator[None]:
 def run_command(command: Callable[[], None]) -> None:
     """Runs a command line and exits: 0, or 2 with one line on standard error for a `UserError`.
 
-    A character that the terminal has no bytes for is written as "?". What a stream that the shell
-    has closed would get is lost.
+    A character that the terminal lacks is written as "?"; what a closed stream would get is lost.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -80,9 +79,6 @@ def fail(message: str) -> NoReturn:
 def drop_output() -> None:
     """What is still to be written to standard output goes nowhere, and fails no more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-# ------------------------------------------------------------------------------------ arguments
 
 
 class Arguments(argparse.ArgumentParser):
@@ -149,9 +145,6 @@ def use_device(name: str) -> None:
         raise UserError(f"no device {name!r} here; use --device cpu") from None
 
 
-# ---------------------------------------------------------------------------------------- files
-
-
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """What keeps `path` from being written, as a `UserError`."""
@@ -188,9 +181,7 @@ def make_folder(path: Path) -> None:
 
 def check_files(written: dict[str, Path | None], read: dict[str, Path | None]) -> None:
     """Raises `UserError` if a file cannot be written, or is another one that is written or read.
-
-    Files by the names that a message shall give them, such as "--out".
-    """
+    Files by the names that a message shall give them, such as "--out"."""
     taken: dict[Path, str] = {}
     for name, path in (read | written).items():
         if name in written:

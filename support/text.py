@@ -88,10 +88,7 @@ def sample_tokens(
     path: Path, tokenizer: Tokenizer, samples: int, length: int, seed: int, sinks: int = 0
 ) -> list[Tensor]:
     """Up to `samples` tensors [1, T] with 2 <= T <= `length`, longer than the `sinks` that are not
-    learned from, drawn without repetition.
-
-    A sample is a whole document, or a piece of one that is longer: never two documents in one.
-    """
+    learned from, drawn without repetition: whole documents, or pieces of one that is longer."""
     pieces = []
     least = max(2, sinks + 1)
     for text in read_documents(path):
@@ -107,9 +104,9 @@ def sample_tokens(
 def with_copies(texts: list[Tensor]) -> list[Tensor]:
     """Texts [1, T], but of every second one only the first half, twice."""
     copied = list(texts)
-    for n in range(1, len(texts), 2):
-        half = texts[n].shape[1] // 2
-        copied[n] = texts[n][:, :half].repeat(1, 2)
+    for n, text in enumerate(texts):
+        if n % 2:
+            copied[n] = text[:, : text.shape[1] // 2].repeat(1, 2)
     return copied
 
 

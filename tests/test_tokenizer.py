@@ -526,7 +526,9 @@ def test_template_files_that_are_not_utf8_or_have_no_default(save):
     assert load_tokenizer(folder).encode_prompt("the dog", chat=False) == [1, 2]
 
 
-def test_messages_that_are_none(save):
+def test_a_model_that_does_not_chat_and_messages_that_are_none(save):
+    with pytest.raises(UserError, match="this model has no chat template"):
+        load_tokenizer(save("words", {})).chat([])
     tokenizer = load_tokenizer(save("words", {"chat_template": "x"}))
     good = {"role": "user", "content": "x"}
     for messages in ([], ["the dog"], [good, {"role": "user"}], [{**good, "reasoning": "y"}]):

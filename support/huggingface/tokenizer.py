@@ -26,10 +26,10 @@ UNSUPPORTED = ("fix_mistral_regex", "fast_tokenizer_files", CLEAN_UP_BPE)
 
 @contextmanager
 def library(problem: str, mend: str) -> Iterator[None]:
-    """A failure of the tokenizers library, an Exception or a panic of its Rust code, as one line."""
+    """A failure of the tokenizers library, an Exception or a panic of its Rust code, in a line."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, UserError):
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
         raise UserError(f"{problem} ({first_line(error)}); {mend}") from None
