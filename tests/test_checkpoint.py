@@ -140,7 +140,7 @@ MEANT = {  # changes to a good config, for each model that takes them
         {"rope_parameters": ..., "rope_scaling": {"factor": 4.0}},  # but no type
         {"partial_rotary_factor": 1.0, "rope_parameters": {**LINEAR, "partial_rotary_factor": 1}},
         {"rope_parameters": LLAMA3},
-        {"rope_parameters": LLAMA3, TRAINED: 50},  # beside counts
+        {"rope_parameters": LLAMA3, TRAINED: 200},  # beside counts
         {"rope_parameters": without(LLAMA3, TRAINED)},
     ],
     "Mistral": [

@@ -250,6 +250,8 @@ DECLARED = {  # a vocabulary, the settings, the files beside them
     "flags, mistral": ("model", {"added_tokens_decoder": STRIPPED}, MISTRAL),
     "added_tokens.json": ("model", LLAMA, {"added_tokens": TAGS}),
     "added and special": ("model", OLD, {"added_tokens": TAGS, "special_tokens_map": OLD_MAP}),
+    "added beside a file": ("llama", {"eos_token": "<|end|>"}, {"added_tokens": {"<|end|>": 275}}),
+    "added, not special": ("llama", {}, {"added_tokens": {"<|end|>": 275}}),
     "map is ignored": (
         "model",
         LLAMA | DECODER,

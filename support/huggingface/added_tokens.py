@@ -121,7 +121,6 @@ def read_special_map(file: Path, settings: dict) -> None:
         settings[name] = token
         if name in NAMES and token is not None:
             settings[name] = read_token(token, file)
-            settings[name].special = True
 
 
 def read_added(file: Path, special: set[str]) -> dict[int, AddedToken]:
