@@ -497,7 +497,7 @@ NO_TEMPLATE = (5, False, [1, 2], [{"name": "default"}], [{"template": "x"}], ["x
 NO_TEMPLATE += ([{"name": "default", "template": 5}], [{"name": "rag", "template": "x"}])
 NO_TEMPLATE += ({"default": None}, [{"name": [], "template": "x"}])
 for value in NO_TEMPLATE:
-    BROKEN[f"no template {value}"] = (value, "is neither text nor several, one of the name")
+    BROKEN[f"no template {value}"] = (value, "is neither UTF-8 text nor several, one of the name")
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -522,8 +522,8 @@ def test_template_files_that_are_not_utf8_or_have_no_default(save):
     (folder / "additional_chat_templates/rag.jinja").write_text("x")
     with pytest.raises(UserError, match="additional_chat_templates: the chat template is neither"):
         load_tokenizer(folder).encode_prompt("the dog")
-    (folder / "chat_template.jinja").write_bytes(b"the \xe9")
-    with pytest.raises(UserError, match="the text is not valid UTF-8"):
+    (folder / "chat_template.jinja").write_bytes(b"{# \xe9 #}x")
+    with pytest.raises(UserError, match=r"template\.jinja: the chat template is neither UTF-8"):
         load_tokenizer(folder).encode_prompt("the dog")
     assert load_tokenizer(folder).encode_prompt("the dog", chat=False) == [1, 2]
 

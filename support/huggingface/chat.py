@@ -40,11 +40,10 @@ def render(template: object, messages: list[dict], special: dict[str, str], sour
             template = {item["name"]: item["template"] for item in template}
         if isinstance(template, dict):
             template = template["default"]
-    except (TypeError, KeyError):
-        template = None
-    if not isinstance(template, str):
-        problem = "the chat template is neither text nor several, one of the name `default`"
-        raise UserError(f"{source}: {problem}; {MEND}")
+        template.encode()  # fails for bytes that are no letters, too
+    except (TypeError, KeyError, AttributeError, UnicodeEncodeError):
+        problem = "the chat template is neither UTF-8 text nor several, one of the name `default`"
+        raise UserError(f"{source}: {problem}; {MEND}") from None
     if not messages or any(set(message) != {"role", "content"} for message in messages):
         raise UserError("a chat is made of messages, each of a role and a content; give one")
     try:
