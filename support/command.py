@@ -41,16 +41,16 @@ def user_values() -> Iterator[None]:
 def run_command(command: Callable[[], None]) -> None:
     """Runs a command line and exits: 0, or 2 with one line on standard error for a `UserError`.
 
-    A character that the terminal has no bytes for is written as "?". What a stream that the shell
-    has closed would get is lost.
+    A character that the terminal lacks is written as "?"; what a closed stream would get is lost.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of interrupt.py's
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the end)
-        elif hasattr(getattr(sys, name), "reconfigure"):  # else one that a test put there
-            getattr(sys, name).reconfigure(errors="replace")
+        elif hasattr(stream, "reconfigure"):  # else one that a test put there
+            stream.reconfigure(errors="replace")
     try:
         try:
             command()
@@ -85,9 +85,6 @@ def drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# ------------------------------------------------------------------------------------ arguments
-
-
 class Arguments(argparse.ArgumentParser):
     """argparse, with a mistake as one line instead of the usage text and a line."""
 
@@ -104,10 +101,11 @@ def number(kind: type, low: float, high: float = LARGEST):
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            word = "a whole number" if kind is int else "a number"
-            open_end = high == LARGEST and not value > high
-            limits = f"of at least {low}" if open_end else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {word} {limits}")
+            noun = "a whole number" if kind is int else "a number"
+            limits = f"from {low} to {high}"
+            if high == LARGEST and not value > high:
+                limits = f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {limits}")
         return value
 
     return read
@@ -126,13 +124,13 @@ def comma_list(read_one: Callable[[str], object]) -> Callable[[str], list]:
     return read
 
 
-def one_of(known: tuple, what: str) -> Callable[[str], object]:
+def one_of(known: tuple, noun: str) -> Callable[[str], object]:
     """For argparse's `type`: one of the known values. (`choices` cannot look into a list.)"""
     by_name = {str(value): value for value in known}
 
     def read(text: str) -> object:
         if text not in by_name:
-            raise argparse.ArgumentTypeError(f"no {what} {text!r}; choose of {','.join(by_name)}")
+            raise argparse.ArgumentTypeError(f"no {noun} {text!r}; choose of {','.join(by_name)}")
         return by_name[text]
 
     return read
@@ -151,7 +149,13 @@ def use_device(name: str) -> None:
         raise UserError(f"no device {name!r} here; use --device cpu") from None
 
 
-# ---------------------------------------------------------------------------------------- files
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """What keeps `path` from being written, as a `UserError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({error}); choose another place") from None
 
 
 def check_writable(path: Path | None) -> None:
@@ -160,39 +164,30 @@ def check_writable(path: Path | None) -> None:
         return
     if not path.parent.is_dir():
         raise UserError(f"no folder {path.parent} to write {path.name} in; make it first")
-    try:
+    with writing(path):
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a regular file to replace; choose another place")
         with NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp"):
             pass
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); choose another place") from None
 
 
 def append_line(path: Path, row: dict) -> None:
     """Appends a JSON object to a file of lines. Raises `UserError` if that cannot be."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); choose another place") from None
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def make_folder(path: Path) -> None:
     """Makes a folder, if it is not there. Raises `UserError` if that cannot be."""
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be made ({error}); choose another") from None
 
 
 def check_files(written: dict[str, Path | None], read: dict[str, Path | None]) -> None:
     """Raises `UserError` if a file cannot be written, or is another one that is written or read.
-
-    Files by the names that a message shall give them, such as "--out".
-    """
+    Files by the names that a message shall give them, such as "--out"."""
     taken: dict[Path, str] = {}
-    for name, path in (*read.items(), *written.items()):
+    for name, path in (read | written).items():
         if name in written:
             check_writable(path)
         if path and (other := taken.setdefault(path.resolve(), name)) != name and name in written:
@@ -204,10 +199,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary name to write a file under; it takes the name `path` only when it is complete."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written ({error}); choose another place") from None
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()

@@ -27,10 +27,7 @@ def place() -> tuple[int, int]:
 @contextmanager
 def processes(device: str) -> Iterator[str]:
     """Joins the other processes of torchrun, if there are any. Yields the device to compute on,
-    after a check that there is one of that name.
-
-    A `UserError` or an interruption ends all of them, but only the first says so.
-    """
+    which is there. A `UserError` or an interruption ends all of them; only the first says so."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         use_device(device)
         yield device
@@ -67,7 +64,9 @@ def summed(tensor: Tensor) -> Tensor:
 
 def patient_group() -> object:
     """For `gathered`: a group of all processes, of which one may finish days before another."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=7)) if place()[1] > 1 else None
+    if place()[1] == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
 def gathered(part: object, group: object) -> list:

@@ -9,36 +9,40 @@ from torch import Tensor
 
 from model import Transformer
 from support.command import UserError
-from support.huggingface.added_tokens import is_unicode
 from support.huggingface.tokenizer import Tokenizer
 
-KINDS = (".txt", ".jsonl", ".parquet")
+FORMATS = (".txt", ".jsonl", ".parquet")
 
 
 def read_documents(path: Path) -> Iterator[str]:
     """Yields the documents of a .txt file (one), a .jsonl or .parquet file (`text` of each row), or
     a folder of these, in the order of the names. Raises `UserError` naming file and line."""
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix in KINDS)
+        files = sorted(file for file in path.iterdir() if file.suffix in FORMATS)
         if not files:
             raise UserError(f"{path} has no .txt or .jsonl files, nor .parquet; give text to read")
         for file in files:
             yield from read_documents(file)
-        return
-    if path.suffix not in KINDS:
+    elif path.suffix not in FORMATS:
         raise UserError(f"{path} is not a .txt or .jsonl file, nor .parquet, nor a folder of them")
-    if not path.exists():
+    elif not path.exists():
         raise UserError(f"no file {path}; give text to read")
-    if path.suffix == ".parquet":
+    elif path.suffix == ".parquet":
         yield from read_parquet(path)
-        return
+    else:
+        yield from read_text(path)
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """Yields the documents of a .txt or .jsonl file."""
     try:
         with path.open(encoding="utf-8-sig") as lines:  # editors on Windows write a mark first
             if path.suffix == ".txt":
                 text = lines.read()
                 if "\0" in text:  # UTF-16 without a mark is valid UTF-8, of letters and NULs
-                    what = "has NUL bytes, so it is no UTF-8 text"
-                    raise UserError(f"{path} {what}; save it as UTF-8")
+                    raise UserError(
+                        f"{path} has NUL bytes, so it is no UTF-8 text; save it as such"
+                    )
                 yield text
                 return
             for i, line in enumerate(lines, 1):
@@ -47,23 +51,18 @@ def read_documents(path: Path) -> Iterator[str]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}); give another file") from None
     except UnicodeDecodeError as error:
-        what = f"cannot be read as UTF-8 text ({error})"
-        raise UserError(f"{path} {what}; save it as UTF-8") from None
+        raise UserError(f"{path} is no UTF-8 text ({error}); save it as such") from None
 
 
 def read_line(line: str, place: str) -> str:
     """The text of a line of a .jsonl file. Raises `UserError` naming the place."""
     try:
         text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):  # the last: nested too deeply
-        text = None
-    if not isinstance(text, str):
-        what = 'not a JSON object with a string "text"'
-        raise UserError(f"{place}: {what}; mend or remove that line")
-    if not is_unicode(text):
-        what = "the text has half of a surrogate pair, which is no letter"
-        raise UserError(f"{place}: {what}; mend or remove that line")
-    return text
+        text.encode()  # fails for half of a surrogate pair, which is no letter
+        return text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        problem = 'not a JSON object with a "text" of letters'
+        raise UserError(f"{place}: {problem}; mend or remove that line") from None
 
 
 def read_parquet(path: Path) -> Iterator[str]:
@@ -89,27 +88,26 @@ def sample_tokens(
     path: Path, tokenizer: Tokenizer, samples: int, length: int, seed: int, sinks: int = 0
 ) -> list[Tensor]:
     """Up to `samples` tensors [1, T] with 2 <= T <= `length`, longer than the `sinks` that are not
-    learned from, drawn without repetition.
-
-    A sample is a whole document, or a piece of one that is longer: never two documents in one.
-    """
-    pieces, least = [], max(2, sinks + 1)
+    learned from, drawn without repetition: whole documents, or pieces of one that is longer."""
+    pieces = []
+    least = max(2, sinks + 1)
     for text in read_documents(path):
         ids = torch.tensor([tokenizer.encode(text)])  # [1, tokens]
         pieces += [piece for piece in ids.split(length, dim=1) if piece.shape[1] >= least]
     if not pieces:
-        what = f"holds no text of {least} tokens or more"
-        raise UserError(f"{path} {what}; give longer text, or a higher --seq-len")
+        problem = f"{path} holds no text of {least} tokens or more"
+        raise UserError(f"{problem}; give longer text, or a higher --seq-len")
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
     return [pieces[i] for i in order[:samples].tolist()]
 
 
 def with_copies(texts: list[Tensor]) -> list[Tensor]:
     """Texts [1, T], but of every second one only the first half, twice."""
-    return [
-        text[:, : text.shape[1] // 2].repeat(1, 2) if n % 2 else text
-        for n, text in enumerate(texts)
-    ]
+    copied = list(texts)
+    for n, text in enumerate(texts):
+        if n % 2:
+            copied[n] = text[:, : text.shape[1] // 2].repeat(1, 2)
+    return copied
 
 
 def passages(ids: list[int], count: int, length: int) -> Tensor:
@@ -135,18 +133,15 @@ WIDER = "another --dtype (bfloat16 reaches as far as float32), or latents of 32 
 def check_finite(finite: bool, mend: str = WIDER) -> None:
     """Raises `UserError` if a model's output, of which this is known, is not `finite`."""
     if not finite:
-        what = "the model's output is not finite: some number is too large for its type"
-        raise UserError(f"{what}; try {mend}")
+        problem = "the model's output is not finite: some number is too large for its type"
+        raise UserError(f"{problem}; try {mend}")
 
 
 def check_prompt(prompt: list[int], model: Transformer) -> None:
-    """Raises `UserError` for a prompt of no tokens, too many, or others than the model has."""
-    limit, vocabulary = model.config.context_length, model.config.vocab_size
+    """Raises `UserError` for a prompt of no tokens, or of more than the model's context."""
+    limit = model.config.context_length
     if not prompt:
         raise UserError("the prompt has no token; give other text")
     if len(prompt) >= limit:
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens, the model's context {limit}; shorten it"
-        )
-    if max(prompt) >= vocabulary:
-        raise UserError(f"token {max(prompt)} is not in the model's {vocabulary}; wrong tokenizer?")
+        problem = f"the prompt has {len(prompt)} tokens, the model's context {limit}"
+        raise UserError(f"{problem}; shorten it")

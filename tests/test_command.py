@@ -114,14 +114,11 @@ def test_a_file_that_no_check_foresaw_is_one_line(monkeypatch, tmp_path):
     assert status == 2 and err.count("\n") == 1 and str(tmp_path / "no" / "file") in err
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-def test_infer_in_a_small_encoding(setup, encoding):
-    done = shell(*infer_arguments(setup), encoding=encoding)
+def test_infer_in_a_small_encoding(setup):
+    done = shell(*infer_arguments(setup), encoding="cp1252")
     assert done.returncode == 0 and b"Traceback" not in done.stderr
-    words = done.stdout.decode(encoding).split()
-    assert len(words) == 3 and all(
-        w.startswith("?") and w.endswith("é?"[len(encoding) == 5]) for w in words
-    )
+    words = done.stdout.decode("cp1252").split()
+    assert len(words) == 3 and all(w.startswith("?") and w.endswith("é") for w in words)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
@@ -132,7 +129,7 @@ def test_infer_on_a_full_disk(setup):
     assert done.stderr.decode().splitlines()[-1].startswith("error: the output cannot be written")
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
 def test_a_closed_stream_loses_its_words_alone(setup, tmp_path, closed):
     """Progress bars too are written to one."""
     train = [sys.executable, "train.py", "--model", setup / "model", "--data", setup / "text.txt"]
@@ -141,43 +138,24 @@ def test_a_closed_stream_loses_its_words_alone(setup, tmp_path, closed):
     assert done.returncode == 0 and (tmp_path / "f").exists(), done.stderr
 
 
-def others(setup, out):
-    """Every other command line that prints results."""
-    model, text = setup / "model", setup / "text.txt"
-    passages = ["--text", text, "--context", 20, "--steps", 4, "--passages", 2]
-    few = ["--samples", 4, "--seq-len", 20, "--ratios", "0.5"]
-    paper = ["--out", out / "paper", "--work", out / "work", "--measure-samples", 2]
-    tables = ["--calibrate", text, *few]
-    return {
-        "evaluate": [
-            "-m",
-            "experiments.evaluate",
-            "perplexity",
-            "--model",
-            model,
-            *passages,
-            *tables,
-        ],
-        "paper": [
-            "-m",
-            "experiments.paper",
-            "table3",
-            "--model",
-            model,
-            *passages,
-            *tables,
-            *paper,
-        ],
-        "speed": ["-m", "experiments.speed", "--model", model, "--lengths", 20, "--rounds", 1],
-        "english": ["-m", "experiments.english", "--out", out / "english"],
-    }
+PASSAGES = "--text T --context 20 --steps 4 --passages 2 --calibrate T --samples 4 --seq-len 20"
+OTHERS = {  # every other command line that prints results; M the model, T the text, O a folder
+    "evaluate": f"-m experiments.evaluate perplexity --model M {PASSAGES} --ratios 0.5",
+    "paper": f"-m experiments.paper table3 --model M {PASSAGES} --ratios 0.5 --out O/paper "
+    "--work O/work --measure-samples 2",
+    "speed": "-m experiments.speed --model M --lengths 20 --rounds 1",
+    "english": "-m experiments.english --out O/english",
+}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-@pytest.mark.parametrize("name", ["evaluate", "paper", "speed", "english"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_every_command_on_a_full_disk_and_in_ascii(setup, tmp_path, name):
-    command = others(setup, tmp_path)[name]
+    places = {"M": setup / "model", "T": setup / "text.txt", "O": tmp_path}
+    command = [
+        places.get(word, word) for word in OTHERS[name].replace("O/", f"{tmp_path}/").split()
+    ]
     with open("/dev/full", "wb") as full:
         done = shell(*command, stdout=full)
     last = done.stderr.decode().splitlines()[-1]

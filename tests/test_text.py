@@ -2,7 +2,6 @@
 
 import re
 import sys
-import types
 
 import pytest
 import torch
@@ -14,53 +13,27 @@ from support.huggingface.tokenizer import load_tokenizer
 from tests.helpers import call, save_checkpoint, tiny_model
 
 
-class Parquet:
-    """Stands in for pyarrow.parquet, which is an extra: a file of two blocks of rows."""
-
-    columns: list = [("text", ["one", "two"]), ("text", ["three"])]  # noqa: RUF012
-
-    class ParquetFile:
-        def __init__(self, path):
-            names = [name for name, _ in Parquet.columns]
-            self.schema_arrow = types.SimpleNamespace(names=names)
-
-        def iter_batches(self, columns):
-            assert columns == ["text"]
-            for _, values in Parquet.columns:
-                column = types.SimpleNamespace(to_pylist=lambda values=values: values)
-                yield types.SimpleNamespace(column=[column].__getitem__)
-
-
 def test_parquet_is_read_if_pyarrow_is_there(tmp_path, monkeypatch):
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    (tmp_path / "b.txt").write_text("four")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)  # importing it fails
-    with pytest.raises(UserError, match=r"a\.parquet needs pyarrow; pip install pyarrow"):
-        list(text.read_documents(tmp_path))
-    stand_in = types.SimpleNamespace(parquet=Parquet, ArrowException=ValueError)
-    monkeypatch.setitem(sys.modules, "pyarrow", stand_in)
-    assert list(text.read_documents(tmp_path)) == ["one", "two", "three", "four"]
-    monkeypatch.setattr(Parquet, "columns", [("text", ["one", None])])
-    with pytest.raises(UserError, match="`text` holds None"):
-        list(text.read_documents(tmp_path))
-    monkeypatch.setattr(Parquet, "columns", [("body", ["one"])])
-    with pytest.raises(UserError, match="no column `text`"):
-        list(text.read_documents(tmp_path))
-
-
-def test_parquet_for_real(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    table = pyarrow.table({"text": ["one", "two"], "id": [1, 2]})
-    parquet.write_table(table, tmp_path / "a.parquet")
-    assert list(text.read_documents(tmp_path / "a.parquet")) == ["one", "two"]
-    parquet.write_table(table.drop(["text"]), tmp_path / "b.parquet")
+    def read(columns):
+        parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet", row_group_size=2)
+        return list(text.read_documents(tmp_path))
+
+    (tmp_path / "b.txt").write_text("four")
+    columns = {"text": ["one", "two", "three"], "id": [1, 2, 3]}
+    assert read(columns) == ["one", "two", "three", "four"]
+    with pytest.raises(UserError, match="`text` holds None"):
+        read({"text": ["one", None]})
     with pytest.raises(UserError, match="no column `text`"):
-        list(text.read_documents(tmp_path / "b.parquet"))
-    (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"c\.parquet is damaged"):
-        list(text.read_documents(tmp_path / "c.parquet"))
+        read({"body": ["one"]})
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"a\.parquet is damaged"):
+        list(text.read_documents(tmp_path))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # importing it fails
+    with pytest.raises(UserError, match=r"a\.parquet needs pyarrow; pip install pyarrow"):
+        list(text.read_documents(tmp_path))
 
 
 LINE = b'{"text": "t5 \xc3\xa9"}\n'
@@ -85,28 +58,35 @@ def test_files_as_editors_write_them(tmp_path, name):
     assert list(text.read_documents(tmp_path)) == documents
 
 
-OBJECT = 'line 2: not a JSON object with a string "text"; mend'
+UTF8 = "no UTF-8 text"
+NO_LINE = [  # of a .jsonl file
+    b"[" * 100_000,
+    b'{"a": ' * 100_000,
+    b"[1]",
+    b"5",
+    b"null",
+    b'"text"',
+    b'{"body": "x"}',
+    b'{"text": ["x"]}',
+    LINE[:-3],
+    b'{"text": "a\0"}',
+    MARK + LINE,
+    b"9" * 5000,
+    b'{"text": "\\ud83d"}',  # half of a pair
+]
 REFUSED = {
-    "deep.jsonl": (LINE + b"[" * 100_000, OBJECT),
-    "deep-object.jsonl": (LINE + b'{"a": ' * 100_000, OBJECT),
-    "list.jsonl": (LINE + b"[1]", OBJECT),
-    "number.jsonl": (LINE + b"5", OBJECT),
-    "null.jsonl": (LINE + b"null", OBJECT),
-    "text.jsonl": (LINE + b'"text"', OBJECT),
-    "other.jsonl": (LINE + b'{"body": "x"}', OBJECT),
-    "value.jsonl": (LINE + b'{"text": ["x"]}', OBJECT),
-    "cut.jsonl": (LINE + LINE[:-3], OBJECT),
-    "nul.jsonl": (LINE + b'{"text": "a\0"}', OBJECT),
-    "mark-inside.jsonl": (LINE + MARK + LINE, OBJECT),
-    "digits.jsonl": (LINE + b"9" * 5000, OBJECT),
-    "surrogate.jsonl": (LINE + b'{"text": "\\ud83d"}', "line 2: the text has half of a surrogate"),
-    "latin.jsonl": (LINE + b'{"text": "\xe9"}', "cannot be read as UTF-8 text"),
-    "utf16.jsonl": (LINE.decode().encode("utf-16"), "save it as UTF-8"),
-    "utf16.txt": ("one".encode("utf-16"), "save it as UTF-8"),
+    "latin.jsonl": (LINE + b'{"text": "\xe9"}', UTF8),
+    "utf16.jsonl": (LINE.decode().encode("utf-16"), UTF8),
+    "utf16.txt": ("one".encode("utf-16"), UTF8),
     "utf16-le.txt": ("one".encode("utf-16-le"), "has NUL bytes, so it is no UTF-8 text; save it"),
-    "utf32.txt": ("one".encode("utf-32-be"), "has NUL bytes, so it is no UTF-8 text; save it"),
+    "utf32.txt": ("one".encode("utf-32-be"), "has NUL bytes"),
     "nul.txt": (b"one\0two", "has NUL bytes"),
 }
+for i, data in enumerate(NO_LINE):
+    REFUSED[f"{i}.jsonl"] = (
+        LINE + data,
+        'line 2: not a JSON object with a "text" of letters; mend',
+    )
 
 
 @pytest.mark.parametrize("name", REFUSED)

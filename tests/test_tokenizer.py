@@ -6,45 +6,56 @@ import re
 import sys
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from support.command import UserError
-from support.huggingface.tokenizer import load_tokenizer
+from support.huggingface.added_tokens import BY_NAME
+from support.huggingface.tokenizer import CLEAN_UP, load_tokenizer
 from tests.helpers import save_checkpoint, tiny_model
 
-TEXT = (
-    """The key and value caches grow with every token that a language model reads and writes.
+TEXT = """The key and value caches grow with every token that a language model reads and writes.
 A cache of fewer channels stores the projections of its inputs, and rebuilds keys when it must.
 Numbers such as 3, 14, 159, 2653 and 58979 are split into digits; tabs, dashes and "quotes" too.
 Another line says that the newest tokens are kept in full precision, the others in fewer numbers.
 """
-    * 3
-    + "".join(
-        f"line number {i}: the register content is <{i * 7919 % 50000}>\n" for i in range(200)
-    )
-)
+LINES = [f"line number {i}: the register content is <{i * 7919 % 50000}>" for i in range(200)]
+TEXT = TEXT * 3 + "\n".join(LINES) + "\n"
+LLAMA = {"tokenizer_class": "LlamaTokenizer"}
+GPT2 = {"tokenizer_class": "GPT2Tokenizer"}
+MISTRAL = {"config": {"model_type": "mistral"}}
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_model(tmp_path_factory):
-    """A SentencePiece BPE with Llama's settings, trained here; and its folder."""
+def train(folder, **options):
+    """A SentencePiece BPE, trained here."""
     spm = pytest.importorskip("sentencepiece")
-    folder = tmp_path_factory.mktemp("sentencepiece")
     (folder / "text.txt").write_text(TEXT)
     spm.SentencePieceTrainer.train(
         input=str(folder / "text.txt"),
         model_prefix=str(folder / "tokenizer"),
-        vocab_size=600,
         model_type="bpe",
+        minloglevel=2,
+        **options,
+    )
+    return spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory):
+    """A SentencePiece BPE with Llama's settings; and its folder."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    theirs = train(
+        folder,
+        vocab_size=600,
         byte_fallback=True,
         split_digits=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
-        minloglevel=2,
     )
-    return spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")), folder
+    return theirs, folder
 
 
 def test_sentencepiece_reader_equals_sentencepiece(sentencepiece_model):
@@ -52,20 +63,19 @@ def test_sentencepiece_reader_equals_sentencepiece(sentencepiece_model):
     ours = load_tokenizer(folder)
     letters = "abcdetonrsi  \n\t019.,<>_-éß漢🙂▁"
 
-    @settings(max_examples=300, deadline=None, derandomize=True)
+    @settings(max_examples=200, deadline=None, derandomize=True)
     @given(st.text(letters) | st.text() | st.sampled_from(TEXT.split("\n")))
     def check(text):
         if "\x00" in text or "▁" in text or any(s in text for s in ("<s>", "</s>", "<unk>")):
             return  # NUL ends SentencePiece's input; the others are spellings of its own symbols
         ids = theirs.encode(text)
-        assert (
-            ours.encode(text, special=False) == ids if not ids else [1, *ids] == ours.encode(text)
-        )
+        assert ours.encode(text, special=False) == ids
+        assert ours.encode(text) == [1, *ids]
         assert ours.decode(ids) == theirs.decode(ids)
 
     check()
     words = TEXT.split()
-    for seed in range(100):
+    for seed in range(50):
         text = " ".join(random.Random(seed).choices(words, k=20))
         assert ours.encode(text) == [1, *theirs.encode(text)]
         assert ours.decode(ours.encode(text)) == text
@@ -82,90 +92,57 @@ def test_damaged_sentencepiece_model(tmp_path, sentencepiece_model, size):
     _, folder = sentencepiece_model
     data = (folder / "tokenizer.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(data[:size])
-    with pytest.raises(UserError, match=r"tokenizer\.model"):
+    with pytest.raises(UserError, match=r"tokenizer\.model is (damaged, or not of Se|not a BPE)"):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("part", ["charsmap", "kind"])
-def test_sentencepiece_model_with_a_damaged_part(tmp_path, sentencepiece_model, part):
+def change_model(source, target, change):
+    """Copies a tokenizer.model, with one thing changed in it."""
     layout = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
     proto = layout.ModelProto()
-    proto.ParseFromString((sentencepiece_model[1] / "tokenizer.model").read_bytes())
-    if part == "charsmap":
-        proto.normalizer_spec.precompiled_charsmap = b"\x00\x01\xff"
-    else:
-        proto.trainer_spec.model_type = 4  # of letters
-    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
-    with pytest.raises(UserError, match=r"tokenizer\.model is (damaged|neither BPE nor unigram)"):
+    proto.ParseFromString((source / "tokenizer.model").read_bytes())
+    change(proto)
+    (target / "tokenizer.model").write_bytes(proto.SerializeToString())
+
+
+UNLIKE = [  # what is changed, and words of the refusal
+    (lambda p: setattr(p.trainer_spec, "model_type", 1), "is not a BPE model"),  # but Unigram
+    (lambda p: setattr(p.trainer_spec, "model_type", 4), "is not a BPE model"),  # but of letters
+    (lambda p: setattr(p.trainer_spec, "byte_fallback", False), "no pieces for single bytes"),
+    (lambda p: setattr(p.trainer_spec, "bos_piece", "[BOS]"), "has other special tokens"),
+    (lambda p: setattr(p.normalizer_spec, "precompiled_charsmap", b"x"), "changes letters"),
+    (lambda p: setattr(p.normalizer_spec, "remove_extra_whitespaces", True), "drops spaces"),
+    (lambda p: setattr(p.normalizer_spec, "add_dummy_prefix", False), "puts no space before"),
+    (lambda p: setattr(p.pieces[400], "type", 4), "has pieces that a user defined"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), UNLIKE)
+def test_a_model_that_no_llama_has_is_refused(tmp_path, sentencepiece_model, change, words):
+    change_model(sentencepiece_model[1], tmp_path, change)
+    mend = "unlike those of Llama and Mistral; put the tokenizer.json of its model beside it"
+    with pytest.raises(UserError, match=rf"tokenizer\.model .*{words}.*, {re.escape(mend)}"):
         load_tokenizer(tmp_path)
+    if "BPE" in words:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(LLAMA))
+        with pytest.raises(UserError, match=words):
+            load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["unigram", "bpe"])  # with the normalization nmt_nfkc, the default
-def test_unigram_and_normalizing_models_equal_sentencepiece(tmp_path, kind):
-    spm = pytest.importorskip("sentencepiece")
-    (tmp_path / "text.txt").write_text(TEXT)
-    spm.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"),
-        model_prefix=str(tmp_path / "tokenizer"),
-        vocab_size=120,
-        model_type=kind,
-        minloglevel=2,
-    )
-    theirs = spm.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    ours = load_tokenizer(tmp_path)
-    for text in ("the  key", "ﬁne ①", "Numbers such as 58979", "", "漢"):
-        assert ours.encode(text, special=False) == theirs.encode(text)
-        assert ours.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text))
-
-
-def test_sentencepiece_that_is_missing_is_named(tmp_path, monkeypatch):
-    (tmp_path / "tokenizer.model").write_bytes(b"x")
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(UserError, match="needs the package sentencepiece"):
-        load_tokenizer(tmp_path)
-
-
-def test_a_bos_token_that_is_no_piece_is_named(tmp_path, sentencepiece_model):
-    _, folder = sentencepiece_model
-    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<bos>"}')
-    with pytest.raises(UserError, match="bos_token '<bos>'"):
-        load_tokenizer(tmp_path)
-
-
-def test_chat_template(tmp_path):
-    folder = save_checkpoint(tiny_model(), tmp_path)
-    with pytest.raises(UserError, match="no chat template"):
-        load_tokenizer(folder).chat([])
-    template = (
-        "{{ bos_token }}{% for m in messages %}\n"
-        "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}\n"
-        "[{{ m.role }}] {{ m.content | tojson }}\n"
-        "{% endfor %}\n"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    messages = [{"role": "user", "content": "a < b"}]
-    expected = '<s>[user] "a < b"\n[assistant]'
-    settings = {"chat_template": template, "bos_token": {"content": "<s>"}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert load_tokenizer(folder).chat(messages) == expected
-    with pytest.raises(UserError, match="no tools here"):
-        load_tokenizer(folder).chat([{"role": "tool", "content": ""}])
-    named = [{"name": "default", "template": template}, {"name": "tool_use", "template": "no"}]
-    settings["chat_template"] = named
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert load_tokenizer(folder).chat(messages) == expected
-    (folder / "tokenizer_config.json").write_text("{}")
-    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    assert load_tokenizer(folder).chat(messages) == "a < b"
+@pytest.mark.parametrize("package", ["sentencepiece", "google"])
+def test_a_package_that_is_missing_is_named(save, monkeypatch, package):
+    folder = save("model", LLAMA)
+    for name in [name for name in sys.modules if name.startswith(package)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match="needs the packages sentencepiece protobuf; pip install"):
+        load_tokenizer(folder)
 
 
 def test_truncation_in_the_file_does_not_cut_prompts(tmp_path):
     """Some tokenizer.json files carry the truncation and padding of their training."""
     file = save_checkpoint(tiny_model(), tmp_path) / "tokenizer.json"
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_file(str(file))
+    backend = tokenizers.Tokenizer.from_file(str(file))
     backend.enable_truncation(3)
     backend.enable_padding(length=9)
     backend.save(str(file))
@@ -192,23 +169,19 @@ def token(content, **flags):
 
 def words():
     """Words as tokens; unlike a BPE, its decoded text may be cleaned up."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     known = ("<unk>", "the", "dog", "it", "'s", ",", "user", "<s>", "</s>")
     vocab = {word: i for i, word in enumerate(known)}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return backend
 
 
 def llama_like():
     """A tokenizer.json as Llama 2 has it, which LlamaTokenizer reads otherwise than it says."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, processors
-
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁thedogus"]
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("d", "o"), ("do", "g"), ("▁", "dog")]
     vocab = {piece: i for i, piece in enumerate(pieces + ["".join(pair) for pair in merges])}
-    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
     steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     backend.normalizer = normalizers.Sequence(steps)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -220,12 +193,10 @@ def llama_like():
 
 def byte_level():
     """A tokenizer.json of bytes, as GPT-2 and Llama 3 have it, which splits digits."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "2")]
     vocab = {piece: i for i, piece in enumerate(letters + ["".join(pair) for pair in merges])}
-    backend = Tokenizer(models.BPE(vocab, merges))
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
     steps = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
@@ -233,19 +204,7 @@ def byte_level():
     return backend
 
 
-def padded(backend=None):
-    backend = backend or words()
-    backend.enable_padding(pad_token="dog")
-    return backend
-
-
-JSON = {
-    "words": words,
-    "padded": padded,
-    "padded bytes": lambda: padded(byte_level()),
-    "llama": llama_like,
-    "bytes": byte_level,
-}
+JSON = {"words": words, "llama": llama_like, "bytes": byte_level}
 
 
 @pytest.fixture
@@ -274,39 +233,28 @@ def reference(folder):
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-LLAMA = {"tokenizer_class": "LlamaTokenizer"}
-MISTRAL = {"model_type": "mistral"}
 TAGS = {"<|user|>": 600, "<|end|>": 601}
-DECODER = {str(i): token(text, special=True) for text, i in TAGS.items()}
+DECODER = {"added_tokens_decoder": {str(i): token(t, special=True) for t, i in TAGS.items()}}
 STRIPPED = {
     "600": token("<|user|>", rstrip=True, special=True),
     "601": token("<|end|>", lstrip=True, special=False),
     "602": token("dog", single_word=True),
 }
+TYPED = token("<|end|>", lstrip=True) | {"__type": "AddedToken"}
+OLD = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|end|>"}
+OLD_MAP = {"pad_token": token("<|user|>", lstrip=True)}
 CHAT = ("<|user|> the dog  <|end|>\nthe dogs<|end|>", " the dog", "<s>the</s> dog 's user, it")
 CHAT += ("the  dog , ", "Grüße 漢 1234", "", "  ")
-DECLARED = {
-    "decoder": ("model", LLAMA | {"added_tokens_decoder": DECODER}, {}),
+DECLARED = {  # a vocabulary, the settings, the files beside them
     "flags": ("model", LLAMA | {"added_tokens_decoder": STRIPPED}, {}),
-    "flags, mistral": ("model", {"added_tokens_decoder": STRIPPED}, {"config": MISTRAL}),
+    "flags, mistral": ("model", {"added_tokens_decoder": STRIPPED}, MISTRAL),
     "added_tokens.json": ("model", LLAMA, {"added_tokens": TAGS}),
-    "added and special": (
-        "model",
-        LLAMA | {"eos_token": "<|end|>"},
-        {"added_tokens": TAGS, "special_tokens_map": {"pad_token": token("<|user|>", lstrip=True)}},
-    ),
-    "additional": ("model", LLAMA | {"additional_special_tokens": list(TAGS)}, {}),
-    "extra list": ("model", LLAMA | {"extra_special_tokens": list(TAGS)}, {}),
-    "extra by name": ("model", LLAMA | {"extra_special_tokens": {"video": "<|user|>"}}, {}),
-    "own name": ("model", LLAMA | {"image_token": "<|user|>", "pad_token": "<|end|>"}, {}),
-    "typed": (
-        "model",
-        LLAMA | {"eos_token": token("<|end|>", lstrip=True) | {"__type": "AddedToken"}},
-        {},
-    ),
+    "added and special": ("model", OLD, {"added_tokens": TAGS, "special_tokens_map": OLD_MAP}),
+    "added beside a file": ("llama", {"eos_token": "<|end|>"}, {"added_tokens": {"<|end|>": 275}}),
+    "added, not special": ("llama", {}, {"added_tokens": {"<|end|>": 275}}),
     "map is ignored": (
         "model",
-        LLAMA | {"added_tokens_decoder": DECODER},
+        LLAMA | DECODER,
         {"special_tokens_map": {"eos_token": "dog"}, "added_tokens": {"it": 602}},
     ),
     "map, additional": (
@@ -314,49 +262,21 @@ DECLARED = {
         LLAMA,
         {"special_tokens_map": {"additional_special_tokens": list(TAGS)}},
     ),
-    "map, extra": ("words", {}, {"special_tokens_map": {"extra_special_tokens": list(TAGS)}}),
     "map, words": (
         "words",
         {},
         {"special_tokens_map": {"additional_special_tokens": ["dog"], "eos_token": token("<e>")}},
     ),
-    "map, own": ("words", {}, {"special_tokens_map": {"image_token": "<|user|>"}}),
     "words": ("words", {"additional_special_tokens": ["<|user|>", "dog"]}, {}),
-    "decoder and names": (
-        "model",
-        LLAMA | {"added_tokens_decoder": DECODER, "extra_special_tokens": {"video": "dog"}},
-        {},
-    ),
-    "map, names": ("words", {}, {"special_tokens_map": {"extra_special_tokens": {"video": "dog"}}}),
-    "map, more": (
-        "words",
-        {"additional_special_tokens": ["<|end|>", "dog"]},
-        {"special_tokens_map": {"extra_special_tokens": [{"content": "<|user|>"}, "dog"]}},
-    ),
-    "own name, typed": ("words", {"image_token": token("<i>") | {"__type": "AddedToken"}}, {}),
+    "own name, typed": ("words", {"image_token": TYPED}, {}),
     "normalized": (
         "model",
         {"added_tokens_decoder": {"600": token("<|user|>", normalized=True)}},
-        {"config": MISTRAL},
+        MISTRAL,
     ),
-    "padding": ("padded", {}, {}),
-    "padding, GPT-2": ("padded bytes", {"tokenizer_class": "GPT2Tokenizer"}, {}),
-    "placeholder": (
-        "model",
-        {"added_tokens_decoder": {"300": token("<|user|>", special=True)}},
-        {"config": MISTRAL},
-    ),
-    "bos and eos": ("model", LLAMA | {"add_bos_token": True, "add_eos_token": True}, {}),
-    "only eos": ("model", LLAMA | {"add_bos_token": False, "add_eos_token": True}, {}),
-    "nothing asked": ("model", LLAMA, {}),
-    "no bos": ("model", LLAMA | {"add_bos_token": True, "bos_token": None}, {}),
-    "bos is another": ("model", LLAMA | {"add_bos_token": True, "bos_token": "</s>"}, {}),
     "bos in words": ("words", {"add_bos_token": True, "bos_token": "<s>"}, {}),
     "bos in llama": ("llama", LLAMA | {"add_bos_token": False, "add_eos_token": True}, {}),
-    "legacy": ("model", LLAMA | {"legacy": True}, {}),
-    "no legacy": ("model", LLAMA | {"legacy": False}, {}),
-    "no legacy, mistral": ("model", {"legacy": False, "add_bos_token": True}, {"config": MISTRAL}),
-    "no space": ("model", LLAMA | {"add_prefix_space": False}, {}),
+    "no legacy, mistral": ("model", {"legacy": False, "add_bos_token": True}, MISTRAL),
     "no class": ("model", None, {}),
     "class in config": ("model", None, {"config": {"model_type": "llama"} | LLAMA}),
     "fast class": ("model", {"tokenizer_class": "PreTrainedTokenizerFast"}, {}),
@@ -364,22 +284,40 @@ DECLARED = {
     "llama file, class": ("llama", LLAMA, {}),
     "llama file, legacy": ("llama", {"tokenizer_class": "LlamaTokenizerFast", "legacy": True}, {}),
     "llama file, no space": ("llama", LLAMA | {"add_prefix_space": False}, {}),
-    "llama file, mistral": ("llama", LLAMA, {"config": MISTRAL}),
+    "llama file, mistral": ("llama", LLAMA, MISTRAL),
     "bytes": ("bytes", LLAMA, {}),
-    "bytes, GPT-2": ("bytes", {"tokenizer_class": "GPT2Tokenizer"}, {}),
-    "bytes, space": ("bytes", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, {}),
-    "clean up": ("words", {"clean_up_tokenization_spaces": True}, {}),
+    "bytes, GPT-2": ("bytes", GPT2, {}),
+    "bytes, space": ("bytes", GPT2 | {"add_prefix_space": True}, {}),
     "clean up BPE": ("llama", LLAMA | {"clean_up_tokenization_spaces": True}, {}),
     "split": ("words", {"split_special_tokens": True, "eos_token": "dog"}, {}),
 }
+for name, settings_of_llama in {
+    "decoder": DECODER,
+    "additional": {"additional_special_tokens": list(TAGS)},
+    "extra list": {"extra_special_tokens": list(TAGS)},
+    "extra by name": {"extra_special_tokens": {"video": "<|user|>"}},
+    "own name": {"image_token": "<|user|>", "pad_token": "<|end|>"},
+    "saved by transformers 5": {"v": "<|user|>", BY_NAME: {"v": "<|user|>", "image_token": "dog"}},
+    "saved, and an own name": {BY_NAME: {"v": "<|user|>"}, "image_token": "<|end|>"},
+    "saved, and extra": {BY_NAME: {"v": "<|user|>"}, "extra_special_tokens": {"w": "<|end|>"}},
+    "typed": {"eos_token": TYPED},
+    "decoder and names": DECODER | {"extra_special_tokens": {"video": "dog"}},
+    "bos and eos": {"add_bos_token": True, "add_eos_token": True},
+    "only eos": {"add_bos_token": False, "add_eos_token": True},
+    "nothing asked": {},
+    "no bos": {"add_bos_token": True, "bos_token": None},
+    "bos is another": {"add_bos_token": True, "bos_token": "</s>"},
+    "bos is new": {"add_bos_token": True, "bos_token": "<bos>"},
+    "legacy": {"legacy": True},
+    "no legacy": {"legacy": False},
+    "no space": {"add_prefix_space": False},
+}.items():
+    DECLARED[name] = ("model", LLAMA | settings_of_llama, {})
 
 
-@pytest.mark.parametrize("name", DECLARED)
-def test_settings_beside_the_vocabulary_as_in_transformers(name, save):
-    kind, settings, files = DECLARED[name]
-    folder = save(kind, settings, **files)
+def assert_as_transformers(folder, texts):
     ours, theirs = load_tokenizer(folder), reference(folder)
-    for text in CHAT:
+    for text in texts:
         ids = ours.encode(text)
         assert ids == theirs(text)["input_ids"], text
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
@@ -388,101 +326,96 @@ def test_settings_beside_the_vocabulary_as_in_transformers(name, save):
     assert ours.special == theirs.special_tokens_map
 
 
-@pytest.mark.parametrize(
-    "kind,config", [("bpe", "mistral"), ("unigram", "mistral"), ("bpe", "llama")]
-)
+@pytest.mark.parametrize("name", DECLARED)
+def test_settings_beside_the_vocabulary_as_in_transformers(name, save):
+    kind, settings, files = DECLARED[name]
+    assert_as_transformers(save(kind, settings, **files), CHAT)
+
+
 @pytest.mark.parametrize("legacy", [True, False])
-def test_own_symbols_of_a_sentencepiece_model_as_in_transformers(tmp_path, kind, config, legacy):
-    spm = pytest.importorskip("sentencepiece")
-    (tmp_path / "text.txt").write_text(TEXT)
-    spm.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"),
-        model_prefix=str(tmp_path / "tokenizer"),
-        vocab_size=140,
-        model_type=kind,
-        user_defined_symbols=["<tab>", "keys"],
-        control_symbols=["<sep>"],
-        minloglevel=2,
-    )
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": config}))
+def test_symbols_of_a_sentencepiece_model_as_in_transformers(tmp_path, legacy):
+    """LlamaTokenizer reads a model that normalizes, without bytes for unknown letters, its way."""
+    symbols = {"user_defined_symbols": ["<tab>", "keys"], "control_symbols": ["<sep>"]}
+    train(tmp_path, vocab_size=140, **symbols)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(LLAMA | {"legacy": legacy}))
-    ours, theirs = load_tokenizer(tmp_path), reference(tmp_path)
-    for text in ("the keys<tab> of  a monkeys<sep>line", " ﬁne ", "▁the", "漢 the"):
-        ids = ours.encode(text)
-        assert ids == theirs(text)["input_ids"]
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    texts = ("the keys<tab> of  a monkeys<sep>line", " ﬁne ", "▁the", "漢 the")
+    assert_as_transformers(tmp_path, texts)
 
 
-NUMBERS = [5, 1.5, [7], True, {"text": "x"}]
+@pytest.mark.parametrize("config", ["llama", "mistral"])
+def test_the_order_of_merges_is_as_in_transformers(save, config):
+    """LlamaTokenizer goes by ids, SentencePiece by scores; here these differ."""
+    folder = save("model", LLAMA, config={"model_type": config})
+
+    def turn_scores_round(proto):
+        for piece in proto.pieces:
+            piece.score = -piece.score
+
+    change_model(folder, folder, turn_scores_round)
+    assert_as_transformers(folder, [*CHAT, *TEXT.splitlines()[:4]])
+
+
+ID_300 = {"added_tokens_decoder": {"300": token("<|user|>")}}
 WRONG = {
     "added id": (LLAMA, {"added_tokens": {"<|user|>": 700}}, "'<|user|>' says its id is 700"),
-    "decoder id": (
-        LLAMA | {"added_tokens_decoder": {"300": token("<|user|>")}},
-        {},
-        "'<|user|>' says its id is 300, but it would get 600",
-    ),
+    "decoder id": (LLAMA | ID_300, {}, "'<|user|>' says its id is 300, but it would get 600"),
+    "decoder id, mistral": (ID_300, MISTRAL, "says its id is 300, but it would get 600"),
     "another class": ({"tokenizer_class": "BertTokenizer"}, {}, "tokenizer_class BertTokenizer"),
-    "class": ({"tokenizer_class": 5}, {}, "tokenizer_class is 5"),
+    "GPT2Tokenizer": (GPT2, {}, "tokenizer_class GPT2Tokenizer is not supported"),
+    "class": ({"tokenizer_class": 5}, {}, "tokenizer_class 5 is not supported"),
     "regex": ({"fix_mistral_regex": True}, {}, "fix_mistral_regex"),
-    "decoder": ({"added_tokens_decoder": [1]}, {}, "added_tokens_decoder is not an object"),
-    "decoder null": ({"added_tokens_decoder": None}, {}, "added_tokens_decoder is not an object"),
-    "decoder key": ({"added_tokens_decoder": {"a": token("x")}}, {}, "added_tokens_decoder"),
-    "decoder value": ({"added_tokens_decoder": {"600": "x"}}, {}, "added_tokens_decoder"),
-    "decoder token": ({"added_tokens_decoder": {"600": {}}}, {}, "without_content"),
-    "flag": ({"added_tokens_decoder": {"600": token("x", lstrip=1)}}, {}, "lstrip of the token"),
-    "extra": ({"extra_special_tokens": "x"}, {}, "extra_special_tokens is neither a list"),
+    "versions": ({"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}, {}, "fast_tokenizer_files"),
+    "clean up": ({f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output": True}, {}, CLEAN_UP),
+    "decoder": ({"added_tokens_decoder": [1]}, {}, "added_tokens_decoder is no object"),
+    "decoder null": ({"added_tokens_decoder": None}, {}, "added_tokens_decoder is no object"),
+    "decoder key": ({"added_tokens_decoder": {"a": token("x")}}, {}, "added_tokens_decoder is no"),
+    "decoder token": ({"added_tokens_decoder": {"600": {}}}, {}, "the token {} is neither a text"),
+    "flag": ({"added_tokens_decoder": {"600": token("x", lstrip=1)}}, {}, "'lstrip': 1"),
+    "extra": ({"extra_special_tokens": "x"}, {}, "extra_special_tokens is no list or object"),
     "extra member": ({"extra_special_tokens": [3]}, {}, "the token 3"),
+    "names": ({BY_NAME: ["x"]}, {}, "model_specific_special_tokens is no object"),
     "added value": (LLAMA, {"added_tokens": {"x": "600"}}, "added_tokens.json: 'x' has the id"),
-    "added list": (LLAMA, {"added_tokens": ["x"]}, "added_tokens.json holds a list"),
-    "map": (
-        LLAMA,
-        {"special_tokens_map": {"eos_token": 3}},
-        "special_tokens_map.json: the token 3",
-    ),
+    "added list": (LLAMA, {"added_tokens": ["x"]}, "a list, not a JSON object"),
+    "map": (LLAMA, {"special_tokens_map": {"eos_token": 3}}, "tokens_map.json: the token 3"),
+    "map, names": (LLAMA, {"special_tokens_map": {"image_token": "x"}}, "move it to tokenizer_con"),
     "surrogate": ({"eos_token": "\ud800"}, {}, "the token '\\ud800'"),
 }
-WRONG |= {f"bos {value}": ({"bos_token": value}, {}, "the token") for value in NUMBERS}
-WRONG |= {f"add {value}": ({"add_bos_token": value}, {}, "add_bos_token is") for value in [5, "x"]}
-WRONG |= {f"legacy {value}": ({"legacy": value}, {}, "legacy is") for value in [0, "no", []]}
+for value in (5, 1.5, [7], True, {"text": "x"}, {"content": None}):
+    WRONG[f"bos {value}"] = ({"bos_token": value}, {}, f"the token {value} is neither")
+for switch, value in (("add_bos_token", 5), ("add_bos_token", "x"), ("legacy", 0), ("legacy", [])):
+    WRONG[f"{switch} {value}"] = ({switch: value}, {}, f"{switch} is {value!r}, neither true nor")
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_settings_of_a_tokenizer_are_named_in_a_line(name, save):
     settings, files, said = WRONG[name]
     folder = save("model", settings, **files)
-    said = said.replace("without_content", "is neither a text nor an object with a `content`")
     with pytest.raises(UserError, match=re.escape(said)) as error:
         load_tokenizer(folder)
     assert ".json" in str(error.value) or str(folder) in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_class_that_cannot_be_rebuilt_is_refused(save):
+def test_what_only_tokenizers_of_bpe_can_do_is_refused_of_others(save):
     with pytest.raises(UserError, match="LlamaTokenizer with a WordLevel"):
         load_tokenizer(save("words", LLAMA))
+    with pytest.raises(UserError, match=f"{CLEAN_UP} is not supported; take it out"):
+        load_tokenizer(save("words", {CLEAN_UP: True}))
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_config", "special_tokens_map"])
-def test_json_with_a_byte_order_mark_or_too_deep_is_named(name, save):
+def test_json_with_a_byte_order_mark_or_too_deep(name, save):
     folder = save("words", {})
     file = folder / f"{name}.json"
     file.write_bytes(b"\xef\xbb\xbf{}")
-    with pytest.raises(UserError, match=f"{name}.json begins with a byte order mark; save it as"):
-        load_tokenizer(folder)
+    if name == "tokenizer":
+        with pytest.raises(UserError, match=r"tokenizer\.json is damaged"):
+            load_tokenizer(folder)
+    else:
+        assert load_tokenizer(folder).encode("the dog") == [1, 2]
     file.write_text('{"a": ' + "[" * 200_000)
-    with pytest.raises(UserError, match=rf"{name}\.json (is nested too deeply|is damaged)"):
-        load_tokenizer(folder)
-
-
-def test_protobuf_that_is_missing_is_named(save, monkeypatch):
-    folder = save("model", LLAMA)
-    for name in [name for name in sys.modules if name.startswith(("google", "sentencepiece."))]:
-        monkeypatch.delitem(sys.modules, name)
-    import sentencepiece
-
-    monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2", raising=False)
-    monkeypatch.setitem(sys.modules, "google", None)
-    with pytest.raises(UserError, match="needs the package protobuf; pip install it"):
+    with pytest.raises(UserError, match=rf"{name}\.json (cannot be read as JSON|is damaged)"):
         load_tokenizer(folder)
 
 
@@ -503,8 +436,6 @@ TEMPLATES = {
     "{% endfor %}{{ n.a }} {{ dict(b=2) }} {{ dict.fromkeys([1]) }}",
     "time": "{{ strftime_now('%Y') | length }}",
     "blocks": "  {% if add_generation_prompt %}\n  a\n  {% endif %}\n\n  b",
-    "message": "{{ messages[0] | tojson }} {{ messages[0].name is defined }}",
-    "reasoning": "{{ messages[1].reasoning_content }} {{ messages[1].thinking }}",
     "empty": "",
 }
 
@@ -513,8 +444,8 @@ TEMPLATES = {
 def test_chat_templates_as_in_transformers(name, save):
     extra = {"extra_special_tokens": {"video": "<v>"}, "image_token": "<i>", "bos_token": "<s>"}
     folder = save("words", {"chat_template": TEMPLATES[name], **extra})
-    first = {"role": "user", "content": "<é> 'a' & 漢", "name": None}
-    messages = [first, {"role": "assistant", "content": "b", "reasoning": "c"}]
+    first = {"role": "user", "content": "<é> 'a' & 漢"}
+    messages = [first, {"role": "assistant", "content": "b"}]
     options = {"tokenize": False, "add_generation_prompt": True}
     expected = reference(folder).apply_chat_template(messages, **options)
     assert load_tokenizer(folder).chat(messages) == expected
@@ -555,26 +486,18 @@ BROKEN = {
     "memory": ("{{ 'x' * 10**15 }}", "MemoryError"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     "sandbox": ("{{ ''.__class__.__mro__ }}", "SecurityError"),
-    "name": ("{% set n = namespace(_a=1) %}", "SecurityError"),
-    "later name": ("{% set n = namespace() %}{% set n._a = 1 %}", "SecurityError"),
     "syntax": ("{% if %}", "TemplateSyntaxError"),
     "open": ("{% for m in messages %}", "TemplateSyntaxError"),
     "filter": ("{{ 1 | frobnicate }}", "TemplateAssertionError"),
     "json": ("{{ range | tojson }}", "TypeError"),
     "deep": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),
     "own words": ("{{ raise_exception('only\nfor tools') }}", "fails: only for tools; try"),
-    "number": (5, "of type int, not text"),
-    "flag": (False, "of type bool, not text"),
-    "numbers": ([1, 2], "objects with `name` and `template`"),
-    "no template": ([{"name": "default"}], "objects with `name` and `template`"),
-    "no name": ([{"template": "x"}], "objects with `name` and `template`"),
-    "texts": (["x"], "objects with `name` and `template`"),
-    "value": ([{"name": "default", "template": 5}], "of type int, not text"),
-    "null value": ({"default": None}, "of type NoneType, not text"),
-    "empty list": ([], "no chat template has the name `default`"),
-    "empty object": ({}, "no chat template has the name `default`"),
-    "no default": ([{"name": "rag", "template": "x"}], "no chat template has the name `default`"),
 }
+NO_TEMPLATE = (5, False, [1, 2], [{"name": "default"}], [{"template": "x"}], ["x"], [], {})
+NO_TEMPLATE += ([{"name": "default", "template": 5}], [{"name": "rag", "template": "x"}])
+NO_TEMPLATE += ({"default": None}, [{"name": [], "template": "x"}])
+for value in NO_TEMPLATE:
+    BROKEN[f"no template {value}"] = (value, "is neither UTF-8 text nor several, one of the name")
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -597,19 +520,21 @@ def test_template_files_that_are_not_utf8_or_have_no_default(save):
     folder = save("words", {"chat_template": "x"})
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates/rag.jinja").write_text("x")
-    with pytest.raises(UserError, match="additional_chat_templates: no chat template has the name"):
+    with pytest.raises(UserError, match="additional_chat_templates: the chat template is neither"):
         load_tokenizer(folder).encode_prompt("the dog")
     (folder / "chat_template.jinja").write_bytes(b"{# \xe9 #}x")
-    with pytest.raises(UserError, match=r"chat_template\.jinja cannot be read as UTF-8 text"):
+    with pytest.raises(UserError, match=r"template\.jinja: the chat template is neither UTF-8"):
         load_tokenizer(folder).encode_prompt("the dog")
     assert load_tokenizer(folder).encode_prompt("the dog", chat=False) == [1, 2]
 
 
-def test_names_and_messages_that_no_template_can_have(save):
-    folder = save("words", {"chat_template": "x", "extra_special_tokens": {"tools": "<t>"}})
-    with pytest.raises(UserError, match="a special token has the name 'tools'"):
-        load_tokenizer(folder).encode_prompt("the dog")
+def test_a_model_that_does_not_chat_and_messages_that_are_none(save):
+    with pytest.raises(UserError, match="this model has no chat template"):
+        load_tokenizer(save("words", {})).chat([])
     tokenizer = load_tokenizer(save("words", {"chat_template": "x"}))
-    for messages in ([], ["the dog"]):
-        with pytest.raises(UserError, match="a chat needs one message at least"):
+    good = {"role": "user", "content": "x"}
+    for messages in ([], ["the dog"], [good, {"role": "user"}], [{**good, "reasoning": "y"}]):
+        with pytest.raises(
+            UserError, match="a chat is made of messages, each of a role and a cont"
+        ):
             tokenizer.chat(messages)

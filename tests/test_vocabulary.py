@@ -35,60 +35,53 @@ def setup(tmp_path_factory):
     return folder
 
 
-def commands(setup, model, out):
-    """Every command that turns text into tokens, by name: its module and its arguments."""
-    inside, beyond = setup / "inside.txt", setup / "beyond.txt"
-    model = ["--model", setup / model]
-    sizes = ["--context", 20, "--steps", 4, "--passages", 5, "--batch", 5]
-    few = ["--samples", 4, "--seq-len", 200, "--ratios", "0.5"]
-    paper_to = ["--out", out / "o", "--work", out / "w", *few]
-    full = [*model, "--caches", "full"]
-    return {
-        "infer": (infer, [*model, "--cache", "full", "--prompt", "t5 t70"]),
-        "train": (train, [*model, "--data", beyond, "--out", out / "f", "--epochs", 0]),
-        "perplexity": (evaluate, ["perplexity", *full, "--text", beyond, *sizes]),
-        "calibration": (
-            evaluate,
-            ["perplexity", *model, "--text", inside, "--calibrate", beyond, *sizes, *few],
-        ),
-        "longeval": (evaluate, ["longeval", *full, "--lines", 2, "--cases", 2]),
-        "passkey": (evaluate, ["passkey", *full, "--lines", 2, "--cases", 2]),
-        "decode": (evaluate, ["longeval", *full, "--lines", 2, "--question", "decode"]),
-        "longbench": (evaluate, ["longbench", *full, "--data", setup, "--sets", "triviaqa_e"]),
-        "lveval": (evaluate, ["lveval", *full, "--data", setup, "--sets", "factrecall_en_16k"]),
-        "table3": (paper, ["table3", *model, "--lines", 2, "--cases", 1, *paper_to]),
-        "figure3": (paper, ["figure3", *model, "--calibrate", beyond, *paper_to]),
-    }
-
-
-NAMES = ["infer", "train", "perplexity", "calibration", "longeval", "passkey", "decode"]
-NAMES += ["longbench", "lveval", "table3", "figure3"]
+SIZES = "--context 20 --steps 4 --passages 5 --batch 5"
+FEW = "--samples 4 --seq-len 200 --ratios 0.5"
+PAPER = f"--out O/o --work O/w {FEW}"
+COMMANDS = {  # every one that turns text into tokens; S is the folder of the setup, O an empty one
+    "infer": (infer, ["--cache", "full", "--prompt", "t5 t70"]),
+    "train": (train, "--data S/beyond.txt --out O/f --epochs 0"),
+    "perplexity": (evaluate, f"perplexity --caches full --text S/beyond.txt {SIZES}"),
+    "calibration": (
+        evaluate,
+        f"perplexity --text S/inside.txt --calibrate S/beyond.txt {SIZES} {FEW}",
+    ),
+    "longeval": (evaluate, "longeval --caches full --lines 2 --cases 2"),
+    "passkey": (evaluate, "passkey --caches full --lines 2 --cases 2"),
+    "decode": (evaluate, "longeval --caches full --lines 2 --question decode"),
+    "longbench": (evaluate, "longbench --caches full --data S --sets triviaqa_e"),
+    "lveval": (evaluate, "lveval --caches full --data S --sets factrecall_en_16k"),
+    "table3": (paper, f"table3 --lines 2 --cases 1 {PAPER}"),
+    "figure3": (paper, f"figure3 --calibrate S/beyond.txt {PAPER}"),
+}
 
 
 def refusal(setup, model, out, capsys, name):
     """The one line in which the command refuses this model's text."""
     if name in ("table3", "figure3"):
         pytest.importorskip("matplotlib")
-    module, args = commands(setup, model, out)[name]
-    code, printed, err = call(module, capsys, *args)
+    module, words = COMMANDS[name]
+    if isinstance(words, str):
+        words = [word.replace("S", str(setup)).replace("O/", f"{out}/") for word in words.split()]
+    code, printed, err = call(module, capsys, *words, "--model", setup / model)
     assert (code, printed) == (2, "") and "Traceback" not in err
     return err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_token_beyond_the_vocabulary_is_one_line(setup, tmp_path, capsys, name):
     last = refusal(setup, "larger", tmp_path, capsys, name)
     assert last.startswith("error: token 7") and "is not in the model's 61" in last
     assert not (tmp_path / "f").exists()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_text_that_yields_no_token_is_one_line(setup, tmp_path, capsys, name):
     last = refusal(setup, "deaf", tmp_path, capsys, name)
     assert last.startswith("error: ") and "token" in last
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_tokenizer_that_fails_on_a_text_is_one_line(setup, tmp_path, capsys, name):
     """Its word for unknown words is none of its words."""
     last = refusal(setup, "broken", tmp_path, capsys, name)

@@ -1,141 +1,92 @@
 """The chat template of a checkpoint: which one it is, and the prompt that it makes of messages.
 
 Templates are written for transformers, so they get what its version 5 gives them: its variables,
-filters, tags and limits. A template is a program that came with a download: it runs in jinja's
-sandbox, and whatever it raises is one line that says so.
+filters and tags. A template is a program that came with a download: it runs in jinja's sandbox, and
+whatever it raises is one line that says so.
 """
 
 import json
 from datetime import datetime
 from pathlib import Path
 
+import jinja2
+from jinja2 import ext, nodes, sandbox
+
 from support.command import UserError
 
-# Names of a model's reasoning that templates read; transformers fills the first two from any.
-REASONING = ("reasoning_content", "thinking", "reasoning")
 MEND = "try --no-chat"
 
 
 def find_template(folder: Path, settings: dict) -> tuple[object, str]:
-    """The template as it stands in a checkpoint's files, None without one, and where it stands.
-
-    Any JSON value, or bytes that are no text: only who chats needs a good one (`choose_template`).
-    """
-    files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
-    if (folder / "chat_template.jinja").is_file():
-        files.setdefault("default", folder / "chat_template.jinja")
-    if not files:
-        return settings.get("chat_template"), str(folder / "tokenizer_config.json")
-    path = files.get("default")
-    if path is None:  # transformers then reads none of tokenizer_config.json either
-        return {}, str(folder / "additional_chat_templates")
-    try:
-        return path.read_text(encoding="utf-8"), str(path)
-    except (OSError, UnicodeDecodeError):
-        return b"", str(path)
+    """The template as it stands in a checkpoint's files, None without one, and where it stands. It
+    may be any JSON value, or have bytes that are no letters: only who chats needs a good one."""
+    by_name = folder / "additional_chat_templates"
+    for file in (by_name / "default.jinja", folder / "chat_template.jinja"):
+        if file.is_file():
+            return file.read_text(encoding="utf-8", errors="surrogateescape"), str(file)
+    if any(by_name.glob("*.jinja")):  # transformers then reads none of tokenizer_config.json either
+        return {}, str(by_name)
+    return settings.get("chat_template"), str(folder / "tokenizer_config.json")
 
 
-def choose_template(template: object, source: str) -> str:
-    """The one template for a chat. Raises `UserError` if what the files hold is none."""
-    if isinstance(template, bytes):
-        raise UserError(f"{source} cannot be read as UTF-8 text; save it so, or {MEND}")
-    if isinstance(template, list):  # the older spelling of several templates by name
-        try:
-            template = {str(item["name"]): item["template"] for item in template}
-        except (TypeError, KeyError):
-            what = "holds something else than objects with `name` and `template`"
-            raise UserError(f"{source}: the list chat_template {what}; {MEND}") from None
-    if isinstance(template, dict):
-        if "default" not in template:
-            raise UserError(f"{source}: no chat template has the name `default`; {MEND}")
-        template = template["default"]
-    if not isinstance(template, str):
-        kind = type(template).__name__
-        raise UserError(f"{source}: the chat template is of type {kind}, not text; {MEND}")
-    return template
-
-
-def render(template: str, messages: list[dict], special: dict[str, str], source: str) -> str:
+def render(template: object, messages: list[dict], special: dict[str, str], source: str) -> str:
     """Messages as one prompt that ends where the answer begins.
 
-    `special` has the texts of the special tokens by name. Raises `UserError` for whatever the
-    template raises, and for messages that are none.
+    `special` has the texts of the special tokens by name. Raises `UserError` if what stands in the
+    `source` is no template, for whatever it raises, and for messages that are none.
     """
-    if not messages or not all(isinstance(message, dict) for message in messages):
-        raise UserError("a chat needs one message at least, each with a role and a content")
-    known = {"messages": [plain_message(message) for message in messages]}
-    known |= {"tools": None, "documents": None, "add_generation_prompt": True}
-    if twice := sorted(known.keys() & special.keys()):
-        raise UserError(f"{source}: a special token has the name {twice[0]!r}; {MEND}")
     try:
-        return make_environment().from_string(template).render(**special, **known)
+        if isinstance(template, list):  # the older spelling of several templates by name
+            template = {item["name"]: item["template"] for item in template}
+        if isinstance(template, dict):
+            template = template["default"]
+        template.encode()  # fails for bytes that are no letters, too
+    except (TypeError, KeyError, AttributeError, UnicodeEncodeError):
+        problem = "the chat template is neither UTF-8 text nor several, one of the name `default`"
+        raise UserError(f"{source}: {problem}; {MEND}") from None
+    if not messages or any(set(message) != {"role", "content"} for message in messages):
+        raise UserError("a chat is made of messages, each of a role and a content; give one")
+    try:
+        compiled = make_environment().from_string(template)
+        return compiled.render(
+            special, messages=messages, tools=None, documents=None, add_generation_prompt=True
+        )
     except Exception as error:  # a program of others: a wrong type, a division by zero, anything
         reason = " ".join(str(error).split())
-        if type(error).__name__ != "TemplateError" or not reason:  # else its own words
+        if type(error) is not jinja2.TemplateError or not reason:  # else the template's words
             reason = f"{type(error).__name__}: {reason}"
         raise UserError(f"{source}: the chat template fails: {reason}; {MEND}") from None
 
 
-def plain_message(message: dict) -> dict:
-    """A message as transformers shows it to a template: no None, reasoning by its two names."""
-    message = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((message[name] for name in REASONING if name in message), None)
-    if reasoning is None:
-        return message
-    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+class Generation(ext.Extension):
+    """{% generation %}...{% endgeneration %} marks an answer in training; here, its text."""
+
+    tags = {"generation"}  # noqa: RUF012 (as jinja declares it)
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("text"), [], [], body).set_lineno(line)
+
+    def text(self, caller):
+        return caller()
 
 
-def make_environment():
+def to_json(value: object, ensure_ascii: bool = False, **options) -> str:
+    """The filter `tojson`: jinja's would escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def make_environment() -> jinja2.Environment:
     """jinja's sandbox, with what templates for transformers expect of it."""
-    import jinja2
-    from jinja2 import ext, nodes, sandbox, utils
-
-    class Generation(ext.Extension):
-        """{% generation %}...{% endgeneration %} marks an answer in training; here, its text."""
-
-        tags = {"generation"}  # noqa: RUF012 (as jinja declares it)
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("text"), [], [], body).set_lineno(line)
-
-        def text(self, caller):
-            return caller()
-
-    class Namespace(utils.Namespace):
-        """jinja's, but without names that begin with an underscore, which transformers refuses."""
-
-        def __init__(*args, **values):  # a template may call a value `self`
-            for name in dict(*args[1:], **values):
-                check_name(name)
-            utils.Namespace.__init__(*args, **values)
-
-        def __setitem__(self, name, value):
-            check_name(name)
-            super().__setitem__(name, value)
-
-    def check_name(name: object) -> None:
-        if str(name).startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace with the name {name!r}")
-
-    def fail(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(  # jinja's own escapes HTML
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
     environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = fail
+    environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.globals["namespace"] = Namespace
     return environment

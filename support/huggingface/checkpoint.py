@@ -6,9 +6,6 @@ What this code would compute differently from the reference library is refused.
 import json
 import math
 import os
-import pickle
-import reprlib
-import tarfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,27 +13,22 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from model import Config, Rope, Transformer
+from model import Config, Transformer
 from support.command import UserError, first_line
-
-SHORT = reprlib.Repr()
-SHORT.maxstring = SHORT.maxother = 80
-shown = SHORT.repr  # a value from a file, as a part of one line
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises `UserError` if it is damaged."""
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a mark first
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply to be read; fetch it again") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} holds a {type(data).__name__}, not a JSON object; fetch it again")
+        if not isinstance(data, dict):
+            raise ValueError(f"a {type(data).__name__}, not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"cannot be read as JSON ({first_line(error)})"
+        raise UserError(f"{path} {problem}; correct it or fetch it again") from None
     return data
 
 
@@ -44,38 +36,41 @@ def read_json(path: Path) -> dict:
 
 MOST_LAYERS = 1000
 MOST = 2**24  # channels, heads or words; keeps the bytes of every matrix countable in 64 bits
+NOTHING = (None, False, [], {})
+PLAIN = {  # entries that change the computation, and the values that leave it as it is
+    "model_type": ("llama", "mistral"),
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "is_causal": (True, None),
+    "attention_chunk_size": (None,),
+    "quantization_config": (None,),
+    "per_layer_config": NOTHING,
+    "transformers_weights": NOTHING,
+    "configuration_files": NOTHING,
+}
 
 
 class Settings:
-    """The entries of a JSON file, each of the kind and size that it is asked for.
-
-    Kinds are strict, as in the reference library: 12 is a whole number; "12", 12.0 and true are
-    not. An entry that is absent has its default, one that is null does not.
-    """
+    """The entries of a JSON file, each of the type and size that it is asked for. Types are strict,
+    as in the reference library: "12", 12.0 and true are no whole numbers."""
 
     def __init__(self, path: Path):
         self.path, self.entries = path, read_json(path)
 
-    def refuse(self, what: str) -> NoReturn:
-        raise UserError(
-            f"{self.path}: {what} is not supported; use a plain Llama or Mistral checkpoint"
-        )
-
-    def disagree(self, what: str) -> NoReturn:
-        raise UserError(f"{self.path}: {what} disagree; remove the one that is not meant")
+    def refuse(self, problem: str) -> NoReturn:
+        mend = "use a plain Llama or Mistral, one that is not quantized"
+        raise UserError(f"{self.path}: {problem} is not supported; {mend}")
 
     def check(self, fits: bool, name: str, value: object, wanted: str) -> None:
         """Raises `UserError` unless `value`, that of the entry `name`, `fits` what is `wanted`."""
         if not fits:
-            raise UserError(
-                f"{self.path} has a bad value: {name} is {shown(value)}, not {wanted}; "
-                "correct it or fetch the file again"
-            )
+            problem = f"{name} is {value!r:.80}, not {wanted}"
+            mend = "correct it or fetch the file again"
+            raise UserError(f"{self.path} has a bad value: {problem}; {mend}")
 
     def whole(self, name: str, default: int | None = None, most: int = MOST) -> int:
-        if default is None and name not in self.entries:
-            raise UserError(f"{self.path} lacks {name!r}; write it in or fetch the file again")
-        value = self.entries.get(name, default)
+        value = self.entries.get(name)
+        if value is None:
+            value = default
         fits = type(value) is int and 0 < value <= most
         self.check(fits, name, value, f"a positive whole number up to {most}")
         return value
@@ -88,120 +83,99 @@ class Settings:
     def ends(self) -> tuple[int, ...]:
         """The tokens that end a text. One beyond the vocabulary never comes, and does no harm."""
         value = self.entries.get("eos_token_id")
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        fits = all(type(i) is int for i in ids)
+        if value is None:
+            return ()
+        ids = value if isinstance(value, list) else [value]
+        fits = {type(i) for i in ids} <= {int}
         self.check(fits, "eos_token_id", value, "a whole number or a list of them")
         return tuple(ids)
 
 
 def read_window(c: Settings, mistral: bool, layers: int) -> int | None:
-    """The sliding window that all layers have. Raises `UserError` if they differ, or for others.
+    """The sliding window that all layers have. Raises `UserError` if they differ.
 
-    As the reference library reads it, not by the names alone: a Llama has no window whatever its
-    config says, a Mistral has one unless its config says null, and `use_sliding_window` is for
-    other models. (Its forward pass, that is. Its generation forgets a Llama's old tokens if the
-    config has a left-over window, so that the two disagree.)
+    As the reference library's forward pass reads it, not by the names alone: a Llama has none
+    whatever its config says, a Mistral has one unless its config says null, and
+    `use_sliding_window` is for other models.
     """
     window = c.entries.get("sliding_window", 4096 if mistral else None)
     fits = window is None or (type(window) is int and window > 0)
     c.check(fits, "sliding_window", window, "a positive whole number or null")
-    if c.entries.get("attention_chunk_size") is not None:
-        c.refuse("attention in chunks (attention_chunk_size)")
-    if c.entries.get("is_causal") not in (None, True):
-        c.refuse("attention to later tokens (is_causal)")
-
-    kinds = c.entries.get("layer_types")
-    if kinds is None:
+    types = c.entries.get("layer_types")
+    if types is None:
         return window if mistral else None
-    if not isinstance(kinds, list) or len(kinds) != layers:
-        c.check(False, "layer_types", kinds, f"a list of {layers}, one for each layer")
-    if all(kind in ("full_attention", "attention") for kind in kinds):
+    if types in (["full_attention"] * layers, ["attention"] * layers):
         return None
-    if not mistral or window is None or any(kind != "sliding_attention" for kind in kinds):
-        c.refuse(f"attention by layer_types {shown(kinds)}")
+    if types != ["sliding_attention"] * layers or not mistral or window is None:
+        c.refuse(f"attention by layer_types {types!r:.80}")
     return window
 
 
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+TRAINED = "original_max_position_embeddings"
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", TRAINED)
 NEEDED = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
-FLOAT32_MAX = torch.finfo(torch.float32).max  # RoPE's frequencies are computed in 32 bits
+# A factor below 1 would shorten the context. Frequencies grow as theta falls, until their last bit
+# decides what a position means.
+LEAST = {"factor": 1, "rope_theta": 0.1}
+MOST_ROPE = 1e38  # RoPE's frequencies are computed in 32 bits
 
 
-def read_rope(c: Settings, rope: dict, max_position_embeddings: int) -> dict:
-    """{"rope_theta": ..., "rope_type": ..., what the type needs} from one dict of a config.
+def read_rope(c: Settings, positions: int) -> dict:
+    """{"rope_theta": ..., "rope_type": ..., and the numbers that this type needs}.
 
-    Older configs keep some of it beside the dict. Raises `UserError` for another kind of RoPE, for
-    numbers that cannot be meant, and where both places say something and not the same.
+    As the reference library reads it: `rope_scaling` goes before `rope_parameters`, which it writes
+    since version 5; what stands in the dict goes before what older configs have beside it, except
+    the length that the model was trained for. Raises `UserError` for another kind of RoPE, and for
+    numbers that cannot be meant.
     """
-    defaults = {
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 1.0,
-        "original_max_position_embeddings": max_position_embeddings,
-    }
-    values = {**defaults, **{k: v for k, v in c.entries.items() if k in defaults}, **rope}
-    for name in defaults:
-        beside = c.entries.get(name)
-        if name in rope and beside is not None and rope[name] != beside:
-            c.disagree(f"{name} {shown(beside)} and, in RoPE, {shown(values[name])}")
+    rope = c.entries.get("rope_scaling") or c.entries.get("rope_parameters")
+    if rope is None:
+        rope = {}
+    if not isinstance(rope, dict):
+        c.refuse(f"RoPE scaling {rope!r:.80}")
+    values = {"rope_theta": 10000.0, "partial_rotary_factor": None, TRAINED: positions}
+    beside = {name: value for name, value in c.entries.items() if name in values}
+    values |= beside | rope
+    if TRAINED in beside:
+        values[TRAINED] = beside[TRAINED]
 
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("type") not in (None, kind):
-        c.disagree(f"RoPE's rope_type {shown(kind)} and type {shown(rope['type'])}")
-    if not isinstance(kind, str) or kind not in NEEDED:
-        c.refuse(f"RoPE scaling {shown(kind)}")
     if any(isinstance(value, dict) for value in rope.values()):
         c.refuse("RoPE that differs between layers")
+    if not isinstance(kind, str) or kind not in NEEDED:
+        c.refuse(f"RoPE scaling {kind!r:.80}")
     if values["partial_rotary_factor"] not in (None, 1):
-        c.refuse(f"a partial_rotary_factor of {shown(values['partial_rotary_factor'])}")
-
+        c.refuse(f"a partial_rotary_factor of {values['partial_rotary_factor']!r:.80}")
     result = {"rope_type": kind}
     for name in ("rope_theta", *NEEDED[kind]):
-        if name not in values:
-            raise UserError(
-                f"{c.path}: RoPE scaling {kind!r} needs {name!r}; write it in or fetch it again"
-            )
-        value = result[name] = values[name]
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        if name == "factor":  # one below 1 would shorten the context
-            c.check(fits and 1 <= value <= MOST, name, value, f"a number from 1 to {MOST}")
-        else:
-            # Frequencies grow as theta falls, until their last bit decides what a position means.
-            low = 0.1 if name == "rope_theta" else 0
-            c.check(
-                fits and low < value <= FLOAT32_MAX, name, value, f"a finite number above {low}"
-            )
-    if kind == "llama3" and result["low_freq_factor"] >= result["high_freq_factor"]:
+        value = result[name] = values.get(name)
+        least = LEAST.get(name, 1e-6)
+        fits = type(value) in (int, float) and least <= value <= MOST_ROPE
+        c.check(fits, name, value, f"a number from {least} to {MOST_ROPE}")
+    if kind == "llama3":
         low, high = result["low_freq_factor"], result["high_freq_factor"]
-        c.check(False, "low_freq_factor", low, f"below the high_freq_factor {high}")
+        c.check(low < high, "low_freq_factor", low, f"below the high_freq_factor {high}")
     return result
 
 
 def read_config(folder: Path) -> Config:
     """`folder/config.json`. Raises `UserError` for what this code would compute wrongly.
 
-    Entries that are absent have the defaults of the reference library, which are not the same for
-    a Llama and a Mistral. Sizes have none here: they tell one checkpoint from another.
+    Entries that are absent have the reference library's defaults, other ones for a Llama and for a
+    Mistral. Sizes have none: they tell one checkpoint from another.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json; give a folder in the Hugging Face layout")
     c = Settings(path)
-    if c.entries.get("model_type") not in ("llama", "mistral"):
-        c.refuse(f"model_type {shown(c.entries.get('model_type'))}")
+    c.entries.setdefault("model_type", None)
+    for name, values in PLAIN.items():
+        if name in c.entries and c.entries[name] not in values:
+            c.refuse(f"{name} {c.entries[name]!r:.80}")
     mistral = c.entries["model_type"] == "mistral"
-    if c.entries.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
-        c.refuse(f"hidden_act {shown(c.entries['hidden_act'])}")
-    if c.entries.get("quantization_config") is not None:
-        c.refuse("a quantized checkpoint (quantization_config)")
-    for name in ("per_layer_config", "transformers_weights", "configuration_files"):
-        if c.entries.get(name):
-            c.refuse(f"what {name} says")
 
     hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
     layers = c.whole("num_hidden_layers", most=MOST_LAYERS)
-    for name in ("head_dim", "num_key_value_heads"):
-        if c.entries.get(name, 0) is None and (name == "head_dim" or not mistral):
-            del c.entries[name]
     kv_heads = c.whole("num_key_value_heads", 8 if mistral else heads)
     head_dim = c.whole("head_dim", hidden // heads)
     if heads % kv_heads or head_dim % 2:
@@ -213,25 +187,13 @@ def read_config(folder: Path) -> Config:
     c.check(fits, "rms_norm_eps", eps, "a finite decimal number from 0, such as 1e-05")
 
     positions = c.whole("max_position_embeddings", 131072 if mistral else 2048, most=2**31)
-    # Since version 5, transformers writes theta and scaling into one dict, `rope_parameters`.
-    old, new = c.entries.get("rope_scaling") or None, c.entries.get("rope_parameters")
-    for rope in (old, new):
-        if rope is not None and not isinstance(rope, dict):
-            c.refuse(f"RoPE scaling {shown(rope)}")
-    readings = [read_rope(c, rope, positions) for rope in (old, new) if rope]
-    rope, *other = readings or [read_rope(c, {}, positions)]
-    # The reference library takes rope_scaling then, and forgets the rest: right for a scaling that
-    # was added by hand, where the new dict has none.
-    plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    if other and other[0] not in (rope, plain):
-        c.disagree("rope_scaling and rope_parameters")
+    rope = read_rope(c, positions)
     theta = rope.pop("rope_theta")
-
     ends = c.ends()
     generation = folder / "generation_config.json"  # chat models list further ends of a turn here
     if generation.is_file():  # then config.json's do not count, nor in the reference library
         ends = Settings(generation).ends()
-    config = Config(
+    return Config(
         vocab_size=c.whole("vocab_size"),
         hidden_size=hidden,
         intermediate_size=c.whole("intermediate_size"),
@@ -249,176 +211,97 @@ def read_config(folder: Path) -> Config:
         sliding_window=read_window(c, mistral, layers),
         eos_token_ids=ends,
     )
-    if not Rope(config).frequencies.isfinite().all():
-        c.check(False, "rope_theta", theta, "one that gives finite frequencies")
-    return config
 
 
 def find_checkpoint(path: str | Path) -> Path:
     """The folder of a checkpoint: `path` itself, or the hub repository of that name, fetched."""
-    folder = Path(path)
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long to be one
-        return folder
+        return Path(path)
     parts = str(path).split("/")
     # `weights/x` looks like a hub name: a first part that is a folder here means a missing path.
     if len(parts) != 2 or not all(parts) or os.path.exists(parts[0]):
-        raise UserError(
-            f"no folder {path}; give a checkpoint folder or a hub name such as org/name"
-        )
+        raise UserError(f"no folder {path}; give one, or a hub name such as org/name")
     from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
 
-    small = ["*.json", "*.jinja", "tokenizer.model"]
     try:
-        folder = Path(snapshot_download(str(path), allow_patterns=[*small, "model*.safetensors"]))
-        if not list(folder.glob("model*.safetensors")):
-            folder = Path(
-                snapshot_download(str(path), allow_patterns=[*small, "pytorch_model*.bin"])
-            )
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            patterns = ["*.json", "*.jinja", "tokenizer.model", weights]
+            folder = Path(snapshot_download(str(path), allow_patterns=patterns))
+            if any(folder.glob(weights)):
+                break
     except Exception as error:  # the hub client raises many kinds, all of which mean the same here
-        raise UserError(
-            f"no folder {path}, and the hub did not give that repository: {first_line(error)}"
-        ) from None
+        problem = f"the hub did not give that repository: {first_line(error)}"
+        raise UserError(f"no folder {path}, and {problem}") from None
     return folder
 
 
 # ----------------------------------------------------------------------------------------- weights
 
-# What a damaged safetensors file raises. A damaged pickle raises nearly anything.
-UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError)
+TIED = ("model.embed_tokens.weight", "lm_head.weight")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def damaged(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} is damaged ({first_line(error)}); fetch it again")
+def weight_files(folder: Path) -> list[Path]:
+    """Safetensors before .bin, one file before the shards that an index names, each once. Raises
+    `UserError` if there are none, and for a shard that is outside the folder."""
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        file, index = folder / kind, folder / f"{kind}.index.json"
+        if file.is_file():
+            return [file]
+        if not index.is_file():
+            continue
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} has no weight_map; fetch it again")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                problem = f"names a shard {name!r:.80}, not a file beside it"
+                raise UserError(f"{index} {problem}; fetch it again")
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    raise UserError(f"{folder} has no model.safetensors or pytorch_model.bin; fetch it again")
 
 
-def shards_of(index: Path) -> list[Path]:
-    """The files that an index names, each once. Raises `UserError` for any outside its folder."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} has no weight_map; fetch it again")
-    names = list(weight_map.values())
-    for name in names:
-        plain = isinstance(name, str) and Path(name).name == name and "\\" not in name
-        if not plain or name in ("", ".."):
-            raise UserError(
-                f"{index} names a shard {shown(name)}, not a file beside it; fetch it again"
-            )
-    return [index.parent / name for name in sorted(set(names))]
-
-
-def read_bin(file: Path) -> dict:
-    """What PyTorch saved in `file`, names to weights. Raises `UserError` for anything else."""
+def read_file(file: Path) -> Iterator[tuple[str, object]]:
+    """Yields (name, tensor) of every weight in a file. Raises `UserError` if it is damaged."""
     try:
-        with open(file, "rb") as opened:
+        if file.suffix != ".bin":
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 (not a dict)
+                    yield name, shard.get_tensor(name)
+            return
+        with file.open("rb") as opened:
             # Since PyTorch 1.6 it is a zip archive, read as it is used; older ones are read whole.
             mapped = opened.read(4) == b"PK\x03\x04"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles in other protocols; an error follows
             shard = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        if not isinstance(shard, dict):
-            raise ValueError(f"a {type(shard).__name__}, not a dict of weights")
+        yield from shard.items()
     except FileNotFoundError:
-        raise
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{file} is damaged, or more than a dict of tensors; fetch it again, or save its "
-            "weights as safetensors"
-        ) from None
-    except Exception as error:
-        if "tar" in str(error) and tarfile.is_tarfile(file):
-            raise UserError(
-                f"{file} has the format of PyTorch 0.1, which is not read safely; save it again "
-                "with a newer PyTorch"
-            ) from None
-        raise damaged(file, error) from None
-    shard = {name: value for name, value in shard.items() if name != "_metadata"}
-    nested = [name for name, value in shard.items() if isinstance(value, dict)]
-    if nested:
-        raise UserError(
-            f"{file} keeps weights under {shown(nested[0])}, as a training state does; save "
-            "that part alone with torch.save"
-        )
-    return shard
+        raise UserError(f"{file} is missing; fetch the checkpoint again") from None
+    except Exception as error:  # a damaged pickle raises nearly anything
+        problem = f"{file} is damaged, or holds more than weights ({type(error).__name__})"
+        raise UserError(f"{problem}; fetch it again, or save its weights as safetensors") from None
 
 
-def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of every weight, one at a time, from whichever files `folder` has."""
-    for kind in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{kind}.index.json"
-        if (folder / kind).is_file():
-            files = [folder / kind]
-        elif index.is_file():
-            files = shards_of(index)
-        else:
-            continue
-        for file in files:
-            try:
-                if kind.endswith(".bin"):
-                    yield from read_bin(file).items()
-                    continue
-                with safe_open(file, framework="pt") as shard:
-                    for name in shard.keys():  # noqa: SIM118 (not a dict)
-                        yield name, shard.get_tensor(name)
-            except FileNotFoundError:
-                raise UserError(f"{file} is missing; fetch the checkpoint again") from None
-            except UserError:
-                raise
-            except UNREADABLE as error:
-                raise damaged(file, error) from None
-        return
-    raise UserError(
-        f"{folder} has neither model.safetensors nor pytorch_model.bin, nor their index"
-    )
-
-
-def check_weight(folder: Path, name: str, tensor: Tensor, wanted: dict[str, Tensor]) -> None:
-    """Raises `UserError` unless the model has such a weight, of this shape and of real numbers."""
-    if name not in wanted or not isinstance(tensor, Tensor):
-        raise UserError(
-            f"{folder}: unexpected weight {shown(name)}; no plain Llama or Mistral has it, "
-            "or config.json belongs to another model"
-        )
-    if tensor.shape != wanted[name].shape:
-        raise UserError(
-            f"{folder}: {name} has shape {tuple(tensor.shape)}, but config.json asks for "
-            f"{tuple(wanted[name].shape)}; fetch both again"
-        )
-    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-        kind = "no values" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
-        raise UserError(
-            f"{folder}: {name} holds {kind}, not plain decimal numbers; use a checkpoint that is "
-            "not quantized"
-        )
-
-
-def converted(
-    folder: Path, name: str, tensor: Tensor, device: str | torch.device, dtype: torch.dtype
-) -> Tensor:
-    """The weight on `device` in `dtype`. Raises `UserError` if that, or the file, has numbers that
-    are not finite."""
+def converted(place: str, tensor: object, wanted: Tensor | None, device, dtype) -> Tensor:
+    """The weight on `device` in `dtype`. Raises `UserError`, which begins with `place`, unless one
+    is `wanted`, of that shape, and all its numbers are finite."""
+    if wanted is None or not isinstance(tensor, Tensor):
+        mend = "use the weights and the config.json of one plain Llama or Mistral"
+        raise UserError(f"{place} is no weight of this model; {mend}")
+    if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
+        problem = f"holds {tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        raise UserError(f"{place} {problem}; use a checkpoint that is not quantized")
+    if tensor.shape != wanted.shape:
+        problem = f"has shape {tuple(tensor.shape)}, config.json asks for {tuple(wanted.shape)}"
+        raise UserError(f"{place} {problem}; fetch both again")
     weight = tensor.to(device, dtype)
     if not weight.isfinite().all():
-        if tensor.isfinite().all():
-            kind = str(dtype).removeprefix("torch.")
-            what = f"{name} has numbers that {kind} cannot hold"
-            raise UserError(f"{folder}: {what}; try --dtype bfloat16")
-        raise UserError(f"{folder}: {name} has numbers that are not finite; fetch it again")
+        if not tensor.isfinite().all():
+            raise UserError(f"{place} has numbers that are not finite; fetch it again")
+        problem = f"has numbers that {dtype} cannot hold".replace("torch.", "")
+        raise UserError(f"{place} {problem}; try --dtype bfloat16")
     return weight
-
-
-def tie(weights: dict[str, Tensor]) -> bool:
-    """Makes embedding and output matrix one tensor, whichever of them the file has.
-
-    Returns False and leaves them where it has both and they differ. The reference library then
-    goes by the file, not by the config.
-    """
-    names = ("model.embed_tokens.weight", "lm_head.weight")
-    present = [weights[name] for name in names if name in weights]
-    if len(present) == 2 and not torch.equal(*present):
-        return False
-    if present:
-        weights.update(dict.fromkeys(names, present[0]))
-    return True
 
 
 def load_model(
@@ -431,24 +314,30 @@ def load_model(
     never held twice. Raises `UserError` for whatever is wrong with the files.
     """
     folder = find_checkpoint(path)
+    if (folder / "adapter_config.json").is_file():
+        mend = "merge it into the weights, or move it away from them"
+        raise UserError(f"{folder} has an adapter (adapter_config.json); {mend}")
     config = read_config(folder)
     with torch.device("meta"):
         model = Transformer(config)
     wanted = model.state_dict()
     weights = {}
-    for name, tensor in read_weights(folder):
-        if str(name).endswith("rotary_emb.inv_freq"):
-            continue  # derived from the config
-        check_weight(folder, name, tensor, wanted)
-        weights[name] = converted(folder, name, tensor, device, dtype)
-    if config.tie_word_embeddings and not tie(weights):
+    for file in weight_files(folder):
+        for name, tensor in read_file(file):
+            if not str(name).endswith(("rotary_emb.inv_freq", "_metadata")):  # not of the model
+                place = f"{file}: {name!r:.80}"
+                weights[name] = converted(place, tensor, wanted.get(name), device, dtype)
+    given = [weights[name] for name in TIED if name in weights]
+    if config.tie_word_embeddings and len(given) == 2 and not torch.equal(*given):
+        # The reference library then goes by the file, not by the config.
         with torch.device("meta"):
             model = Transformer(replace(config, tie_word_embeddings=False))
+    elif config.tie_word_embeddings and given:  # one of them in the file is enough
+        weights.update(dict.fromkeys(TIED, given[0]))
     missing = sorted(set(wanted) - set(weights))
     if missing:
-        raise UserError(
-            f"{folder}: weight {missing[0]} is missing ({len(missing)} in all); fetch it again"
-        )
+        problem = f"weight {missing[0]} is missing ({len(missing)} in all)"
+        raise UserError(f"{folder}: {problem}; fetch it again")
     model.load_state_dict(weights, strict=True, assign=True)
     if model.config.tie_word_embeddings:  # assign made two parameters of one tensor
         model.lm_head.weight = model.model.embed_tokens.weight
