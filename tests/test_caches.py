@@ -75,7 +75,7 @@ def test_caches_hold_16_bits_in_a_model_of_32(bias, monkeypatch):
 
     rows = [row("full"), row("streaming", 0.0, budget=99), row("h2o", 0.0, budget=99)]
     rows += [row("asvd", 0, factors), row("cskv", 0, factors, window=4)]
-    rows += [row("cskv-plain", 0, factors, window=4), row("kivi-8")]
+    rows += [row("cskv-plain", 0, factors, window=4), row("kivi-4", window=17)]
     expected = model(tokens)
     assert {t.dtype for layer in full_cache(model) for t in layer.tensors()} <= {torch.float32}
     for row in rows:
@@ -89,7 +89,7 @@ def test_caches_hold_16_bits_in_a_model_of_32(bias, monkeypatch):
         assert kinds - {torch.float32} <= {torch.bfloat16, torch.float16}, row.cache
         assert row.cache == "h2o" or torch.float32 not in kinds
         error = (logits[:, 0] - expected[:, -1]).abs().max() / expected[:, -1].abs().max()
-        assert error < 0.05, row.cache
+        assert error < (0.3 if row.cache == "kivi-4" else 0.05), row.cache
     full = infer.full_bytes(model, 2 * 50)
     cache = caches.make_cache(model, rows[0], 50)
     assert infer.held_bytes(cache) == 0
@@ -108,7 +108,7 @@ def test_the_added_cache_of_the_readme(everything, brief, tmp_path, capsys, monk
     rows = measured(everything, capsys, tmp_path / "rows", "perplexity", "--caches", "full,newest")
     assert [row["cache"] for row in rows] == ["full", "newest"]
     assert rows[1]["measured_ratio"] == pytest.approx(1 - 2 * 20 / 49)  # in 32 bits
-    monkeypatch.setattr(speed, "transformers_runners", lambda *_: {})
+    monkeypatch.setattr(speed, "load_theirs", lambda *_: None)
     args = ["--model", everything / "model", "--lengths", 30, "--rounds", 1, "--caches", "newest"]
     code, out, _ = call(speed, capsys, *args, "--ratios", "0.5", "--threads", 1)
     assert code == 0 and "| newest 50% |" in out

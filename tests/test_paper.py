@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import evaluate, factors, paper
+from experiments import evaluate, factors, paper, tables
 from experiments.factors import FactorStore, Recipe
 from support.calibration import INITIALIZATIONS, init_factors, layer_hooks, rank_for
 from support.command import UserError
@@ -225,7 +225,7 @@ def test_protocols_stand_side_by_side():
     rows += [row("decode", 25, "a", 0.5, 0.7), row("decode", 50, "a", 0.4, 0.76)]
     rows += [row(q, n, "b", 1.0, 0.5) for q in ("prefill", "decode") for n in (25, 50)]
     columns = ["question", "lines", "cache", *paper.SCORES, "paper"]
-    merged, shown = paper.side_by_side(rows, columns)
+    merged, shown = tables.side_by_side(rows, columns)
     scores = ["prefill, 25 / 50 lines", "decode, 25 / 50 lines"]
     names = ["cache", "nominal_ratio", "measured_ratio", *scores, "paper"]
     assert shown == names
