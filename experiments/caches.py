@@ -6,6 +6,7 @@ otherwise, in whatever precision the model computes, so that their bytes compare
 """
 
 import argparse
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -180,17 +181,15 @@ def largest_size(
     """The largest size in 1 .. `most` whose row `of_size(size)` holds no more than 1 - `ratio` of a
     full cache's bytes, both after `tokens`. 0 if none does, or if even `most` holds far less."""
     limit = (1 - ratio) * full_bytes(model, tokens) / len(model.model.layers)
-    low, high = 0, most + 1  # low fits, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        if layer_bytes(model, of_size(middle), tokens) <= limit:
-            low = middle
-        else:
-            high = middle
-    if not low or (low == most and layer_bytes(model, of_size(low), tokens) < 0.98 * limit):
+
+    def nbytes(size: int) -> int:
+        return layer_bytes(model, of_size(size), tokens)
+
+    size = bisect_right(range(1, most + 1), limit, key=nbytes)
+    if size == 0 or (size == most and nbytes(size) < 0.98 * limit):
         say(f"{of_size(most).label}: no size holds those bytes; left out")
         return 0
-    return low
+    return size
 
 
 # ---------------------------------------------------------------------------- rows of a table
@@ -222,8 +221,6 @@ def make_rows(
         equal: a number of tokens, at which `ratios` are of bytes really held: the size of each
             cache, tokens kept or rank, is the largest that holds no more.
     """
-    highest = min(model.config.d_kv, model.config.hidden_size)  # rank
-    layers = len(model.model.layers)
 
     def row(cache: str, ratio: float = 0.0, factors: Factors | None = None, **settings) -> Row:
         first = sinks if CACHES[cache].sinks else 0
@@ -245,9 +242,11 @@ def make_rows(
             factors = factors.map(lambda pair: replace(pair, group=group))
             return row(name, ratio, factors.in_bits(width, width, clamped), origin=init)
 
+        config = model.config
         if not equal:
-            return in_bits(make_factors(init, rank_for(ratio, model.config.d_kv)))
-        ranks = [highest] * layers
+            return in_bits(make_factors(init, rank_for(ratio, config.d_kv)))
+        highest = min(config.d_kv, config.hidden_size)
+        ranks = [highest] * config.num_hidden_layers
         whole = init_factors("random", model, ranks, ranks)  # to count bytes with
 
         def of_rank(rank: int) -> Row:
