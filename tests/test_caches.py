@@ -3,8 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from functools import partial
-from types import FunctionType, ModuleType
 
 import pytest
 import torch
@@ -16,12 +14,7 @@ from experiments import baselines, caches, evaluate, figures, speed
 from model import Transformer, full_cache
 from support.calibration import init_factors
 from support.huggingface.checkpoint import load_model
-from tests.evaluating import (
-    ROOT,
-    arguments,
-    measured,
-    without_seconds,
-)
+from tests.evaluating import ROOT, arguments, measured, storages, without_seconds
 from tests.helpers import OneToken, call, tiny_model, tiny_tokens
 
 ALL = ",".join(caches.CACHES)
@@ -136,34 +129,6 @@ def test_equal_bytes(everything, tmp_path, capsys):
     for row in rows:
         spare = (row["measured_ratio"] - row["ratio"]) * 49 * full
         assert -1e-6 <= spare < more_of[row["cache"]], row
-
-
-def tensors_in(thing, seen):
-    """All tensors that can be reached from `thing`, through attributes, containers and closures."""
-    if id(thing) in seen or isinstance(thing, type | ModuleType):
-        return
-    seen[id(thing)] = thing  # kept alive, so that no other object gets its id
-    if isinstance(thing, torch.Tensor):
-        yield thing
-    elif isinstance(thing, dict):
-        yield from tensors_in(list(thing.values()), seen)
-    elif isinstance(thing, list | tuple | set):
-        for part in thing:
-            yield from tensors_in(part, seen)
-    elif isinstance(thing, partial):
-        yield from tensors_in([thing.func, thing.args, thing.keywords], seen)
-    elif isinstance(thing, FunctionType):
-        yield from tensors_in([cell.cell_contents for cell in thing.__closure__ or ()], seen)
-    elif hasattr(thing, "__dict__"):
-        yield from tensors_in(vars(thing), seen)
-
-
-def storages(*things):
-    found = {}
-    for tensor in tensors_in(things, {}):
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-    return found
 
 
 @pytest.mark.parametrize("name", caches.CACHES)
