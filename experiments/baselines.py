@@ -37,10 +37,9 @@ from support.command import UserError
 class PrunedCache(LayerCache):
     """What the two token-pruning caches share: a budget of tokens; the rest is gone.
 
-    The budget is max(least, round((1 - ratio) * T)), of the prompt's length T. It is fixed
-    after prefill: from then on each new token evicts an old one, before it attends, so that
-    no step attends to more than `budget` tokens, itself included. `length` still counts all
-    tokens seen.
+    The budget is max(least, round((1 - ratio) * T)), of the prompt's length T, and fixed then:
+    each new token evicts an old one before it attends, so that no step attends to more than
+    `budget` tokens, itself included. `length` still counts all tokens seen.
 
     Args:
         config: the model's.
@@ -79,8 +78,7 @@ class StreamingCache(PrunedCache):
 
     The budget is at least 5, the sinks and the new token. A sliding window caps it: then all
     that is kept lies in the window by its position in the cache, and the sinks are seen for
-    ever, where the model itself would lose them. `Transformer` ends at the model's context
-    length, so endless streams, the paper's subject, are not what this is for.
+    ever, where the model itself would lose them.
     """
 
     sinks = 4
@@ -166,10 +164,9 @@ class HeavyHitterCache(PrunedCache):
         tokens before      0 6 | 7 8 9      scores of 0, 6 and 7: say 5, 1 and 2
         tokens attended    0 7 | 8 9 10     6 is dropped
 
-    (H2O's own code evicts after the new token has attended, not before: that token then still
-    sees the one that goes, one more than the budget, and its attention counts in the choice.)
-    The budget is at least 2. A model with a sliding window is refused: heavy tokens may be of
-    any age, but it would not see those beyond its window.
+    (H2O's own code evicts after the new token has attended, so that it sees one more than the
+    budget.) A model with a sliding window is refused: heavy tokens may be of any age, but it
+    would not see those beyond its window.
     """
 
     least = 2
@@ -340,12 +337,9 @@ class LowRankCache(BiBranchCache):
     """Channel shrinking alone, as Table 1's ASVD: W_K and W_V replaced by A B [4].
 
     Every token, of the prompt too, attends and is attended with k = x A_k B_k and
-    v = x A_v B_v, plus biases. That is the bi-branch cache fed with these keys and values
-    instead of the exact ones: its window no longer makes a difference, so it has the least,
-    one token.
-
-    The arguments are those of `BiBranchCache`, without a window; `bits` is 16, or 32 for
-    tests.
+    v = x A_v B_v, plus biases. That is the bi-branch cache fed with these instead of the exact
+    ones: its window makes no difference then, so it has the least, one token. `bits` is 16, or
+    32 for tests.
     """
 
     def __init__(

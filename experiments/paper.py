@@ -5,15 +5,11 @@
     python -m experiments.paper all --data FOLDER           every file in experiments/results
 
 Without more arguments they run on the embedded teaching model, with LongEval accuracy, in both
-protocols of experiments/evaluate.py. With `--text` the measure is perplexity in decode mode:
+protocols of experiments/evaluate.py; with `--text` the measure is perplexity in decode mode.
 
-    python -m experiments.paper table5 --model weights/SmolLM2-135M-Instruct \\
-        --text runs/english/heldout.txt --calibrate runs/english/calibration.txt --samples 256
-
-Tables and figures go to `--out`. Factors are trained once, for all commands: all that are missing
-share one pass of the frozen model over the samples. They stay in `--work`, with checkpoints, and so
-do single cases: a command that was interrupted goes on when it is given again. Two processes share
-the cases out: `torchrun --nproc-per-node 2 -m experiments.paper table1`.
+Tables and figures go to `--out`. Factors are trained once, for all commands, and stay in `--work`,
+as single cases do: a command that was interrupted goes on when it is given again. Two processes
+share the cases out: `torchrun --nproc-per-node 2 -m experiments.paper table1`.
 
 The paper's numbers, in the column `paper`, are of LongChat-7B on LongEval with 200 to 500 lines.
 """
@@ -79,10 +75,6 @@ class Experiment:
     notes: Path
     arguments: dict  # that must be the same to go on with the notes
     began: float = field(default_factory=time.monotonic)
-
-    @property
-    def picture(self) -> Path:
-        return self.out.with_suffix(".png")
 
     def row(
         self, cache: str, ratio: float = 0.0, factors: Factors | None = None, **settings
@@ -188,7 +180,7 @@ def table1(e: Experiment) -> None:
     result = e.scores(with_paper, by_lines=True)
     columns = ["question", "lines", "cache", "factors", "bits", "sinks", "ratio"]
     e.write(result, [*columns, *SCORES, "paper"])
-    figures.accuracy_against_bytes(result, COLOURS, e.picture)
+    figures.accuracy_against_bytes(result, COLOURS, e.out.with_suffix(".png"))
 
 
 def trainings(e: Experiment) -> list[Recipe]:
@@ -227,7 +219,7 @@ def table3(e: Experiment) -> None:
             rows.append((row, {"window": window, "paper": number}))
     result = e.scores(rows)
     e.write(result, ["question", "factors", "window", "ratio", *SCORES, "paper"])
-    figures.score_against_window(result, e.picture)
+    figures.score_against_window(result, e.out.with_suffix(".png"))
 
 
 def table4(e: Experiment) -> None:
@@ -245,7 +237,7 @@ def table4(e: Experiment) -> None:
         rows.append((e.cskv(recipe, removed), columns))
     result = e.scores(rows)
     e.write(result, ["question", "factors", "ratio", "kept_k", "kept_v", *SCORES, "paper"])
-    figures.score_against_split(result, e.picture)
+    figures.score_against_split(result, e.out.with_suffix(".png"))
 
 
 def table5(e: Experiment) -> None:
@@ -291,7 +283,7 @@ def budget(e: Experiment) -> None:
             row["of_full"] = row["perplexity"] / group[0]["perplexity"]
     columns = ["text", "context", "cache", "factors", "bits", "sinks", "ratio"]
     e.write(result, [*columns, *SCORES, "of_full"])
-    figures.perplexity_against_bytes(result, COLOURS, e.picture)
+    figures.perplexity_against_bytes(result, COLOURS, e.out.with_suffix(".png"))
 
 
 def figure3(e: Experiment) -> None:
@@ -307,7 +299,7 @@ def figure3(e: Experiment) -> None:
                 row[f"left_out_{ratio:.0%}"] = 1 - kept
             rows.append(row)
     e.write(rows, ["layer", "of", "left_out_50%", "left_out_80%"])
-    figures.singular_values(spectra.sqrt(), e.picture)
+    figures.singular_values(spectra.sqrt(), e.out.with_suffix(".png"))
 
 
 def figure4(e: Experiment) -> None:
@@ -319,7 +311,7 @@ def figure4(e: Experiment) -> None:
         curves.append({"ratio": r.k_ratio, "init": r.init, "lr": r.lr, **e.store.history(r)})
     columns = ["ratio", "init", "lr", "initial", "final", "floor", "seconds", "trained_together"]
     e.write([{name: curve[name] for name in columns} for curve in curves], columns)
-    figures.loss_curves(curves, e.picture)
+    figures.loss_curves(curves, e.out.with_suffix(".png"))
 
 
 TABLES = (table1, table2, table3, table4, table5, budget)
