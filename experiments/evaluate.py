@@ -274,8 +274,8 @@ def run(args: argparse.Namespace) -> None:
         model = load_model(args.model, device, DTYPES[args.dtype])
         tokenizer = load_tokenizer(args.model, model.config.vocab_size)
         limit = model.config.context_length
-        if args.vicuna:
-            tokenizer.template = VICUNA
+        if args.vicuna or args.no_chat:
+            tokenizer.template = VICUNA if args.vicuna else None
         if args.what == "perplexity":
             cases = perplexity_cases(
                 model, tokenizer, args.text, args.context, args.steps, args.passages, args.batch
@@ -346,6 +346,7 @@ def shared_options() -> Arguments:
     add("--seq-len", type=number(int, 2), default=1024, help="tokens of a text, at most (1024)")
     add("--seed", type=number(int, 0), default=0, help="of the samples and the cases (0)")
     add("--vicuna", action="store_true", help="ask in Vicuna's chat template, as LongChat wants")
+    add("--no-chat", action="store_true", help="ask without the model's chat template")
     add("--cache-dtype", choices=DTYPES, default="bfloat16", help="what caches hold (bfloat16)")
     add("--device", default="cpu", help="cpu or cuda")
     add("--dtype", choices=DTYPES, default="float32", help="to compute in (float32)")
