@@ -43,7 +43,7 @@ from experiments.tasks.records import prompt_ids, read_records
 from experiments.tasks.scores import is_correct
 from infer import generate, make_sampler
 from model import LayerCache, Transformer
-from support.calibration import CALIBRATED, INITIALIZATIONS, calibrate, init_factors
+from support.calibration import CALIBRATED, INITIALIZATIONS, Statistics, calibrate, init_factors
 from support.command import (
     DTYPES,
     Arguments,
@@ -116,11 +116,9 @@ def perplexity_cases(
     if length > model.config.context_length:
         raise UserError(f"{length} tokens do not fit into {model.config.context_length} of context")
     tokens = passages(tokenizer.encode("\n\n".join(read_documents(text))), count, length)
-    columns = {"text": text.stem, "context": context}
-    return [  # the last token is not fed to the cache
-        Passages(columns, some[:, :context], length - 1, some[:, context:])
-        for some in tokens.split(batch)
-    ]
+    columns, parts = {"text": text.stem, "context": context}, tokens.split(batch)
+    # The last token is not fed to the cache.
+    return [Passages(columns, p[:, :context], length - 1, p[:, context:]) for p in parts]
 
 
 # ----------------------------------------------------------------------------------- retrieval
@@ -248,24 +246,6 @@ def benchmark_cases(
 # ---------------------------------------------------------------------------- the command line
 
 
-def factor_maker(
-    model: Transformer, read_samples: Callable[[], list[Tensor]], sinks: int, seed: int
-) -> Callable[[str, int], Factors]:
-    """What makes factors of an initialization and a rank. Text is read when one needs it first."""
-
-    @functools.cache
-    def statistics() -> list:
-        return calibrate(model, read_samples(), sinks)
-
-    @functools.cache
-    def make(init: str, rank: int) -> Factors:
-        ranks = [rank] * len(model.model.layers)
-        seen = statistics() if init in CALIBRATED else None
-        return init_factors(init, model, ranks, ranks, seen, seed)
-
-    return make
-
-
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     with processes(args.device) as device:
@@ -277,40 +257,43 @@ def run(args: argparse.Namespace) -> None:
         if args.vicuna or args.no_chat:
             tokenizer.template = VICUNA if args.vicuna else None
         if args.what == "perplexity":
-            cases = perplexity_cases(
-                model, tokenizer, args.text, args.context, args.steps, args.passages, args.batch
-            )
+            sizes = {"count": args.passages, "batch": args.batch, "steps": args.steps}
+            cases = perplexity_cases(model, tokenizer, args.text, args.context, **sizes)
         elif args.what in BENCHMARKS:
-            cases = benchmark_cases(
-                model, tokenizer, args.what, args.sets, args.data, args.cases, args.max_length
-            )
+            sizes = {"count": args.cases, "max_length": args.max_length}
+            cases = benchmark_cases(model, tokenizer, args.what, args.sets, args.data, **sizes)
         else:
-            data = getattr(args, "data", None)
-            cases = retrieval_cases(
-                model, tokenizer, args.what, args.question, args.lines, args.cases, args.seed, data
-            )
+            drawn = {"count": args.cases, "seed": args.seed, "data": getattr(args, "data", None)}
+            protocols, lines = args.question, args.lines
+            cases = retrieval_cases(model, tokenizer, args.what, protocols, lines, **drawn)
         if args.equal and args.equal > limit:
             raise UserError(f"--equal {args.equal} exceeds the context of {limit}")
 
-        def read_samples() -> list[Tensor]:
+        @functools.cache
+        def statistics() -> list[Statistics]:
             length = min(args.seq_len, limit)
             if args.calibrate:
-                return sample_tokens(
-                    args.calibrate, tokenizer, args.samples, length, args.seed, args.sinks
-                )
-            if args.what not in ANSWER_TOKENS:
-                raise UserError(
-                    "factors for cskv and asvd are made from text; give --calibrate TEXT"
-                )
-            count = min(args.samples, 64)
-            return samples(tokenizer, length, args.what, [max(args.lines)], count, args.seed)
+                sizes = {"length": length, "seed": args.seed, "sinks": args.sinks}
+                texts = sample_tokens(args.calibrate, tokenizer, args.samples, **sizes)
+            elif args.what in ANSWER_TOKENS:
+                count, lines = min(args.samples, 64), [max(args.lines)]
+                texts = samples(tokenizer, length, args.what, lines, count, args.seed)
+            else:
+                raise UserError("cskv and asvd need factors, made from text; give --calibrate TEXT")
+            return calibrate(model, texts, args.sinks)
+
+        @functools.cache
+        def make_factors(init: str, rank: int) -> Factors:
+            ranks = [rank] * len(model.model.layers)
+            seen = statistics() if init in CALIBRATED else None
+            return init_factors(init, model, ranks, ranks, seen, args.seed)
 
         with user_values():
             rows = make_rows(
                 model,
                 args.caches,
                 args.ratios,
-                factor_maker(model, read_samples, args.sinks, args.seed),
+                make_factors,
                 files=[(file.stem, load_factors(file, model)) for file in args.factors],
                 inits=args.inits or ([] if args.factors else ["optimal"]),
                 bits=args.bits,

@@ -117,8 +117,7 @@ def run_case(model: Transformer, rows: list[Row], case: Case) -> Iterator[dict]:
 def run_cache(
     model: Transformer, row: Row, cache: list[LayerCache], logits: Tensor, case: Case
 ) -> dict:
-    """What becomes of one cache, which has read the prompt. `tokens` are those of all sequences of
-    the batch, as `bytes` are."""
+    """What becomes of one cache, which has read the prompt; `tokens` are those of all the batch."""
     scores = case.score(model, logits, cache)
     tokens = len(scores) * cache[0].length
     return {"scores": scores, "tokens": tokens, "bytes": held_bytes(cache)}

@@ -6,8 +6,8 @@
 `16:512,128` are segments of 16 tokens for the newest 512 old ones, and of 128 for all before. Each
 row compares with the full cache, and has beside it the plain cache, with exact positions.
 
-A passage is read in one pass, as decoding token by token would read it: the last `--steps` tokens
-of it see the older ones through latents, and are predicted. `--undamped` leaves a_f out of (1).
+A passage is read in one pass, as decoding would read it: its last `--steps` tokens see the older
+ones through latents, and are predicted. `--undamped` leaves a_f out of (1).
 """
 
 import argparse

@@ -4,10 +4,9 @@
     python -m experiments.speed --shape longchat --lengths 2048,8192        one layer; see shapes.py
 
 Every round times all caches one after the other, so that a slow moment of the machine hits all of
-them; what is printed are ratios of medians over the rounds. The rank decides the time, the values
-of the factors do not, so they are random; `--factors` files with ranks and bits of their own come
-on top. If the transformers package is there, the same checkpoint runs in it with its DynamicCache
-and, if the package hqq is there too, with its QuantizedCache.
+them. The rank decides the time, the values of the factors do not, so they are random; `--factors`
+files with ranks and bits of their own come on top. The same checkpoint runs in the transformers
+package too, if that is there.
 
 Beside the time stands what bounds it, for one decode step:
 
@@ -15,9 +14,8 @@ Beside the time stands what bounds it, for one decode step:
     read_mb    of a layer alone: those, and the factors A and B
     mflop      millions of multiplications and additions of its matrix products
 
-Both leave something out: a step reads the weights too; rotating keys and unpacking bits are no
-products. With `--dtype float32`, the default, keys and values are 32-bit numbers, but latents
-16-bit ones.
+A step reads the weights too, and rotating keys and unpacking bits are no products. With `--dtype
+float32`, the default, keys and values are 32-bit numbers, but latents 16-bit ones.
 """
 
 import argparse
@@ -76,10 +74,8 @@ def rows_to_time(
     settings["dtype"] = model.lm_head.weight.dtype
     names = list(dict.fromkeys(["full", *names]))
     made = make_rows(model, names, ratios, random_factors, inits=["random"], bits=bits, **settings)
-    rows = [replace(row, origin="") for row in made]
-    if files:
-        rows += make_rows(model, ["cskv"], [], random_factors, files=files, **settings)
-    return rows
+    given = make_rows(model, ["cskv"], [], random_factors, files=files, **settings) if files else []
+    return [*(replace(row, origin="") for row in made), *given]
 
 
 def our_runners(
@@ -148,11 +144,17 @@ def interleaved(
 
 @torch.no_grad()
 def compare(
-    runners: dict[str, Runner], tokens: int, rounds: int, steps: int, prefills: int, device: str
+    runners: dict[str, Runner],
+    tokens: int,
+    rounds: int,
+    steps: int,
+    prefills: int,
+    device: str,
+    caches: dict[str, object],
 ) -> list[dict]:
     """A row for each runner, whose prompt has so many tokens: medians of the seconds to prefill it
-    and of the milliseconds of a decode step, and their ratios to those of "full"."""
-    caches: dict[str, object] = {}
+    and of the milliseconds of a decode step, and their ratios to those of "full". `caches` gets the
+    cache of each, to look at."""
 
     def prefill(name: str) -> None:
         make, fill, _ = runners[name]
@@ -201,11 +203,13 @@ def run(args: argparse.Namespace) -> None:
         for n in args.lengths:
             model = Transformer(shape_config(args.shape, n + steps)).to(args.device, dtype)
             caches = rows_to_time(model, **settings)
-            found = compare(shape_runners(model, caches, n, n + steps), n, prefills=1, **sizes)
+            runners, held = shape_runners(model, caches, n, n + steps), {}
+            found = compare(runners, n, prefills=1, caches=held, **sizes)
             for row, cache in zip(found, caches, strict=True):
-                row["read_mb"] = row.pop("cache_mb") + factor_bytes(cache) / 1e6
-                del row["prefill_s"], row["prefill_ratio"]
-            rows += found
+                for name in ("prefill_s", "prefill_ratio", "cache_mb"):
+                    del row[name]  # of a layer alone
+                nbytes = held_bytes(held[cache.label]) + factor_bytes(cache)
+                rows.append({**row, "read_mb": nbytes / 1e6})
     elif args.model is None:
         raise UserError("give a checkpoint, --model FOLDER, or a --shape without weights")
     else:
@@ -222,7 +226,7 @@ def run(args: argparse.Namespace) -> None:
             runners = our_runners(model, caches, prompt, n + steps)
             if theirs:
                 runners |= their_runners(theirs, prompt)
-            rows += compare(runners, n, prefills=args.prefills, **sizes)
+            rows += compare(runners, n, prefills=args.prefills, caches={}, **sizes)
     print(table(rows))
     write_json(args.json, rows)
     if args.picture:

@@ -50,7 +50,7 @@ def test_speed_times_each_cache_by_itself(monkeypatch):
 
     monkeypatch.setattr(speed, "clock", lambda device: now[0])
     runners = {"full": runner(2.0, 0.25), "slow": runner(3.0, 1.0), "fast": runner(1.0, 0.125)}
-    rows = speed.compare(runners, 9, rounds=2, steps=4, prefills=2, device="cpu")
+    rows = speed.compare(runners, 9, rounds=2, steps=4, prefills=2, device="cpu", caches={})
     names = "cache", "tokens", "prefill_s", "prefill_ratio", "decode_ms", "decode_ratio"
     assert [tuple(row[name] for name in names) for row in rows] == [
         ("full", 9, 2.0, 1.0, 250.0, 1.0),
