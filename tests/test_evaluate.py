@@ -354,6 +354,7 @@ def test_longbench_by_hand(everything, tmp_path, capsys, monkeypatch):
         assert prompt == tokenizer.encode(text)
     total = sum(len(prompt) for prompt in prompts)
     assert rows[8]["tokens"] == pytest.approx(total / 5)
+    assert (rows[1]["tokens"], rows[7]["tokens"]) == (len(prompts[2]), len(prompts[2]))  # 8k+
     assert rows[8]["measured_ratio"] == pytest.approx(1 - 2 * (total + 5 * 32) / total)
 
 
