@@ -47,12 +47,12 @@ def factors_point(row: dict, panel: str, x: float, marks: str, protocol: str = "
 
 def with_paper(points: list[dict], rows: list[dict], label: str) -> list[dict]:
     """The points, and beside each the paper's accuracy, where its row has one."""
-    theirs = {"label": label, "colour": "black", "marks": ":"}
-    for point, row in zip(list(points), rows, strict=True):
+    theirs = []
+    for point, row in zip(points, rows, strict=True):
         if row.get("paper") and score_name(row) == "accuracy":
-            points.append({"panel": point["panel"], "x": point["x"], **theirs})
-            points[-1]["y"] = float(row["paper"])
-    return points
+            paper = {"panel": point["panel"], "label": label, "colour": "black", "marks": ":"}
+            theirs.append({**paper, "x": point["x"], "y": float(row["paper"])})
+    return points + theirs
 
 
 def accuracy_against_bytes(rows: list[dict], colours: dict, path: Path) -> None:
@@ -105,8 +105,8 @@ def score_against_window(rows: list[dict], path: Path) -> None:
         if "interval" in row:
             points[-1]["band"] = row["interval"]
     points = with_paper(points, rows, "the paper, LongChat-7B")
-    labels = {"xlabel": "window, tokens", "ylabel": LABELS[score_name(rows[0])]}
-    draw(points, path, log_x=True, **labels)
+    ylabel = LABELS[score_name(rows[0])]
+    draw(points, path, log_x=True, xlabel="window, tokens", ylabel=ylabel)
 
 
 def score_against_split(rows: list[dict], path: Path) -> None:

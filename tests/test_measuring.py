@@ -24,7 +24,6 @@ from tests.evaluating import (
     notes_beside,
     torchrun,
     without_seconds,
-    write_records,
 )
 from tests.helpers import call, save_checkpoint, tiny_model, tiny_tokens
 
@@ -144,42 +143,35 @@ def test_two_processes_print_the_table_of_one(everything, tmp_path, capsys, monk
     assert not notes_beside(path)
 
 
+FAILING = """
+from experiments import evaluate
+from support.command import UserError, run_command
+
+def score(self, model, logits, cache):
+    if self.max_new_tokens == 7:
+        raise UserError("too sad")
+    return real_score(self, model, logits, cache)
+
+def cases(*args, **more):
+    cases = real_cases(*args, **more)
+    object.__setattr__(cases[1], "max_new_tokens", 7)
+    return cases
+
+real_score, real_cases = evaluate.Question.score, evaluate.retrieval_cases
+evaluate.Question.score, evaluate.retrieval_cases = score, cases
+run_command(lambda: evaluate.run(evaluate.parse_arguments()))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mistake", ["the same for both", "of one case's text", "of one case"])
-def test_one_process_names_a_mistake(everything, tmp_path, mistake):
-    """A mistake of a case is seen by the process that has it, the second; it is not lost."""
-    if mistake == "the same for both":
-        done = torchrun(*command(everything, "longeval", "--lines", 300))
-        message = "leaves no room in a context of 600"
-    elif mistake == "of one case's text":
-        save_checkpoint(tiny_model(), tmp_path / "model")
-        template = "{{ raise_exception('too sad') if 't33' in messages[0].content else 't1' }}"
-        (tmp_path / "model" / "chat_template.jinja").write_text(template)
-        record = {"context": "t1", "answers": ["t5"], "length": 1}
-        records = [{**record, "input": word} for word in ("t31", "t33", "t35")]
-        write_records(tmp_path / "hotpotqa_e.jsonl", *records)
-        more = ["--data", tmp_path, "--sets", "hotpotqa_e", "--model", tmp_path / "model"]
-        done = torchrun(*command(everything, "longbench", "--caches", "full", *more))
-        message = "too sad"
-    else:
-        # The second case's answer fails, in the process that has it and in no other.
-        (tmp_path / "main.py").write_text(
-            "from experiments import evaluate\n"
-            "from support.command import UserError, run_command\n"
-            "score = evaluate.Question.score\n"
-            "def failing(self, model, logits, cache):\n"
-            "    if self.max_new_tokens == 7:\n"
-            "        raise UserError('too sad')\n"
-            "    return score(self, model, logits, cache)\n"
-            "def retrieval(*args, real=evaluate.retrieval_cases):\n"
-            "    cases = real(*args)\n"
-            "    object.__setattr__(cases[1], 'max_new_tokens', 7)\n"
-            "    return cases\n"
-            "evaluate.Question.score, evaluate.retrieval_cases = failing, retrieval\n"
-            "run_command(lambda: evaluate.run(evaluate.parse_arguments()))\n"
-        )
+@pytest.mark.parametrize("of_one", [False, True])
+def test_one_process_names_a_mistake(everything, tmp_path, of_one):
+    """Be it the same for both, or of the second case, which one process has and no other."""
+    start, message = command(everything, "longeval", "--lines", 300), "leaves no room in a context"
+    if of_one:
+        (tmp_path / "main.py").write_text(FAILING)
         flags = arguments(everything, "longeval", "--caches", "full", "--cases", 3)
-        done = torchrun(sys.executable, tmp_path / "main.py", *map(str, flags))
-        message = "too sad"
+        start, message = [sys.executable, tmp_path / "main.py", *map(str, flags)], "too sad"
+    done = torchrun(*start)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode and len(lines) == 1 and message in lines[0], done.stderr
