@@ -132,16 +132,23 @@ def mean_bits(pairs: list[LowRank]) -> float:
 
 
 def make_row(
-    model: Transformer, cache: str, ratio: float = 0.0, factors: Factors | None = None, **settings
+    model: Transformer,
+    cache: str,
+    ratio: float | None = None,
+    factors: Factors | None = None,
+    **settings,
 ) -> Row:
-    """A `Row` with its nominal ratio, its factors on the model's device; `settings` are `Row`'s."""
-    row = Row(cache, ratio, ratio, factors, **settings)
-    if factors is not None:
-        like = torch.empty(0, dtype=row.dtype, device=model.lm_head.weight.device)
-        nominal = nominal_ratio(model, factors)
-        return replace(row, factors=factors.to(like), nominal_ratio=nominal)
+    """A `Row` with its nominal ratio, its factors on the model's device; `settings` are `Row`'s.
+    Without a `ratio` it is that of the factors' channels alone, or 0."""
     kind = CACHES[cache]
-    return row if kind.shrinks else replace(row, nominal_ratio=1 - kind.bits / 16)
+    if factors is None:
+        nominal = (ratio or 0.0) if kind.shrinks else 1 - kind.bits / 16
+        return Row(cache, ratio or 0.0, nominal, **settings)
+    if ratio is None:
+        ratio = nominal_ratio(model, factors.in_bits(16, 16))
+    row = Row(cache, ratio, nominal_ratio(model, factors), **settings)
+    like = torch.empty(0, dtype=row.dtype, device=model.lm_head.weight.device)
+    return replace(row, factors=factors.to(like))
 
 
 def make_cache(model: Transformer, row: Row, expected: int) -> list[LayerCache]:
@@ -222,10 +229,10 @@ def make_rows(
             cache, tokens kept or rank, is the largest that holds no more.
     """
 
-    def row(cache: str, ratio: float = 0.0, factors: Factors | None = None, **settings) -> Row:
+    def row(cache: str, ratio: float | None = None, **settings) -> Row:
         first = sinks if CACHES[cache].sinks else 0
         settings |= {"window": window, "sinks": first, "dtype": dtype}
-        return make_row(model, cache, ratio, factors, **settings)
+        return make_row(model, cache, ratio, **settings)
 
     def token_row(name: str, ratio: float) -> Row | None:
         def keeping(budget: int) -> Row:
@@ -240,7 +247,8 @@ def make_rows(
     def channel_row(name: str, ratio: float, init: str, width: int | None) -> Row | None:
         def in_bits(factors: Factors) -> Row:
             factors = factors.map(lambda pair: replace(pair, group=group))
-            return row(name, ratio, factors.in_bits(width, width, clamped), origin=init)
+            factors = factors.in_bits(width, width, clamped)
+            return row(name, ratio, factors=factors, origin=init)
 
         config = model.config
         if not equal:
@@ -267,9 +275,8 @@ def make_rows(
             rows += [channel_row(name, ratio, "asvd", 16) for ratio in ratios]
         else:
             for (file, factors), width in product(files, widths):
-                ratio = nominal_ratio(model, factors.in_bits(16, 16))  # of channels alone
                 factors = factors.in_bits(width, width, clamped)
-                rows.append(row(name, ratio, factors, origin=file))
+                rows.append(row(name, factors=factors, origin=file))
             for ratio, init, width in product(ratios, inits, widths):
                 rows.append(channel_row(name, ratio, init, width))
     rows = [row for row in rows if row]

@@ -35,7 +35,6 @@ from experiments.notes import all_that_counts, delete_notes
 from experiments.remake import remake
 from experiments.tables import SCORES, beside, grouped, write_tables
 from experiments.tasks.longeval import PUBLISHED, read_cases, samples
-from infer import nominal_ratio
 from support.calibration import INITIALIZATIONS, rank_for
 from support.command import (
     DTYPES,
@@ -76,12 +75,9 @@ class Experiment:
     arguments: dict  # that must be the same to go on with the notes
     began: float = field(default_factory=time.monotonic)
 
-    def row(
-        self, cache: str, ratio: float = 0.0, factors: Factors | None = None, **settings
-    ) -> Row:
-        """Any cache, holding 16-bit numbers."""
-        settings["dtype"] = torch.bfloat16
-        return make_row(self.store.model, cache, ratio, factors, **settings)
+    def row(self, cache: str, ratio: float | None = None, **settings) -> Row:
+        """Any cache, holding 16-bit numbers; `settings` are those of `make_row`."""
+        return make_row(self.store.model, cache, ratio, dtype=torch.bfloat16, **settings)
 
     def cskv(
         self, recipe: Recipe, ratio: float | None = None, window: int = 32, sinks: int = 0, **bits
@@ -96,15 +92,12 @@ class Experiment:
         (factors,) = self.store.factors(recipe)
         ratio = recipe.k_ratio if ratio is None else ratio
         settings = {"origin": name, "window": window, "sinks": sinks}
-        return self.row("cskv-plain", ratio, factors.in_bits(**bits), **settings)
+        return self.row("cskv-plain", ratio, factors=factors.in_bits(**bits), **settings)
 
     def budgets(self) -> list[Row]:
         """The fast cache with ranks and bits of a budget, and 4 sinks: a row for each file."""
-        rows = []
-        for factors in self.files:
-            ratio = nominal_ratio(self.store.model, factors.in_bits(16, 16))  # of channels alone
-            rows.append(self.row("cskv", ratio, factors, origin="budget", sinks=4))
-        return rows
+        settings = {"origin": "budget", "sinks": 4}
+        return [self.row("cskv", factors=factors, **settings) for factors in self.files]
 
     def scores(self, rows: list[tuple[Row, dict]], by_lines: bool = False) -> list[dict]:
         """Rows of `measure` with their further columns: of perplexity, or of LongEval in each
@@ -159,7 +152,7 @@ def table1(e: Experiment) -> None:
         rows += [e.row(name, ratio) for name in PRUNING]
         for init in e.inits:
             (factors,) = e.store.factors(Recipe(init, ratio, ratio))
-            rows.append(e.row("asvd", ratio, factors, origin=init))
+            rows.append(e.row("asvd", ratio, factors=factors, origin=init))
         rows += [e.cskv(recipe) for recipe in recipes if recipe.k_ratio == ratio]
     rows += [e.row("kivi-4"), e.row("kivi-2")]
     # 95%: four bits on top of 80%; of the tokens, a twentieth.
