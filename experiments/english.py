@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the files in")
+    parser.add_argument("--out", type=Path, required=True, help="write the files into this folder")
     return parser.parse_args(argv)
 
 

@@ -318,22 +318,22 @@ def shared_options() -> Arguments:
     add = parser.add_argument
     init = one_of(INITIALIZATIONS, "initialization")
     count = number(int, 1)
-    add("--model", required=True, help="checkpoint folder or hub name")
-    add("--inits", type=comma_list(init), help="factors to make; without --factors: optimal")
-    add("--clamped-zero-point", action="store_true", help="quantize latents so; see quant.py")
+    add("--model", required=True, help="measure this checkpoint, a folder or a hub name")
+    add("--inits", type=comma_list(init), help="make such factors (without --factors: optimal)")
+    add("--clamped-zero-point", action="store_true", help="quantize as the paper's code does")
     help = "take --ratios as measured ones, of a full cache of so many tokens: each cache gets the "
     help += "size, tokens kept or rank, at which it holds that much less"
     add("--equal", type=count, metavar="TOKENS", help=help)
-    add("--calibrate", type=Path, help="text to fit on (for LongEval: else cases of another seed)")
-    add("--samples", type=count, default=256, help="texts to calibrate on (256)")
-    add("--seq-len", type=number(int, 2), default=1024, help="tokens of a text, at most (1024)")
-    add("--seed", type=number(int, 0), default=0, help="of the samples and the cases (0)")
-    add("--vicuna", action="store_true", help="ask in Vicuna's chat template, as LongChat wants")
+    add("--calibrate", type=Path, help="fit factors to this text (LongEval has cases for it)")
+    add("--samples", type=count, default=256, help="calibrate on so many texts (default: 256)")
+    add("--seq-len", type=number(int, 2), default=1024, help="cut them to so many tokens (1024)")
+    add("--seed", type=number(int, 0), default=0, help="draw samples and cases from this (0)")
+    add("--vicuna", action="store_true", help="ask in Vicuna's chat template, as LongChat wants it")
     add("--no-chat", action="store_true", help="ask without the model's chat template")
-    add("--cache-dtype", choices=DTYPES, default="bfloat16", help="what caches hold (bfloat16)")
-    add("--device", default="cpu", help="cpu or cuda")
-    add("--dtype", choices=DTYPES, default="float32", help="to compute in (float32)")
-    add("--json", type=Path, help="write the rows to this file; resumes a run that was stopped")
+    add("--cache-dtype", choices=DTYPES, default="bfloat16", help="hold such numbers (bfloat16)")
+    add("--device", default="cpu", help="compute on cpu or cuda")
+    add("--dtype", choices=DTYPES, default="float32", help="compute in it (default: float32)")
+    add("--json", type=Path, help="write the rows to this file, and resume a run that was stopped")
     return parser
 
 
@@ -344,28 +344,32 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     count = number(int, 1)
 
     add = commands.add_parser("perplexity", parents=[shared], help="of text").add_argument
-    add("--text", type=Path, required=True, help="held-out .txt or .jsonl")
-    add("--context", type=count, default=1024, help="tokens prefilled (1024)")
-    add("--steps", type=count, default=256, help="tokens that are decoded one by one (256)")
-    add("--passages", type=count, default=16, help="of the text (16)")
-    add("--batch", type=count, default=8, help="passages at a time (8)")
+    add("--text", type=Path, required=True, help="predict this held-out .txt or .jsonl")
+    add("--context", type=count, default=1024, help="prefill so many tokens (default: 1024)")
+    add("--steps", type=count, default=256, help="decode so many one by one (default: 256)")
+    add("--passages", type=count, default=16, help="measure on so many (default: 16)")
+    add("--batch", type=count, default=8, help="read so many at a time, as memory allows (8)")
 
     protocols = comma_list(one_of(PROTOCOLS, "protocol"))
-    for name, unit in (("longeval", "lines of a record"), ("passkey", "repetitions of filler")):
+    for name, unit in (("longeval", "lines in a record"), ("passkey", "repetitions of filler")):
         add = commands.add_parser(name, parents=[shared], help="retrieval").add_argument
-        add("--lines", type=comma_list(count), help=f"{unit}: 25,50 (50)")
-        add("--cases", type=count, default=50, help="of each length (50)")
-        add("--question", type=protocols, default="prefill", help="prefill, decode, or both")
+        add("--lines", type=comma_list(count), help=f"ask with so many {unit}: 25,50 (default: 50)")
+        add("--cases", type=count, default=50, help="ask so often at each length (default: 50)")
+        add("--question", type=protocols, default="prefill", help="prefill it, decode it, or both")
         if name == "longeval":
-            add("--data", type=Path, help="folder of LongEval's own cases: 200,300,400,500 lines")
+            add("--data", type=Path, help="read LongEval's own cases in this folder")
 
     for name, module in BENCHMARKS.items():
         title = module.__doc__.splitlines()[0]
         add = commands.add_parser(name, parents=[shared], help=title).add_argument
-        add("--sets", type=lambda text: text.split(","), help=f"of {', '.join(module.TASKS)}")
-        add("--data", type=Path, help="folder of the benchmark's files, else from the hub")
-        add("--cases", type=count, help="of each set (all)")
-        add("--max-length", type=number(int, 2), help="of a prompt, its middle cut out")
+        add(
+            "--sets",
+            type=lambda text: text.split(","),
+            help=f"ask these of {', '.join(module.TASKS)}",
+        )
+        add("--data", type=Path, help="read the benchmark in this folder, not from the hub")
+        add("--cases", type=count, help="ask the first so many of each set (default: all)")
+        add("--max-length", type=number(int, 2), help="cut the middle out of longer prompts")
 
     args = parser.parse_args(argv)
     if args.what in ANSWER_TOKENS and args.lines is None:

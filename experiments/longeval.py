@@ -26,16 +26,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--task", choices=("longeval", "passkey"), default="longeval")
-    add(
-        "--lines",
-        type=number(int, 1),
-        default=50,
-        help="of a record, or repetitions of filler (50)",
-    )
-    add("--cases", type=number(int, 1), default=1000, help="to write (1000)")
-    add("--seed", type=number(int, 0), default=0, help="to draw the cases from (0)")
-    add("--spelled", action="store_true", help="keys of made-up words")
-    add("--out", type=Path, required=True, help="the JSON lines file to write")
+    add("--lines", type=number(int, 1), default=50, help="write so many in a record (default: 50)")
+    add("--cases", type=number(int, 1), default=1000, help="write so many cases (default: 1000)")
+    add("--seed", type=number(int, 0), default=0, help="draw them from this seed (default: 0)")
+    add("--spelled", action="store_true", help="make keys of made-up words")
+    add("--out", type=Path, required=True, help="write this JSON lines file")
     return parser.parse_args(argv)
 
 

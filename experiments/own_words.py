@@ -70,11 +70,11 @@ def run(args: argparse.Namespace) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", required=True, help="checkpoint folder or hub name")
-    add("--data", type=Path, required=True, help="text of another kind")
-    add("--samples", type=number(int, 1), default=32, help="of its own, and pieces of --data (32)")
-    add("--seq-len", type=number(int, 2), default=1024, help="tokens of each (1024)")
-    add("--out", type=Path, required=True, help="file to write, .jsonl")
+    add("--model", required=True, help="let this checkpoint write")
+    add("--data", type=Path, required=True, help="take the other half from this text")
+    add("--samples", type=number(int, 1), default=32, help="write so many, take as many (32)")
+    add("--seq-len", type=number(int, 2), default=1024, help="write so many tokens each (1024)")
+    add("--out", type=Path, required=True, help="write this file, .jsonl")
     return parser.parse_args(argv)
 
 

@@ -170,16 +170,16 @@ def run(args: argparse.Namespace) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
     add, count = parser.add_argument, number(int, 1)
-    add("--model", required=True, help="checkpoint folder or hub name")
-    add("--text", type=Path, nargs="+", required=True, help="held-out text, one or several")
-    add("--factors", type=Path, nargs="+", required=True, help="factors files")
-    help = "to compare (default: those of the fast cache)"
+    add("--model", required=True, help="measure this checkpoint, a folder or a hub name")
+    add("--text", type=Path, nargs="+", required=True, help="predict these texts")
+    add("--factors", type=Path, nargs="+", required=True, help="use these files")
+    help = "compare these, such as 16:512,128 (default: those of the fast cache)"
     add("--segments", type=parse_segments, nargs="+", default=[SEGMENTS], help=help)
     add("--undamped", action="store_true", help="compare each without damping too")
-    add("--context", type=count, default=3000, help="tokens that attend exactly (3000)")
-    add("--steps", type=count, default=1000, help="tokens that attend as decoded ones do (1000)")
-    add("--passages", type=count, default=2, help="of each text (2)")
-    add("--sinks", type=number(int, 0), default=4, help="first tokens in full precision (4)")
+    add("--context", type=count, default=3000, help="attend exactly to so many tokens (3000)")
+    add("--steps", type=count, default=1000, help="attend with so many as decoding does (1000)")
+    add("--passages", type=count, default=2, help="measure on so many of each text (2)")
+    add("--sinks", type=number(int, 0), default=4, help="keep so many first tokens exact (4)")
     add("--json", type=Path, help="write the rows to this file")
     return parser.parse_args(argv)
 
