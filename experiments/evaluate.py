@@ -224,7 +224,7 @@ def benchmark_cases(
     module = BENCHMARKS[benchmark]
     limit = model.config.context_length
     questions = []
-    for task in module.select(list(dict.fromkeys(names or module.TASKS))):
+    for task in module.select(list(names or module.TASKS)):
         new = task.max_new_tokens
         # Room for the answer, and for what the seam and a chat template may add.
         most = max(2, min(max_length or module.MAX_LENGTH, limit - new - 64))
@@ -362,11 +362,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name, module in BENCHMARKS.items():
         title = module.__doc__.splitlines()[0]
         add = commands.add_parser(name, parents=[shared], help=title).add_argument
-        add(
-            "--sets",
-            type=lambda text: text.split(","),
-            help=f"ask these of {', '.join(module.TASKS)}",
-        )
+        add("--sets", type=comma_list(str), help=f"ask these of {', '.join(module.TASKS)}")
         add("--data", type=Path, help="read the benchmark in this folder, not from the hub")
         add("--cases", type=count, help="ask the first so many of each set (default: all)")
         add("--max-length", type=number(int, 2), help="cut the middle out of longer prompts")
