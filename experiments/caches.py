@@ -1,37 +1,83 @@
 """The registry of caches that are compared, and the rows of a table that they fill.
 
-    full        every key and value
-    streaming   StreamingLLM: 4 sinks and the newest tokens          a ratio removes tokens
-    h2o         H2O: the newest tokens and the most attended         a ratio removes tokens
-    asvd        factors in the place of W_K and W_V themselves       a ratio removes channels
-    cskv-plain  factors beside W_K and W_V, and a window: the paper  a ratio removes channels
-    cskv        the same latents, old keys not rebuilt: the fast one a ratio removes channels
-    kivi-4      KIVI in 4 bits (2, 3 and 8 as well)                  every token and channel
-
-A `Kind` says how a cache of that name is made; a `Row` is one of them with its settings. All hold
-16-bit numbers unless told otherwise, in whatever precision the model computes, so that their bytes
-compare. experiments/README.md, "Add a cache", adds one.
+To add a cache, write its class (baselines.py has examples) and give it a line in `CACHES`: that
+is all; experiments/README.md, "Add a cache", does it. All hold 16-bit numbers unless told
+otherwise, in whatever precision the model computes, so that their bytes compare.
 """
 
 import argparse
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+import quant
 from beyond.segments import FastCache
 from cskv import BiBranchCache, Factors, LowRank, init_factors, rank_for
 from experiments.baselines import HeavyHitterCache, KiviCache, LowRankCache, StreamingCache
 from experiments.rounded import Rounded
 from infer import full_bytes, nominal_ratio
 from model import FullCache, LayerCache, Transformer
-from support.command import UserError, comma_list, one_of
-from support.options import add_option, add_options
+from support.command import UserError, comma_list, number, one_of
 from support.processes import say
 
-TOKENS, CHANNELS = "tokens", "channels"
+TOKENS, CHANNELS = "tokens", "channels"  # what a compression ratio removes
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a cache is made for one layer, what makes it smaller, and its colour in figures.
+
+    `make` gets the settings of a `Row` as attributes, with the layer's own `factors`, its
+    `attention` and the model's `config`, and the `expected` tokens in the end.
+    """
+
+    make: Callable[[SimpleNamespace], LayerCache]
+    shrinks: str | None = None  # TOKENS, or CHANNELS, which takes factors
+    colour: str | None = None  # None: matplotlib chooses
+    bits: int = 16
+    sinks: bool = False  # whether it can keep the first tokens exact
+
+
+def bi_branch(cache: type[BiBranchCache], colour: str) -> Kind:
+    """A cache of latents and a window."""
+
+    def make(s: SimpleNamespace) -> LayerCache:
+        return cache(s.attention, s.factors, s.window, s.expected, s.sinks)
+
+    return Kind(make, CHANNELS, colour, sinks=True)
+
+
+def kivi(bits: int, colour: str) -> Kind:
+    """KIVI: every token and channel, in few bits."""
+
+    def make(s: SimpleNamespace) -> LayerCache:
+        return KiviCache(s.config, bits, s.window, s.expected, s.sinks)
+
+    return Kind(make, None, colour, bits, sinks=True)
+
+
+CACHES = {
+    # Every key and value.
+    "full": Kind(lambda s: FullCache(s.config, s.expected), None, "black"),
+    # StreamingLLM: 4 sinks and the newest tokens.
+    "streaming": Kind(lambda s: StreamingCache(s.config, s.ratio, s.budget), TOKENS, "tab:gray"),
+    # H2O: the newest tokens and the most attended.
+    "h2o": Kind(lambda s: HeavyHitterCache(s.config, s.ratio, s.budget), TOKENS, "tab:brown"),
+    # Factors in the place of W_K and W_V themselves.
+    "asvd": Kind(
+        lambda s: LowRankCache(s.attention, s.factors, s.expected), CHANNELS, "tab:orange"
+    ),
+    # Factors beside W_K and W_V, and a window: the fast cache, and the paper's.
+    "cskv": bi_branch(FastCache, "tab:blue"),
+    "cskv-plain": bi_branch(BiBranchCache, "tab:cyan"),
+    "kivi-2": kivi(2, "limegreen"),
+    "kivi-4": kivi(4, "tab:green"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,10 +101,12 @@ class Row:
         """Of a stored number: "4", or "3/8" for keys and values, the mean over the layers."""
         if self.factors is None:
             return str(CACHES[self.cache].bits)
-        pairs, layers = self.factors.pairs, len(self.factors.layers)
-        k, v = (f"{sum(pair.bits for pair in pairs[i::2]) / layers:.3g}" for i in (0, 1))
-        clamped = any(pair.clamped and pair.bits < 16 for pair in pairs)
-        return (k if k == v else f"{k}/{v}") + (", clamped zero-point" if clamped else "")
+        pairs = self.factors.pairs
+        k, v = (f"{mean_bits(side):.3g}" for side in (pairs[::2], pairs[1::2]))
+        bits = k if k == v else f"{k}/{v}"
+        if any(pair.clamped and pair.bits < 16 for pair in pairs):
+            bits += ", clamped zero-point"
+        return bits
 
     @property
     def columns(self) -> dict:
@@ -68,85 +116,57 @@ class Row:
 
     @property
     def label(self) -> str:
-        parts = [self.cache, self.origin, f"{self.ratio:.0%}" if self.ratio else ""]
-        parts.append(f"{self.bits} bits" if self.factors and self.bits != "16" else "")
-        parts.append(f"{self.sinks} sinks" if self.sinks else "")
+        parts = [self.cache, self.origin]
+        if self.ratio:
+            parts.append(f"{self.ratio:.0%}")
+        if self.factors and self.bits != "16":
+            parts.append(f"{self.bits} bits")
+        if self.sinks:
+            parts.append(f"{self.sinks} sinks")
         return " ".join(part for part in parts if part)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How a cache is made for one layer, what makes it smaller, and its colour in figures.
-
-    `make` gets the settings of a `Row` as attributes, with the layer's own `factors`, its
-    `attention` and the model's `config`, and the `expected` tokens in the end.
-    """
-
-    make: Callable[[SimpleNamespace], LayerCache]
-    shrinks: str | None = None  # what a ratio removes: TOKENS or CHANNELS, which takes factors
-    colour: str | None = None  # None: matplotlib chooses
-    bits: int = 16
-    sinks: bool = False  # whether it can keep the first tokens exact
-
-
-def kivi(bits: int, colour: str | None = None) -> Kind:
-    def make(s: SimpleNamespace) -> LayerCache:
-        return KiviCache(s.config, bits, s.window, s.expected, s.sinks)
-
-    return Kind(make, colour=colour, bits=bits, sinks=True)
-
-
-def bi_branch(cache: type[BiBranchCache], colour: str | None = None) -> Kind:
-    def make(s: SimpleNamespace) -> LayerCache:
-        return cache(s.attention, s.factors, s.window, s.expected, s.sinks)
-
-    return Kind(make, CHANNELS, colour, sinks=True)
-
-
-CACHES = {
-    "full": Kind(lambda s: FullCache(s.config, s.expected), colour="black"),
-    "streaming": Kind(
-        lambda s: StreamingCache(s.config, s.ratio, s.expected, s.budget), TOKENS, "tab:gray"
-    ),
-    "h2o": Kind(
-        lambda s: HeavyHitterCache(s.config, s.ratio, s.expected, s.budget), TOKENS, "tab:brown"
-    ),
-    "asvd": Kind(
-        lambda s: LowRankCache(s.attention, s.factors, s.expected), CHANNELS, "tab:orange"
-    ),
-    "cskv": bi_branch(FastCache, "tab:blue"),
-    "cskv-plain": bi_branch(BiBranchCache, "tab:cyan"),
-    "kivi-2": kivi(2, "limegreen"),
-    "kivi-3": kivi(3),
-    "kivi-4": kivi(4, "tab:green"),
-    "kivi-8": kivi(8),
-}
+def mean_bits(pairs: list[LowRank]) -> float:
+    return sum(pair.bits for pair in pairs) / len(pairs)
 
 
 def make_row(
-    model: Transformer, cache: str, ratio: float = 0.0, factors: Factors | None = None, **settings
+    model: Transformer,
+    cache: str,
+    ratio: float | None = None,
+    factors: Factors | None = None,
+    **settings,
 ) -> Row:
-    """A `Row` with its nominal ratio, its factors on the model's device; `settings` are `Row`'s."""
-    row = Row(cache, ratio, ratio, factors, **settings)
-    if factors is not None:
-        like = torch.empty(0, dtype=row.dtype, device=model.lm_head.weight.device)
-        nominal = nominal_ratio(model, factors)
-        return replace(row, factors=factors.to(like), nominal_ratio=nominal)
+    """A `Row` with its nominal ratio, its factors on the model's device; `settings` are `Row`'s.
+    Without a `ratio` it is that of the factors' channels alone, or 0."""
     kind = CACHES[cache]
-    return row if kind.shrinks else replace(row, nominal_ratio=1 - kind.bits / 16)
+    if factors is None:
+        nominal = (ratio or 0.0) if kind.shrinks else 1 - kind.bits / 16
+        return Row(cache, ratio or 0.0, nominal, **settings)
+    if ratio is None:
+        ratio = nominal_ratio(model, factors.in_bits(16, 16))
+    row = Row(cache, ratio, nominal_ratio(model, factors), **settings)
+    like = torch.empty(0, dtype=row.dtype, device=model.lm_head.weight.device)
+    return replace(row, factors=factors.to(like))
 
 
 def make_cache(model: Transformer, row: Row, expected: int) -> list[LayerCache]:
     """An empty cache for one batch of sequences, `expected` tokens long in the end."""
+    settings = SimpleNamespace(**vars(row))
+    settings.config = model.config
+    settings.expected = expected
     caches = []
     for i, layer in enumerate(model.model.layers):
-        own = {"attention": layer.self_attn, "config": model.config, "expected": expected}
+        settings.attention = layer.self_attn
         if row.factors:
-            own["factors"] = row.factors.layers[i]
-        caches.append(CACHES[row.cache].make(SimpleNamespace(**{**vars(row), **own})))
+            settings.factors = row.factors.layers[i]
+        caches.append(CACHES[row.cache].make(settings))
     if row.dtype == model.lm_head.weight.dtype:
         return caches
     return [Rounded(cache, row.dtype) for cache in caches]
+
+
+# ------------------------------------------------------------------------------- equal bytes
 
 
 def layer_bytes(model: Transformer, row: Row, tokens: int) -> int:
@@ -154,9 +174,10 @@ def layer_bytes(model: Transformer, row: Row, tokens: int) -> int:
     config, weight = model.config, model.lm_head.weight
     model.rope.reach(tokens, weight.device)
     cache = make_cache(model, row, tokens)[0]
-    heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
-    q, k, v = (weight.new_zeros(1, n, tokens, config.head_dim) for n in heads)
-    cache.prefill(weight.new_zeros(1, tokens, config.hidden_size), q, k, v, model.rope)
+    x = weight.new_zeros(1, tokens, config.hidden_size)
+    q = weight.new_zeros(1, config.num_attention_heads, tokens, config.head_dim)
+    kv = weight.new_zeros(1, config.num_key_value_heads, tokens, config.head_dim)
+    cache.prefill(x, q, kv, kv, model.rope)
     return cache.nbytes()
 
 
@@ -166,15 +187,18 @@ def largest_size(
     """The largest size in 1 .. `most` whose row `of_size(size)` holds no more than 1 - `ratio` of a
     full cache's bytes, both after `tokens`. 0 if none does, or if even `most` holds far less."""
     limit = (1 - ratio) * full_bytes(model, tokens) / len(model.model.layers)
-    low, high = 0, most + 1  # low fits, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = layer_bytes(model, of_size(middle), tokens) <= limit
-        low, high = (middle, high) if fits else (low, middle)
-    if not low or (low == most and layer_bytes(model, of_size(low), tokens) < 0.98 * limit):
+
+    def nbytes(size: int) -> int:
+        return layer_bytes(model, of_size(size), tokens)
+
+    size = bisect_right(range(1, most + 1), limit, key=nbytes)
+    if size == 0 or (size == most and nbytes(size) < 0.98 * limit):
         say(f"{of_size(most).label}: no size holds those bytes; left out")
         return 0
-    return low
+    return size
+
+
+# ---------------------------------------------------------------------------- rows of a table
 
 
 def make_rows(
@@ -203,12 +227,11 @@ def make_rows(
         equal: a number of tokens, at which `ratios` are of bytes really held: the size of each
             cache, tokens kept or rank, is the largest that holds no more.
     """
-    d_kv, layers, widths = model.config.d_kv, len(model.model.layers), bits or [None]
-    most = min(d_kv, model.config.hidden_size)  # the highest rank
 
-    def row(cache: str, ratio: float = 0.0, factors: Factors | None = None, **more) -> Row:
-        more |= {"window": window, "sinks": sinks if CACHES[cache].sinks else 0}
-        return make_row(model, cache, ratio, factors, dtype=dtype, **more)
+    def row(cache: str, ratio: float | None = None, **settings) -> Row:
+        first = sinks if CACHES[cache].sinks else 0
+        settings |= {"window": window, "sinks": first, "dtype": dtype}
+        return make_row(model, cache, ratio, **settings)
 
     def token_row(name: str, ratio: float) -> Row | None:
         def keeping(budget: int) -> Row:
@@ -221,20 +244,26 @@ def make_rows(
         return keeping(budget) if budget else None
 
     def channel_row(name: str, ratio: float, init: str, width: int | None) -> Row | None:
-        def shrunk(factors: Factors) -> Row:
+        def in_bits(factors: Factors) -> Row:
             factors = factors.map(lambda pair: replace(pair, group=group))
-            return row(name, ratio, factors.in_bits(width, width, clamped), origin=init)
+            factors = factors.in_bits(width, width, clamped)
+            return row(name, ratio, factors=factors, origin=init)
+
+        config = model.config
+        if not equal:
+            return in_bits(make_factors(init, rank_for(ratio, config.d_kv)))
+        highest = min(config.d_kv, config.hidden_size)
+        ranks = [highest] * config.num_hidden_layers
+        whole = init_factors("random", model, ranks, ranks)  # to count bytes with
 
         def of_rank(rank: int) -> Row:
-            return shrunk(whole.map(lambda pair: LowRank(pair.A[:, :rank], pair.B[:rank])))
+            return in_bits(whole.map(lambda pair: LowRank(pair.A[:, :rank], pair.B[:rank])))
 
-        rank = rank_for(ratio, d_kv)
-        if equal:
-            whole = init_factors("random", model, *[[most] * layers] * 2)  # to count bytes with
-            rank = largest_size(model, ratio, equal, of_rank, most)
-        return shrunk(make_factors(init, rank)) if rank else None
+        rank = largest_size(model, ratio, equal, of_rank, highest)
+        return in_bits(make_factors(init, rank)) if rank else None
 
     rows = []
+    widths = bits or [None]
     for name in names:
         shrinks = CACHES[name].shrinks
         if shrinks is None:
@@ -244,10 +273,11 @@ def make_rows(
         elif name == "asvd":
             rows += [channel_row(name, ratio, "asvd", 16) for ratio in ratios]
         else:
-            for (file, own), width in product(files, widths):
-                ratio = nominal_ratio(model, own.in_bits(16, 16))  # of channels alone
-                rows.append(row(name, ratio, own.in_bits(width, width, clamped), origin=file))
-            rows += [channel_row(name, *options) for options in product(ratios, inits, widths)]
+            for (file, factors), width in product(files, widths):
+                factors = factors.in_bits(width, width, clamped)
+                rows.append(row(name, factors=factors, origin=file))
+            for ratio, init, width in product(ratios, inits, widths):
+                rows.append(channel_row(name, ratio, init, width))
     rows = [row for row in rows if row]
     if not rows:
         raise UserError("no cache can hold those bytes; choose other --ratios, or a longer --equal")
@@ -259,7 +289,14 @@ def make_rows(
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
-    """The options that choose caches, of `evaluate` and `speed`."""
-    names, default = comma_list(one_of(tuple(CACHES), "cache")), ["full", "cskv"]
-    add_option(parser, "caches", f"of {','.join(CACHES)}", type=names, default=default)
-    add_options(parser, "ratios window sinks")
+    """The options of `evaluate` and `speed` that choose caches."""
+    add = parser.add_argument
+    names = comma_list(one_of(tuple(CACHES), "cache"))
+    widths = comma_list(one_of((*quant.BITS, 16, 32), "number of bits"))
+    ratios = comma_list(number(float, 0, 0.9999))
+    add("--caches", type=names, default="full,cskv", help=f"compare these of {','.join(CACHES)}")
+    add("--ratios", type=ratios, default="0.5,0.8", help="remove such shares (default: 0.5,0.8)")
+    add("--factors", type=Path, nargs="*", default=[], help="let cskv use these files")
+    add("--bits", type=widths, help="store latents in so many: 16,4 (default: the factors')")
+    add("--window", type=number(int, 1), default=32, help="keep so many newest tokens exact (32)")
+    add("--sinks", type=number(int, 0), default=0, help="keep so many first tokens exact (0)")

@@ -22,17 +22,15 @@ import torch
 from support.command import Arguments, make_folder, replacing, run_command
 
 MODULES = (torch.nn, torch.optim, torch.nn.functional, torch.utils.data, torch.distributions, torch)
-
-
 LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages"}  # folders of the library
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def calibration_text(shortest: int = 300) -> str:
     """Python's language reference, topic by topic, then the docstrings of at least `shortest`
     characters in the source of its standard library, each once."""
-    texts = {topics[name]: name for name in sorted(topics)}
+    texts = [topics[name] for name in sorted(topics)]
     library = Path(sysconfig.get_paths()["stdlib"])
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for file in sorted(library.rglob("*.py")):
         if LEFT_OUT & set(file.relative_to(library).parts):
             continue
@@ -40,33 +38,35 @@ def calibration_text(shortest: int = 300) -> str:
             tree = ast.parse(file.read_bytes())
         except (OSError, SyntaxError, ValueError):  # templates that are not quite Python
             continue
-        for node in ast.walk(tree):
-            text = (ast.get_docstring(node) or "") if isinstance(node, documented) else ""
-            if len(text) >= shortest:
-                texts.setdefault(text, file.name)
-    return "\n\n".join(texts)
+        nodes = [node for node in ast.walk(tree) if isinstance(node, DOCUMENTED)]
+        found = [ast.get_docstring(node) or "" for node in nodes]
+        texts += [text for text in found if len(text) >= shortest]
+    return "\n\n".join(dict.fromkeys(texts))
 
 
 def heldout_text(shortest: int = 800) -> str:
     """The docstrings of PyTorch's public names of at least `shortest` characters, each once."""
-    texts = {}
+    texts = []
     for module in MODULES:
         for name in sorted(vars(module)):
             thing = getattr(module, name, None)
-            text = inspect.getdoc(thing) or ""
             if name.startswith("_") or inspect.ismodule(thing):  # such as torch.os, Python's own
                 continue
+            text = inspect.getdoc(thing) or ""
             if len(text) >= shortest:
-                texts.setdefault(text, name)
-    return "\n\n".join(texts)
+                texts.append(text)
+    return "\n\n".join(dict.fromkeys(texts))
 
 
 def licences_text(shortest: int = 3000) -> str:
     """The licences that the packages torch and numpy bring along, of at least `shortest` characters
     and from the longest on, each once: most short ones are the same but for a name."""
-    files = [file for name in ("torch", "numpy") for file in metadata.files(name) or []]
-    texts = {file.read_text("utf-8") for file in files if "LICEN" in file.name.upper()}
-    return "\n\n".join(sorted((t for t in texts if len(t) >= shortest), key=lambda t: (-len(t), t)))
+    texts = set()
+    for file in [*(metadata.files("torch") or []), *(metadata.files("numpy") or [])]:
+        if "LICEN" in file.name.upper():
+            texts.add(file.read_text("utf-8"))
+    long = sorted(text for text in texts if len(text) >= shortest)
+    return "\n\n".join(sorted(long, key=len, reverse=True))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the files in")
+    parser.add_argument("--out", type=Path, required=True, help="write the files into this folder")
     return parser.parse_args(argv)
 
 

@@ -9,13 +9,13 @@
 
 Perplexity is measured in decode mode: the first `--context` tokens of a passage are prefilled, then
 the next `--steps` are predicted while they go through the cache one by one, and only these count.
-(The first of them still comes from the prefill. A single forward pass over the text would measure
-nothing: prefill is exact for nearly every cache here.)
+(The first of them still comes from the prefill. One forward pass would measure nothing: prefill is
+exact for nearly every cache here.)
 
 Retrieval (`longeval`, `passkey`) has two protocols. In the paper's, `--question prefill`, the whole
 prompt is prefilled, so that the first digit is read with exact keys and values. In the harder one,
-`--question decode`, the context is prefilled and the question fed to the cache token by token: the
-context was compressed before anyone knew what would be asked. `--json FILE` resumes a run.
+`--question decode`, the question is fed to the cache token by token: the context was compressed
+before anyone knew what would be asked.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from cskv import CALIBRATED, init_factors
+from cskv import CALIBRATED, INITIALIZATIONS, Factors, Statistics, init_factors
 from experiments.caches import add_cache_options, make_rows
 from experiments.measuring import Case, measure, with_score
 from experiments.notes import all_that_counts, delete_notes
@@ -42,14 +43,24 @@ from experiments.tasks.records import prompt_ids, read_records
 from experiments.tasks.scores import is_correct
 from infer import generate, make_sampler
 from model import LayerCache, Transformer
-from support.command import DTYPES, Arguments, UserError, check_files, run_command, user_values
+from support.command import (
+    DTYPES,
+    Arguments,
+    UserError,
+    check_files,
+    comma_list,
+    number,
+    one_of,
+    run_command,
+    user_values,
+)
 from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
-from support.options import add_options
 from support.processes import calibrate_together, place, processes
 from support.text import WIDER_CACHES, check_finite, passages, read_documents, sample_tokens
 
+PROTOCOLS = ("prefill", "decode")
 # Tokens of an answer: LongEval's limit, and enough to continue "The pass key is".
 ANSWER_TOKENS = {"longeval": 100, "passkey": 10}
 # Tokens to make room for: those of a number. A wordier answer to LongEval makes the buffers grow.
@@ -70,7 +81,8 @@ class Passages(Case):
     following: Tensor  # [B, steps], the tokens to predict
 
     def score(self, model: Transformer, logits: Tensor, cache: list[LayerCache]) -> list[float]:
-        return decode_nll(model, logits, self.following.to(logits.device), cache).mean(1).tolist()
+        nll = decode_nll(model, logits, self.following.to(logits.device), cache)
+        return nll.mean(1).tolist()
 
 
 @torch.no_grad()
@@ -103,11 +115,9 @@ def perplexity_cases(
     if length > model.config.context_length:
         raise UserError(f"{length} tokens do not fit into {model.config.context_length} of context")
     tokens = passages(tokenizer.encode("\n\n".join(read_documents(text))), count, length)
-    columns = {"text": text.stem, "context": context}
-    return [  # the last token is not fed to the cache
-        Passages(columns, some[:, :context], length - 1, some[:, context:])
-        for some in tokens.split(batch)
-    ]
+    columns, parts = {"text": text.stem, "context": context}, tokens.split(batch)
+    # The last token is not fed to the cache.
+    return [Passages(columns, p[:, :context], length - 1, p[:, context:]) for p in parts]
 
 
 # ----------------------------------------------------------------------------------- retrieval
@@ -148,12 +158,14 @@ def split_prompt(
     """A case's tokens as (prefilled, decoded), the same ones in both protocols; in the chat
     template of a model that has one, unless `chat` is False."""
     within = None if chat else False  # the template, if there is one
-    ids, context = (tokenizer.encode_prompt(text, within) for text in (case.prompt, case.context))
+    ids = tokenizer.encode_prompt(case.prompt, within)
     if question == "prefill":
         return ids, []
     # The context ends where the tokens begin to depend on what is asked.
-    pairs = enumerate(zip(ids, context, strict=False))
-    end = next((i for i, (ours, other) in pairs if ours != other), len(context))
+    context = tokenizer.encode_prompt(case.context, within)
+    end = 0
+    while end < min(len(ids), len(context)) and ids[end] == context[end]:
+        end += 1
     end = max(1, end)  # there is no prefill of nothing
     return ids[:end], ids[end:]
 
@@ -166,7 +178,6 @@ def retrieval_cases(
     lines: list[int],
     count: int,
     seed: int = 0,
-    spelled: bool = False,
     data: Path | None = None,
 ) -> list[Question]:
     """`count` LongEval or passkey cases of every length; the score is 1 for a right answer, else 0.
@@ -175,25 +186,25 @@ def retrieval_cases(
     A passkey prompt is a text to continue, so it goes into no chat template. Raises `UserError` for
     a case that leaves no room for a number in the model's context.
     """
-    passkey, limit, room = task == "passkey", model.config.context_length, ANSWER_ROOM[task]
-    cases = []
-    for protocol in protocols:
-        for n in lines:
-            own = read_cases(data, n)[:count] if data else make_cases(task, n, count, seed, spelled)
-            for case in own:
-                prompt, question = split_prompt(tokenizer, case, protocol, chat=not passkey)
-                length = len(prompt) + len(question)
-                if length + room > limit:
-                    raise UserError(
-                        f"a case of {length} tokens leaves no room in a context of {limit}; "
-                        "shorten it with --lines"
-                    )
-                columns = {"question": protocol, "lines": n}
-                most = min(ANSWER_TOKENS[task], limit - length)
-                judge = partial(is_correct, answer=case.answer, first=passkey)
-                own = columns, torch.tensor([prompt]), length + room, question, most
-                cases.append(Question(*own, tokenizer, judge))
-    return cases
+    limit = model.config.context_length
+    most, room = ANSWER_TOKENS[task], ANSWER_ROOM[task]
+    passkey = task == "passkey"
+    questions = []
+    for protocol, n in product(protocols, lines):
+        cases = read_cases(data, n)[:count] if data else make_cases(task, n, count, seed)
+        columns = {"question": protocol, "lines": n}
+        for case in cases:
+            ids, rest = split_prompt(tokenizer, case, protocol, chat=not passkey)
+            length = len(ids) + len(rest)
+            if length + room > limit:
+                raise UserError(
+                    f"a case of {length} tokens leaves no room in a context of {limit}; shorten it "
+                    "with --lines"
+                )
+            prompt, new = torch.tensor([ids]), min(most, limit - length)
+            judge = partial(is_correct, answer=case.answer, first=passkey)
+            questions.append(Question(columns, prompt, length + room, rest, new, tokenizer, judge))
+    return questions
 
 
 # --------------------------------------------------------------------- LongBench-E and LV-Eval
@@ -209,28 +220,29 @@ def benchmark_cases(
     max_length: int | None = None,
 ) -> list[Question]:
     """The first `count` records of each set; a case's score is its task's, from 0 to 1."""
-    module, limit = BENCHMARKS[benchmark], model.config.context_length
-    cases = []
-    for task in module.select(list(dict.fromkeys(names or module.TASKS))):
+    module = BENCHMARKS[benchmark]
+    limit = model.config.context_length
+    questions = []
+    for task in module.select(list(names or module.TASKS)):
+        new = task.max_new_tokens
         # Room for the answer, and for what the seam and a chat template may add.
-        room = limit - task.max_new_tokens - 64
-        most = max(2, min(max_length or module.MAX_LENGTH, room))
+        most = max(2, min(max_length or module.MAX_LENGTH, limit - new - 64))
         records = read_records(task, folder)[:count]
         for record in tqdm(records, f"reading {task.name}", leave=False, disable=place()[0] > 0):
-            chat = tokenizer.template is not None
-            prompt = prompt_ids(task, record, tokenizer, most, chat)
-            length = len(prompt) + task.max_new_tokens
+            ids = prompt_ids(task, record, tokenizer, most, tokenizer.template is not None)
+            length = len(ids) + new
             if length > limit:
                 raise UserError(
-                    f"{task.name}: a prompt of {len(prompt)} tokens and an answer of "
-                    f"{task.max_new_tokens} do not fit into a context of {limit}; choose other "
-                    "--sets, or a lower --max-length"
+                    f"{task.name}: a prompt of {len(ids)} tokens and an answer of {new} do not fit "
+                    f"into a context of {limit}; choose other --sets, or a lower --max-length"
                 )
             columns = {"set": task.name, "bucket": task.bucket(record)}
-            judge = partial(task.score, record=record)
-            own = columns, torch.tensor([prompt]), length, [], task.max_new_tokens
-            cases.append(Question(*own, tokenizer, judge))
-    return cases
+            prompt, judge = torch.tensor([ids]), partial(task.score, record=record)
+            questions.append(Question(columns, prompt, length, [], new, tokenizer, judge))
+    return questions
+
+
+# ---------------------------------------------------------------------------- the command line
 
 
 def run(args: argparse.Namespace) -> None:
@@ -244,33 +256,33 @@ def run(args: argparse.Namespace) -> None:
         if args.vicuna or args.no_chat:
             tokenizer.template = VICUNA if args.vicuna else None
         if args.what == "perplexity":
-            sizes = args.context, args.steps, args.passages, args.batch
-            cases = perplexity_cases(model, tokenizer, args.text, *sizes)
+            sizes = {"count": args.passages, "batch": args.batch, "steps": args.steps}
+            cases = perplexity_cases(model, tokenizer, args.text, args.context, **sizes)
         elif args.what in BENCHMARKS:
-            sizes = args.cases, args.max_length
-            cases = benchmark_cases(model, tokenizer, args.what, args.sets, args.data, *sizes)
+            sizes = {"count": args.cases, "max_length": args.max_length}
+            cases = benchmark_cases(model, tokenizer, args.what, args.sets, args.data, **sizes)
         else:
-            drawn = args.lines, args.cases, args.seed, args.spelled, getattr(args, "data", None)
-            cases = retrieval_cases(model, tokenizer, args.what, args.question, *drawn)
+            drawn = {"count": args.cases, "seed": args.seed, "data": getattr(args, "data", None)}
+            protocols, lines = args.question, args.lines
+            cases = retrieval_cases(model, tokenizer, args.what, protocols, lines, **drawn)
         if args.equal and args.equal > limit:
             raise UserError(f"--equal {args.equal} exceeds the context of {limit}")
 
         @functools.cache
-        def statistics() -> list:
+        def statistics() -> list[Statistics]:
             length = min(args.seq_len, limit)
             if args.calibrate:
-                text = args.calibrate, tokenizer, args.samples, length, args.seed, args.sinks
-                return calibrate_together(model, sample_tokens(*text), args.sinks)
-            if args.what not in ANSWER_TOKENS:
-                raise UserError(
-                    "factors for cskv and asvd are made from text; give --calibrate TEXT"
-                )
-            drawn = [max(args.lines)], min(args.samples, 64), args.seed, args.spelled
-            texts = samples(tokenizer, length, args.what, *drawn)
+                sizes = {"length": length, "seed": args.seed, "sinks": args.sinks}
+                texts = sample_tokens(args.calibrate, tokenizer, args.samples, **sizes)
+            elif args.what in ANSWER_TOKENS:
+                count, lines = min(args.samples, 64), [max(args.lines)]
+                texts = samples(tokenizer, length, args.what, lines, count, args.seed)
+            else:
+                raise UserError("cskv and asvd need factors, made from text; give --calibrate TEXT")
             return calibrate_together(model, texts, args.sinks)
 
         @functools.cache
-        def make_factors(init: str, rank: int):
+        def make_factors(init: str, rank: int) -> Factors:
             ranks = [rank] * len(model.model.layers)
             seen = statistics() if init in CALIBRATED else None
             return init_factors(init, model, ranks, ranks, seen, args.seed)
@@ -298,33 +310,65 @@ def run(args: argparse.Namespace) -> None:
             delete_notes(args.json)
 
 
+def shared_options() -> Arguments:
+    """The options of all sub-commands."""
+    parser = Arguments(add_help=False)
+    add_cache_options(parser)
+    add = parser.add_argument
+    init = one_of(INITIALIZATIONS, "initialization")
+    count = number(int, 1)
+    add("--model", required=True, help="measure this checkpoint, a folder or a hub name")
+    add("--inits", type=comma_list(init), help="make such factors (without --factors: optimal)")
+    add("--clamped-zero-point", action="store_true", help="quantize as the paper's code does")
+    help = "take --ratios as measured ones, of a full cache of so many tokens: each cache gets the "
+    help += "size, tokens kept or rank, at which it holds that much less"
+    add("--equal", type=count, metavar="TOKENS", help=help)
+    add("--calibrate", type=Path, help="fit factors to this text (LongEval has cases for it)")
+    add("--samples", type=count, default=256, help="calibrate on so many texts (default: 256)")
+    add("--seq-len", type=number(int, 2), default=1024, help="cut them to so many tokens (1024)")
+    add("--seed", type=number(int, 0), default=0, help="draw samples and cases from this (0)")
+    add("--vicuna", action="store_true", help="ask in Vicuna's chat template, as LongChat wants it")
+    add("--no-chat", action="store_true", help="ask without the model's chat template")
+    add("--cache-dtype", choices=DTYPES, default="bfloat16", help="hold such numbers (bfloat16)")
+    add("--device", default="cpu", help="compute on cpu or cuda")
+    add("--dtype", choices=DTYPES, default="float32", help="compute in it (default: float32)")
+    add("--json", type=Path, help="write the rows to this file, and resume a run that was stopped")
+    return parser
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    shared = Arguments(add_help=False)
-    add_cache_options(shared)
-    add_options(shared, "model inits factors bits clamped-zero-point equal vicuna no-chat json")
-    add_options(shared, "cache-dtype calibrate samples seq-len seed device dtype")
+    shared = shared_options()
     parser = Arguments(description=__doc__.splitlines()[0])
-    what = parser.add_subparsers(dest="what", required=True, parser_class=Arguments)
+    commands = parser.add_subparsers(dest="what", required=True, parser_class=Arguments)
+    count = number(int, 1)
 
-    def add(name: str, help: str, names: str, helps=None, **defaults) -> None:
-        add_options(what.add_parser(name, parents=[shared], help=help), names, helps, **defaults)
+    add = commands.add_parser("perplexity", parents=[shared], help="of text").add_argument
+    add("--text", type=Path, required=True, help="predict this held-out .txt or .jsonl")
+    add("--context", type=count, default=1024, help="prefill so many tokens (default: 1024)")
+    add("--steps", type=count, default=256, help="decode so many one by one (default: 256)")
+    add("--passages", type=count, default=16, help="measure on so many (default: 16)")
+    add("--batch", type=count, default=8, help="read so many at a time, as memory allows (8)")
 
-    add("perplexity", "decoded token by token", "text context steps passages batch")
-    own = {"cases": 50, "question": ["prefill"]}
-    helps = {"data": "folder of LongEval's own files, `200_lines.jsonl` and so on, instead of ours"}
-    helps["lines"] = "of a record (default: 50, or with --data 200,300,400,500)"
-    add("longeval", "retrieval", "lines data cases question spelled", helps, **own)
-    names = "lines cases question spelled"
-    add("passkey", "retrieval, from filler text", names, lines=[50], **own)
+    protocols = comma_list(one_of(PROTOCOLS, "protocol"))
+    for name, unit in (("longeval", "lines in a record"), ("passkey", "repetitions of filler")):
+        add = commands.add_parser(name, parents=[shared], help="retrieval").add_argument
+        add("--lines", type=comma_list(count), help=f"ask with so many {unit}: 25,50 (default: 50)")
+        add("--cases", type=count, default=50, help="ask so often at each length (default: 50)")
+        add("--question", type=protocols, default="prefill", help="prefill it, decode it, or both")
+        if name == "longeval":
+            add("--data", type=Path, help="read LongEval's own cases in this folder")
+
     for name, module in BENCHMARKS.items():
-        helps = {"sets": f"of {', '.join(module.TASKS)} (default: all)"}
-        helps["max-length"] = f"of a prompt, its middle cut out (default: {module.MAX_LENGTH})"
-        add(name, module.__doc__.splitlines()[0], "data sets cases max-length", helps)
+        title = module.__doc__.splitlines()[0]
+        add = commands.add_parser(name, parents=[shared], help=title).add_argument
+        add("--sets", type=comma_list(str), help=f"ask these of {', '.join(module.TASKS)}")
+        add("--data", type=Path, help="read the benchmark in this folder, not from the hub")
+        add("--cases", type=count, help="ask the first so many of each set (default: all)")
+        add("--max-length", type=number(int, 2), help="cut the middle out of longer prompts")
+
     args = parser.parse_args(argv)
-    if args.what == "longeval":
-        args.lines = args.lines or (PUBLISHED if args.data else [50])
-        if args.data and args.spelled:
-            parser.error("--spelled is for our own cases; leave it or --data out")
+    if args.what in ANSWER_TOKENS and args.lines is None:
+        args.lines = PUBLISHED if getattr(args, "data", None) else [50]
     return args
 
 

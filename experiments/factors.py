@@ -41,14 +41,15 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        parts = [self.init, f"k{1e4 * self.k_ratio:04.0f}-v{1e4 * self.v_ratio:04.0f}"]
-        parts += [f"{self.bits}bits"] * (self.bits < 16) + ["clamped"] * self.clamped
-        return "-".join(parts)
+        name = f"{self.init}-k{1e4 * self.k_ratio:04.0f}-v{1e4 * self.v_ratio:04.0f}"
+        if self.bits < 16:
+            name += f"-{self.bits}bits"
+        return name + "-clamped" if self.clamped else name
 
     def ranks(self, model: Transformer) -> tuple[list[int], list[int]]:
         """Of the keys and of the values of every layer."""
         d_kv, layers = model.config.d_kv, len(model.model.layers)
-        return tuple([rank_for(ratio, d_kv)] * layers for ratio in (self.k_ratio, self.v_ratio))
+        return [rank_for(self.k_ratio, d_kv)] * layers, [rank_for(self.v_ratio, d_kv)] * layers
 
 
 class FactorStore:

@@ -1,4 +1,4 @@
-"""The pictures of experiments/, made with matplotlib (requirements-extra.txt).
+"""The figures of experiments/: which points of a table's rows they show (pictures.py draws).
 
 Each function gets the rows of a table, or what a figure needs, and writes one PNG.
 """
@@ -8,7 +8,7 @@ from statistics import fmean
 
 from torch import Tensor
 
-from experiments.pictures import draw, draw_lines, pyplot, save_figure
+from experiments.pictures import draw, pyplot, save_figure
 from experiments.tables import grouped
 
 COLOURS = {
@@ -27,126 +27,150 @@ PROTOCOL = {
 }
 
 
-def draw_scores(rows: list[dict], panel: str, titles: dict, paper: str, path: Path, **axes) -> None:
-    """Accuracy or perplexity, and the paper's own accuracy in a line of that name: `draw_lines`."""
-    score = "perplexity" if "perplexity" in rows[0] else "accuracy"
-    theirs = ("paper", paper) if score == "accuracy" else ("", "")
-    draw_lines(rows, panel, titles, score, theirs, path, ylabel=LABELS[score], **axes)
+def score_name(row: dict) -> str:
+    return "perplexity" if "perplexity" in row else "accuracy"
+
+
+def score_point(row: dict, panel: str, label: str, x: float, colour: str | None, marks: str):
+    """A row as a point of `draw`: its score against `x`."""
+    y = row[score_name(row)]
+    return {"panel": panel, "label": label, "x": x, "y": y, "colour": colour, "marks": marks}
+
+
+def factors_point(row: dict, panel: str, x: float, marks: str, protocol: str = "") -> dict:
+    """A row of CSKV as a point of `draw`, named and coloured by its factors."""
+    label = f"cskv, {row['factors']}"
+    if protocol:
+        label += f", {protocol}"
+    return score_point(row, panel, label, x, COLOURS[row["factors"].split(",")[0]], marks)
+
+
+def with_paper(points: list[dict], rows: list[dict], label: str) -> list[dict]:
+    """The points, and beside each the paper's accuracy, where its row has one."""
+    theirs = []
+    for point, row in zip(points, rows, strict=True):
+        if row.get("paper") and score_name(row) == "accuracy":
+            paper = {"panel": point["panel"], "label": label, "colour": "black", "marks": ":"}
+            theirs.append({**paper, "x": point["x"], "y": float(row["paper"])})
+    return points + theirs
 
 
 def accuracy_against_bytes(rows: list[dict], colours: dict, path: Path) -> None:
     """Every method in one picture: the score against the bytes really held, a panel a protocol.
     `colours` are of the caches; None lets matplotlib choose."""
-    lines = []
+    points = []
     for group in grouped(rows, "question", "cache", "factors", "ratio", "bits", "sinks").values():
-        row, kind = group[0], group[0]["factors"].replace(" in 4 bits", "")
-        means = {
-            name: fmean(one[name] for one in group)
-            for name in ("measured_ratio", "accuracy", "perplexity")
-            if name in row
-        }  # over the lengths
-        marks = ("s" if row["cache"] == "asvd" else "o") + ("--" if "optimal" in kind else "-")
+        row = group[0]
+        score = score_name(row)
+        mean = {score: fmean(one[score] for one in group)}  # over the lengths
+        removed = fmean(one["measured_ratio"] for one in group)
+        kind = row["factors"].replace(" in 4 bits", "")
         label = f"{row['cache']}, {kind}" if kind else row["cache"]
-        label += f", {row['sinks']} sinks" if int(row.get("sinks", 0)) else ""
-        own = {"question": row.get("question", ""), "x": means["measured_ratio"], "paper": ""}
-        own |= {"colour": colours[row["cache"]], "label": label, "marks": marks}
-        own |= {"colour": COLOURS["budget"]} if kind == "budget" else {}
-        lines.append({**means, **own})
+        if int(row.get("sinks", 0)):
+            label += f", {row['sinks']} sinks"
+        colour = COLOURS["budget"] if kind == "budget" else colours[row["cache"]]
+        marks = "s" if row["cache"] == "asvd" else "o"
+        marks += "--" if "optimal" in kind else "-"
+        panel = PROTOCOL[row.get("question", "")]
+        points.append(score_point(mean, panel, label, removed, colour, marks))
     xlabel = "measured compression ratio, means over the lengths"
-    draw_scores(lines, "question", PROTOCOL, "", path, xlabel=xlabel)
+    draw(points, path, xlabel=xlabel, ylabel=LABELS[score])
 
 
 def perplexity_against_bytes(rows: list[dict], colours: dict, path: Path) -> None:
     """Perplexity against the bytes really held, a panel for each text and each length of context.
     KIVI's points are joined from none to some sinks, and so are those of factors of one kind."""
-    lines = []
+    points = []
     for row in rows:
-        kind = f", {row['factors']}" if row["factors"] else ""
-        kind += f", {row['bits']} bits" if row["factors"] and row["bits"] in ("16", "4") else ""
-        own = {"panel": f"{row['text']}, {row['context']} tokens", "x": row["measured_ratio"]}
-        own |= {"label": row["cache"] + kind, "colour": colours[row["cache"]], "paper": ""}
-        own |= {"marks": "o-" if row["bits"] == "16" else "o--"}
-        own |= {"marks": "s-", "colour": COLOURS["budget"]} if row["factors"] == "budget" else {}
-        lines.append({**row, **own})
+        label, colour = row["cache"], colours[row["cache"]]
+        marks = "o-" if row["bits"] == "16" else "o--"
+        if row["factors"]:
+            label += f", {row['factors']}"
+        if row["factors"] == "budget":
+            colour, marks = COLOURS["budget"], "s-"
+        elif row["factors"]:
+            label += f", {row['bits']} bits"
+        panel = f"{row['text']}, {row['context']} tokens"
+        points.append(score_point(row, panel, label, row["measured_ratio"], colour, marks))
     xlabel = "measured compression ratio"
-    draw_scores(lines, "panel", {}, "", path, xlabel=xlabel, yscale="log")
-
-
-def of_factors(row: dict, x: float, marks: str, label: str = "") -> dict:
-    """A row of CSKV as a point of `draw_scores`."""
-    name = ", ".join(part for part in ("cskv", row["factors"], label) if part)
-    colour = COLOURS[row["factors"].split(",")[0]]
-    return {**row, "x": x, "label": name, "colour": colour, "marks": marks}
+    draw(points, path, xlabel=xlabel, ylabel=LABELS["perplexity"], yscale="log")
 
 
 def score_against_window(rows: list[dict], path: Path) -> None:
     """The score against the window: a panel a protocol, a line for each kind of factors."""
-    lines = [of_factors(row, row["window"], "o-") for row in rows]
-    lines = [{**row, "band": row["interval"]} if "interval" in row else row for row in lines]
-    axes = {"xlabel": "window, tokens", "xscale": "log"}
-    draw_scores(lines, "question", PROTOCOL, "the paper, LongChat-7B", path, **axes)
+    points = []
+    for row in rows:
+        panel = PROTOCOL[row.get("question", "")]
+        points.append(factors_point(row, panel, row["window"], "o-"))
+        if "interval" in row:
+            points[-1]["band"] = row["interval"]
+    points = with_paper(points, rows, "the paper, LongChat-7B")
+    ylabel = LABELS[score_name(rows[0])]
+    draw(points, path, log_x=True, xlabel="window, tokens", ylabel=ylabel)
 
 
 def score_against_split(rows: list[dict], path: Path) -> None:
     """The score against the share of the kept channels that keys get: a panel for each ratio, a
     line for each kind of factors and each protocol."""
-    lines = []
+    points = []
     for row in rows:
-        share, question = row["kept_k"] / (row["kept_k"] + row["kept_v"]), row.get("question", "")
-        marks = "o--" if question == "decode" else "o-"
-        lines.append(of_factors(row, 100 * share, marks, question))
-    titles = {row["ratio"]: f"{row['ratio']:.0%} removed" for row in rows}
-    paper, xlabel = "the paper,\nprinted shares as kept", "keys' share of the kept channels, %"
-    draw_scores(lines, "ratio", titles, paper, path, xlabel=xlabel)
+        share = 100 * row["kept_k"] / (row["kept_k"] + row["kept_v"])
+        protocol = row.get("question", "")
+        marks = "o--" if protocol == "decode" else "o-"
+        points.append(factors_point(row, f"{row['ratio']:.0%} removed", share, marks, protocol))
+    points = with_paper(points, rows, "the paper,\nprinted shares as kept")
+    xlabel = "keys' share of the kept channels, %"
+    draw(points, path, xlabel=xlabel, ylabel=LABELS[score_name(rows[0])])
 
 
 def singular_values(values: Tensor, path: Path) -> None:
     """values [layers, 2, d_kv], largest first, of keys and values; each layer's largest is 1."""
     layers, _, d_kv = values.shape
+    relative = (values / values[..., :1]).clamp(min=1e-4)
     shades = pyplot().get_cmap("viridis")
-
-    def fill(axis, name: str, lines: Tensor) -> None:
-        axis.set_title(f"{name}, before RoPE", fontsize=11)
-        for i, line in enumerate(lines):
+    points = []
+    for side, title in enumerate(("keys, before RoPE", "values, before RoPE")):
+        for i, line in enumerate(relative[:, side].tolist()):
+            shade = shades(i / max(1, layers - 1))
             few = layers <= 8 or i in (0, layers // 2, layers - 1)
-            y, label = (line / line[0]).clamp(min=1e-4), f"layer {i}" if few else None
-            axis.plot(range(1, d_kv + 1), y, color=shades(i / max(1, layers - 1)), label=label)
+            style = {"label": f"layer {i}" if few else f"_{i}", "colour": shade, "marks": "-"}
+            for n, y in enumerate(line, 1):
+                points.append({"panel": title, "x": n, "y": y, **style})
         for removed in (0.5, 0.8):
-            kept = (1 - removed) * d_kv
-            axis.axvline(kept, color="tab:red", linestyle=":")
-            text = {"rotation": 90, "ha": "right", "va": "bottom", "color": "tab:red"}
-            axis.annotate(f"{removed:.0%} removed ", (kept, 1e-4), fontsize=8, **text)
-
+            style = {"label": f"{removed:.0%} removed", "colour": "tab:red", "marks": ":"}
+            for y in (relative.min().item(), 1.0):
+                points.append({"panel": title, "x": (1 - removed) * d_kv, "y": y, **style})
     labels = {"xlabel": "singular value, in order", "ylabel": "relative to the first"}
-    panels = {"keys": values[:, 0], "values": values[:, 1]}
-    draw(panels, fill, path, yscale="log", **labels)
+    draw(points, path, yscale="log", **labels)
 
 
 def loss_curves(curves: list[dict], path: Path) -> None:
     """Losses of every step, smoothed, over the floor; a panel for each ratio."""
     slowest = min(curve["lr"] for curve in curves)
-
-    def fill(axis, ratio: float, some: list[dict]) -> None:
-        axis.set_title(f"{ratio:.0%} of the channels removed", fontsize=11)
+    points = []
+    for ratio, some in grouped(curves, "ratio").items():
+        panel = f"{ratio:.0%} of the channels removed"
         for curve in some:
-            losses, width = curve["losses"], max(1, len(curve["losses"]) // 50)
-            axis.plot(
-                [fmean(losses[max(0, i - width) : i + 1]) for i in range(len(losses))],
-                color=COLOURS[curve["init"]],
-                linestyle="--" if curve["lr"] == slowest else "-",
-                label=f"{curve['init']}, lr {curve['lr']:g}",
-            )
-        floor = "floor of the samples\nmeasured before and after"
-        axis.axhline(some[0]["floor"], color="black", linestyle=":", label=floor)
-
-    labels = {"xlabel": "step", "ylabel": "loss (equation 2)"}
-    draw(grouped(curves, "ratio"), fill, path, yscale="log", **labels)
+            marks = "--" if curve["lr"] == slowest else "-"
+            style = {"label": f"{curve['init']}, lr {curve['lr']:g}", "marks": marks}
+            style["colour"] = COLOURS[curve["init"]]
+            losses = curve["losses"]
+            width = max(1, len(losses) // 50)
+            for i in range(len(losses)):
+                smooth = fmean(losses[max(0, i - width) : i + 1])
+                points.append({"panel": panel, "x": i, "y": smooth, **style})
+        style = {"label": "floor of the samples\nmeasured before and after", "marks": ":"}
+        for x in (0, len(losses) - 1):
+            floor = {"panel": panel, "x": x, "y": some[0]["floor"]}
+            points.append({**floor, "colour": "black", **style})
+    draw(points, path, yscale="log", xlabel="step", ylabel="loss (equation 2)")
 
 
 def budget_plan(rows: list[dict], path: Path) -> None:
     """What each side of each layer keeps: its rank as a colour, and rank and bits written in it."""
     sides = grouped(rows, "of")
-    layers, most = len(rows) // 2, max(row["rank"] for row in rows)
+    layers = len(rows) // 2
+    most = max(row["rank"] for row in rows)
     figure, axis = pyplot().subplots(figsize=(1.5 + 0.42 * layers, 2.2))
     ranks = [[row["rank"] for row in side] for side in sides.values()]
     image = axis.imshow(ranks, cmap="viridis", vmin=0, vmax=most, aspect="auto")
@@ -163,16 +187,11 @@ def budget_plan(rows: list[dict], path: Path) -> None:
 
 def time_against_tokens(rows: list[dict], path: Path) -> None:
     """Milliseconds of a decode step against tokens, a line for each cache of experiments.speed."""
-
-    def fill(axis, _: str, lines: dict) -> None:
-        for name, points in lines.items():
-            x, y = ([point[key] for point in points] for key in ("tokens", "decode_ms"))
-            style = "--" if name.startswith("transformers") else "-"
-            axis.plot(x, y, marker="o", linestyle=style, label=name)
-        axis.set_ylim(bottom=0)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted({row["tokens"] for row in rows}))
-        axis.xaxis.set_major_formatter("{x:,.0f}")
-
+    points = []
+    for row in rows:
+        marks = "o--" if row["cache"].startswith("transformers") else "o-"
+        point = {"panel": "", "label": row["cache"], "colour": None, "marks": marks}
+        points.append({**point, "x": row["tokens"], "y": row["decode_ms"]})
+    ticks = sorted({row["tokens"] for row in rows})
     labels = {"xlabel": "tokens in the cache", "ylabel": "milliseconds of a decode step"}
-    draw({"": grouped(rows, "cache")}, fill, path, **labels)
+    draw(points, path, log_x=True, xticks=ticks, ylim=(0, None), **labels)

@@ -11,7 +11,6 @@ from pathlib import Path
 from experiments.tasks.longeval import make_cases, read_cases, samples  # noqa: F401
 from experiments.tasks.scores import is_correct, read_answer  # noqa: F401 (beside the cases)
 from support.command import Arguments, number, replacing, run_command
-from support.options import add_options
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,11 +24,13 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=("longeval", "passkey"), default="longeval")
-    help = "lines of a record; of a passkey case, repetitions of the filler text (default: 50)"
-    parser.add_argument("--lines", type=number(int, 1), default=50, help=help)
-    add_options(parser, "cases seed spelled", cases=1000)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON lines file to write")
+    add = parser.add_argument
+    add("--task", choices=("longeval", "passkey"), default="longeval")
+    add("--lines", type=number(int, 1), default=50, help="write so many in a record (default: 50)")
+    add("--cases", type=number(int, 1), default=1000, help="write so many cases (default: 1000)")
+    add("--seed", type=number(int, 0), default=0, help="draw them from this seed (default: 0)")
+    add("--spelled", action="store_true", help="make keys of made-up words")
+    add("--out", type=Path, required=True, help="write this JSON lines file")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""The loop that runs every case on every cache, what it keeps of a run, and the tables it fills.
+"""The loop that runs every case on every cache, and the rows of a table that it fills.
 
 Since prefill is exact in nearly every cache, the model reads the text of a case once for all of
 these; then each cache goes on alone. Memory holds all caches of one case at a time: if that is too
@@ -55,8 +55,9 @@ class SharedPrefill(LayerCache):
 
 def reads_exactly(cache: LayerCache) -> bool:
     """Whether its prefill attends with all exact keys and values."""
-    own = cache.cache if isinstance(cache, Rounded) else cache
-    return type(own).prefill in (LayerCache.prefill, BiBranchCache.prefill)
+    if isinstance(cache, Rounded):
+        cache = cache.cache
+    return type(cache).prefill in (LayerCache.prefill, BiBranchCache.prefill)
 
 
 def measure(
@@ -69,26 +70,26 @@ def measure(
     """Runs every case on every cache: a row {columns, "scores", "cases", "measured_ratio", ...} for
     each cache and each group of cases with the same columns.
 
-    Processes share the cases out, and all return all rows. With `notes`, what is finished is kept
-    in files of that name until `delete_notes`, and is not run again. Raises `UserError` if the
-    notes are those of other `arguments`, and what a cache or a case raises.
+    Processes share the cases out, and all return all rows. `notes` and `arguments`, and what is
+    raised: see `run_all`.
     """
     for row in rows:
         make_cache(model, row, 0)  # one that refuses this model does so now, not after hours
     keys = [[(r, c) for r in range(len(rows))] for c in range(len(cases))]
 
-    def run(left: list[tuple[int, int]]) -> Iterator[dict]:
-        return run_case(model, [rows[r] for r, _ in left], cases[left[0][1]])
+    def run(keys: list[tuple[int, int]]) -> Iterator[dict]:
+        return run_case(model, rows, cases[keys[0][1]])
 
     done = run_all(keys, run, notes, arguments)
     groups: dict[tuple, list[int]] = {}
     for c, case in enumerate(cases):
         groups.setdefault(tuple(case.columns.items()), []).append(c)
-    return [
-        {**row.columns, **dict(columns), **summary(model, [done[r, c] for c in members])}
-        for columns, members in groups.items()
-        for r, row in enumerate(rows)
-    ]
+    result = []
+    for columns, members in groups.items():
+        for r, row in enumerate(rows):
+            finished = [done[r, c] for c in members]
+            result.append({**row.columns, **dict(columns), **summary(model, finished)})
+    return result
 
 
 @torch.no_grad()
@@ -106,7 +107,8 @@ def run_case(model: Transformer, rows: list[Row], case: Case) -> Iterator[dict]:
     for row, cache in zip(rows, caches, strict=True):
         start = clock(device)
         if reads_exactly(cache[0]):
-            logits, start = shared, start - share
+            logits = shared
+            start -= share
         else:
             logits = model(prompt, cache, logits_to_keep=1)
         result = run_cache(model, row, cache, logits, case)
@@ -116,8 +118,7 @@ def run_case(model: Transformer, rows: list[Row], case: Case) -> Iterator[dict]:
 def run_cache(
     model: Transformer, row: Row, cache: list[LayerCache], logits: Tensor, case: Case
 ) -> dict:
-    """What becomes of one cache, which has read the prompt. `tokens` are those of all sequences of
-    the batch, as `bytes` are."""
+    """What becomes of one cache, which has read the prompt; `tokens` are those of all the batch."""
     scores = case.score(model, logits, cache)
     tokens = len(scores) * cache[0].length
     return {"scores": scores, "tokens": tokens, "bytes": held_bytes(cache)}
@@ -132,14 +133,16 @@ def clock(device: str | torch.device) -> float:
 
 def summary(model: Transformer, results: list[dict]) -> dict:
     """Finished cases together: `tokens` is the mean length, `seconds` the sum."""
-    scores = [score for result in results for score in result["scores"]]
-    sums = "tokens", "bytes", "seconds"
-    tokens, held, seconds = (sum(result[name] for result in results) for name in sums)
+    scores = []
+    for result in results:
+        scores += result["scores"]
+    tokens = sum(result["tokens"] for result in results)
+    held = sum(result["bytes"] for result in results)
     return {
         "cases": len(scores),
         "tokens": tokens / len(scores),
         "measured_ratio": 1 - held / full_bytes(model, tokens),
-        "seconds": seconds,
+        "seconds": sum(result["seconds"] for result in results),
         "scores": scores,
     }
 
@@ -163,17 +166,16 @@ def benchmark_rows(rows: list[dict]) -> list[dict]:
     shown = []
     for own in grouped(rows, *Row.COLUMNS).values():
         columns = {name: own[0][name] for name in Row.COLUMNS}
-        scores = [
-            {"set": row["set"], "bucket": row["bucket"], "score": score}
-            for row in own
-            for score in row["scores"]
-        ]
+        scores = []
+        for row in own:
+            place = {"set": row["set"], "bucket": row["bucket"]}
+            scores += [{**place, "score": score} for score in row["scores"]]
         for mean in summarize(scores, longbench.BUCKETS):
-            counted = [
-                row
-                for row in own
-                if mean["set"] in (row["set"], "average") and mean["bucket"] in (row["bucket"], ALL)
-            ]
+            counted = own
+            if mean["set"] != "average":
+                counted = [row for row in counted if row["set"] == mean["set"]]
+            if mean["bucket"] != ALL:
+                counted = [row for row in counted if row["bucket"] == mean["bucket"]]
             tokens = sum(row["tokens"] * row["cases"] for row in counted)
             removed = sum(row["measured_ratio"] * row["tokens"] * row["cases"] for row in counted)
             total = {"tokens": tokens / mean["cases"], "measured_ratio": removed / tokens}

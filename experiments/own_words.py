@@ -19,29 +19,27 @@ from tqdm import tqdm
 
 from model import Transformer, full_cache
 from support.command import (
-    DTYPES,
     Arguments,
     UserError,
     check_files,
+    number,
     replacing,
     run_command,
-    use_device,
     user_values,
 )
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
-from support.options import add_option, add_options
 from support.text import check_finite, sample_tokens
 
 
 @torch.no_grad()
 def write_texts(model: Transformer, count: int, length: int, generator: torch.Generator) -> Tensor:
     """`count` texts of the model's own, [count, length] token ids, without an end of text."""
-    config, device = model.config, model.lm_head.weight.device
+    config = model.config
     tokens = torch.randint(config.vocab_size, (count, 1), generator=generator)
     cache = full_cache(model, length)
     for _ in tqdm(range(length - 1), "writing", unit="token", leave=False):
-        logits = model(tokens[:, -1:].to(device), cache)[:, -1].float().cpu()  # [count, vocab]
+        logits = model(tokens[:, -1:], cache)[:, -1].float()  # [count, vocab]
         check_finite(bool(logits.isfinite().all()))
         logits[:, list(config.eos_token_ids)] = -math.inf
         new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
@@ -51,18 +49,17 @@ def write_texts(model: Transformer, count: int, length: int, generator: torch.Ge
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
-    use_device(args.device)
     check_files({"--out": args.out}, {"--data": args.data})
     if args.out.suffix != ".jsonl":
         raise UserError(f"--out {args.out} must end in .jsonl, the kind of file that is written")
     with user_values():
-        model = load_model(args.model, args.device, DTYPES[args.dtype])
+        model = load_model(args.model)
         tokenizer = load_tokenizer(args.model, model.config.vocab_size)
-        if args.seq_len > model.config.context_length:
-            limit = model.config.context_length
+        limit = model.config.context_length
+        if args.seq_len > limit:
             raise UserError(f"--seq-len {args.seq_len} exceeds the context of {limit}")
-        others = sample_tokens(args.data, tokenizer, args.samples, args.seq_len, args.seed)
-        generator = torch.Generator().manual_seed(args.seed)
+        others = sample_tokens(args.data, tokenizer, args.samples, args.seq_len, seed=0)
+        generator = torch.Generator().manual_seed(0)
         own = write_texts(model, args.samples, args.seq_len, generator)
     texts = [tokenizer.decode(ids.flatten().tolist()) for ids in (*own, *others)]
     with replacing(args.out) as temporary:
@@ -72,11 +69,12 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    add_option(parser, "data", "text of another kind", type=Path, required=True)
-    helps = {"samples": "of its own, and pieces of --data"}
-    add_options(parser, "model samples seq-len", helps, samples=32)
-    add_option(parser, "out", "file to write, .jsonl", type=Path, required=True)
-    add_options(parser, "seed device dtype")
+    add = parser.add_argument
+    add("--model", required=True, help="let this checkpoint write")
+    add("--data", type=Path, required=True, help="take the other half from this text")
+    add("--samples", type=number(int, 1), default=32, help="write so many, take as many (32)")
+    add("--seq-len", type=number(int, 2), default=1024, help="write so many tokens each (1024)")
+    add("--out", type=Path, required=True, help="write this file, .jsonl")
     return parser.parse_args(argv)
 
 

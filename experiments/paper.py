@@ -5,15 +5,11 @@
     python -m experiments.paper all --data FOLDER           every file in experiments/results
 
 Without more arguments they run on the embedded teaching model, with LongEval accuracy, in both
-protocols of experiments/evaluate.py. With `--text` the measure is perplexity in decode mode:
+protocols of experiments/evaluate.py; with `--text` the measure is perplexity in decode mode.
 
-    python -m experiments.paper table5 --model weights/SmolLM2-135M-Instruct \\
-        --text runs/english/heldout.txt --calibrate runs/english/calibration.txt --samples 256
-
-Tables and figures go to `--out`. Factors are trained once, for all commands: all that are missing
-share one pass of the frozen model over the samples. They stay in `--work`, with checkpoints, and so
-do single cases: a command that was interrupted goes on when it is given again. Two processes share
-the cases out: `torchrun --nproc-per-node 2 -m experiments.paper table1`.
+Tables and figures go to `--out`. Factors are trained once, for all commands, and stay in `--work`,
+as single cases do: a command that was interrupted goes on when it is given again. Two processes
+share the cases out: `torchrun --nproc-per-node 2 -m experiments.paper table1`.
 
 The paper's numbers, in the column `paper`, are of LongChat-7B on LongEval with 200 to 500 lines.
 """
@@ -24,30 +20,22 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 import torch
 
-from cskv import INITIALIZATIONS, rank_for
+from cskv import INITIALIZATIONS, Factors, rank_for
 from experiments import figures
 from experiments.caches import CACHES, TOKENS, Row, make_row
-from experiments.evaluate import perplexity_cases, retrieval_cases
+from experiments.evaluate import PROTOCOLS, perplexity_cases, retrieval_cases
 from experiments.factors import FactorStore, Recipe
 from experiments.measuring import Case, measure, with_score
 from experiments.notes import all_that_counts, delete_notes
 from experiments.remake import remake
-from experiments.tables import (
-    SCORES,
-    beside,
-    grouped,
-    side_by_side,
-    table,
-    write_json,
-    write_markdown,
-)
+from experiments.tables import SCORES, beside, grouped, write_tables
 from experiments.tasks.longeval import PUBLISHED, read_cases, samples
-from infer import TEACHER, nominal_ratio
+from infer import TEACHER
 from support.command import (
     DTYPES,
     Arguments,
@@ -55,92 +43,81 @@ from support.command import (
     comma_list,
     make_folder,
     number,
+    one_of,
     run_command,
 )
 from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
-from support.options import PROTOCOLS, add_option, add_options
 from support.processes import place, processes
 from support.text import sample_tokens
 
 PAPER_LR = 5e-5
-HELPS = {
-    "factors": "files of experiments.budget, for table1 and budget",
-    "bits": "of table5",
-    "inits": "of factors: random,svd,asvd,optimal,attention",
-    "lines": "of LongEval (default: 25,50,100 in table1, else 50; with --data 200,300,400,500 "
-    "in table1, else 200)",
-    "data": "folder of LongEval's own files, `200_lines.jsonl` and so on, instead of our cases",
-}
 LINES = [25, 50, 100]  # of the LongEval cases that factors are fitted to, and of table 1
 
 
 @dataclass
 class Experiment:
-    """What a table is made of: a model and its factors, cases, and a place for the results."""
+    """What a table is made of: a model and its factors, cases, and a place for the results.
+
+    A row of a table is a `Row`, with further columns: in the lists of rows here, a pair of both.
+    """
 
     store: FactorStore
     cases: list[Case]
     ratios: list[float]
     inits: list[str]
     bits: list[int]
-    dtype: torch.dtype  # of what caches hold
+    files: list[Factors]  # those of a budget
     out: Path  # of the table and the figure, without a suffix
     notes: Path
     arguments: dict  # that must be the same to go on with the notes
-    files: list  # of Factors, those of a budget
     began: float = field(default_factory=time.monotonic)
 
-    def plain(self, cache: str, ratio: float = 0.0, sinks: int = 0) -> Row:
-        """A cache that needs no factors."""
-        return make_row(self.store.model, cache, ratio, dtype=self.dtype, sinks=sinks)
+    def row(self, cache: str, ratio: float | None = None, **settings) -> Row:
+        """Any cache, holding 16-bit numbers; `settings` are those of `make_row`."""
+        return make_row(self.store.model, cache, ratio, dtype=torch.bfloat16, **settings)
 
     def cskv(
         self, recipe: Recipe, ratio: float | None = None, window: int = 32, sinks: int = 0, **bits
     ) -> Row:
         """The paper's cache with the recipe's factors; `bits` are those of `Factors.in_bits`."""
-        name = recipe.init + (", trained" if recipe.trained else "")
-        name += f" in {recipe.bits} bits" if recipe.trained and recipe.bits < 16 else ""
-        name += f", lr {recipe.lr:g}" if recipe.lr else ""
+        name = recipe.init
+        if recipe.trained:
+            name += ", trained"
+            name += f" in {recipe.bits} bits" if recipe.bits < 16 else ""
+        if recipe.lr:
+            name += f", lr {recipe.lr:g}"
         (factors,) = self.store.factors(recipe)
-        settings = {"dtype": self.dtype, "origin": name, "window": window, "sinks": sinks}
         ratio = recipe.k_ratio if ratio is None else ratio
-        return make_row(self.store.model, "cskv-plain", ratio, factors.in_bits(**bits), **settings)
+        settings = {"origin": name, "window": window, "sinks": sinks}
+        return self.row("cskv-plain", ratio, factors=factors.in_bits(**bits), **settings)
 
     def budgets(self) -> list[Row]:
         """The fast cache with ranks and bits of a budget, and 4 sinks: a row for each file."""
-        settings, rows = {"origin": "budget", "sinks": 4, "dtype": self.dtype}, []
-        for own in self.files:
-            ratio = nominal_ratio(self.store.model, own.in_bits(16, 16))  # of channels alone
-            rows.append(make_row(self.store.model, "cskv", ratio, own, **settings))
-        return rows
+        settings = {"origin": "budget", "sinks": 4}
+        return [self.row("cskv", factors=factors, **settings) for factors in self.files]
 
-    def scores(self, rows: list[Row], more: list[dict], by_lines: bool = False) -> list[dict]:
-        """Rows of `measure`, with what `more` has for each: of perplexity, or of LongEval in each
+    def scores(self, rows: list[tuple[Row, dict]], by_lines: bool = False) -> list[dict]:
+        """Rows of `measure` with their further columns: of perplexity, or of LongEval in each
         protocol. `by_lines` keeps the lengths apart; else a row is the average over them, as the
         paper's `Avg. Acc`."""
         cases = self.cases
         if "lines" in cases[0].columns and not by_lines:
             cases = [replace(c, columns={"question": c.columns["question"]}) for c in cases]
-        measured = measure(self.store.model, rows, cases, self.notes, self.arguments)
+        caches = [row for row, _ in rows]
+        measured = measure(self.store.model, caches, cases, self.notes, self.arguments)
+        more = [columns for _, columns in rows]
         return [{**row, **more[i % len(rows)]} for i, row in enumerate(with_score(measured))]
 
     def write(self, rows: list[dict], columns: list[str]) -> None:
-        """Prints a table and writes it, as Markdown and as JSON. Of rows of several protocols it is
-        `side_by_side`, and the file has all rows as well."""
-        if place()[0]:
-            return
-        merged, shown = side_by_side(rows, columns)
-        text, whole = table(merged, shown), table(rows, columns)
-        print(text)
-        write_json(self.out.with_suffix(".json"), rows)
-        given = [
-            "FOLDER" if flag == "--data" else word for flag, word in pairwise(["", *sys.argv[1:]])
-        ]
-        command = f"python -m experiments.paper {shlex.join(given) or self.out.name}"
-        tables = [text] + [whole] * (whole != text)
-        write_markdown(self.out.with_suffix(".md"), command, tables, self.began)
+        """Prints a table and writes it, as Markdown and as JSON."""
+        if place()[0] == 0:
+            given = list(sys.argv[1:]) or [self.out.name]
+            if "--data" in given:
+                given[given.index("--data") + 1] = "FOLDER"
+            command = f"python -m experiments.paper {shlex.join(given)}"
+            write_tables(rows, columns, self.out, command, self.began)
 
 
 # ------------------------------------------------------------------------------------- tables
@@ -167,84 +144,90 @@ def table1(e: Experiment) -> None:
     training; KIVI; the first 4 tokens exact; and a budget's ranks and bits, of `--factors`."""
     recipes = [Recipe(init, r, r, init == "asvd") for r in e.ratios for init in e.inits]
     in_bits = Recipe("asvd", 0.8, 0.8, True, 4)
-    e.store.factors(*recipes, *[in_bits] * ("asvd" in e.inits))
-    rows = [e.plain("full")]
+    if "asvd" in e.inits:
+        e.store.factors(*recipes, in_bits)
+    rows = [e.row("full")]
     for ratio in e.ratios:
-        rows += [e.plain(name, ratio) for name in PRUNING]
+        rows += [e.row(name, ratio) for name in PRUNING]
         for init in e.inits:
             (factors,) = e.store.factors(Recipe(init, ratio, ratio))
-            settings = {"origin": init, "dtype": e.dtype}
-            rows.append(make_row(e.store.model, "asvd", ratio, factors, **settings))
+            rows.append(e.row("asvd", ratio, factors=factors, origin=init))
         rows += [e.cskv(recipe) for recipe in recipes if recipe.k_ratio == ratio]
-    rows += [e.plain("kivi-4"), e.plain("kivi-2")]
+    rows += [e.row("kivi-4"), e.row("kivi-2")]
     # 95%: four bits on top of 80%; of the tokens, a twentieth.
-    rows += [e.plain(name, 0.95) for name in PRUNING if 0.95 not in e.ratios]
+    if 0.95 not in e.ratios:
+        rows += [e.row(name, 0.95) for name in PRUNING]
     if "asvd" in e.inits:
         rows.append(e.cskv(in_bits, 0.95))
     if "optimal" in e.inits:
         rows.append(e.cskv(Recipe("optimal", 0.8, 0.8), 0.95, k_bits=4, v_bits=4))
         rows += [e.cskv(Recipe("optimal", ratio, ratio), sinks=4) for ratio in e.ratios]
-    rows += [e.plain("kivi-2", sinks=4), *e.budgets()]
-    more = []
+    rows += [e.row("kivi-2", sinks=4), *e.budgets()]
+    with_paper = []
     for row in rows:
         theirs = not row.sinks and (row.origin.startswith("asvd") or not row.origin)
         name = row.cache.removesuffix("-plain")
         number = paper_number("table1", cache=name, ratio=row.ratio) if theirs else ""
-        more.append({"paper": number})
-    result = e.scores(rows, more, by_lines=True)
-    own = ["question", "lines", "cache", "factors", "bits", "sinks", "ratio"]
-    e.write(result, [*own, *SCORES, "paper"])
+        with_paper.append((row, {"paper": number}))
+    result = e.scores(with_paper, by_lines=True)
+    columns = ["question", "lines", "cache", "factors", "bits", "sinks", "ratio"]
+    e.write(result, [*columns, *SCORES, "paper"])
     figures.accuracy_against_bytes(result, COLOURS, e.out.with_suffix(".png"))
 
 
 def trainings(e: Experiment) -> list[Recipe]:
     """Every initialization at every ratio, at the paper's learning rate and at ours."""
     rates = sorted({PAPER_LR, e.store.lr})
-    pairs = [(ratio, init) for ratio in e.ratios for init in INITIALIZATIONS]
-    return [Recipe(init, ratio, ratio, True, lr=lr) for ratio, init in pairs for lr in rates]
+    choices = product(e.ratios, INITIALIZATIONS, rates)
+    return [Recipe(init, ratio, ratio, True, lr=lr) for ratio, init, lr in choices]
 
 
 def table2(e: Experiment) -> None:
     """Initializations before and after the paper's training, with their losses and the floor."""
-    trained = trainings(e)
-    e.store.factors(*trained)
-    recipes = [r for t in trained for r in (replace(t, trained=False, lr=None), t)]
-    recipes, more = list(dict.fromkeys(recipes)), []
+    recipes = trainings(e)
+    e.store.factors(*recipes)
+    rows = []
     for r in recipes:
-        history = e.store.history(replace(r, trained=True, lr=r.lr or PAPER_LR))
-        loss = history["final" if r.trained else "initial"]
-        number = paper_number("table2", init=r.init, ratio=r.k_ratio) if r.lr == PAPER_LR else ""
-        more.append({"loss": loss, "floor": history["floor"], "paper": number})
-    result = e.scores([e.cskv(recipe) for recipe in recipes], more)
-    e.write(result, ["question", "ratio", "factors", "loss", "floor", *SCORES, "paper"])
+        history = e.store.history(r)
+        columns = {"loss": history["final"], "floor": history["floor"], "paper": ""}
+        if r.lr == PAPER_LR:
+            before = replace(r, trained=False, lr=None)
+            rows.append((e.cskv(before), {**columns, "loss": history["initial"]}))
+            columns["paper"] = paper_number("table2", init=r.init, ratio=r.k_ratio)
+        rows.append((e.cskv(r), columns))
+    e.write(e.scores(rows), ["question", "ratio", "factors", "loss", "floor", *SCORES, "paper"])
 
 
 def table3(e: Experiment) -> None:
     """The window, at the highest of the ratios."""
-    ratio, longest = max(e.ratios), max(case.length for case in e.cases)
+    ratio = max(e.ratios)
+    longest = max(case.length for case in e.cases)
     windows = [1, *(row["window"] for row in NUMBERS["table3"])]
-    rows, more = [], []
-    for init in e.inits:
-        for window in (w for w in windows if w < longest):
-            rows.append(e.cskv(Recipe(init, ratio, ratio, init == "asvd"), window=window))
+    rows = []
+    for init, window in product(e.inits, windows):
+        if window < longest:
             number = paper_number("table3", window=window) if init == "asvd" else ""
-            more.append({"window": window, "paper": number})
-    result = e.scores(rows, more)
+            row = e.cskv(Recipe(init, ratio, ratio, init == "asvd"), window=window)
+            rows.append((row, {"window": window, "paper": number}))
+    result = e.scores(rows)
     e.write(result, ["question", "factors", "window", "ratio", *SCORES, "paper"])
     figures.score_against_window(result, e.out.with_suffix(".png"))
 
 
 def table4(e: Experiment) -> None:
     """Channels shared between keys and values, as kept shares, half and a quarter of all."""
-    recipes, more = [], []
-    for init in e.inits:
-        for split in NUMBERS["table4"]:
-            kept = {name: split[name] for name in ("kept_k", "kept_v")}
-            recipes.append(Recipe(init, *(1 - share for share in kept.values()), init == "asvd"))
-            more.append({**kept, "paper": paper_number("table4", **kept) * (init == "asvd")})
+    splits = [{name: row[name] for name in ("kept_k", "kept_v")} for row in NUMBERS["table4"]]
+    recipes = {}
+    for init, split in product(e.inits, splits):
+        number = paper_number("table4", **split) if init == "asvd" else ""
+        recipe = Recipe(init, 1 - split["kept_k"], 1 - split["kept_v"], init == "asvd")
+        recipes[recipe] = {**split, "paper": number}
     e.store.factors(*recipes)
-    rows = [e.cskv(r, 1 - (2 - r.k_ratio - r.v_ratio) / 2) for r in recipes]
-    result = e.scores(rows, more)
+    rows = []
+    for recipe, columns in recipes.items():
+        removed = 1 - (columns["kept_k"] + columns["kept_v"]) / 2
+        rows.append((e.cskv(recipe, removed), columns))
+    result = e.scores(rows)
     e.write(result, ["question", "factors", "ratio", "kept_k", "kept_v", *SCORES, "paper"])
     figures.score_against_split(result, e.out.with_suffix(".png"))
 
@@ -254,45 +237,44 @@ def table5(e: Experiment) -> None:
     at about the bytes of 80% in 16 bits, half of the key channels with all value channels in 3
     bits, and KIVI. The clamped zero-point is trained for at the largest of the bits, the paper's.
     """
-    kinds: list[tuple[str, Recipe, dict]] = []  # mode, factors, bits
-    for start in (Recipe(init, r, r, init == "asvd") for init in e.inits for r in e.ratios):
-        kinds.append(("none", start, {}))
-        for bits in e.bits:
-            for clamped in (False, True):
-                options = {"k_bits": bits, "v_bits": bits, "clamped": clamped}
-                kinds.append(("ptq", start, options))
-                if not clamped or bits == max(e.bits):
-                    aware = replace(start, trained=True, bits=bits, clamped=clamped)
-                    kinds.append(("qat", aware, options))
-    e.store.factors(*(recipe for _, recipe, _ in kinds))
-    rows, more = [e.plain("full")], [{"mode": "none", "paper": ""}]
-    for mode, recipe, options in kinds:
-        rows.append(e.cskv(recipe, **options))
-        theirs = recipe.init == "asvd" and options.get("k_bits", 4) == 4
+    choices: list[tuple[str, Recipe, dict]] = []  # mode, factors, bits
+    for init, ratio in product(e.inits, e.ratios):
+        start = Recipe(init, ratio, ratio, init == "asvd")
+        choices.append(("none", start, {}))
+        for bits, clamped in product(e.bits, (False, True)):
+            quantized = {"k_bits": bits, "v_bits": bits, "clamped": clamped}
+            choices.append(("ptq", start, quantized))
+            if not clamped or bits == max(e.bits):
+                aware = replace(start, trained=True, bits=bits, clamped=clamped)
+                choices.append(("qat", aware, quantized))
+    e.store.factors(*[recipe for _, recipe, _ in choices])
+    rows = [(e.row("full"), {"mode": "none", "paper": ""})]
+    for mode, recipe, bits in choices:
+        theirs = recipe.init == "asvd" and bits.get("k_bits", 4) == 4
         number = paper_number("table5", ratio=recipe.k_ratio, mode=mode) if theirs else ""
-        more.append({"mode": mode, "paper": number})
-    rows.append(e.cskv(Recipe("optimal", 0.5, 0.0), 0.25, k_bits=3, v_bits=3))
-    rows += [e.plain("kivi-4"), e.plain("kivi-2")]
-    result = e.scores(rows, more + [{"mode": "ptq", "paper": ""}] * 3)
-    own = ["question", "cache", "ratio", "factors", "bits", "mode"]
-    e.write(result, [*own, *SCORES, "paper"])
+        rows.append((e.cskv(recipe, **bits), {"mode": mode, "paper": number}))
+    mixed = e.cskv(Recipe("optimal", 0.5, 0.0), 0.25, k_bits=3, v_bits=3)
+    for row in (mixed, e.row("kivi-4"), e.row("kivi-2")):
+        rows.append((row, {"mode": "ptq", "paper": ""}))
+    columns = ["question", "cache", "ratio", "factors", "bits", "mode"]
+    e.write(e.scores(rows), [*columns, *SCORES, "paper"])
 
 
 def budget(e: Experiment) -> None:
     """Perplexity at measured bytes, all methods: uniform factors, and with 4 sinks the files that
     experiments/budget.py made; KIVI with and without sinks. Nothing is trained."""
-    rows = [e.plain("full")]
-    rows += [e.plain(name, ratio) for name in PRUNING for ratio in e.ratios]
-    rows += [e.plain(name, sinks=sinks) for name in ("kivi-4", "kivi-2") for sinks in (0, 4)]
-    for bits in (16, 4):
-        rows += [e.cskv(Recipe("optimal", r, r), k_bits=bits, v_bits=bits) for r in e.ratios]
+    rows = [e.row("full")]
+    rows += [e.row(name, ratio) for name in PRUNING for ratio in e.ratios]
+    rows += [e.row(name, sinks=sinks) for name in ("kivi-4", "kivi-2") for sinks in (0, 4)]
+    for bits, ratio in product((16, 4), e.ratios):
+        rows.append(e.cskv(Recipe("optimal", ratio, ratio), k_bits=bits, v_bits=bits))
     rows += e.budgets()
-    result = e.scores(rows, [{}] * len(rows))
-    for full, *others in grouped(result, "text", "context").values():
-        for row in (full, *others):
-            row["of_full"] = row["perplexity"] / full["perplexity"]
-    own = ["text", "context", "cache", "factors", "bits", "sinks", "ratio"]
-    e.write(result, [*own, *SCORES, "of_full"])
+    result = e.scores([(row, {}) for row in rows])
+    for group in grouped(result, "text", "context").values():
+        for row in group:
+            row["of_full"] = row["perplexity"] / group[0]["perplexity"]
+    columns = ["text", "context", "cache", "factors", "bits", "sinks", "ratio"]
+    e.write(result, [*columns, *SCORES, "of_full"])
     figures.perplexity_against_bytes(result, COLOURS, e.out.with_suffix(".png"))
 
 
@@ -302,8 +284,8 @@ def figure3(e: Experiment) -> None:
     shares = spectra.cumsum(-1) / spectra.sum(-1, keepdim=True)  # [layers, 2, d_kv]
     rows = []
     for layer, both in enumerate(shares):
-        for of, share in zip(("keys", "values"), both, strict=True):
-            row = {"layer": layer, "of": of}
+        for side, share in zip(("keys", "values"), both, strict=True):
+            row = {"layer": layer, "of": side}
             for ratio in (0.5, 0.8):
                 kept = share[rank_for(ratio, len(share)) - 1].item()
                 row[f"left_out_{ratio:.0%}"] = 1 - kept
@@ -314,10 +296,11 @@ def figure3(e: Experiment) -> None:
 
 def figure4(e: Experiment) -> None:
     """Loss curves of the initializations, with the least loss that is possible."""
-    e.store.factors(*trainings(e))
-    curves = [
-        {"ratio": r.k_ratio, "init": r.init, "lr": r.lr, **e.store.history(r)} for r in trainings(e)
-    ]
+    recipes = trainings(e)
+    e.store.factors(*recipes)
+    curves = []
+    for r in recipes:
+        curves.append({"ratio": r.k_ratio, "init": r.init, "lr": r.lr, **e.store.history(r)})
     columns = ["ratio", "init", "lr", "initial", "final", "floor", "seconds", "trained_together"]
     e.write([{name: curve[name] for name in columns} for curve in curves], columns)
     figures.loss_curves(curves, e.out.with_suffix(".png"))
@@ -334,7 +317,7 @@ def run(args: argparse.Namespace) -> None:
         if args.data is None:
             raise UserError("all needs LongEval's own files; give their folder with --data")
         read_cases(args.data, PUBLISHED[0])  # a wrong folder is known before the work
-        remake(RESULTS / "commands.txt", args.data, Path("runs/all"), args.processes)
+        remake(RESULTS / "commands.txt", args.data, Path("runs/all.pt"), args.processes)
         return
     for text in args.text:
         if not text.exists():
@@ -348,34 +331,40 @@ def run(args: argparse.Namespace) -> None:
     with processes(args.device) as device:
         model = load_model(args.model, device, DTYPES[args.dtype])
         tokenizer = load_tokenizer(args.model, model.config.vocab_size)
-        limit = model.config.context_length
         work = args.work / Path(args.model).name
         for folder in (work, args.out):
             make_folder(folder)
+        limit = model.config.context_length
         if args.calibrate:
-            drawn = args.samples, min(args.seq_len, limit), args.seed
-            texts = sample_tokens(args.calibrate, tokenizer, *drawn)
+            length = min(args.seq_len, limit)
+            texts = sample_tokens(args.calibrate, tokenizer, args.samples, length, args.seed)
         elif args.text:
             raise UserError("factors are made from text; give some with --calibrate")
         else:
-            drawn = "longeval", LINES, args.samples, args.seed
-            texts = samples(tokenizer, limit, *drawn)
+            texts = samples(tokenizer, limit, "longeval", LINES, args.samples, args.seed)
         cases = []
-        if not args.what.startswith("figure"):
+        if args.text:
+            sizes = {"steps": args.steps, "count": args.passages, "batch": args.batch}
             for text, context in product(args.text, args.context):
-                sizes = context, args.steps, args.passages, args.batch
-                cases += perplexity_cases(model, tokenizer, text, *sizes)
-            if not args.text:
-                drawn = args.question, args.lines, args.cases, args.seed, False, args.data
-                cases = retrieval_cases(model, tokenizer, "longeval", *drawn)
-        training = args.measure_samples, args.epochs, args.lr, args.seed
-        store = FactorStore(model, texts, work, *training)
+                cases += perplexity_cases(model, tokenizer, text, context, **sizes)
+        elif args.what not in ("figure3", "figure4"):
+            sizes = {"lines": args.lines, "count": args.cases, "seed": args.seed}
+            sizes["data"] = args.data
+            cases = retrieval_cases(model, tokenizer, "longeval", PROTOCOLS, **sizes)
+        training = {"epochs": args.epochs, "lr": args.lr, "seed": args.seed}
+        store = FactorStore(model, texts, work, args.measure_samples, **training)
         counts = {**vars(args), "out": None, "work": None, "samples": store.key}
-        settings = args.ratios, args.inits, args.bits, DTYPES[args.cache_dtype]
-        written = args.out / args.what, work / f"{args.what}.json"
-        files = [load_factors(file, model) for file in args.factors]
-        counts = all_that_counts(counts, model, args.model)
-        experiment = Experiment(store, cases, *settings, *written, counts, files)
+        experiment = Experiment(
+            store,
+            cases=cases,
+            ratios=args.ratios,
+            inits=args.inits,
+            bits=args.bits,
+            files=[load_factors(file, model) for file in args.factors],
+            out=args.out / args.what,
+            notes=work / f"{args.what}.json",
+            arguments=all_that_counts(counts, model, args.model),
+        )
         COMMANDS[args.what](experiment)
         if place()[0] == 0:
             delete_notes(experiment.notes)
@@ -383,27 +372,46 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=[*COMMANDS, "all"])
-    number_of = {"type": number(int, 1), "default": 1}
-    add_option(parser, "processes", "to share the work of all out among", **number_of)
-    out = {"out": Path("runs/paper"), "work": Path("runs/factors")}
-    add_options(parser, "model out work", model=TEACHER, **out)
-    add_options(parser, "bits inits lines data", HELPS, inits=["asvd", "optimal"], bits=[4, 3, 2])
-    add_options(parser, "ratios cache-dtype")
-    add_options(parser, "calibrate samples seq-len epochs lr measure-samples seed", samples=1024)
-    add_options(parser, "cases question", cases=100, question=PROTOCOLS)
-    add_options(parser, "factors steps passages batch device dtype", HELPS, passages=8)
-    texts = {"type": Path, "nargs": "+", "default": []}
-    add_option(parser, "text", "held-out text, for perplexity; several for budget", **texts)
-    lengths = {"type": comma_list(number(int, 1)), "default": [1024]}
-    add_option(parser, "context", "tokens prefilled; several for budget", **lengths)
+    add, count = parser.add_argument, number(int, 1)
+    counts = comma_list(count)
+    ratios = comma_list(number(float, 0, 0.9999))
+    inits = comma_list(one_of(INITIALIZATIONS, "initialization"))
+    few = comma_list(one_of((2, 3, 4, 8), "number of bits"))  # others are in every table
+    add("what", choices=[*COMMANDS, "all"])
+    add("--processes", type=count, default=1, help="share the work of all out among so many (1)")
+    add("--model", default=TEACHER, help="measure this checkpoint, a folder or a hub name")
+    add("--out", type=Path, default=Path("runs/paper"), help="write tables here (runs/paper)")
+    add("--work", type=Path, default=Path("runs/factors"), help="keep factors here (runs/factors)")
+    add("--bits", type=few, default="4,3,2", help="store latents of table5 in so many (4,3,2)")
+    add("--inits", type=inits, default="asvd,optimal", help="compare such factors (asvd,optimal)")
+    add("--ratios", type=ratios, default="0.5,0.8", help="remove such shares (default: 0.5,0.8)")
+    add("--factors", type=Path, nargs="*", default=[], help="show these of budget too")
+    help = "ask about so many lines (default: 50, with --data 200; more lengths in table1)"
+    add("--lines", type=counts, help=help)
+    add("--cases", type=count, default=100, help="ask so often at each length (default: 100)")
+    add("--data", type=Path, help="read LongEval's own cases in this folder instead of ours")
+    add("--text", type=Path, nargs="+", default=[], help="measure perplexity on this text")
+    add("--context", type=counts, default="1024", help="prefill so many tokens of it (1024)")
+    add("--steps", type=count, default=256, help="decode so many one by one (default: 256)")
+    add("--passages", type=count, default=8, help="measure on so many of each text (default: 8)")
+    add("--batch", type=count, default=8, help="read so many at a time, as memory allows (8)")
+    add("--calibrate", type=Path, help="fit factors to this text (default: to LongEval's cases)")
+    add("--samples", type=count, default=1024, help="calibrate and train on so many texts (1024)")
+    add("--seq-len", type=number(int, 2), default=1024, help="cut texts to so many tokens (1024)")
+    add("--measure-samples", type=count, default=32, help="measure losses on so many (default: 32)")
+    add("--epochs", type=count, default=1, help="train so often on each text (default: 1)")
+    help = "train at this rate (default: 0.005); table2 and figure4 have the paper's too"
+    add("--lr", type=number(float, 0), default=5e-3, help=help)
+    add("--seed", type=number(int, 0), default=0, help="draw samples and cases from this (0)")
+    add("--device", default="cpu", help="compute on cpu or cuda")
+    add("--dtype", choices=DTYPES, default="float32", help="compute in it (default: float32)")
     args = parser.parse_args(argv)
-    all_lengths, one = (PUBLISHED, PUBLISHED[:1]) if args.data else (LINES, [50])
-    args.lines = args.lines or (all_lengths if args.what == "table1" else one)
+    if args.lines is None:
+        lengths = PUBLISHED if args.data else LINES
+        first = PUBLISHED[:1] if args.data else [50]
+        args.lines = lengths if args.what == "table1" else first
     if args.processes > 1 and args.what != "all":
         parser.error(f"--processes is for all; torchrun shares out the work of {args.what}")
-    if max(args.bits) > 8:  # others are latents that are not quantized, and in every table
-        parser.error("--bits of the paper's experiments are 2, 3, 4 or 8, for table5")
     return args
 
 

@@ -8,7 +8,6 @@ What was begun with `torchrun` is shared out among processes, what with `python`
 stands for a folder that the reader names.
 """
 
-import hashlib
 import os
 import shlex
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from support.command import UserError, make_folder
 from support.processes import say
+from support.resume import load_state, save_state
 
 SHARED = "torch.distributed.run"  # torchrun as a module
 
@@ -44,26 +44,27 @@ def words(command: str, data: Path, count: int) -> list[str]:
 
 def remake(path: Path, data: Path, done: Path, count: int) -> None:
     """Runs the commands of the list at `path` whose files are missing, or were not yet made by
-    them: `done` is a folder that remembers which were. Ends with a list of all files.
+    them: the file `done` remembers which were. Ends with a list of all files.
 
     Raises `UserError` for the first command that fails; the next call goes on with it.
     """
-    make_folder(done)
+    make_folder(done.parent)
     blocks = read_blocks(path)
+    finished = load_state(done, {}, ("commands",))["commands"] if done.exists() else []
     for n, (files, command) in enumerate(blocks, 1):
-        mark = done / hashlib.sha256(command.encode()).hexdigest()[:12]
-        if mark.exists() and all(file.exists() for file in files):
+        if command in finished and all(file.exists() for file in files):
             continue
         for file in files:
             make_folder(file.parent)
         say(f"{n} of {len(blocks)}: {command}")
         started = words(command, data, count)
-        more = {"OMP_NUM_THREADS": "1"} if SHARED in started else {}
-        if subprocess.run(started, env={**os.environ, **more}).returncode:
+        one_thread = {"OMP_NUM_THREADS": "1"} if SHARED in started else {}
+        if subprocess.run(started, env={**os.environ, **one_thread}).returncode:
             raise UserError(f"this failed, mend it and start again: {command}")
         missing = [str(file) for file in files if not file.exists()]
         if missing:
             raise UserError(f"{', '.join(missing)} not written by: {command}")
-        mark.write_text(f"{command}\n", encoding="utf-8")
+        finished.append(command)
+        save_state(done, {"commands": finished})
     for files, command in blocks:
         print(*files, f"    {command}", sep="\n")

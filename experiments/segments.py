@@ -6,14 +6,15 @@
 `16:512,128` are segments of 16 tokens for the newest 512 old ones, and of 128 for all before. Each
 row compares with the full cache, and has beside it the plain cache, with exact positions.
 
-A passage is read in one pass, as decoding token by token would read it: the last `--steps` tokens
-of it see the older ones through latents, and are predicted. `--undamped` leaves a_f out of (1).
+A passage is read in one pass, as decoding would read it: its last `--steps` tokens see the older
+ones through latents, and are predicted. `--undamped` leaves a_f out of (1).
 """
 
 import argparse
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,10 @@ from cskv import Factors
 from experiments.evaluate import perplexity_cases
 from experiments.tables import table, write_json
 from model import Rope, Transformer, causal_attention
-from support.command import Arguments, check_writable, run_command, use_device
+from support.command import Arguments, check_writable, number, run_command
 from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
-from support.options import add_option, add_options
 from support.processes import say
 
 Segments = tuple[tuple[int, int], ...]
@@ -126,62 +126,61 @@ def measure_segments(
 ) -> list[dict]:
     """A row for the plain cache and one for each of `choices`, of segments and whether damped:
     means over the last n tokens of the passages [1, T]."""
-    choices = [(((1, 0),), True), *choices]
-    sums = [[0.0, 0.0] for _ in choices]
+    full = [log_probabilities(model, tokens, n) for tokens in passages]
     T = passages[0].shape[1]  # of all of them
-    lengths = [segment_lengths(T - n, T, window, sinks, segments) for segments, _ in choices]
-    for tokens in passages:
-        exact = log_probabilities(model, tokens, n)
-        target = tokens[:, -n + 1 :, None]
-        for i, (_, damped) in enumerate(choices):
-            more = {"window": window, "sinks": sinks, "lengths": lengths[i], "damped": damped}
-            ours = log_probabilities(model, tokens, n, factors, **more)
-            sums[i][0] += (exact.exp() * (exact - ours)).sum(-1).mean().item() / len(passages)
-            worse = exact.gather(2, target) - ours.gather(2, target)
-            sums[i][1] += worse.mean().item() / len(passages)
     rows = []
-    for (segments, damped), (divergence, worse) in zip(choices, sums, strict=True):
-        row = {"segments": text_of(segments), "damped": damped}
-        row |= {"kl": divergence, "kl_of_plain": divergence / sums[0][0]}
-        row |= {"of_full": math.exp(worse), "of_plain": math.exp(worse - sums[0][1])}
+    for segments, damped in [(((1, 0),), True), *choices]:
+        lengths = segment_lengths(T - n, T, window, sinks, segments)
+        settings = {"window": window, "sinks": sinks, "lengths": lengths, "damped": damped}
+        kl, worse = [], []
+        for tokens, exact in zip(passages, full, strict=True):
+            ours = log_probabilities(model, tokens, n, factors, **settings)
+            kl.append((exact.exp() * (exact - ours)).sum(-1).mean().item())
+            target = tokens[:, -n + 1 :, None]
+            worse.append((exact - ours).gather(2, target).mean().item())
+        row = {"segments": text_of(segments), "damped": damped, "kl": fmean(kl)}
         rows.append(row)
+        row["kl_of_plain"] = row["kl"] / rows[0]["kl"]
+        row["of_full"] = math.exp(fmean(worse))
+        row["of_plain"] = row["of_full"] / rows[0]["of_full"]
     return rows
 
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
-    use_device(args.device)
     check_writable(args.json)
-    torch.set_num_threads(args.threads)
-    model = load_model(args.model, args.device)
+    model = load_model(args.model)
     tokenizer = load_tokenizer(args.model, model.config.vocab_size)
     choices = [(segments, True) for segments in args.segments]
-    choices += [(segments, False) for segments in args.segments if args.undamped]
+    if args.undamped:
+        choices += [(segments, False) for segments in args.segments]
     rows = []
-    for text in args.text:
-        sizes = args.context, args.steps, args.passages, 1
-        cases = perplexity_cases(model, tokenizer, text, *sizes)
+    for text, file in product(args.text, args.factors):
+        sizes = {"context": args.context, "steps": args.steps, "count": args.passages, "batch": 1}
+        cases = perplexity_cases(model, tokenizer, text, **sizes)
         passages = [torch.cat([case.prompt, case.following], 1) for case in cases]
-        for file in args.factors:
-            factors = load_factors(file, model)
-            sides = {"window": args.window, "sinks": args.sinks}
-            found = measure_segments(model, passages, args.steps, factors, choices, **sides)
-            rows += [{"text": text.stem, "factors": file.stem, **row} for row in found]
-            say(f"{text.stem}, {file.stem}: done")
+        factors = load_factors(file, model)
+        found = measure_segments(model, passages, args.steps, factors, choices, 32, args.sinks)
+        rows += [{"text": text.stem, "factors": file.stem, **row} for row in found]
+        say(f"{text.stem}, {file.stem}: done")
     print(table(rows, list(rows[0])))
     write_json(args.json, rows)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__.splitlines()[0])
-    texts = {"type": Path, "nargs": "+", "required": True}
-    add_option(parser, "text", "held-out text, one or several", **texts)
-    own = {"type": parse_segments, "nargs": "+", "default": [SEGMENTS]}
-    parser.add_argument("--segments", **own, help="to compare (default: those of the fast cache)")
-    parser.add_argument("--undamped", action="store_true", help="compare each without damping too")
-    sizes = {"context": 3000, "steps": 1000, "passages": 2}
-    add_options(parser, "model factors context steps passages", **sizes)
-    add_options(parser, "window sinks threads device json", sinks=4)
+    add, count = parser.add_argument, number(int, 1)
+    add("--model", required=True, help="measure this checkpoint, a folder or a hub name")
+    add("--text", type=Path, nargs="+", required=True, help="predict these texts")
+    add("--factors", type=Path, nargs="+", required=True, help="use these files")
+    help = "compare these, such as 16:512,128 (default: those of the fast cache)"
+    add("--segments", type=parse_segments, nargs="+", default=[SEGMENTS], help=help)
+    add("--undamped", action="store_true", help="compare each without damping too")
+    add("--context", type=count, default=3000, help="attend exactly to so many tokens (3000)")
+    add("--steps", type=count, default=1000, help="attend with so many as decoding does (1000)")
+    add("--passages", type=count, default=2, help="measure on so many of each text (2)")
+    add("--sinks", type=number(int, 0), default=4, help="keep so many first tokens exact (4)")
+    add("--json", type=Path, help="write the rows to this file")
     return parser.parse_args(argv)
 
 

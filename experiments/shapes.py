@@ -1,76 +1,76 @@
 """One layer of a model's shape with random weights: what the attention of a decode step costs.
 
-    python -m experiments.speed --shape longchat --lengths 2048,8192
-
 `decode` of every cache is timed, after a prompt of random numbers; projections and MLP, which are
-the same for all, are left out. Beside the time stands what bounds it:
-
-    mflop      multiplications and additions of its matrix products
-    read_mb    bytes that it has to read: the cache, and the factors A and B
+the same for all, are left out.
 """
 
-import random
-from collections.abc import Iterator
-from statistics import median
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
-from cskv import init_factors
-from experiments.caches import make_cache, make_rows
-from experiments.measuring import clock
-from model import LayerCache, Transformer
-from support.shapes import shape_config
+from experiments.caches import Row, make_cache
+from model import Config, LayerCache, Transformer
 
-
-def bytes_read(cache: LayerCache) -> int:
-    """Of the cache and its factors."""
-    factors = [getattr(cache, name, None) for name in ("A_k", "A_v", "B_k", "B_v")]
-    tensors = [*cache.tensors(), *(t for t in factors if t is not None)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+SHAPES = {  # query heads, key heads, D, theta of RoPE, its linear scaling
+    "longchat": (32, 32, 128, 1e4, 8.0),  # LongChat-7B-v1.5-32k
+    "mistral": (32, 8, 128, 1e6, 1.0),  # Mistral-7B-Instruct-v0.2
+    "smollm2": (9, 3, 64, 1e5, 1.0),  # SmolLM2-135M
+    "teacher": (2, 2, 32, 1e6, 1.0),  # the embedded model
+}
 
 
-@torch.no_grad()
-def measure_shape(
-    name: str, length: int, rounds: int, steps: int, device: str, dtype: torch.dtype, **settings
-) -> list[dict]:
-    """A row for each cache: medians over rounds of `steps` steps. `settings`: of `make_rows`."""
-    tokens = length + (rounds + 1) * steps + 1
-    model = Transformer(shape_config(name, tokens)).to(device, dtype)
-    config, generator = model.config, torch.Generator(device).manual_seed(0)
-    model.rope.reach(tokens, model.lm_head.weight.device)
+def shape_config(name: str, tokens: int) -> Config:
+    """One layer of that shape, for so many tokens, and next to nothing beside its attention."""
+    H, H_kv, D, theta, factor = SHAPES[name]
+    return Config(
+        vocab_size=1,
+        hidden_size=H * D,
+        intermediate_size=1,
+        num_hidden_layers=1,
+        num_attention_heads=H,
+        num_key_value_heads=H_kv,
+        head_dim=D,
+        rms_norm_eps=1e-5,
+        rope_theta=theta,
+        rope_scaling={"rope_type": "linear", "factor": factor},
+        max_position_embeddings=tokens,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+        sliding_window=None,
+        eos_token_ids=(),
+    )
 
-    def inputs(n: int) -> Iterator[Tensor]:
+
+def shape_runners(model: Transformer, rows: list[Row], length: int, expected: int) -> dict:
+    """What `speed.compare` times: for each cache of the only layer `length` tokens at once, then
+    one by one."""
+    config, weight = model.config, model.lm_head.weight
+    H, H_kv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    generator = torch.Generator(weight.device).manual_seed(0)
+    like = {"generator": generator, "device": weight.device, "dtype": weight.dtype}
+    model.rope.reach(expected, weight.device)
+
+    def inputs(n: int) -> list[Tensor]:
         """x, q, k and v of n tokens."""
-        for heads in (1, config.num_attention_heads, *2 * [config.num_key_value_heads]):
-            shape = (n, config.hidden_size) if heads == 1 else (heads, n, config.head_dim)
-            yield torch.randn(1, *shape, generator=generator, device=device, dtype=dtype)
+        shapes = [(1, n, H * D), (1, H, n, D), (1, H_kv, n, D), (1, H_kv, n, D)]
+        return [torch.randn(shape, **like) for shape in shapes]
 
-    def random_factors(_: str, rank: int):
-        return init_factors("random", model, [rank], [rank])
+    prompt = inputs(length)
+    token = inputs(1)
 
-    rows = make_rows(model, make_factors=random_factors, inits=[""], dtype=dtype, **settings)
-    caches = {" ".join(row.label.split()): make_cache(model, row, tokens)[0] for row in rows}
-    prompt, times = list(inputs(length)), {label: [] for label in caches}
-    for cache in caches.values():
-        cache.remember(*prompt, model.rope)
-    order = random.Random(0)  # no one always runs behind the same one
-    for _ in tqdm(range(rounds + 1), desc=f"{length} tokens", leave=False):
-        news = [list(inputs(1)) for _ in range(steps)]
-        for label in order.sample(list(caches), len(caches)):
-            start = clock(device)
-            for new in news:
-                caches[label].decode(*new, model.rope)
-            times[label].append((clock(device) - start) / steps)
-    result = []
-    for label, cache in caches.items():
-        ms, full = (1e3 * median(times[key][1:]) for key in (label, "full"))
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            cache.decode(*news[0], model.rope)
-        row = {"cache": label, "tokens": length, "decode_ms": ms, "decode_ratio": ms / full}
-        row |= {"mflop": counter.get_total_flops() / 1e6, "read_mb": bytes_read(cache) / 1e6}
-        result.append(row)
-    return result
+    def fill(cache: list[LayerCache]) -> None:
+        cache[0].remember(*prompt, model.rope)
+
+    def step(cache: list[LayerCache]) -> Tensor:
+        return cache[0].decode(*token, model.rope)
+
+    return {row.label: (partial(make_cache, model, row, expected), fill, step) for row in rows}
+
+
+def factor_bytes(row: Row) -> int:
+    """Of A and B, which a step reads beside the cache."""
+    if row.factors is None:
+        return 0
+    return sum(pair.A.nbytes + pair.B.nbytes for pair in row.factors.pairs)

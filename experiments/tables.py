@@ -14,8 +14,13 @@ def four_digits(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
+def perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
+
+
 def interval(pair: tuple[float, float]) -> str:
-    return "[{:.2f}, {:.2f}]".format(*pair)
+    low, high = pair
+    return f"[{low:.2f}, {high:.2f}]"
 
 
 FORMATS = {
@@ -34,7 +39,7 @@ FORMATS = {
     "accuracy": "{:.2f}".format,
     "interval": interval,
     "score": "{:.2f}".format,
-    "perplexity": lambda value: f"{value:.2f}" if value < 1e6 else f"{value:.3g}",
+    "perplexity": perplexity,
     "of_full": "{:.3f}".format,  # times the full cache's
     **dict.fromkeys(("nominal_ratio", "measured_ratio"), "{:.1%}".format),
     **dict.fromkeys(("left_out_50%", "left_out_80%"), "{:.2%}".format),
@@ -72,37 +77,53 @@ def grouped(rows: list[dict], *keys: str) -> dict:
 
 
 def beside(accuracies: list[float]) -> str:
-    return " / ".join(f"{value:.2f}" for value in accuracies)
+    return " / ".join([f"{value:.2f}" for value in accuracies])
 
 
 def side_by_side(rows: list[dict], columns: list[str]) -> tuple[list[dict], list[str]]:
     """Rows and columns with a column of accuracies for each protocol, those of all lengths in one
     cell; measured ratios are means over the lengths."""
-    questions = list(dict.fromkeys(row["question"] for row in rows if "question" in row))
-    if not questions:
+    if "question" not in rows[0]:
         return rows, columns
-    lengths = list(dict.fromkeys(row["lines"] for row in rows if "lines" in row))
-    of = f", {' / '.join(map(str, lengths))} lines" if lengths else ""
+    questions = grouped(rows, "question")
+    lengths = ""
+    if "lines" in rows[0]:
+        lengths = f", {' / '.join(map(str, grouped(rows, 'lines')))} lines"
     keys = [name for name in columns if name not in ("question", "lines", *SCORES)]
     merged = []
     for group in grouped(rows, *keys, "nominal_ratio").values():
-        measured = fmean(row["measured_ratio"] for row in group)
-        merged.append({**group[0], "measured_ratio": measured})
-        for q in questions:
-            merged[-1][q + of] = beside([r["accuracy"] for r in group if r["question"] == q])
+        row = {**group[0], "measured_ratio": fmean(row["measured_ratio"] for row in group)}
+        for question, own in grouped(group, "question").items():
+            row[question + lengths] = beside([one["accuracy"] for one in own])
+        merged.append(row)
     shown = [name for name in keys if name != "paper"]
-    shown += ["nominal_ratio", "measured_ratio", *(q + of for q in questions)]
-    return merged, shown + ["paper"] * ("paper" in columns)
+    shown += ["nominal_ratio", "measured_ratio"]
+    shown += [question + lengths for question in questions]
+    return merged, shown + [name for name in keys if name == "paper"]
 
 
-def write_markdown(path: Path, command: str, tables: list[str], began: float) -> None:
-    """Tables in a file: the command that made them above the first, when and on what below it.
-    `began` is when the command was started last, as `time.monotonic` has it."""
+def write_tables(
+    rows: list[dict], columns: list[str], out: Path, command: str, began: float
+) -> None:
+    """Prints a table and writes it, as Markdown and as JSON: `out` with these suffixes. Of rows of
+    several protocols it is `side_by_side`, and the Markdown has all rows as well.
+
+    The `command` that made it stands above it, when and on what below it; `began` is when the
+    command was started last, as `time.monotonic` has it.
+    """
+    merged, shown = side_by_side(rows, columns)
+    text = table(merged, shown)
+    whole = table(rows, columns)
+    print(text)
+    write_json(out.with_suffix(".json"), rows)
     made = f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, "
     made += f"{torch.get_num_threads()} threads, {(time.monotonic() - began) / 60:.1f} "
     made += "minutes since it was started last"
-    with replacing(path) as temporary:
-        temporary.write_text("\n\n".join([f"`{command}`", tables[0], made, *tables[1:]]) + "\n")
+    parts = [f"`{command}`", text, made]
+    if whole != text:
+        parts.append(whole)
+    with replacing(out.with_suffix(".md")) as temporary:
+        temporary.write_text("\n\n".join(parts) + "\n")
 
 
 ALL = "all"  # the bucket of a benchmark that has every case
@@ -115,18 +136,17 @@ def summarize(rows: list[dict], buckets: tuple[str, ...] = ()) -> list[dict]:
     For each set, in the rows' order, each bucket that it has and "all" its cases; last, as the set
     "average", each bucket's mean over the sets, whatever their sizes: a column of Table 1.
     """
-    scores: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        for bucket in {row["bucket"], ALL}:
-            scores.setdefault((row["set"], bucket), []).append(row["score"])
     means = []
-    for name in dict.fromkeys(row["set"] for row in rows):
+    for name, own in grouped(rows, "set").items():
         for bucket in (*buckets, ALL):
-            if values := scores.get((name, bucket)):
-                mean = {"set": name, "bucket": bucket, "cases": len(values)}
-                means.append({**mean, "score": 100 * fmean(values)})
+            scores = [row["score"] for row in own if bucket in (row["bucket"], ALL)]
+            if scores:
+                mean = {"set": name, "bucket": bucket, "cases": len(scores)}
+                means.append({**mean, "score": 100 * fmean(scores)})
     for bucket in (*buckets, ALL):
-        if column := [mean for mean in means if mean["bucket"] == bucket]:
-            mean = {"set": "average", "bucket": bucket, "cases": sum(m["cases"] for m in column)}
-            means.append({**mean, "score": fmean(m["score"] for m in column)})
+        column = [mean for mean in means if mean["bucket"] == bucket]
+        if column:
+            mean = {"set": "average", "bucket": bucket}
+            mean["cases"] = sum(mean["cases"] for mean in column)
+            means.append({**mean, "score": fmean(mean["score"] for mean in column)})
     return means

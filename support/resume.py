@@ -36,8 +36,7 @@ def load_state(path: Path, plan: dict, names: tuple[str, ...]) -> dict:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = state["plan"]
-        different = [name for name in plan if theirs[name] != plan[name]]
+        different = [name for name in plan if state["plan"][name] != plan[name]]
         for name in names:
             state[name]
     except Exception as error:  # a damaged pickle raises nearly anything

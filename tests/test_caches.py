@@ -3,8 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from functools import partial
-from types import FunctionType, ModuleType
 
 import pytest
 import torch
@@ -17,12 +15,7 @@ from cskv import init_factors
 from experiments import baselines, caches, evaluate, figures, speed
 from model import Transformer, full_cache
 from support.huggingface.checkpoint import load_model
-from tests.evaluating import (
-    ROOT,
-    arguments,
-    measured,
-    without_seconds,
-)
+from tests.evaluating import ROOT, arguments, measured, storages, without_seconds
 from tests.helpers import OneToken, call, tiny_model, tiny_tokens
 
 ALL = ",".join(caches.CACHES)
@@ -77,7 +70,7 @@ def test_caches_hold_16_bits_in_a_model_of_32(bias, monkeypatch):
 
     rows = [row("full"), row("streaming", 0.0, budget=99), row("h2o", 0.0, budget=99)]
     rows += [row("asvd", 0, factors), row("cskv", 0, factors, window=4)]
-    rows += [row("cskv-plain", 0, factors, window=4), row("kivi-8")]
+    rows += [row("cskv-plain", 0, factors, window=4), row("kivi-4", window=17)]
     expected = model(tokens)
     assert {t.dtype for layer in full_cache(model) for t in layer.tensors()} <= {torch.float32}
     for row in rows:
@@ -91,7 +84,7 @@ def test_caches_hold_16_bits_in_a_model_of_32(bias, monkeypatch):
         assert kinds - {torch.float32} <= {torch.bfloat16, torch.float16}, row.cache
         assert row.cache == "h2o" or torch.float32 not in kinds
         error = (logits[:, 0] - expected[:, -1]).abs().max() / expected[:, -1].abs().max()
-        assert error < 0.05, row.cache
+        assert error < (0.3 if row.cache == "kivi-4" else 0.05), row.cache
     full = infer.full_bytes(model, 2 * 50)
     cache = caches.make_cache(model, rows[0], 50)
     assert infer.held_bytes(cache) == 0
@@ -110,7 +103,7 @@ def test_the_added_cache_of_the_readme(everything, brief, tmp_path, capsys, monk
     rows = measured(everything, capsys, tmp_path / "rows", "perplexity", "--caches", "full,newest")
     assert [row["cache"] for row in rows] == ["full", "newest"]
     assert rows[1]["measured_ratio"] == pytest.approx(1 - 2 * 20 / 49)  # in 32 bits
-    monkeypatch.setattr(speed, "transformers_runners", lambda *_: {})
+    monkeypatch.setattr(speed, "load_theirs", lambda *_: None)
     args = ["--model", everything / "model", "--lengths", 30, "--rounds", 1, "--caches", "newest"]
     code, out, _ = call(speed, capsys, *args, "--ratios", "0.5", "--threads", 1)
     assert code == 0 and "| newest 50% |" in out
@@ -138,34 +131,6 @@ def test_equal_bytes(everything, tmp_path, capsys):
     for row in rows:
         spare = (row["measured_ratio"] - row["ratio"]) * 49 * full
         assert -1e-6 <= spare < more_of[row["cache"]], row
-
-
-def tensors_in(thing, seen):
-    """All tensors that can be reached from `thing`, through attributes, containers and closures."""
-    if id(thing) in seen or isinstance(thing, type | ModuleType):
-        return
-    seen[id(thing)] = thing  # kept alive, so that no other object gets its id
-    if isinstance(thing, torch.Tensor):
-        yield thing
-    elif isinstance(thing, dict):
-        yield from tensors_in(list(thing.values()), seen)
-    elif isinstance(thing, list | tuple | set):
-        for part in thing:
-            yield from tensors_in(part, seen)
-    elif isinstance(thing, partial):
-        yield from tensors_in([thing.func, thing.args, thing.keywords], seen)
-    elif isinstance(thing, FunctionType):
-        yield from tensors_in([cell.cell_contents for cell in thing.__closure__ or ()], seen)
-    elif hasattr(thing, "__dict__"):
-        yield from tensors_in(vars(thing), seen)
-
-
-def storages(*things):
-    found = {}
-    for tensor in tensors_in(things, {}):
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-    return found
 
 
 @pytest.mark.parametrize("name", caches.CACHES)

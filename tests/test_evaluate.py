@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-from torch import Tensor
 
 import cskv
 from cskv import init_factors
@@ -21,7 +20,7 @@ from support.factors_file import save_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.text import passages
-from tests.evaluating import arguments, measured, without_seconds, write_records
+from tests.evaluating import arguments, measured, storages, without_seconds, write_records
 from tests.helpers import call, naive_forward, save_checkpoint, tiny_model, tiny_tokens
 
 ALL = ",".join(caches.CACHES)
@@ -29,24 +28,11 @@ ALL = ",".join(caches.CACHES)
 
 # ------------------------------------------------------------------------------- rows and columns
 
-COLUMNS = {
-    "cache",
-    "factors",
-    "bits",
-    "sinks",
-    "ratio",
-    "nominal_ratio",
-    "measured_ratio",
-    "seconds",
-}
-COLUMNS |= {"cases", "tokens"}
-OWN_COLUMNS = {
-    "perplexity": {"perplexity", "text", "context"},
-    "longeval": {"question", "lines", "accuracy", "interval"},
-    "passkey": {"question", "lines", "accuracy", "interval"},
-    "longbench": {"set", "bucket", "score"},
-    "lveval": {"set", "bucket", "score"},
-}
+COLUMNS = {"cache", "factors", "bits", "sinks", "ratio", "nominal_ratio", "measured_ratio"}
+COLUMNS |= {"cases", "tokens", "seconds"}
+RETRIEVAL, BENCHMARK = {"question", "lines", "accuracy", "interval"}, {"set", "bucket", "score"}
+OWN_COLUMNS = {"perplexity": {"perplexity", "text", "context"}, "longeval": RETRIEVAL}
+OWN_COLUMNS |= {"passkey": RETRIEVAL, "longbench": BENCHMARK, "lveval": BENCHMARK}
 
 
 @pytest.mark.parametrize("what", OWN_COLUMNS)
@@ -54,43 +40,25 @@ def test_every_cache_in_every_command(everything, brief, tmp_path, capsys, what)
     rows = measured(everything, capsys, tmp_path / "rows", what, "--caches", ALL)
     assert list(dict.fromkeys(row["cache"] for row in rows)) == list(caches.CACHES)
     assert all(set(row) == COLUMNS | OWN_COLUMNS[what] for row in rows)
-    by_name = {row["cache"]: row for row in rows}
-    nominal = {"full": 0, "streaming": 0.5, "h2o": 0.5, "asvd": 0.5}
-    nominal |= {"cskv": 0.5, "cskv-plain": 0.5}
-    nominal |= {"kivi-2": 7 / 8, "kivi-3": 13 / 16, "kivi-4": 3 / 4, "kivi-8": 1 / 2}
-    assert {name: row["nominal_ratio"] for name, row in by_name.items()} == nominal
-    assert [by_name[name]["bits"] for name in ("full", "cskv", "kivi-3")] == ["16", "16", "3"]
-    assert [by_name[name]["factors"] for name in ("h2o", "asvd", "cskv")] == ["", "asvd", "optimal"]
-
-
-WEIGHTS = {"A_k", "A_v", "B_k", "B_v", "k_bias", "v_bias", "projections"}  # not the sequence's
-WEIGHTS |= {"B_slow", "frequencies", "series", "chebyshev"}
-
-
-def tensors_in(thing):
-    """Every tensor that a cache holds by whatever attribute, but for factors and biases."""
-    if isinstance(thing, Tensor):
-        yield thing
-    elif isinstance(thing, list):
-        for item in thing:
-            yield from tensors_in(item)
-    else:
-        for name in set(getattr(thing, "__dict__", ())) - WEIGHTS:
-            yield from tensors_in(getattr(thing, name))
+    half = dict.fromkeys(("streaming", "h2o", "asvd", "cskv", "cskv-plain"), 0.5)
+    nominal = {"full": 0, **half, "kivi-2": 7 / 8, "kivi-4": 3 / 4}
+    assert {row["cache"]: row["nominal_ratio"] for row in rows} == nominal
+    bits, factors = ({row["cache"]: row[name] for row in rows} for name in ("bits", "factors"))
+    assert [bits[name] for name in ("full", "cskv", "kivi-4")] == ["16", "16", "4"]
+    assert [factors[name] for name in ("h2o", "asvd", "cskv")] == ["", "asvd", "optimal"]
 
 
 @pytest.mark.parametrize("what", ["perplexity", "longeval", "longbench"])
 def test_measured_ratios_sum_live_tensors(everything, brief, tmp_path, capsys, monkeypatch, what):
-    held = []
+    held, real = [], measuring.run_cache
 
     def counted(model, row, cache, *rest):
         result = real(model, row, cache, *rest)
-        storages = {t.untyped_storage().data_ptr(): t for t in tensors_in(cache)}
-        size = sum(t.untyped_storage().nbytes() for t in storages.values())
+        weights = storages(model, row.factors)
+        size = sum(n for at, n in storages(cache).items() if at not in weights)
         held.append((row.cache, size, cache[0].length * len(result["scores"])))
         return result
 
-    real = measuring.run_cache
     monkeypatch.setattr(measuring, "run_cache", counted)
     rows = measured(everything, capsys, tmp_path / "rows", what, "--caches", ALL)
     for row in rows:
@@ -114,9 +82,8 @@ def test_measured_ratios_by_hand(everything, tmp_path, capsys):
         "kivi-4": packed + waiting,
     }
     for row in rows:
-        assert row["measured_ratio"] == pytest.approx(1 - expected[row["cache"]] / full), row[
-            "cache"
-        ]
+        removed = 1 - expected[row["cache"]] / full
+        assert row["measured_ratio"] == pytest.approx(removed), row["cache"]
 
 
 def test_bits_and_inits_make_rows(everything, tmp_path, capsys):
@@ -144,9 +111,9 @@ def test_the_ratio_of_a_file_is_that_of_its_channels(everything, tmp_path, capsy
 
 def test_clamped_zero_point_is_another_quantizer(everything, tmp_path, capsys):
     more = ["--caches", "cskv", "--inits", "svd", "--bits", "16,4"]
-    plain = measured(everything, capsys, tmp_path / "rows", "perplexity", *more)
-    clamped = measured(
-        everything, capsys, tmp_path / "rows", "perplexity", *more, "--clamped-zero-point"
+    plain, clamped = (
+        measured(everything, capsys, tmp_path / "rows", "perplexity", *more, *flag)
+        for flag in ([], ["--clamped-zero-point"])
     )
     assert [row["bits"] for row in clamped] == ["16", "4, clamped zero-point"]
     assert clamped[0]["perplexity"] == plain[0]["perplexity"]
@@ -219,12 +186,9 @@ def test_answers_and_scores_of_both_protocols(everything, tmp_path, capsys, monk
         cases.append(RetrievalCase(context, asked, greedy(model, ids, limit)[-1] + error))
     monkeypatch.setattr(evaluate, "make_cases", lambda *_: cases)
     prefills, real = [], FullCache.remember
-
-    def remember(cache, x, *rest):
-        prefills.append(x.shape[1])
-        return real(cache, x, *rest)
-
-    monkeypatch.setattr(FullCache, "remember", remember)
+    monkeypatch.setattr(
+        FullCache, "remember", lambda *args: prefills.append(args[1].shape[1]) or real(*args)
+    )
     more = ["--caches", "full", "--question", question]
     (row,) = measured(everything, capsys, tmp_path / "rows", "longeval", *more)
     assert (row["accuracy"], row["cases"]) == (2 / 3, 3)
@@ -242,10 +206,7 @@ def test_both_protocols_read_the_same_tokens():
     plain = Tokenizer(Backend(models.BPE(vocab, [("b", "c")])), {}, None)
     chat = Tokenizer(plain.backend, {}, "<{{ messages[0].content }}>")
     case = RetrievalCase("aab", "ca", 0)
-    for tokenizer, context, question in (
-        (plain, [0, 0], [3, 0]),
-        (chat, [4, 0, 0], [3, 0, 5]),
-    ):
+    for tokenizer, context, question in ((plain, [0, 0], [3, 0]), (chat, [4, 0, 0], [3, 0, 5])):
         assert evaluate.split_prompt(tokenizer, case, "decode") == (context, question)
         assert evaluate.split_prompt(tokenizer, case, "prefill") == (context + question, [])
     assert evaluate.split_prompt(chat, case, "decode", chat=False) == ([0, 0], [3, 0])
@@ -254,10 +215,8 @@ def test_both_protocols_read_the_same_tokens():
 def test_published_cases_in_the_place_of_ours(tmp_path, capsys):
     """The first of each file, as if the same cases had been drawn."""
     for n in (200, 3):
-        rows = [
-            {"prompt": case.prompt, "expected_number": case.answer}
-            for case in make_cases("longeval", n, 3, seed=9)
-        ]
+        cases = make_cases("longeval", n, 3, seed=9)
+        rows = [{"prompt": case.prompt, "expected_number": case.answer} for case in cases]
         write_records(tmp_path / f"{n}_lines.jsonl", *rows)
     args = ["longeval", "--model", TEACHER, "--caches", "full,kivi-2", "--lines", "200,3"]
     args += ["--cases", 2, "--question", "prefill,decode", "--seed", 9]
@@ -266,12 +225,9 @@ def test_published_cases_in_the_place_of_ours(tmp_path, capsys):
         assert call(evaluate, capsys, *args, *more, "--json", tmp_path / "rows")[0] == 0
         found.append(without_seconds(json.loads((tmp_path / "rows").read_text())))
     assert found[0] == found[1] and len(found[0]) == 2 * 2 * 2
-    for more, said in (
-        (["--lines", "200,300"], "no file .*300_lines.jsonl; .* 200, 300, 400, 500 lines"),
-        (["--spelled"], "leave it or --data out"),
-    ):
-        code, _, err = call(evaluate, capsys, *args, "--data", tmp_path, *more)
-        assert code == 2 and err.count("\n") == 1 and re.search(said, err)
+    code, _, err = call(evaluate, capsys, *args, "--data", tmp_path, "--lines", "200,300")
+    said = "no file .*300_lines.jsonl; .* 200, 300, 400, 500 lines"
+    assert code == 2 and err.count("\n") == 1 and re.search(said, err)
 
 
 @pytest.mark.parametrize("question", ["prefill", "decode"])
@@ -303,17 +259,12 @@ def test_retrieval_calibrates_on_cases_of_another_seed(
     """On the longest ones, with their answers, cut to --seq-len tokens."""
     samples, texts = [], []
     calibrate, encode = evaluate.calibrate_together, Tokenizer.encode
-
-    def seen_by_calibrate(model, given, sinks):
-        samples.extend(given)
-        return calibrate(model, given, sinks)
-
-    def seen_by_encode(self, text, special=True):
-        texts.append(text)
-        return encode(self, text, special)
-
-    monkeypatch.setattr(evaluate, "calibrate_together", seen_by_calibrate)
-    monkeypatch.setattr(Tokenizer, "encode", seen_by_encode)
+    monkeypatch.setattr(
+        evaluate, "calibrate", lambda *args: samples.extend(args[1]) or calibrate(*args)
+    )
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda *args, **more: texts.append(args[1]) or encode(*args, **more)
+    )
     measured(everything, capsys, tmp_path / "r", "longeval", "--lines", "2,9", "--seq-len", 30)
     assert [sample.shape for sample in samples] == [(1, 30)] * 8
     seen = [text for text in texts if re.search(r"need the number\. \d+$", text)]
@@ -398,16 +349,13 @@ def test_longbench_by_hand(everything, tmp_path, capsys, monkeypatch):
         assert found == [(*key, pytest.approx(score)) for *key, score in expected]
     # Lengths and bytes of several sets: every token once. The full cache has room for the answer.
     tokenizer = load_tokenizer(everything / "model")
-    texts = [
-        longbench.TASKS[name].prompt({"context": "t1 {t2}", "input": asked})
-        for name, asked, *_ in cases
-    ]
-    assert prompts == [tokenizer.encode(text) for text in texts]
-    lengths = [len(prompt) for prompt in prompts]
-    assert rows[8]["tokens"] == pytest.approx(sum(lengths) / 5)
-    assert rows[8]["measured_ratio"] == pytest.approx(
-        1 - 2 * (sum(lengths) + 5 * 32) / sum(lengths)
-    )
+    for prompt, (name, asked, *_) in zip(prompts, cases, strict=True):
+        text = longbench.TASKS[name].prompt({"context": "t1 {t2}", "input": asked})
+        assert prompt == tokenizer.encode(text)
+    total = sum(len(prompt) for prompt in prompts)
+    assert rows[8]["tokens"] == pytest.approx(total / 5)
+    assert (rows[1]["tokens"], rows[7]["tokens"]) == (len(prompts[2]), len(prompts[2]))  # 8k+
+    assert rows[8]["measured_ratio"] == pytest.approx(1 - 2 * (total + 5 * 32) / total)
 
 
 def test_long_prompts_lose_their_middle(everything, tmp_path, capsys, monkeypatch):
@@ -455,11 +403,7 @@ MISTAKES = {
     "no text": ("perplexity", ["--text", "no.txt"], "no file no.txt"),
     "unknown cache": ("longeval", ["--caches", "full,best"], "no cache 'best'"),
     "unknown init": ("perplexity", ["--inits", "svd,best"], "no initialization 'best'"),
-    "no such bits": (
-        "perplexity",
-        ["--bits", "4,5"],
-        "no number of bits '5'; choose of 2,3",
-    ),
+    "no such bits": ("perplexity", ["--bits", "4,5"], "no number of bits '5'; choose of 2,3"),
     "ratio 1": ("perplexity", ["--ratios", "0.5,1"], "'1' is not a number from 0"),
     "a ratio twice": ("passkey", ["--ratios", "0.5,0.5"], "0.5 is given twice in '0.5,0.5'"),
     "a protocol twice": ("passkey", ["--question", "decode,decode"], "'decode' is given twice"),

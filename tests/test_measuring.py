@@ -14,6 +14,7 @@ from experiments.tables import table
 from experiments.tasks.scores import wilson
 from support.command import UserError
 from support.factors_file import save_factors
+from support.resume import load_state
 from tests.evaluating import (
     ROOT,
     arguments,
@@ -23,7 +24,6 @@ from tests.evaluating import (
     notes_beside,
     torchrun,
     without_seconds,
-    write_records,
 )
 from tests.helpers import call, save_checkpoint, tiny_model, tiny_tokens
 
@@ -45,43 +45,26 @@ def test_a_cache_that_refuses_the_model_does_so_first(tmp_path, monkeypatch):
     assert not begun
 
 
-LONGEVAL = (
-    "longeval",
-    "--caches",
-    "full,streaming,cskv",
-    "--cases",
-    3,
-    "--lines",
-    "2,3",
-)  # 18 runs
-HALF = '{"row": 2, "case": 5, "sco'
+LONGEVAL = ("longeval", "--caches", "full,streaming,cskv", "--cases", 3, "--lines", "2,3")
 
 
-@pytest.mark.parametrize(("count", "more"), [(0, ""), (1, HALF), (7, ""), (16, HALF)])
-def test_an_interrupted_run_goes_on(everything, brief, tmp_path, capsys, monkeypatch, count, more):
-    """Twice: every cache has every case once in all, the table is the same, and half a line at the
-    end of the notes is no case."""
+@pytest.mark.parametrize("count", [0, 2, 3, 13])
+def test_an_interrupted_run_goes_on(everything, brief, tmp_path, capsys, monkeypatch, count):
+    """Twice: no finished case of three caches is run again, and the table is the same."""
     whole, path = tmp_path / "whole", tmp_path / "rows"
-    expected = measured(everything, capsys, whole, *LONGEVAL)
+    expected = measured(everything, capsys, whole, *LONGEVAL)  # 6 cases
     args = arguments(everything, *LONGEVAL, "--json", path)
-    for stop in (count, 1):
+    for stop in (count, 4):
         with monkeypatch.context() as patch:
             interrupt_after(patch, stop)
             assert call(evaluate, capsys, *args)[0] == 130
-        (notes,) = notes_beside(path)
-        notes.write_text(notes.read_text() + more)
+    (notes,) = notes_beside(path)
+    notes.with_name(f"{notes.name}.123.tmp").write_bytes(b"half")  # killed while it wrote
     begun = interrupt_after(monkeypatch, 18)
     rows = measured(everything, capsys, path, *LONGEVAL)
-    assert len(begun) == 18 - count - 1
+    assert len(begun) == 3 * (6 - count // 3 - 1)
     assert without_seconds(rows) == without_seconds(expected)
     assert not notes_beside(path) and not notes_beside(whole)
-
-
-def test_half_of_the_first_line_is_no_run(everything, brief, tmp_path, capsys):
-    path = tmp_path / "rows"
-    (tmp_path / "rows.cases-0").write_text('{"what": "longe')
-    measured(everything, capsys, path, *LONGEVAL)
-    assert not notes_beside(path)
 
 
 OTHERS = {
@@ -91,7 +74,7 @@ OTHERS = {
     "sub-command": (None, "another command"),
     "the factors' content": ([], "another --factors"),
     "the model's weights": ([], "another --model"),
-    "a damaged line": ([], "is damaged"),
+    "a damaged file": ([], "is damaged"),
 }
 
 
@@ -103,7 +86,7 @@ def test_notes_of_another_run_are_refused(everything, brief, tmp_path, capsys, m
     save_checkpoint(tiny_model(), model)
     own = ["--factors", factors, "--model", model, "--json", path]
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
+        interrupt_after(patch, 3)
         assert call(evaluate, capsys, *arguments(everything, *LONGEVAL, *own))[0] == 130
     (notes,) = notes_beside(path)
     if other == "the factors' content":
@@ -113,16 +96,15 @@ def test_notes_of_another_run_are_refused(everything, brief, tmp_path, capsys, m
         changed = tiny_model()
         changed.model.layers[0].self_attn.k_proj.weight *= 1.01  # still that of the factors
         save_checkpoint(changed, model)
-    elif other == "a damaged line":
-        first, second, third = notes.read_text().splitlines()
-        notes.write_text(f"{first}\n{second[:9]}\n{third}\n")
-    kept = notes.read_text()
+    elif other == "a damaged file":
+        notes.write_bytes(notes.read_bytes()[:-99])
+    kept = notes.read_bytes()
     command = arguments(everything, *LONGEVAL, *own, *(more or []))
     if more is None:
         command = arguments(everything, "passkey", *own)
     code, out, err = call(evaluate, capsys, *command)
     assert (code, out, err.count("\n")) == (2, "", 1) and message in err and str(notes) in err
-    assert notes.read_text() == kept and not path.exists()
+    assert notes.read_bytes() == kept and not path.exists()
 
 
 def test_a_killed_run_goes_on(everything, tmp_path, capsys):
@@ -131,13 +113,13 @@ def test_a_killed_run_goes_on(everything, tmp_path, capsys):
     killed = subprocess.Popen(
         command(everything, *many, "--json", path), cwd=ROOT, stderr=subprocess.DEVNULL
     )
-    notes, deadline = tmp_path / "rows.cases-0", time.monotonic() + 60
-    while not notes.exists() or notes.read_text().count("\n") < 5:
+    notes, deadline = tmp_path / "rows.cases-0.pt", time.monotonic() + 60
+    while not notes.exists():
         assert killed.poll() is None and time.monotonic() < deadline, "it never came that far"
         time.sleep(0.001)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL and not path.exists()
-    done = notes.read_text().count("\n") - 1
+    done = len(load_state(notes, {}, ("results",))["results"])
     code, _, err = call(evaluate, capsys, *arguments(everything, *many, "--json", path))
     assert code == 0 and f"{done} runs of a cache on a case are done already" in err
     rows = json.loads(path.read_text())
@@ -150,53 +132,46 @@ def test_two_processes_print_the_table_of_one(everything, tmp_path, capsys, monk
     path, what = tmp_path / "rows", [*LONGEVAL, "--caches", ALL, "--lines", 2]
     expected = measured(everything, capsys, tmp_path / "whole", *what)
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 4)
+        interrupt_after(patch, len(caches.CACHES) + 1)
         assert call(evaluate, capsys, *arguments(everything, *what, "--json", path))[0] == 130
     done = torchrun(*command(everything, *what, "--json", path))
     assert done.stdout, done.stderr  # not its status: gloo may abort a process that has finished
-    assert done.stderr.count("4 runs of a cache on a case are done already") == 1
+    assert done.stderr.count("8 runs of a cache on a case are done already") == 1
     rows = json.loads(path.read_text())
     assert without_seconds(rows) == without_seconds(expected)
     assert done.stdout == table(rows) + "\n"
     assert not notes_beside(path)
 
 
+FAILING = """
+from experiments import evaluate
+from support.command import UserError, run_command
+
+def score(self, model, logits, cache):
+    if self.max_new_tokens == 7:
+        raise UserError("too sad")
+    return real_score(self, model, logits, cache)
+
+def cases(*args, **more):
+    cases = real_cases(*args, **more)
+    object.__setattr__(cases[1], "max_new_tokens", 7)
+    return cases
+
+real_score, real_cases = evaluate.Question.score, evaluate.retrieval_cases
+evaluate.Question.score, evaluate.retrieval_cases = score, cases
+run_command(lambda: evaluate.run(evaluate.parse_arguments()))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mistake", ["the same for both", "of one case's text", "of one case"])
-def test_one_process_names_a_mistake(everything, tmp_path, mistake):
-    """A mistake of a case is seen by the process that has it, the second; it is not lost."""
-    if mistake == "the same for both":
-        done = torchrun(*command(everything, "longeval", "--lines", 300))
-        message = "leaves no room in a context of 600"
-    elif mistake == "of one case's text":
-        save_checkpoint(tiny_model(), tmp_path / "model")
-        template = "{{ raise_exception('too sad') if 't33' in messages[0].content else 't1' }}"
-        (tmp_path / "model" / "chat_template.jinja").write_text(template)
-        record = {"context": "t1", "answers": ["t5"], "length": 1}
-        records = [{**record, "input": word} for word in ("t31", "t33", "t35")]
-        write_records(tmp_path / "hotpotqa_e.jsonl", *records)
-        more = ["--data", tmp_path, "--sets", "hotpotqa_e", "--model", tmp_path / "model"]
-        done = torchrun(*command(everything, "longbench", "--caches", "full", *more))
-        message = "too sad"
-    else:
-        # The second case's answer fails, in the process that has it and in no other.
-        (tmp_path / "main.py").write_text(
-            "from experiments import evaluate\n"
-            "from support.command import UserError, run_command\n"
-            "score = evaluate.Question.score\n"
-            "def failing(self, model, logits, cache):\n"
-            "    if self.max_new_tokens == 7:\n"
-            "        raise UserError('too sad')\n"
-            "    return score(self, model, logits, cache)\n"
-            "def retrieval(*args, real=evaluate.retrieval_cases):\n"
-            "    cases = real(*args)\n"
-            "    object.__setattr__(cases[1], 'max_new_tokens', 7)\n"
-            "    return cases\n"
-            "evaluate.Question.score, evaluate.retrieval_cases = failing, retrieval\n"
-            "run_command(lambda: evaluate.run(evaluate.parse_arguments()))\n"
-        )
+@pytest.mark.parametrize("of_one", [False, True])
+def test_one_process_names_a_mistake(everything, tmp_path, of_one):
+    """Be it the same for both, or of the second case, which one process has and no other."""
+    start, message = command(everything, "longeval", "--lines", 300), "leaves no room in a context"
+    if of_one:
+        (tmp_path / "main.py").write_text(FAILING)
         flags = arguments(everything, "longeval", "--caches", "full", "--cases", 3)
-        done = torchrun(sys.executable, tmp_path / "main.py", *map(str, flags))
-        message = "too sad"
+        start, message = [sys.executable, tmp_path / "main.py", *map(str, flags)], "too sad"
+    done = torchrun(*start)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode and len(lines) == 1 and message in lines[0], done.stderr

@@ -10,7 +10,7 @@ import torch
 
 import train
 from cskv import INITIALIZATIONS, calibrate, init_factors, rank_for
-from experiments import evaluate, paper
+from experiments import evaluate, paper, tables
 from experiments.factors import FactorStore, Recipe
 from support.command import UserError
 from support.factors_file import save_factors
@@ -57,42 +57,44 @@ def read(out, what):
     return json.loads((out / f"{what}.json").read_text())
 
 
-def rows_of_table(setup, tmp_path, capsys, monkeypatch, what, *more):
-    """The rows that a table asks for, without measuring them: cache, factors, ranks of keys and of
-    values, bits, window, ratio; and what the table then says of each in the column `paper`."""
-    asked = []
+@pytest.fixture
+def rows_of_table(setup, tmp_path, capsys, monkeypatch):
+    """A function that gives the rows that a table asks for, without measuring them: cache, factors,
+    ranks of keys and values, bits, ratio and the column `paper`; all columns; the rows."""
 
-    def measure(model, rows, cases, notes, arguments):
-        asked.extend(rows)
-        own = {"scores": [1.0], "cases": 1, "tokens": 9, "measured_ratio": 0.5, "seconds": 0.0}
-        columns = [{"question": q, "lines": 2} for q in ("prefill", "decode")]
-        return [{**row.columns, **c, **own} for c in columns for row in rows]
+    def of_table(what, *more):
+        asked = []
 
-    monkeypatch.setattr(paper, "measure", measure)
-    for name in ("pyplot", "accuracy_against_bytes", "score_against_window", "score_against_split"):
-        monkeypatch.setattr(paper.figures, name, lambda *_: None)
-    args = lines_flags(setup, what, tmp_path, "--ratios", "0.5,0.8", *more)
-    assert call(paper, capsys, *args)[0] == 0
-    said = read(tmp_path, what)
-    found = []
-    for row, printed in zip(asked, said, strict=False):
-        pair = row.factors.layers[0] if row.factors else None
-        ranks = (pair.k.rank, pair.v.rank) if pair else None
-        found.append(
-            (row.cache, row.origin, ranks, row.bits, round(row.ratio, 4), printed["paper"])
-        )
-    assert len(said) == 2 * len(asked)  # both protocols
-    return found, said, asked
+        def measure(model, rows, cases, notes, arguments):
+            asked.extend(rows)
+            own = {"scores": [1.0], "cases": 1, "tokens": 9, "measured_ratio": 0.5, "seconds": 0.0}
+            columns = [{"question": q, "lines": 2} for q in ("prefill", "decode")]
+            return [{**row.columns, **c, **own} for c in columns for row in rows]
+
+        monkeypatch.setattr(paper, "measure", measure)
+        for name in ("pyplot", *(name for name in vars(paper.figures) if "_against_" in name)):
+            monkeypatch.setattr(paper.figures, name, lambda *_: None)
+        args = lines_flags(setup, what, tmp_path, "--ratios", "0.5,0.8", *more)
+        assert call(paper, capsys, *args)[0] == 0
+        said, found = read(tmp_path, what), []
+        assert len(said) == 2 * len(asked)  # both protocols
+        for row, printed in zip(asked, said, strict=False):
+            layer = row.factors.layers[0] if row.factors else None
+            ranks = (layer.k.rank, layer.v.rank) if layer else None
+            ratio = round(row.ratio, 4)
+            found.append((row.cache, row.origin, ranks, row.bits, ratio, printed["paper"]))
+        return found, said, asked
+
+    return of_table
 
 
-def test_the_rows_of_table_1(setup, tmp_path, capsys, monkeypatch):
+def test_the_rows_of_table_1(rows_of_table, tmp_path):
     """d_kv is 12: ranks 6 and 2. The paper's numbers are those of its four lengths. A file of a
     budget has its own ranks and bits; its row and three more have 4 sinks."""
     model = tiny_model()
     budget = init_factors("svd", model, [5] * 2, [3] * 2).in_bits(4, 3)
     save_factors(tmp_path / "b.safetensors", budget, model)
-    more = "--factors", tmp_path / "b.safetensors"
-    found, said, asked = rows_of_table(setup, tmp_path, capsys, monkeypatch, "table1", *more)
+    found, said, asked = rows_of_table("table1", "--factors", tmp_path / "b.safetensors")
     trained = "asvd, trained"
     assert found == [
         ("full", "", None, "16", 0, "1.00 / 1.00 / 0.98 / 0.98"),
@@ -135,9 +137,8 @@ def test_lengths_of_the_published_files():
         assert paper.parse_arguments([what, *data]).lines == lines
 
 
-def test_the_rows_of_table_3(setup, tmp_path, capsys, monkeypatch):
-    more = "--inits", "optimal,asvd"
-    found, said, asked = rows_of_table(setup, tmp_path, capsys, monkeypatch, "table3", *more)
+def test_the_rows_of_table_3(rows_of_table):
+    found, said, asked = rows_of_table("table3", "--inits", "optimal,asvd")
     windows = [1, 2, 4, 8, 16, 32, 64]
     paper_s = ["", "0.77", "0.83", "0.85", "0.88", "0.92", "0.93"]
     few = len(found) // 2  # windows of the length of the cases or more are left out
@@ -149,10 +150,9 @@ def test_the_rows_of_table_3(setup, tmp_path, capsys, monkeypatch):
     assert [row["window"] for row in said] == windows[:few] * 4
 
 
-def test_the_rows_of_table_4(setup, tmp_path, capsys, monkeypatch):
+def test_the_rows_of_table_4(rows_of_table):
     """Keys keep the first share, values the second."""
-    more = "--inits", "asvd"
-    found, said, _ = rows_of_table(setup, tmp_path, capsys, monkeypatch, "table4", *more)
+    found, said, _ = rows_of_table("table4", "--inits", "asvd")
     origin = "asvd, trained"
     assert found[0] == ("cskv-plain", origin, (10, 2), "16", 0.5, "0.97")
     assert found[1] == ("cskv-plain", origin, (9, 3), "16", 0.5, "0.98")
@@ -164,9 +164,8 @@ def test_the_rows_of_table_4(setup, tmp_path, capsys, monkeypatch):
         assert abs(12 * row["kept_k"] - k) <= 0.5 and abs(12 * row["kept_v"] - v) <= 0.5
 
 
-def test_the_rows_of_table_5(setup, tmp_path, capsys, monkeypatch):
-    more = "--inits", "asvd", "--ratios", "0.8", "--bits", "4,2"
-    found, said, _ = rows_of_table(setup, tmp_path, capsys, monkeypatch, "table5", *more)
+def test_the_rows_of_table_5(rows_of_table):
+    found, said, _ = rows_of_table("table5", "--inits", "asvd", "--ratios", "0.8", "--bits", "4,2")
     start, two, clamped = "asvd, trained", (2, 2), ", clamped zero-point"
     assert found == [
         ("full", "", None, "16", 0, ""),
@@ -189,8 +188,11 @@ def test_the_rows_of_table_5(setup, tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "what, make",
-    [(what, text_flags) for what in paper.COMMANDS]
-    + [(what, lines_flags) for what in ("table1", "table4")],
+    [
+        *((what, text_flags) for what in paper.COMMANDS),
+        ("table1", lines_flags),
+        ("table4", lines_flags),
+    ],
 )
 def test_every_command_writes_its_table(setup, tmp_path, capsys, monkeypatch, what, make):
     pytest.importorskip("matplotlib")
@@ -209,9 +211,8 @@ def test_every_command_writes_its_table(setup, tmp_path, capsys, monkeypatch, wh
     if what.startswith("table"):
         score = "perplexity" if make is text_flags else "accuracy"
         assert all(row[score] >= 0 and "measured_ratio" in row for row in rows)
-        assert {row.get("question") for row in rows} == (
-            {None} if make is text_flags else {"prefill", "decode"}
-        )
+        questions = {None} if make is text_flags else {"prefill", "decode"}
+        assert {row.get("question") for row in rows} == questions
     assert not list((tmp_path / "work" / "tiny").glob("*.cases-*"))  # notes are gone when done
 
 
@@ -226,7 +227,7 @@ def test_protocols_stand_side_by_side():
     rows += [row("decode", 25, "a", 0.5, 0.7), row("decode", 50, "a", 0.4, 0.76)]
     rows += [row(q, n, "b", 1.0, 0.5) for q in ("prefill", "decode") for n in (25, 50)]
     columns = ["question", "lines", "cache", *paper.SCORES, "paper"]
-    merged, shown = paper.side_by_side(rows, columns)
+    merged, shown = tables.side_by_side(rows, columns)
     scores = ["prefill, 25 / 50 lines", "decode, 25 / 50 lines"]
     names = ["cache", "nominal_ratio", "measured_ratio", *scores, "paper"]
     assert shown == names
@@ -304,14 +305,6 @@ def test_two_processes_make_the_table_of_one(setup, tmp_path):
         assert (one["window"], one["measured_ratio"]) == (two["window"], two["measured_ratio"])
 
 
-def test_perplexity_without_calibration_text_is_refused(setup, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    arguments = text_flags(setup, "table3", tmp_path)
-    i = arguments.index("--calibrate")
-    code, _, err = call(paper, capsys, *arguments[:i], *arguments[i + 2 :])
-    assert (code, err.count("\n")) == (2, 1) and "--calibrate" in err
-
-
 def test_choice_of_unknown_recipe_is_refused(setup, tmp_path):
     store = factor_store(setup, tmp_path / "factors")
     with pytest.raises(UserError, match="no initialization 'best'"):
@@ -348,12 +341,15 @@ def test_budget_compares_all_at_measured_bytes(setup, tmp_path, capsys):
     assert "| of full |" in (tmp_path / "budget.md").read_text()
 
 
-def test_perplexity_and_published_cases_are_one_too_many(setup, tmp_path, capsys):
-    args = text_flags(setup, "table2", tmp_path, "--data", tmp_path)
-    code, _, err = call(paper, capsys, *args)
-    assert code == 2 and err.count("\n") == 1 and "leave one out" in err
-
-
-def test_budget_without_text_is_refused(setup, tmp_path, capsys):
-    code, _, err = call(paper, capsys, *flags(setup, "budget", tmp_path))
-    assert code == 2 and err.endswith("give held-out text with --text\n")
+@pytest.mark.parametrize(
+    "what, more, message",
+    [
+        ("table2", ["--text", "T", "--data", "."], "leave one out"),
+        ("table2", ["--text", "T"], "give some with --calibrate"),
+        ("budget", [], "give held-out text with --text\n"),
+    ],
+)
+def test_a_mistake_is_one_line(setup, tmp_path, capsys, what, more, message):
+    more = [setup / "text.txt" if word == "T" else word for word in more]
+    code, _, err = call(paper, capsys, *flags(setup, what, tmp_path, *more))
+    assert code == 2 and err.count("\n") == 1 and message in err

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from experiments import speed
-from experiments.transformers_runner import transformers_runners
 from tests.helpers import call, save_checkpoint, tiny_model, tiny_tokens
 
 torch.set_grad_enabled(False)
 
 
 def test_speed_command(everything, capsys, monkeypatch):
-    monkeypatch.setattr(speed, "transformers_runners", lambda *_: {})  # slow to import
+    monkeypatch.setattr(speed, "load_theirs", lambda *_: None)  # slow to import
     args = ["--model", everything / "model", "--lengths", "30,40", "--ratios", "0.5", "--rounds", 2]
     args += ["--threads", 1]
     code, out, _ = call(speed, capsys, *args, "--json", everything / "speed.json")
@@ -43,15 +42,20 @@ def test_speed_times_each_cache_by_itself(monkeypatch):
     """On a clock that only the runners move."""
     now = [0.0]
 
-    def runner(prefill, step):
-        def run(tokens, cache):
-            now[0] += prefill if tokens.shape[1] > 1 else step
+    def wait(seconds):
+        now[0] += seconds
 
-        return dict, run
+    def runner(prefill, step):
+        warm_up = [9.0]  # the first time
+        return (
+            dict,
+            lambda _: wait(prefill + (warm_up.pop() if warm_up else 0)),
+            lambda _: wait(step),
+        )
 
     monkeypatch.setattr(speed, "clock", lambda device: now[0])
     runners = {"full": runner(2.0, 0.25), "slow": runner(3.0, 1.0), "fast": runner(1.0, 0.125)}
-    rows = speed.compare(runners, torch.zeros(1, 9, dtype=torch.long), rounds=2, steps=4)
+    rows = speed.compare(runners, 9, rounds=2, steps=4, prefills=2, device="cpu", caches={})
     names = "cache", "tokens", "prefill_s", "prefill_ratio", "decode_ms", "decode_ratio"
     assert [tuple(row[name] for name in names) for row in rows] == [
         ("full", 9, 2.0, 1.0, 250.0, 1.0),
@@ -108,16 +112,17 @@ def test_the_caches_of_transformers(tmp_path, head_dim, length):
     pytest.importorskip("transformers")
     model = tiny_model(head_dim=head_dim)
     save_checkpoint(model, tmp_path / "model")
-    runners = transformers_runners(str(tmp_path / "model"), "cpu", torch.float32, [length - 1])
+    tokens = tiny_tokens(model, 1, length - 1)
+    theirs = speed.load_theirs(str(tmp_path / "model"), "cpu", torch.float32)
+    runners = speed.their_runners(theirs, tokens)
     assert "transformers, DynamicCache" in runners
     quantized = [name for name in runners if "Quantized" in name]
     assert len(quantized) == (2 if find_spec("hqq") and length == 53 else 0)
-    tokens = tiny_tokens(model, 1, length)
-    expected = model(tokens)[:, -1]
-    for name, (make, run) in runners.items():
+    expected = model(torch.cat([tokens, tokens[:, :1]], 1))[:, -1]
+    for name, (make, fill, step) in runners.items():
         cache = make()
-        run(tokens[:, :-1], cache)
-        logits = run(tokens[:, -1:], cache)[:, -1]
+        fill(cache)
+        logits = step(cache)[:, -1]
         if "Dynamic" in name:
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
         assert logits.shape == expected.shape and logits.isfinite().all()
