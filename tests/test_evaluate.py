@@ -260,7 +260,7 @@ def test_retrieval_calibrates_on_cases_of_another_seed(
     samples, texts = [], []
     calibrate, encode = evaluate.calibrate_together, Tokenizer.encode
     monkeypatch.setattr(
-        evaluate, "calibrate", lambda *args: samples.extend(args[1]) or calibrate(*args)
+        evaluate, "calibrate_together", lambda *args: samples.extend(args[1]) or calibrate(*args)
     )
     monkeypatch.setattr(
         Tokenizer, "encode", lambda *args, **more: texts.append(args[1]) or encode(*args, **more)
