@@ -25,7 +25,7 @@ from cskv import BiBranchCache, Factors, bi_branch_cache
 from model import LayerCache, Transformer, full_cache
 from support.command import DTYPES, Arguments, UserError, number, run_command, use_device
 from support.factors_file import load_factors
-from support.huggingface.checkpoint import load_model
+from support.huggingface.checkpoint import generation_settings, load_model
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.processes import say
 from support.text import check_finite, check_prompt
@@ -125,7 +125,10 @@ def answer(
         if len(stays) > len(written):
             write(stays[len(written) :])
             written = stays
-    write(text[len(written) :])
+    if text.startswith(written):
+        write(text[len(written) :])
+    else:  # a token changed more than the text of the one before it: once more, and right
+        write(f"\n{text}")
     steps = seconds[1:]
     full = full_bytes(model, cache[0].length)
     return {
@@ -204,6 +207,9 @@ def run(args: argparse.Namespace) -> None:
         message = f"the {caches[-1]} cache needs --factors FILE, made by train.py"
         raise UserError(f"{message}; or use --cache full")
     model = load_model(args.model, args.device, DTYPES[args.dtype])
+    ignored = generation_settings(args.model)
+    if ignored:
+        say(f"not honoured, of generation_config.json: {', '.join(ignored)}")
     tokenizer = load_tokenizer(args.model, model.config.vocab_size)
     prompt = tokenizer.encode_prompt(text, args.chat)
     check_prompt(prompt, model)

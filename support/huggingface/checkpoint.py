@@ -213,6 +213,27 @@ def read_config(folder: Path) -> Config:
     )
 
 
+# Settings that change the reference library's greedy text. Nothing, 0 and false leave it as it is,
+# and for these also:
+NEUTRAL = {"repetition_penalty": 1, "encoder_repetition_penalty": 1, "num_beams": 1}
+NEUTRAL |= {"num_beam_groups": 1, "guidance_scale": 1, "penalty_alpha": 0}
+NOT_HONOURED = (*NEUTRAL, "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids")
+NOT_HONOURED += ("suppress_tokens", "begin_suppress_tokens", "sequence_bias", "min_length")
+NOT_HONOURED += ("min_new_tokens", "forced_bos_token_id", "forced_eos_token_id", "stop_strings")
+NOT_HONOURED += ("exponential_decay_length_penalty", "force_words_ids", "constraints", "max_time")
+NOT_HONOURED += ("watermarking_config", "dola_layers", "token_healing", "remove_invalid_values")
+
+
+def generation_settings(path: str | Path) -> list[str]:
+    """Names of the settings of generation_config.json, or of config.json where there is none, that
+    change what the reference library generates greedily, and that are not honoured here."""
+    folder = find_checkpoint(path)
+    file = folder / "generation_config.json"
+    entries = read_json(file if file.is_file() else folder / "config.json")
+    names = [name for name in NOT_HONOURED if entries.get(name) not in (*NOTHING, 0, False)]
+    return [name for name in names if entries[name] != NEUTRAL.get(name)]
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """The folder of a checkpoint: `path` itself, or the hub repository of that name, fetched."""
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long to be one

@@ -1,0 +1,218 @@
+"""Faults that users of other projects reported, and that were found here too."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import infer
+from beyond.outputs import calibrate_outputs
+from beyond.probes import Probe
+from beyond.segments import FastCache
+from cskv import BiBranchCache, bi_branch_cache, calibrate, init_factors, output_metric
+from experiments import budget
+from experiments.rounded import Rounded
+from model import full_cache
+from support.command import UserError
+from support.factors_file import load_factors, save_factors
+from support.huggingface.checkpoint import NOT_HONOURED, generation_settings
+from support.huggingface.tokenizer import Tokenizer
+from tests.helpers import call, make_factors, save_checkpoint, tiny_model, tiny_tokens
+
+torch.set_grad_enabled(False)
+
+
+# ------------------------------------------------------------------ numbers that are not finite
+
+
+@pytest.mark.parametrize(("layer", "side"), [(0, "k"), (0, "v"), (1, "k"), (1, "v")])
+def test_a_cost_that_is_not_finite_is_named(layer, side):
+    """max(0.0, nan) is 0.0: it was the best cost of all, and every side got rank 1 in 2 bits."""
+    model = tiny_model()
+    texts = [tiny_tokens(model, 1, 40), tiny_tokens(model, 1, 40, seed=5)]
+    probe = Probe(model, texts, 4, 2)
+    pair = getattr(make_factors(model, 3, 3).layers[layer], side)
+    assert probe.cost(layer, {side: pair}) > 0
+    pair.A[0, 0] = torch.inf
+    name = {"k": "keys", "v": "values"}[side]
+    with pytest.raises(UserError, match=f"layer {layer}, {name}: the cost is not finite"):
+        probe.cost(layer, {side: pair})
+
+
+def test_one_token_that_overflows_is_enough():
+    """A rare token in one passage of several, in the exact run."""
+    model = tiny_model()
+    texts = [tiny_tokens(model, 1, 40), tiny_tokens(model, 1, 40, seed=5)]
+    texts[1][0, -1] = 60
+    model.model.embed_tokens.weight[60] = torch.inf
+    texts[0][texts[0] == 60] = 1
+    probe = Probe(model, texts, 4, 2)
+    with pytest.raises(UserError, match="not finite"):
+        probe.cost(1, {"k": make_factors(tiny_model(), 3, 3).layers[1].k})
+
+
+# ------------------------------------------------------------------------------- silent layers
+
+
+def silent(name):
+    """A model with a layer that was added for later training, or that is dead."""
+    model = tiny_model()
+    weights = {
+        "o_proj": model.model.layers[0].self_attn.o_proj.weight,
+        "q_proj": model.model.layers[1].self_attn.q_proj.weight,
+        "k_proj": model.model.layers[0].self_attn.k_proj.weight,
+        "v_proj": model.model.layers[1].self_attn.v_proj.weight,
+        "input_layernorm": model.model.layers[1].input_layernorm.weight,
+    }
+    weights[name].zero_()
+    return model
+
+
+LAYERS = ("o_proj", "q_proj", "k_proj", "v_proj", "input_layernorm")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_silent_layer_has_factors_that_can_be_saved(tmp_path, name, dtype):
+    """With o_proj 0 an absolute least metric of 1e-12 made B of 1e6; with queries of 0 a mean of 0
+    made NaN, and the message said "overflow; try another --dtype"."""
+    model = silent(name).to(dtype)
+    samples = [tiny_tokens(model, 1, 50, seed=seed) for seed in range(3)]
+    for statistics in (calibrate(model, samples), calibrate_outputs(model, samples, 4, 2)):
+        factors = init_factors("attention", model, [5, 5], [5, 5], statistics)
+        assert all(pair.A.isfinite().all() and pair.B.abs().max() < 1e4 for pair in factors.pairs)
+        save_factors(tmp_path / "f", factors, model)
+        saved = load_factors(tmp_path / "f", model)
+        cache = bi_branch_cache(model, saved, 4, sinks=2)
+        model(samples[0][:, :40], cache)
+        assert model(samples[0][:, 40:41], cache).isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [2**-10, 1, 2**10])
+def test_a_metric_is_relative_to_its_own_scale(scale):
+    attention = tiny_model().model.layers[0].self_attn
+    before = output_metric(attention)
+    attention.o_proj.weight.mul_(scale)
+    torch.testing.assert_close(output_metric(attention), before * scale**2)
+    attention.o_proj.weight.zero_()
+    assert torch.equal(output_metric(attention), torch.eye(12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["o_proj", "input_layernorm"])
+def test_a_budget_of_a_model_with_a_silent_layer(tmp_path, capsys, name):
+    """It ended after all probing, with the advice to save as float32."""
+    pytest.importorskip("matplotlib")
+    save_checkpoint(silent(name), tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(f"t{i * i % 61}" for i in range(900)))
+    args = ["--model", tmp_path / "model", "--data", tmp_path / "text.txt", "--samples", 4]
+    args += ["--passages", 2, "--seq-len", 60, "--probe-len", 40, "--window", 4, "--sinks", 2]
+    args += ["--length", 200, "--remove", 0.6, "--out", tmp_path / "f.safetensors"]
+    code, _, err = call(budget, capsys, *args)
+    assert code == 0, err
+
+
+# ------------------------------------------------------------------------ biases in other types
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", [BiBranchCache, FastCache])
+def test_biases_in_caches_of_16_bits(kind, dtype, batch):
+    """With one sequence a float32 bias met a 16-bit B, and F.linear raised."""
+    model = tiny_model(attention_bias=True)
+    factors = make_factors(model, 12, 13).to(torch.empty(0, dtype=dtype))
+    cache = bi_branch_cache(model, factors, 4, kind=kind, sinks=1)
+    rounded = [Rounded(layer, dtype) for layer in cache]
+    exact = full_cache(model)
+    tokens = tiny_tokens(model, batch, 30)
+    for part in (tokens[:, :28], tokens[:, 28:29], tokens[:, 29:]):
+        ours, theirs = model(part, rounded)[:, -1], model(part, exact)[:, -1]
+        if kind is BiBranchCache:  # the other one shares positions
+            assert (ours - theirs).norm() < 0.2 * theirs.norm()
+        assert ours.isfinite().all()
+
+
+# --------------------------------------------------------------------------- what a model brings
+
+
+def test_settings_of_generation_that_are_not_honoured_are_named(tmp_path, capsys):
+    """They change the reference library's greedy text, and were ignored in silence."""
+    save_checkpoint(tiny_model(), tmp_path / "model")
+    args = ["--model", tmp_path / "model", "--cache", "full", "--prompt", "t1 t2"]
+    file = tmp_path / "model" / "generation_config.json"
+    neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
+    neutral |= {"suppress_tokens": None, "bad_words_ids": [], "temperature": 0.6, "top_p": 0.9}
+    for settings in ({}, neutral, {"do_sample": True, "eos_token_id": 5, "token_healing": False}):
+        file.write_text(json.dumps(settings))
+        code, _, err = call(infer, capsys, *args)
+        assert code == 0 and "not honoured" not in err
+    changed = {"repetition_penalty": 1.1, "num_beams": 4, "suppress_tokens": [3], "min_length": 9}
+    file.write_text(json.dumps({**neutral, **changed}))
+    code, _, err = call(infer, capsys, *args)
+    named = [line for line in err.splitlines() if line.startswith("not honoured")]
+    assert code == 0 and len(named) == 1 and all(name in named[0] for name in changed)
+    assert "top_p" not in named[0] and "no_repeat" not in named[0]
+
+
+def test_settings_of_generation_may_stand_in_config_json(tmp_path):
+    """Where there is no generation_config.json, as in older checkpoints."""
+    folder = save_checkpoint(tiny_model(), tmp_path / "model", no_repeat_ngram_size=3)
+    assert generation_settings(folder) == ["no_repeat_ngram_size"]
+    (folder / "generation_config.json").write_text("{}")
+    assert generation_settings(folder) == []
+
+
+def test_the_list_of_settings_has_names_of_the_reference_library():
+    transformers = pytest.importorskip("transformers")
+    known = set(transformers.GenerationConfig().to_dict())
+    assert set(NOT_HONOURED) - known <= {"constraints", "force_words_ids", "dola_layers"}
+
+
+def test_weights_in_four_bit_floats_are_refused(tmp_path, capsys):
+    """A float4 weight holds two numbers a byte: the message blamed its shape, or there was none."""
+    folder = save_checkpoint(tiny_model(), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    for dtype in ("float4_e2m1fn_x2", "float8_e4m3fn", "int8"):
+        half = torch.zeros(20, 12, dtype=torch.uint8).view(getattr(torch, dtype))
+        save_file({**weights, name: half}, folder / "model.safetensors")
+        args = ["--model", folder, "--cache", "full", "--prompt", "t1 t2"]
+        code, out, err = call(infer, capsys, *args)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert name in err and "not quantized" in err
+
+
+# -------------------------------------------------------------------------------- streamed text
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["do", "do n't", "don't", "don't go"],  # a space before is taken away later
+        ["the", "the '", "the'dog", "the'dog ran"],
+        ["A", "A\ufffd", "A\ufffd\ufffd", "A\ufffd\ufffd\ufffd", "A🙂", "A🙂 b"],
+        ["\n", "\n\ufffd", "\n\ufffd\ufffd"],  # cut within a letter
+        ["a", "ab", "abc", "xyz"],  # no tokenizer known does this
+        ["x", "x y", "x y z"],
+    ],
+)
+def test_what_is_streamed_is_the_answer(monkeypatch, texts):
+    """Each text is that of one token more. Only what a later token left as it was may be shown."""
+
+    def generate(model, prompt, cache, most, sample, seconds):
+        seconds.append(0.1)
+        return iter(range(len(texts)))
+
+    monkeypatch.setattr(infer, "generate", generate)
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: texts[len(ids) - 1])
+    model, pieces = tiny_model(), []
+    cache = full_cache(model)
+    model(tiny_tokens(model, 1, 3), cache)
+    tokenizer = Tokenizer.__new__(Tokenizer)
+    result = infer.answer(model, tokenizer, [1], cache, 9, None, pieces.append)
+    assert result["text"] == texts[-1]
+    if texts[-1] == "xyz":
+        assert "".join(pieces) == "ab\nxyz"
+    else:
+        assert "".join(pieces) == texts[-1]
