@@ -177,6 +177,7 @@ class BiBranchCache(LayerCache):
         return out
 
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
+        """What both branches keep of the prompt. x, q, k and v stay as they are."""
         # 2. Compressed branch: the latents of all tokens but the sinks.
         self.c_k.append(x[:, self.sinks :] @ self.A_k)  # [B, T - sinks, r_k]
         self.c_v.append(x[:, self.sinks :] @ self.A_v)  # [B, T - sinks, r_v]
@@ -209,7 +210,8 @@ class BiBranchCache(LayerCache):
 
     def branches(self) -> tuple[int, int, int, int]:
         """Which tokens the newest one attends to, and through which branch: seen .. S - 1, sinks,
-        in full precision, first .. old - 1 compressed, all from `old` on in full precision."""
+        in full precision, first .. old - 1 compressed, all from `old` on in full precision.
+        S sinks are kept: all tokens, while these are fewer than `sinks`."""
         S = min(self.length, self.sinks)
         behind = max(0, self.length - (self.sliding_window or self.length))
         old = max(S, self.length - self.window)

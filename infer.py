@@ -110,24 +110,19 @@ def answer(
     sample: Callable[[Tensor], int],
     write: Callable[[str], None] = lambda text: None,
 ) -> dict:
-    """Generates from `cache`, streams the text through `write`, and measures bytes and seconds.
-
-    A token may change the text of the one before: it may end its letter, or take a space away. So
-    the text of the newest token is held back.
-    """
+    """Generates from `cache`, streams the text through `write`, and measures bytes and seconds."""
     tokens, seconds = [], []
-    text = written = ""
+    written = ""
     for token in generate(model, prompt, cache, max_new_tokens, sample, seconds):
         tokens.append(token)
-        before = text
-        text = tokenizer.decode(tokens)
-        stays = common_prefix(before, text).rstrip("\ufffd")
-        if len(stays) > len(written):
-            write(stays[len(written) :])
-            written = stays
+        settled = tokenizer.settled(tokens)
+        if len(settled) > len(written):
+            write(settled[len(written) :])
+            written = settled
+    text = tokenizer.decode(tokens)
     if text.startswith(written):
         write(text[len(written) :])
-    else:  # a token changed more than the text of the one before it: once more, and right
+    else:  # for a decoder of another kind: once more, and right
         write(f"\n{text}")
     steps = seconds[1:]
     full = full_bytes(model, cache[0].length)
@@ -138,17 +133,9 @@ def answer(
         "cache_bytes": held_bytes(cache),
         "full_cache_bytes": full,
         "measured_ratio": 1 - held_bytes(cache) / full,
-        "prefill_seconds": seconds[0],
+        "prefill_seconds": sum(seconds[:1]),
         "decode_seconds_per_token": sum(steps) / max(1, len(steps)),
     }
-
-
-def common_prefix(a: str, b: str) -> str:
-    """What both texts begin with."""
-    for n, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return a[:n]
-    return min(a, b, key=len)
 
 
 def report(results: dict[str, dict]) -> str:

@@ -72,7 +72,7 @@ def layer_loss(
 ) -> Tensor:
     """L_K = MSE(K, K^), K^ = (x A) B (equation 1), a scalar; for values it is L_V.
 
-    x [B, T, hidden] and k [B, T, d_kv] as `Observer.observe` gets them. Latents of few bits are
+    x [B, T, hidden] and k [B, T, d_kv] as an `Observer` shows them. Latents of few bits are
     quantized along `dim`. They are float32; product and mean are `dtype`.
     """
     c = x @ pair.A  # [B, T, r]

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import decoders, models, pre_tokenizers
 
 import infer
 from beyond.outputs import calibrate_outputs
@@ -186,33 +188,61 @@ def test_weights_in_four_bit_floats_are_refused(tmp_path, capsys):
 # -------------------------------------------------------------------------------- streamed text
 
 
-@pytest.mark.parametrize(
-    "texts",
-    [
-        ["do", "do n't", "don't", "don't go"],  # a space before is taken away later
-        ["the", "the '", "the'dog", "the'dog ran"],
-        ["A", "A\ufffd", "A\ufffd\ufffd", "A\ufffd\ufffd\ufffd", "A🙂", "A🙂 b"],
-        ["\n", "\n\ufffd", "\n\ufffd\ufffd"],  # cut within a letter
-        ["a", "ab", "abc", "xyz"],  # no tokenizer known does this
-        ["x", "x y", "x y z"],
-    ],
-)
-def test_what_is_streamed_is_the_answer(monkeypatch, texts):
-    """Each text is that of one token more. Only what a later token left as it was may be shown."""
+def byte_tokens():
+    """As in Llama 2: bytes for what has no piece, in a row all wrong if one is."""
+    vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"▁the": 256, "▁dog": 257}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return Tokenizer(backend, {}, None), 258
 
-    def generate(model, prompt, cache, most, sample, seconds):
-        seconds.append(0.1)
-        return iter(range(len(texts)))
 
-    monkeypatch.setattr(infer, "generate", generate)
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: texts[len(ids) - 1])
-    model, pieces = tiny_model(), []
-    cache = full_cache(model)
+def cleaned_words():
+    """With clean_up_tokenization_spaces a space, or two, go when the next word is there."""
+    words = ["the", "dog", ".", ",", "'", "s", "'s", "n't", "do", "?", "!", "'m", "'re"]
+    vocab = {word: i for i, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="the"))
+    return Tokenizer(backend, {}, None, clean_up=True), len(words)
+
+
+def cleaned_pieces():
+    """The same, where a word is more than one token: do, n, ', t."""
+    pieces = ["▁do", "▁n", "'", "t", "▁", ".", "▁'", "▁x", "s", "▁the"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="▁x"))
+    backend.decoder = decoders.Metaspace()
+    return Tokenizer(backend, {}, None, clean_up=True), len(pieces)
+
+
+def byte_level():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, []))
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend, {}, None), len(alphabet)
+
+
+@pytest.mark.parametrize("make", [byte_tokens, cleaned_words, cleaned_pieces, byte_level])
+def test_what_is_streamed_is_the_answer(monkeypatch, make):
+    """Letters vanished ("do n'" for "don't"), and a cut emoji had other replacement characters."""
+    tokenizer, size = make()
+    model, cache = tiny_model(), full_cache(tiny_model())
     model(tiny_tokens(model, 1, 3), cache)
-    tokenizer = Tokenizer.__new__(Tokenizer)
-    result = infer.answer(model, tokenizer, [1], cache, 9, None, pieces.append)
-    assert result["text"] == texts[-1]
-    if texts[-1] == "xyz":
-        assert "".join(pieces) == "ab\nxyz"
-    else:
-        assert "".join(pieces) == texts[-1]
+    generator = torch.Generator().manual_seed(0)
+    for n in range(600):
+        ids = torch.randint(size, (1 + n % 9,), generator=generator).tolist()
+        if n % 3 == 0:  # whole letters too
+            ids += tokenizer.encode("🙂 é") if size == 256 else []
+        pieces = []
+        monkeypatch.setattr(infer, "generate", lambda *a, ids=ids: iter(ids))
+        result = infer.answer(model, tokenizer, [1], cache, 9, None, pieces.append)
+        assert result["text"] == tokenizer.decode(ids)
+        assert "".join(pieces) == result["text"], ids
+
+
+def test_text_is_streamed_as_it_comes(monkeypatch):
+    """Not only at the end: all but the last word is there when the last token comes."""
+    tokenizer, _ = byte_tokens()
+    ids = [256, 257, *"é".encode(), 256, 257]
+    settled = [tokenizer.settled(ids[:n]) for n in range(1, len(ids) + 1)]
+    assert settled == ["", "the", "the dog", "the dog", "the dogé", "the dogé the"]

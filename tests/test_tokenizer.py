@@ -288,6 +288,7 @@ DECLARED = {  # a vocabulary, the settings, the files beside them
     "bytes": ("bytes", LLAMA, {}),
     "bytes, GPT-2": ("bytes", GPT2, {}),
     "bytes, space": ("bytes", GPT2 | {"add_prefix_space": True}, {}),
+    "clean up": ("words", {"clean_up_tokenization_spaces": True}, {}),
     "clean up BPE": ("llama", LLAMA | {"clean_up_tokenization_spaces": True}, {}),
     "split": ("words", {"split_special_tokens": True, "eos_token": "dog"}, {}),
 }
@@ -400,8 +401,6 @@ def test_wrong_settings_of_a_tokenizer_are_named_in_a_line(name, save):
 def test_what_only_tokenizers_of_bpe_can_do_is_refused_of_others(save):
     with pytest.raises(UserError, match="LlamaTokenizer with a WordLevel"):
         load_tokenizer(save("words", LLAMA))
-    with pytest.raises(UserError, match=f"{CLEAN_UP} is not supported; take it out"):
-        load_tokenizer(save("words", {CLEAN_UP: True}))
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_config", "special_tokens_map"])

@@ -4,6 +4,7 @@
 stands which of the files beside them change it, and what of that we refuse.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from support.huggingface.pieces import CONTROL, DEFAULTS, GPT2, LLAMA, USER_DEFI
 GENERAL = ("", "TokenizersBackend", "PreTrainedTokenizer", "PythonBackend")  # do as the files say
 CLEAN_UP = "clean_up_tokenization_spaces"
 CLEAN_UP_BPE = f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output"
+CONTRACTIONS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 UNSUPPORTED = ("fix_mistral_regex", "fast_tokenizer_files", CLEAN_UP_BPE)
 
 
@@ -44,6 +46,7 @@ class Tokenizer:
         special: dict[str, str],
         template: object,
         source: str = "this model",
+        clean_up: bool = False,
         vocabulary: int | None = None,
     ):
         backend.no_truncation()  # settings that some files carry over from training
@@ -52,6 +55,7 @@ class Tokenizer:
         self.special = special  # texts by name, such as bos_token
         self.template = template  # jinja source, None for a model that does not chat
         self.source = source  # where the template stands
+        self.clean_up = clean_up  # no spaces before punctuation in decoded text
         self.vocabulary = vocabulary  # tokens that the model has; None: not known
 
     def encode(self, text: str, special: bool = True) -> list[int]:
@@ -70,7 +74,34 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self.backend.decode(ids, skip_special_tokens=True)
+        text = self.backend.decode(ids, skip_special_tokens=True)
+        if self.clean_up:
+            for written in CONTRACTIONS:
+                text = text.replace(written, written.strip())
+        return text
+
+    def settled(self, ids: list[int]) -> str:
+        """What of the text of `ids` no further token changes.
+
+        The newest token may be half a letter, and cleaning up may take the space before it away. Of
+        byte tokens in a row all become replacement characters when one does not fit.
+        """
+        n = len(ids)
+        while n and self.is_byte(ids[n - 1]):
+            n -= 1
+        if n == len(ids):
+            n -= 1
+        whole = self.decode(ids)
+        text = os.path.commonprefix([self.decode(ids[:n]), whole])  # noqa: RUF071 (no paths)
+        text = text.rstrip("\ufffd")
+        if self.clean_up:
+            text = text[: max(0, text.rfind(" "))]
+        return text
+
+    def is_byte(self, token: int) -> bool:
+        """Whether a token is one of the 256 bytes of a SentencePiece vocabulary."""
+        piece = self.backend.id_to_token(token) or ""
+        return len(piece) == 6 and piece.startswith("<0x")
 
     def encode_prompt(self, text: str, chat: bool | None = None) -> list[int]:
         """Token ids of a prompt: within the chat template if `chat`, or if that is None and there
@@ -112,12 +143,13 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
     else:
         raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model; fetch it again")
     backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
-    bpe = type(backend.model).__name__ == "BPE"  # which CLEAN_UP does not change
-    for name in UNSUPPORTED if bpe else (*UNSUPPORTED, CLEAN_UP):
+    bpe = type(backend.model).__name__ == "BPE"  # whose text is not cleaned up
+    for name in UNSUPPORTED:
         if settings.get(name):
             raise UserError(f"{folder / CONFIG}: {name} is not supported; take it out there")
     template, source = find_template(folder, settings)
-    return Tokenizer(backend, special, template, source, vocabulary)
+    clean_up = bool(settings.get(CLEAN_UP)) and not bpe
+    return Tokenizer(backend, special, template, source, clean_up, vocabulary)
 
 
 def pipeline_of(folder: Path, settings: dict) -> str:
