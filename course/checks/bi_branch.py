@@ -8,17 +8,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from course.checks.attention import Layer, draw_attend, draw_layer, rotate
-from course.sandbox import Draw, Failed, Sandbox, expect, look, relative_error
+from course.checks.attention import Layer, draw_layer, rotate
+from course.sandbox import Draw, Failed, Sandbox, expect, look
 
 TOLERANCE = 1e-4
 
 
-def run_texts(
-    student: Sandbox, draw: Draw, scenario: str
-) -> Iterator[tuple[Layer, int, dict, str]]:
-    """Layers with the windows, sinks, biases and sliding windows that any right cache must manage,
-    the length of each prompt, what a scenario returned for them, and a description."""
+def draw_layers(draw: Draw) -> Iterator[Layer]:
+    """Layers with the windows, sinks, biases and sliding windows that any right cache must
+    manage."""
     settings = [
         {"window": 1},
         {"window": draw.integer(2, 4), "bias": True},
@@ -27,13 +25,27 @@ def run_texts(
         {"window": 40, "bias": True, "sinks": 2},  # longer than the text
     ]
     for choice in settings:
-        layer = draw_layer(draw, draw.integer(20, 30), **choice)
+        yield draw_layer(draw, draw.integer(20, 30), **choice)
+
+
+def run_text(
+    student: Sandbox, scenario: str, layer: Layer, prompt: int, **held: Tensor
+) -> tuple[dict, str]:
+    """What a scenario returned for a layer and a prompt of this length, and a description."""
+    numbers = {"window": layer.window, "sinks": layer.sinks, "prompt": prompt}
+    answer = student.ask(scenario, {**layer.tensors, **held}, sizes=layer.sizes, **numbers)
+    at = f"prompt {prompt}, window {layer.window}, sinks {layer.sinks}"
+    return answer, f"{at}, sliding window {layer.sliding}"
+
+
+def run_texts(
+    student: Sandbox, draw: Draw, scenario: str
+) -> Iterator[tuple[Layer, int, dict, str]]:
+    """The same with the layers and the lengths of their prompts, which are drawn."""
+    for layer in draw_layers(draw):
         prompt = draw.integer(1, 15)
-        numbers = {"sizes": layer.sizes, "window": layer.window, "sinks": layer.sinks}
-        numbers |= {"prompt": prompt, "expected": draw.choose([0, layer.T])}
-        answer = student.ask(scenario, layer.tensors, **numbers)
-        at = f"prompt {prompt}, window {layer.window}, sinks {layer.sinks}"
-        yield layer, prompt, answer, f"{at}, sliding window {layer.sliding}"
+        answer, at = run_text(student, scenario, layer, prompt)
+        yield layer, prompt, answer, at
 
 
 def prefill_is_exact(student: Sandbox, draw: Draw) -> None:
@@ -51,54 +63,52 @@ def prefill_is_exact(student: Sandbox, draw: Draw) -> None:
 
 def latents_of_all_but_sinks(student: Sandbox, draw: Draw) -> None:
     """After a prompt and further tokens, c_k and c_v hold x A of every token but the sinks, in
-    order, before RoPE; the ring has room for the sinks and the window, and no more."""
+    order, before RoPE. The memory behind k is that of the sinks and the window, and no more."""
     for layer, _, answer, at in run_texts(student, draw, "scenarios.branches"):
         x = layer.tensors["x"][:, layer.sinks :]
         expect(answer, "c_k", x @ layer.tensors["A_k"], 1e-5, at)
         expect(answer, "c_v", x @ layer.tensors["A_v"], 1e-5, at)
-        ring = int(look(answer, "ring", ()))
-        if ring > layer.sinks + layer.window:
-            raise Failed(f"the ring has {ring} slots; {at}")
+        room = int(look(answer, "room", ()))
+        if room > layer.sinks + layer.window:
+            raise Failed(f"the memory behind k has room for {room} tokens; {at}")
         expect(answer, "final_length", layer.T, 0)
 
 
-def attend_is_one_softmax(student: Sandbox, draw: Draw) -> None:
-    """`attend` rebuilds keys and values of the tokens first .. old - 1, biases included, turns the
-    keys to their positions, and takes one softmax over them and the exact ones."""
-    for i in range(6):
-        sinks = draw.choose([0, 0, 2])
-        n = draw.integer(3, 15) if i else 0
-        tensors, numbers, want, at = draw_attend(draw, n, i % 2 == 1, sinks)
-        expect(student.ask("scenarios.attend", tensors, **numbers), "out", want, TOLERANCE, at)
-
-
 def each_token_one_branch(student: Sandbox, draw: Draw) -> None:
-    """At every step `decode` hands `attend` exact, rotated keys and exact values of the sinks and
-    the newest `window` tokens (in any order), and first .. old - 1 are all others that are seen."""
+    """After every step k and v are the exact, rotated keys and the exact values of the sinks and of
+    the newest `window` others, in the order of the text. `branches` returns seen, S, first, old:
+    sinks seen .. S - 1 and tokens from `old` on are seen in k and v, all between are first .. old
+    - 1."""
     for layer, prompt, answer, at in run_texts(student, draw, "scenarios.branches"):
-        expect(answer, "calls", layer.T - prompt, 0, "attend is called once a step")
         for i, t in enumerate(range(prompt, layer.T)):
+            held = layer.held(t)
+            k = rotate(layer.tensors["k"][:, :, held], held)
+            expect(answer, f"k{i}", k, TOLERANCE, f"step {t}; {at}")
+            expect(answer, f"v{i}", layer.tensors["v"][:, :, held], TOLERANCE, f"step {t}; {at}")
             seen = layer.seen(t)
-            exact = layer.is_exact(seen, t)
-            full, old = seen[exact], seen[~exact].tolist()
-            first, stop = (int(look(answer, f"{name}{i}", ())) for name in ("first", "old"))
-            if list(range(first, stop)) != old:
-                raise Failed(f"step {t}: first {first}, old {stop}; compressed are {old}; {at}")
-            q = rotate(layer.tensors["q"][:, :, t : t + 1], torch.tensor([t]))
-            expect(answer, f"q{i}", q, TOLERANCE, f"the query of step {t}; {at}")
-            k, v = rotate(layer.tensors["k"][:, :, full], full), layer.tensors["v"][:, :, full]
-            error = error_of_tokens(answer, i, torch.cat([k, v], -1))
-            if not error <= TOLERANCE:
-                raise Failed(f"step {t}: other keys or values, relative error {error:.2g}; {at}")
+            S = min(t + 1, layer.sinks)
+            sinks, exact = int((seen < S).sum()), int(layer.is_exact(seen, t).sum())
+            old = t + 1 - (exact - sinks)
+            want = [S - sinks, S, old - (len(seen) - exact), old]
+            got = look(answer, f"branches{i}", (4,)).tolist()
+            if got != want:
+                raise Failed(f"step {t}: branches returned {got}, {want} was expected; {at}")
 
 
-def error_of_tokens(answer: dict, i: int, want: Tensor) -> float:
-    """That of keys and values of step i side by side, [B, H_kv, n, 2 D], in whatever order."""
-    B, H_kv, n, width = want.shape
-    got = torch.cat([look(answer, f"{name}{i}", (B, H_kv, n, width // 2)) for name in "kv"], -1)
-    # Each wanted token's nearest one, by the last value channel of the first head.
-    in_order = [x[:, :, x[0, 0, :, -1].argsort()] for x in (got, want)]
-    return relative_error(in_order[0], in_order[1])
+def decode_is_one_softmax(student: Sandbox, draw: Draw) -> None:
+    """One step of `decode`, with a cache that holds all it must: the new token is added, keys and
+    values of the tokens first .. old - 1 are rebuilt, biases included, the keys turned to their
+    positions, and one softmax goes over them, the sinks that are seen, and the window."""
+    for layer in draw_layers(draw):
+        t = layer.T - 1
+        kept = layer.held(t - 1)
+        held = {"k_held": rotate(layer.tensors["k"][:, :, kept], kept)}
+        held["v_held"] = layer.tensors["v"][:, :, kept]
+        for name in "kv":
+            x = layer.tensors["x"][:, layer.sinks : t]
+            held[f"c_{name}"] = x @ layer.tensors[f"A_{name}"]
+        answer, at = run_text(student, "scenarios.last_step", layer, t, **held)
+        expect(answer, "out", layer.step(t), TOLERANCE, at)
 
 
 def decode_step_by_step(student: Sandbox, draw: Draw) -> None:
