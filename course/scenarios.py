@@ -101,11 +101,13 @@ def sequence(**text) -> dict:
 def prefill_only(**text) -> dict:
     """Prefill; then a second one, which must be refused."""
     cache, prompt, _ = prompt_and_steps(**text)
+    before = [tensor.clone() for tensor in prompt[:4]]
     result = {"prefill": cache.prefill(*prompt), "length": cache.length, "refused": False}
     try:
         cache.prefill(*prompt)
     except ValueError:
         result["refused"] = True
+    result["untouched"] = all(map(torch.equal, prompt, before))
     return result
 
 
@@ -121,9 +123,8 @@ def branches(**text) -> dict:
         result[f"branches{i}"] = torch.tensor(cache.branches())
     result["room"] = cache.k.untyped_storage().nbytes() // cache.k[:, :, :1].nbytes
     result["final_length"] = cache.length
-    for name, latents in (("c_k", cache.c_k), ("c_v", cache.c_v)):
-        if latents.length:
-            result[name] = latents.read(0, latents.length)
+    result["c_k"] = cache.c_k.read(0, cache.c_k.length)
+    result["c_v"] = cache.c_v.read(0, cache.c_v.length)
     return result
 
 
@@ -132,7 +133,8 @@ def last_step(k_held: Tensor, v_held: Tensor, c_k: Tensor, c_v: Tensor, **text) 
     cache, _, steps = prompt_and_steps(**text)
     cache.c_k.append(c_k)
     cache.c_v.append(c_v)
-    cache.k, cache.v = k_held, v_held
+    cache.k = k_held
+    cache.v = v_held
     cache.length = text["prompt"]
     return {"out": cache.decode(*steps[0])}
 

@@ -62,7 +62,6 @@ WRONG = {
     },
     f"{PLAIN}.decode": {
         "old tokens dropped": ("k_hat, self.k[:, :, S:]]", "k_hat * 0, self.k[:, :, S:]]"),
-        "nothing leaves the window": ("self.sinks_and_window", ""),
         "key at the next position": ("rope.rotate(k, t)", "rope.rotate(k, t + 1)"),
         "RoPE at the wrong stage": ("rope.rotate(q, t)", "q"),
         "rebuilt keys from position 0": ("rope.rotate(k_hat, first)", "rope.rotate(k_hat, 0)"),
@@ -74,11 +73,9 @@ WRONG = {
     },
     f"{PLAIN}.branches": {
         "window too short by one": ("self.length - self.window", "self.length - self.window + 1"),
-        "window too long by one": ("self.length - self.window", "self.length - self.window - 1"),
         "sliding window forgotten": ("self.sliding_window or self.length", "self.length"),
     },
     f"{PLAIN}.sinks_and_window": {
-        "window of the first ones": ("-self.window :", ": self.window"),
         "window too long by one": ("-self.window :", "-self.window - 1 :"),
         "sinks in the window": ("others[:, :, -self", "y[:, :, -self"),
         "a view of the prompt": "return y[:, :, -self.window :] if self.sinks == 0 else y",

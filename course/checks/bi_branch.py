@@ -6,7 +6,6 @@ Tolerances are those of latents in 32 bits and of RoPE's table, which is in floa
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from course.checks.attention import Layer, draw_layer, rotate
 from course.sandbox import Draw, Failed, Sandbox, expect, look
@@ -14,9 +13,12 @@ from course.sandbox import Draw, Failed, Sandbox, expect, look
 TOLERANCE = 1e-4
 
 
-def draw_layers(draw: Draw) -> Iterator[Layer]:
-    """Layers with the windows, sinks, biases and sliding windows that any right cache must
-    manage."""
+def run_texts(
+    student: Sandbox, draw: Draw, scenario: str, last=False
+) -> Iterator[tuple[Layer, int, dict, str]]:
+    """Layers with the windows, sinks, biases and sliding windows that any right cache must manage,
+    the length of each prompt, what a scenario returned for them, and a description. With `last` the
+    prompt is all but the last token, and the scenario gets what a cache holds of it."""
     settings = [
         {"window": 1},
         {"window": draw.integer(2, 4), "bias": True},
@@ -24,34 +26,29 @@ def draw_layers(draw: Draw) -> Iterator[Layer]:
         {"window": draw.integer(5, 7), "sliding": draw.integer(8, 10), "sinks": 1},
         {"window": 40, "bias": True, "sinks": 2},  # longer than the text
     ]
-    for choice in settings:
-        yield draw_layer(draw, draw.integer(20, 30), **choice)
-
-
-def run_text(
-    student: Sandbox, scenario: str, layer: Layer, prompt: int, **held: Tensor
-) -> tuple[dict, str]:
-    """What a scenario returned for a layer and a prompt of this length, and a description."""
-    numbers = {"window": layer.window, "sinks": layer.sinks, "prompt": prompt}
-    answer = student.ask(scenario, {**layer.tensors, **held}, sizes=layer.sizes, **numbers)
-    at = f"prompt {prompt}, window {layer.window}, sinks {layer.sinks}"
-    return answer, f"{at}, sliding window {layer.sliding}"
-
-
-def run_texts(
-    student: Sandbox, draw: Draw, scenario: str
-) -> Iterator[tuple[Layer, int, dict, str]]:
-    """The same with the layers and the lengths of their prompts, which are drawn."""
-    for layer in draw_layers(draw):
-        prompt = draw.integer(1, 15)
-        answer, at = run_text(student, scenario, layer, prompt)
-        yield layer, prompt, answer, at
+    # The last prompt is shorter than its sinks.
+    for choice, most in zip(settings, (15, 15, 15, 15, 1), strict=True):
+        layer = draw_layer(draw, draw.integer(20, 30), **choice)
+        tensors = dict(layer.tensors)
+        prompt = draw.integer(1, most)
+        if last:
+            prompt = layer.T - 1
+            held = layer.held(prompt - 1)
+            tensors["k_held"] = rotate(tensors["k"][:, :, held], held)
+            tensors["v_held"] = tensors["v"][:, :, held]
+            for name in "kv":
+                x = tensors["x"][:, layer.sinks : prompt]
+                tensors[f"c_{name}"] = x @ tensors[f"A_{name}"]
+        numbers = {"window": layer.window, "sinks": layer.sinks, "prompt": prompt}
+        answer = student.ask(scenario, tensors, sizes=layer.sizes, **numbers)
+        at = f"prompt {prompt}, window {layer.window}, sinks {layer.sinks}"
+        yield layer, prompt, answer, f"{at}, sliding window {layer.sliding}"
 
 
 def prefill_is_exact(student: Sandbox, draw: Draw) -> None:
     """`prefill` returns causal attention with the exact keys and values, as if there were no
-    factors: `remember` has left them as they were. `length` is set, so a second prefill is a
-    ValueError."""
+    factors. `remember` leaves x, q, k and v as they were, and sets `length`, so a second prefill is
+    a ValueError."""
     for layer, prompt, answer, at in run_texts(student, draw, "scenarios.prefill_only"):
         k, v = layer.tensors["k"], layer.tensors["v"]
         want = torch.cat([layer.attend(t, k, v) for t in range(prompt)], 2)
@@ -59,6 +56,8 @@ def prefill_is_exact(student: Sandbox, draw: Draw) -> None:
         expect(answer, "length", prompt, 0)
         if not look(answer, "refused", ()):
             raise Failed("a second prefill on the same cache was not refused")
+        if not look(answer, "untouched", ()):
+            raise Failed("`remember` has changed x, q, k or v")
 
 
 def latents_of_all_but_sinks(student: Sandbox, draw: Draw) -> None:
@@ -99,15 +98,7 @@ def decode_is_one_softmax(student: Sandbox, draw: Draw) -> None:
     """One step of `decode`, with a cache that holds all it must: the new token is added, keys and
     values of the tokens first .. old - 1 are rebuilt, biases included, the keys turned to their
     positions, and one softmax goes over them, the sinks that are seen, and the window."""
-    for layer in draw_layers(draw):
-        t = layer.T - 1
-        kept = layer.held(t - 1)
-        held = {"k_held": rotate(layer.tensors["k"][:, :, kept], kept)}
-        held["v_held"] = layer.tensors["v"][:, :, kept]
-        for name in "kv":
-            x = layer.tensors["x"][:, layer.sinks : t]
-            held[f"c_{name}"] = x @ layer.tensors[f"A_{name}"]
-        answer, at = run_text(student, "scenarios.last_step", layer, t, **held)
+    for layer, t, answer, at in run_texts(student, draw, "scenarios.last_step", last=True):
         expect(answer, "out", layer.step(t), TOLERANCE, at)
 
 
