@@ -73,12 +73,13 @@ WRONG = {
     },
     f"{PLAIN}.branches": {
         "window too short by one": ("self.length - self.window", "self.length - self.window + 1"),
+        "window too long by one": ("self.length - self.window", "self.length - self.window - 1"),
         "sliding window forgotten": ("self.sliding_window or self.length", "self.length"),
     },
     f"{PLAIN}.sinks_and_window": {
         "window too long by one": ("-self.window :", "-self.window - 1 :"),
         "sinks in the window": ("others[:, :, -self", "y[:, :, -self"),
-        "a view of the prompt": "return y[:, :, -self.window :] if self.sinks == 0 else y",
+        "a view of a larger tensor": ("dim=2)", "dim=2).repeat(2, 1, 1, 1)[: len(y)]"),
     },
     f"{PLAIN}.rebuild": {
         "sinks have latents": ("first - self.sinks, old - self.sinks", "first, old"),

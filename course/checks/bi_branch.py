@@ -69,15 +69,15 @@ def latents_of_all_but_sinks(student: Sandbox, draw: Draw) -> None:
         expect(answer, "c_v", x @ layer.tensors["A_v"], 1e-5, at)
         room = int(look(answer, "room", ()))
         if room > layer.sinks + layer.window:
-            raise Failed(f"the memory behind k has room for {room} tokens; {at}")
+            raise Failed(f"the memory behind k has room for {room} tokens; copy slices; {at}")
         expect(answer, "final_length", layer.T, 0)
 
 
 def each_token_one_branch(student: Sandbox, draw: Draw) -> None:
     """After every step k and v are the exact, rotated keys and the exact values of the sinks and of
     the newest `window` others, in the order of the text. `branches` returns seen, S, first, old:
-    sinks seen .. S - 1 and tokens from `old` on are seen in k and v, all between are first .. old
-    - 1."""
+    seen .. S - 1 are the sinks that are seen, first .. old - 1 are seen through latents, and all
+    from `old` on are the window."""
     for layer, prompt, answer, at in run_texts(student, draw, "scenarios.branches"):
         for i, t in enumerate(range(prompt, layer.T)):
             held = layer.held(t)
