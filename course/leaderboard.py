@@ -69,7 +69,7 @@ def read_plan(path: Path, model: Transformer) -> tuple[list, list]:
 
 
 def plan_factors(model: Transformer, tokenizer: Tokenizer, keys: list, values: list) -> Factors:
-    """The closed form of each side's rank, in its bits; values of few bits are rotated first."""
+    """The closed form of each side's rank, in its bits; values of few bits are mixed first."""
     length = model.config.context_length
     texts = longeval.samples(tokenizer, length, "longeval", [10, 20, 40], 48, seed=0)
     with redirect_stderr(io.StringIO()):  # without a bar of progress

@@ -122,14 +122,14 @@ def put_function(modules: dict[str, str], name: str, function: str) -> dict[str,
 
 
 def empty_function(modules: dict[str, str], name: str, problem: str) -> dict[str, str]:
-    """The files with this function's signature and docstring left, which it must have, and a body
-    that says what to do. Raises `NotFound`."""
+    """The files with this function's signature and docstring left, and a body that says what to do.
+    It must say what it returns. Raises `NotFound`."""
     node, lines, place = find_function(modules, name)
-    docstring = node.body[0]
-    head = lines[place.start : docstring.end_lineno]
+    last = node.body[0] if ast.get_docstring(node) else node.returns
+    head = lines[place.start : last.end_lineno]
     path = name.split(".", 1)[1]
     message = f"problem {problem}: {path} is to be written; course/README.md, Problem {problem}"
-    indent = " " * docstring.col_offset
+    indent = " " * node.body[0].col_offset
     body = f'{indent}raise NotImplementedError(\n{indent}    "{message}"\n{indent})'
     return put_function(modules, name, "\n".join([*head, body]))
 

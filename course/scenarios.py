@@ -60,11 +60,9 @@ def paper_ratio(H_kv: int, D: int, layers: list) -> dict:
 # ------------------------------------------------------------------------------- problems c and f
 
 
-def make_cache(
-    kind: type, sizes: list, window: int, sinks: int, factors: dict, tokens: int = 0, **more
-) -> tuple:
-    """A cache for one layer, and RoPE for so many tokens. sizes: H, H_kv, D, and the sliding window
-    or None. factors: A_k, B_k, A_v, B_v, and k_bias and v_bias if the projections have biases."""
+def make_cache(kind: type, sizes: list, window: int, sinks: int, factors: dict) -> tuple:
+    """A cache for one layer, and RoPE. sizes: H, H_kv, D, and the sliding window or None. factors:
+    A_k, B_k, A_v, B_v, and k_bias and v_bias if the projections have biases."""
     H, H_kv, D, sliding = sizes
     bias = "k_bias" in factors
     hidden = len(factors["A_v"])
@@ -75,27 +73,20 @@ def make_cache(
         attention.v_proj.bias.copy_(factors["v_bias"])
     k = cskv.LowRank(factors["A_k"], factors["B_k"], bits=32)
     v = cskv.LowRank(factors["A_v"], factors["B_v"], bits=32)
-    cache = kind(attention, cskv.LayerFactors(k, v), window, sinks=sinks, **more)
-    rope = model.Rope(config)
-    rope.reach(tokens, k.A.device)
-    return cache, rope
+    cache = kind(attention, cskv.LayerFactors(k, v), window, sinks=sinks)
+    return cache, model.Rope(config)
 
 
-def prompt_and_steps(
-    prompt: int, sizes: list, window: int, sinks: int, expected: int, **tensors
-) -> tuple:
-    """A cache that is told of `expected` tokens, the arguments of its `prefill` with the first
-    `prompt` tokens, and those of `decode` with every other one.
+def prompt_and_steps(prompt: int, sizes: list, window: int, sinks: int, **tensors) -> tuple:
+    """A cache, the arguments of its `prefill` with the first `prompt` tokens, and those of `decode`
+    with every other one.
 
     tensors: x [B, T, hidden], q [B, H, T, D], k and v [B, H_kv, T, D], and the factors.
     """
     x, q, k, v = (tensors.pop(name) for name in "xqkv")
-    T = x.shape[1]
-    cache, rope = make_cache(
-        cskv.BiBranchCache, sizes, window, sinks, tensors, T, expected=expected
-    )
+    cache, rope = make_cache(cskv.BiBranchCache, sizes, window, sinks, tensors)
     calls = []
-    for tokens in [slice(prompt), *(slice(t, t + 1) for t in range(prompt, T))]:
+    for tokens in [slice(prompt), *(slice(t, t + 1) for t in range(prompt, x.shape[1]))]:
         calls.append((x[:, tokens], q[:, :, tokens], k[:, :, tokens], v[:, :, tokens], rope))
     return cache, calls[0], calls[1:]
 
@@ -110,50 +101,53 @@ def sequence(**text) -> dict:
 def prefill_only(**text) -> dict:
     """Prefill; then a second one, which must be refused."""
     cache, prompt, _ = prompt_and_steps(**text)
+    before = [tensor.clone() for tensor in prompt[:4]]
     result = {"prefill": cache.prefill(*prompt), "length": cache.length, "refused": False}
     try:
         cache.prefill(*prompt)
     except ValueError:
         result["refused"] = True
+    result["untouched"] = all(map(torch.equal, prompt, before))
     return result
 
 
 def branches(**text) -> dict:
-    """What `decode` hands to `attend` at every step, q, k, v, `first` and `old`, and what the cache
-    holds in the end: latents, and how many tokens its ring has room for. The student's `attend` is
-    not called."""
+    """What both branches hold after every step, and which tokens `branches` says are seen through
+    them. In the end also the length, and for how many tokens the memory behind k has room."""
     cache, prompt, steps = prompt_and_steps(**text)
-    seen = []
-
-    def attend(q, k, v, first, old, rope):
-        seen.append({"q": q.clone(), "k": k.clone(), "v": v.clone(), "first": first, "old": old})
-        return torch.zeros_like(q)
-
-    cache.attend = attend
     cache.prefill(*prompt)
     result = {}
     for i, step in enumerate(steps):
         cache.decode(*step)
-        result |= {f"{name}{i}": value for name, value in seen[-1].items()}
-    result |= {"calls": len(seen), "final_length": cache.length, "ring": cache.k.shape[2]}
-    for name, latents in (("c_k", cache.c_k), ("c_v", cache.c_v)):
-        if latents.length:
-            result[name] = latents.read(0, latents.length)
+        result |= {f"k{i}": cache.k.clone(), f"v{i}": cache.v.clone()}
+        result[f"branches{i}"] = torch.tensor(cache.branches())
+    result["room"] = cache.k.untyped_storage().nbytes() // cache.k[:, :, :1].nbytes
+    result["final_length"] = cache.length
+    result["c_k"] = cache.c_k.read(0, cache.c_k.length)
+    result["c_v"] = cache.c_v.read(0, cache.c_v.length)
     return result
 
 
+def last_step(k_held: Tensor, v_held: Tensor, c_k: Tensor, c_v: Tensor, **text) -> dict:
+    """`decode` of the last token alone: the cache is given what it holds of the others."""
+    cache, _, steps = prompt_and_steps(**text)
+    cache.c_k.append(c_k)
+    cache.c_v.append(c_v)
+    cache.k = k_held
+    cache.v = v_held
+    cache.length = text["prompt"]
+    return {"out": cache.decode(*steps[0])}
+
+
 def attend(
-    first: int, old: int, sizes: list, sinks: int, segments=None, chunk=None, longest=0, **tensors
+    first: int, old: int, sizes: list, sinks: int, segments: list, chunk: int = 0, **tensors
 ) -> dict:
-    """`attend` alone, of a cache with latents c_k and c_v of the tokens from `sinks` on: the fast
-    one if there are segments. q, before RoPE, is that of the last token; k and v are those of the
-    full branch. RoPE's table is for `longest` tokens, or for as many as there are."""
+    """`attend` alone, of a fast cache with latents c_k and c_v of the tokens from `sinks` on. q,
+    before RoPE, is that of the last token; k and v are those of the full branch."""
     length = sinks + tensors["c_k"].shape[1]
-    kind = FastCache if segments else cskv.BiBranchCache
-    cache, rope = make_cache(kind, sizes, 1, sinks, tensors, max(length, longest))
-    if segments:
-        cache.segments = tuple(map(tuple, segments))
-        cache.chunk = chunk or cache.chunk
+    cache, rope = make_cache(FastCache, sizes, 1, sinks, tensors)
+    cache.segments = tuple(map(tuple, segments))
+    cache.chunk = chunk or cache.chunk
     cache.c_k.append(tensors["c_k"])
     cache.c_v.append(tensors["c_v"])
     cache.length = length
@@ -172,23 +166,24 @@ def old_values(p: Tensor, c_v: Tensor, begin: int, sizes: list, chunk: int, **fa
 
 
 def limits(x: Tensor, bits: int, dim: int, clamped: bool) -> dict:
-    scale, minimum = quant.group_limits(x, bits, dim, clamped)
+    scale, minimum = quant.group_limits(x, bits, quant.Grouping(dim, clamped=clamped))
     return {"scale": scale, "minimum": minimum}
 
 
 def codes(x: Tensor, bits: int, dim: int, clamped: bool) -> dict:
-    q = quant.quantize(x, bits, dim, clamped)
+    q = quant.quantize(x, bits, quant.Grouping(dim, clamped=clamped))
     return {"codes": q.codes, "scale": q.scale, "minimum": q.minimum}
 
 
 def levels(codes: Tensor, scale: Tensor, minimum: Tensor, dim: int) -> dict:
-    return {"x": quant.dequantize(quant.Quantized(codes, scale, minimum), dim)}
+    q = quant.Quantized(codes, scale, minimum)
+    return {"x": quant.dequantize(q, quant.Grouping(dim))}
 
 
 def rounded(x: Tensor, weight: Tensor, bits: int, dim: int, clamped: bool) -> dict:
     """fake_quantize(x), and the gradient of its sum with these weights."""
     x = x.requires_grad_()
-    y = quant.fake_quantize(x, bits, dim, clamped)
+    y = quant.fake_quantize(x, bits, quant.Grouping(dim, clamped=clamped))
     (y * weight).sum().backward()
     return {"y": y, "gradient": x.grad}
 

@@ -86,6 +86,7 @@ def test_release_keeps_contracts(released):
         assert ast.unparse(ours.args) == ast.unparse(theirs.args)
         assert ast.unparse(ours.returns) == ast.unparse(theirs.returns)
         assert ast.get_docstring(ours) == ast.get_docstring(theirs)
+        assert len(theirs.body) == 1 + bool(ast.get_docstring(ours))
         assert f"problem {id}: " in function_text(given, name)
         assert f"`{name.split('.', 1)[1]}`" in page, name
         assert re.search(rf"^## Problem {id}\b.*{PROBLEMS[id].points} points", page, re.M | re.I)

@@ -18,7 +18,7 @@ return (p.reshape(B, self.H_kv, -1, n) @ values).flatten(0, 1)
 KEYS = """tables = query_turns(rope, self.length - 1, self.sinks, spans, q.device)
 begin, stop = spans[0].start, min(spans[-1].stop, self.c_k.length)
 lengths = torch.tensor([span.length for span in spans for _ in range(span.count)])
-cos, sin = (table.repeat_interleave(lengths, 0) for table in tables)  # of each token, [n, D]
+cos, sin = (table[:, 0].repeat_interleave(lengths, 0) for table in tables)  # [n, D]
 for s in range(begin, stop, STEP):
     e = min(s + STEP, stop)
     keys = self.c_k.read(s, e).float() @ self.B_k.float()
@@ -34,7 +34,7 @@ WRONG = {
         "zero": "return 0",
     },
     "quant.bits_per_element": {
-        "short groups are free": ("-(-size // GROUP)", "(size // GROUP)"),
+        "short groups are free": ("-(-length // size)", "length // size"),
         "no minimum": ("2 * 16", "16"),
         "one size only": "return bits + 1",
     },
@@ -61,24 +61,34 @@ WRONG = {
         "L on the wrong side": ("L.T @ moment", "L @ moment"),
     },
     f"{PLAIN}.decode": {
-        "window too short by one": ("t + 1 - S, self.window)", "t - S, self.window - 1)"),
-        "window too long by one": ("t + 1 - m", "t + 2 - m"),
-        "ring off by one": ("(t - self.sinks) % self.window", "(t + 1) % self.window"),
-        "key at the next position": ("k[:, :, 0], v[", "rope.rotate(k, 1)[:, :, 0], v["),
-        "sliding window forgotten": ("self.sliding_window or t + 1", "t + 1"),
-        "RoPE at the wrong stage": ("q, k = rope", "q, _ = rope"),
-    },
-    f"{PLAIN}.attend": {
-        "rebuilt keys from position 0": ("self.k_bias), first)", "self.k_bias), 0)"),
-        "bias forgotten": ("hat + bias.float()", "hat"),
+        "old tokens dropped": ("k_hat, self.k[:, :, S:]]", "k_hat * 0, self.k[:, :, S:]]"),
+        "key at the next position": ("rope.rotate(k, t)", "rope.rotate(k, t + 1)"),
+        "RoPE at the wrong stage": ("rope.rotate(q, t)", "q"),
+        "rebuilt keys from position 0": ("rope.rotate(k_hat, first)", "rope.rotate(k_hat, 0)"),
+        "sinks have latents": ("if t >= self.sinks:", "if True:"),
+        "sinks are seen for ever": ("self.k[:, :, seen:S]", "self.k[:, :, :S]"),
         "zeros": "return torch.zeros_like(q)",
         "the query": "return q",
-        "old tokens dropped": "return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)",
         "one head only": ("enable_gqa=True", "enable_gqa=False"),
+    },
+    f"{PLAIN}.branches": {
+        "window too short by one": ("self.length - self.window", "self.length - self.window + 1"),
+        "window too long by one": ("self.length - self.window", "self.length - self.window - 1"),
+        "sliding window forgotten": ("self.sliding_window or self.length", "self.length"),
+    },
+    f"{PLAIN}.sinks_and_window": {
+        "window too long by one": ("-self.window :", "-self.window - 1 :"),
+        "sinks in the window": ("others[:, :, -self", "y[:, :, -self"),
+        "a view of a larger tensor": ("dim=2)", "dim=2).repeat(2, 1, 1, 1)[: len(y)]"),
+    },
+    f"{PLAIN}.rebuild": {
+        "sinks have latents": ("first - self.sinks, old - self.sinks", "first, old"),
+        "bias forgotten": ("y + bias.float()", "y"),
+        "channels in another order": ("(-1, self.D)).tran", "(self.D, -1)).mT.tran"),
     },
     f"{PLAIN}.remember": {
         "sinks have latents": ("x[:, self.sinks :]", "x"),
-        "the prompt's keys changed": ("k = rope.rotate(k, 0)", "k = k.copy_(rope.rotate(k, 0))"),
+        "the prompt's keys changed": ("rope.rotate(k, 0)", "k.copy_(rope.rotate(k, 0))"),
     },
     "quant.group_limits": {
         "wrong axis of limits": ("n = x.shape[dim]", "dim = -1\n    n = x.shape[dim]"),
@@ -87,7 +97,7 @@ WRONG = {
         "zero-point not clamped": (".round().clamp(0, levels)", ".round()"),
     },
     "quant.quantize": {
-        "wrong axis of codes": ("limits = ", "dim = -2\n    limits = "),
+        "wrong axis of codes": (", grouping)\n    n", ", Grouping(TOKENS))\n    n"),
         "missing clamp": (".round().clamp(0, 2**bits - 1)", ".round()"),
         "down, not to the nearest": (".round()", ".floor()"),
     },
@@ -100,7 +110,7 @@ WRONG = {
         "x itself": "return x * 1",
     },
     "quant.pack": {
-        "other order of tokens": ("part << (i * width)", "part << ((per_byte - 1 - i) * width)"),
+        "other order of tokens": ("part << (i * width)", "part << (8 - width - i * width)"),
         "not packed": "return codes",
     },
     "quant.unpack": {"four bits only": "return torch.cat([packed & 15, packed >> 4], -2)"},
@@ -108,9 +118,9 @@ WRONG = {
         "sum, not mean": ("k.to(dtype))", 'k.to(dtype), reduction="sum")'),
         "zero": "return ((x @ pair.A) @ pair.B).sum() * 0",
         "not rounded": ("pair.bits < 16", "False"),
-        "clamped forgotten": ("**pair.quantizer(dim)", "dim"),
-        "wrong axis": ("**pair.quantizer(dim)", "-1, pair.clamped"),
-        "in float32": ("c.to(dtype) @ pair.B.to(dtype), k.to(dtype)", "c @ pair.B, k"),
+        "clamped forgotten": ("pair.grouping(dim)", "quant.Grouping(dim)"),
+        "wrong axis": ("pair.grouping(dim)", "pair.grouping(quant.CHANNELS)"),
+        "in float32": ("k_hat = c", "dtype = torch.float32; k_hat = c"),
     },
     "train.loss_floor": {
         "one eigenvalue too few": ("- rank]", "- rank - 1]"),
@@ -119,7 +129,7 @@ WRONG = {
     },
     "train.Tuner.step": {
         "gradients pile up": ("self.optimizer.zero_grad(set_to_none=False)", "pass"),
-        "rate does not fall": ("= self.rate", "= self.lr"),
+        "rate does not fall": ("self.rate(self.steps_done)", "self.lr"),
         "steps not counted": ("self.steps_done += 1", "pass"),
     },
     "beyond/segments.damping": {
@@ -129,7 +139,7 @@ WRONG = {
         "that of the last token": "return (w * (length - 1) / 2).cos()",
     },
     f"{FAST}.old_scores": {
-        "turned the other way": ("sin[:, None])", "-sin[:, None])"),
+        "turned the other way": ("(D // 2, -1), sin)", "(D // 2, -1), -sin)"),
         "keys rebuilt at once": KEYS.replace("STEP", "10**6"),
         "keys rebuilt in chunks": KEYS.replace("STEP", "self.chunk"),
         "one turn for all": ("M = len(cos)", "M = len(cos); cos[1:], sin[1:] = cos[:1], sin[:1]"),
@@ -137,7 +147,7 @@ WRONG = {
         "heads in another order": ("u.permute(1, 2, 0, 3, 4)", "u.permute(1, 2, 3, 0, 4)"),
         "bias of keys forgotten": ("self.k_bias is not None", "False"),
         "every part as the first": ("done += part.count", "pass"),
-        "every span at the same place": ("part.start - spans[0].start", "part.start - span.start"),
+        "every span at the same place": ("part.start - spans[0].start", "0"),
         "no scores": "out.zero_()",
     },
     f"{FAST}.old_values": {

@@ -117,8 +117,7 @@ def memory_of_a_step(student: Sandbox, draw: Draw) -> None:
             tensors[f"B_{name}"] = draw.normal(RANK, HEADS * D).float()
             tensors[f"c_{name}"] = draw.normal(1, old + 1, RANK).float()
         numbers = {"first": 0, "old": old, "sizes": [HEADS, HEADS, D, None], "sinks": 0}
-        numbers |= {"segments": LONG_SEGMENTS, "longest": LONG}
-        answer, peak = student.peak("scenarios.attend", tensors, **numbers)
+        answer, peak = student.peak("scenarios.attend", tensors, **numbers, segments=LONG_SEGMENTS)
         expect(answer, "out", long_attention(tensors, old), TOLERANCE, f"{old} tokens")
         peaks.append(peak)
     growth = peaks[1] - peaks[0]

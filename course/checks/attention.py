@@ -86,6 +86,11 @@ class Layer:
         """Which of these positions a decode step at position t sees exactly."""
         return (positions < self.sinks) | (positions > t - self.window)
 
+    def held(self, t: int) -> Tensor:
+        """The positions that a cache of t + 1 tokens holds exactly."""
+        positions = torch.arange(t + 1)
+        return positions[self.is_exact(positions, t)]
+
     def attend(self, t: int, k: Tensor, v: Tensor) -> Tensor:
         """What the token at position t gets from all that it sees of k and v, [B, H, 1, D]."""
         i = self.seen(t)
@@ -123,7 +128,7 @@ def draw_layer(draw: Draw, T: int, bias=False, sliding=None, window=3, sinks=0) 
 
 
 def draw_attend(
-    draw: Draw, n: int, bias: bool, sinks: int, segments=((1, 0),)
+    draw: Draw, n: int, bias: bool, sinks: int, segments: tuple
 ) -> tuple[dict[str, Tensor], dict, Tensor, str]:
     """Tensors and numbers for the scenario `attend`, what it must return, and a description. n
     tokens are attended through the compressed branch. Some before them may be behind the sliding

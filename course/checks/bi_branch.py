@@ -6,19 +6,19 @@ Tolerances are those of latents in 32 bits and of RoPE's table, which is in floa
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
-from course.checks.attention import Layer, draw_attend, draw_layer, rotate
-from course.sandbox import Draw, Failed, Sandbox, expect, look, relative_error
+from course.checks.attention import Layer, draw_layer, rotate
+from course.sandbox import Draw, Failed, Sandbox, expect, look
 
 TOLERANCE = 1e-4
 
 
 def run_texts(
-    student: Sandbox, draw: Draw, scenario: str
+    student: Sandbox, draw: Draw, scenario: str, last=False
 ) -> Iterator[tuple[Layer, int, dict, str]]:
     """Layers with the windows, sinks, biases and sliding windows that any right cache must manage,
-    the length of each prompt, what a scenario returned for them, and a description."""
+    the length of each prompt, what a scenario returned for them, and a description. With `last` the
+    prompt is all but the last token, and the scenario gets what a cache holds of it."""
     settings = [
         {"window": 1},
         {"window": draw.integer(2, 4), "bias": True},
@@ -26,20 +26,29 @@ def run_texts(
         {"window": draw.integer(5, 7), "sliding": draw.integer(8, 10), "sinks": 1},
         {"window": 40, "bias": True, "sinks": 2},  # longer than the text
     ]
-    for choice in settings:
+    # The last prompt is shorter than its sinks.
+    for choice, most in zip(settings, (15, 15, 15, 15, 1), strict=True):
         layer = draw_layer(draw, draw.integer(20, 30), **choice)
-        prompt = draw.integer(1, 15)
-        numbers = {"sizes": layer.sizes, "window": layer.window, "sinks": layer.sinks}
-        numbers |= {"prompt": prompt, "expected": draw.choose([0, layer.T])}
-        answer = student.ask(scenario, layer.tensors, **numbers)
+        tensors = dict(layer.tensors)
+        prompt = draw.integer(1, most)
+        if last:
+            prompt = layer.T - 1
+            held = layer.held(prompt - 1)
+            tensors["k_held"] = rotate(tensors["k"][:, :, held], held)
+            tensors["v_held"] = tensors["v"][:, :, held]
+            for name in "kv":
+                x = tensors["x"][:, layer.sinks : prompt]
+                tensors[f"c_{name}"] = x @ tensors[f"A_{name}"]
+        numbers = {"window": layer.window, "sinks": layer.sinks, "prompt": prompt}
+        answer = student.ask(scenario, tensors, sizes=layer.sizes, **numbers)
         at = f"prompt {prompt}, window {layer.window}, sinks {layer.sinks}"
         yield layer, prompt, answer, f"{at}, sliding window {layer.sliding}"
 
 
 def prefill_is_exact(student: Sandbox, draw: Draw) -> None:
     """`prefill` returns causal attention with the exact keys and values, as if there were no
-    factors: `remember` has left them as they were. `length` is set, so a second prefill is a
-    ValueError."""
+    factors. `remember` leaves x, q, k and v as they were, and sets `length`, so a second prefill is
+    a ValueError."""
     for layer, prompt, answer, at in run_texts(student, draw, "scenarios.prefill_only"):
         k, v = layer.tensors["k"], layer.tensors["v"]
         want = torch.cat([layer.attend(t, k, v) for t in range(prompt)], 2)
@@ -47,58 +56,50 @@ def prefill_is_exact(student: Sandbox, draw: Draw) -> None:
         expect(answer, "length", prompt, 0)
         if not look(answer, "refused", ()):
             raise Failed("a second prefill on the same cache was not refused")
+        if not look(answer, "untouched", ()):
+            raise Failed("`remember` has changed x, q, k or v")
 
 
 def latents_of_all_but_sinks(student: Sandbox, draw: Draw) -> None:
     """After a prompt and further tokens, c_k and c_v hold x A of every token but the sinks, in
-    order, before RoPE; the ring has room for the sinks and the window, and no more."""
+    order, before RoPE. The memory behind k is that of the sinks and the window, and no more."""
     for layer, _, answer, at in run_texts(student, draw, "scenarios.branches"):
         x = layer.tensors["x"][:, layer.sinks :]
         expect(answer, "c_k", x @ layer.tensors["A_k"], 1e-5, at)
         expect(answer, "c_v", x @ layer.tensors["A_v"], 1e-5, at)
-        ring = int(look(answer, "ring", ()))
-        if ring > layer.sinks + layer.window:
-            raise Failed(f"the ring has {ring} slots; {at}")
+        room = int(look(answer, "room", ()))
+        if room > layer.sinks + layer.window:
+            raise Failed(f"the memory behind k has room for {room} tokens; copy slices; {at}")
         expect(answer, "final_length", layer.T, 0)
 
 
-def attend_is_one_softmax(student: Sandbox, draw: Draw) -> None:
-    """`attend` rebuilds keys and values of the tokens first .. old - 1, biases included, turns the
-    keys to their positions, and takes one softmax over them and the exact ones."""
-    for i in range(6):
-        sinks = draw.choose([0, 0, 2])
-        n = draw.integer(3, 15) if i else 0
-        tensors, numbers, want, at = draw_attend(draw, n, i % 2 == 1, sinks)
-        expect(student.ask("scenarios.attend", tensors, **numbers), "out", want, TOLERANCE, at)
-
-
 def each_token_one_branch(student: Sandbox, draw: Draw) -> None:
-    """At every step `decode` hands `attend` exact, rotated keys and exact values of the sinks and
-    the newest `window` tokens (in any order), and first .. old - 1 are all others that are seen."""
+    """After every step k and v are the exact, rotated keys and the exact values of the sinks and of
+    the newest `window` others, in the order of the text. `branches` returns seen, S, first, old:
+    seen .. S - 1 are the sinks that are seen, first .. old - 1 are seen through latents, and all
+    from `old` on are the window."""
     for layer, prompt, answer, at in run_texts(student, draw, "scenarios.branches"):
-        expect(answer, "calls", layer.T - prompt, 0, "attend is called once a step")
         for i, t in enumerate(range(prompt, layer.T)):
+            held = layer.held(t)
+            k = rotate(layer.tensors["k"][:, :, held], held)
+            expect(answer, f"k{i}", k, TOLERANCE, f"step {t}; {at}")
+            expect(answer, f"v{i}", layer.tensors["v"][:, :, held], TOLERANCE, f"step {t}; {at}")
             seen = layer.seen(t)
-            exact = layer.is_exact(seen, t)
-            full, old = seen[exact], seen[~exact].tolist()
-            first, stop = (int(look(answer, f"{name}{i}", ())) for name in ("first", "old"))
-            if list(range(first, stop)) != old:
-                raise Failed(f"step {t}: first {first}, old {stop}; compressed are {old}; {at}")
-            q = rotate(layer.tensors["q"][:, :, t : t + 1], torch.tensor([t]))
-            expect(answer, f"q{i}", q, TOLERANCE, f"the query of step {t}; {at}")
-            k, v = rotate(layer.tensors["k"][:, :, full], full), layer.tensors["v"][:, :, full]
-            error = error_of_tokens(answer, i, torch.cat([k, v], -1))
-            if not error <= TOLERANCE:
-                raise Failed(f"step {t}: other keys or values, relative error {error:.2g}; {at}")
+            S = min(t + 1, layer.sinks)
+            sinks, exact = int((seen < S).sum()), int(layer.is_exact(seen, t).sum())
+            old = t + 1 - (exact - sinks)
+            want = [S - sinks, S, old - (len(seen) - exact), old]
+            got = look(answer, f"branches{i}", (4,)).tolist()
+            if got != want:
+                raise Failed(f"step {t}: branches returned {got}, {want} was expected; {at}")
 
 
-def error_of_tokens(answer: dict, i: int, want: Tensor) -> float:
-    """That of keys and values of step i side by side, [B, H_kv, n, 2 D], in whatever order."""
-    B, H_kv, n, width = want.shape
-    got = torch.cat([look(answer, f"{name}{i}", (B, H_kv, n, width // 2)) for name in "kv"], -1)
-    # Each wanted token's nearest one, by the last value channel of the first head.
-    in_order = [x[:, :, x[0, 0, :, -1].argsort()] for x in (got, want)]
-    return relative_error(in_order[0], in_order[1])
+def decode_is_one_softmax(student: Sandbox, draw: Draw) -> None:
+    """One step of `decode`, with a cache that holds all it must: the new token is added, keys and
+    values of the tokens first .. old - 1 are rebuilt, biases included, the keys turned to their
+    positions, and one softmax goes over them, the sinks that are seen, and the window."""
+    for layer, t, answer, at in run_texts(student, draw, "scenarios.last_step", last=True):
+        expect(answer, "out", layer.step(t), TOLERANCE, at)
 
 
 def decode_step_by_step(student: Sandbox, draw: Draw) -> None:
