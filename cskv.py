@@ -125,7 +125,8 @@ class BiBranchCache(LayerCache):
 
     Compressed branch: the latents c_k [B, n, r_k] and c_v [B, n, r_v] of all n tokens but the
     sinks, before RoPE. Full-precision branch: k and v [B, H_kv, S + m, D], rotated keys and values
-    of the S <= sinks first tokens, then of the newest m <= window others.
+    of the S <= sinks first tokens, then of the newest m <= window others. So a token in the window
+    is stored twice, exactly and as latents.
 
     At a decode step each token is attended through one branch:
 
@@ -136,7 +137,8 @@ class BiBranchCache(LayerCache):
         attention: the layer's projections, for their biases and sizes.
         factors: A and B, of x's type and device. They are weights, not counted as cache.
         window: newest tokens in full precision, at least 1. A sliding window caps it.
-        expected: final length in tokens, if known; packed latents then take memory once.
+        expected: final length in tokens, if known. It changes no result: packed latents then take
+            memory once.
         sinks: first tokens in full precision. They attract much attention [5]; the paper
             has none.
     """
@@ -195,27 +197,31 @@ class BiBranchCache(LayerCache):
         if t >= self.sinks:
             self.c_k.append(x @ self.A_k)  # [B, 1, r_k]
             self.c_v.append(x @ self.A_v)  # [B, 1, r_v]
-        # 2. Full-precision branch: the new token enters the window, the oldest leaves it.
+        # 2. Full-precision branch: the new token enters the window. The oldest leaves it: its exact
+        #    key and value are dropped, its latents are there since it came.
         self.k = self.sinks_and_window(torch.cat([self.k, rope.rotate(k, t)], dim=2))
         self.v = self.sinks_and_window(torch.cat([self.v, v], dim=2))
         # 3. The tokens between are rebuilt, and their keys rotated to their positions.
-        seen, S, first, old = self.branches()
-        k_hat = self.rebuild(self.c_k, self.B_k, self.k_bias, first, old)
-        k_hat = rope.rotate(k_hat, first).to(k.dtype)  # [B, H_kv, old - first, D]
-        v_hat = self.rebuild(self.c_v, self.B_v, self.v_bias, first, old).to(v.dtype)
+        first_sink, S, first_old, window_start = self.branches()
+        k_hat = self.rebuild(self.c_k, self.B_k, self.k_bias, first_old, window_start)
+        k_hat = rope.rotate(k_hat, first_old).to(k.dtype)  # [B, H_kv, old tokens, D]
+        v_hat = self.rebuild(self.c_v, self.B_v, self.v_bias, first_old, window_start).to(v.dtype)
         # 4. K = [sinks, K^, K_local] in the order of the text, and one softmax over it.
-        k = torch.cat([self.k[:, :, seen:S], k_hat, self.k[:, :, S:]], dim=2)
-        v = torch.cat([self.v[:, :, seen:S], v_hat, self.v[:, :, S:]], dim=2)
-        return F.scaled_dot_product_attention(rope.rotate(q, t), k, v, enable_gqa=True)
+        keys = torch.cat([self.k[:, :, first_sink:S], k_hat, self.k[:, :, S:]], dim=2)
+        values = torch.cat([self.v[:, :, first_sink:S], v_hat, self.v[:, :, S:]], dim=2)
+        return F.scaled_dot_product_attention(rope.rotate(q, t), keys, values, enable_gqa=True)
 
     def branches(self) -> tuple[int, int, int, int]:
-        """Which tokens the newest one attends to, and through which branch: seen .. S - 1, sinks,
-        in full precision, first .. old - 1 compressed, all from `old` on in full precision.
-        S sinks are kept: all tokens, while these are fewer than `sinks`."""
+        """Positions of the tokens that the newest one attends to: the sinks first_sink .. S - 1 in
+        full precision, first_old .. window_start - 1 compressed, all later ones in full precision.
+
+        Without a sliding window of the model's, first_sink is 0 and first_old is S, the number of
+        sinks that there are: all tokens, while these are fewer than `sinks`.
+        """
         S = min(self.length, self.sinks)
         behind = max(0, self.length - (self.sliding_window or self.length))
-        old = max(S, self.length - self.window)
-        return min(S, behind), S, max(S, behind), old
+        window_start = max(S, self.length - self.window)
+        return min(S, behind), S, max(S, behind), window_start
 
     def sinks_and_window(self, y: Tensor) -> Tensor:
         """Of y [B, H_kv, n, D] the sinks, and the last `window` of the others."""
@@ -340,8 +346,8 @@ class Statistics:
     """
 
     x_abs: Tensor  # [hidden]       mean of |x|
-    k_moment: Tensor  # [d_kv, d_kv]   mean of k k^T
-    v_moment: Tensor  # [d_kv, d_kv]   mean of v v^T
+    k_moment: Tensor  # [d_kv, d_kv]   mean of k^T k
+    v_moment: Tensor  # [d_kv, d_kv]   mean of v^T v
     k_metric: Tensor | None = None  # [d_kv, d_kv]   what errors of keys cost, if it is known
     tokens: Tensor | None = None  # how many they are means of
 
@@ -435,19 +441,20 @@ def optimal_factors(W: Tensor, rank: int, moment: Tensor, metric: Tensor | None 
     min E |x W - x A B|^2   at   A = W V_r, B = V_r^T
 
     with V_r the top-r eigenvectors of `moment` = E k^T k, k = x W: project k on them. The loss is
-    the sum of the eigenvalues left out. RoPE is a rotation: the loss is the same before and after.
+    trace(moment) - trace(V_r^T moment V_r), the sum of the eigenvalues left out, d_kv times that of
+    `train.layer_loss`. RoPE is a rotation: the loss is the same before and after.
 
     With a `metric` M = L L^T [d_kv, d_kv] an error e counts as e M e^T = |e L|^2, so the same holds
     for k L: A = W L V_r and B = V_r^T L^-1, with the eigenvectors of L^T `moment` L.
     """
-    if metric is not None:
-        L = torch.linalg.cholesky(metric.double())  # [d_kv, d_kv]
-        plain = optimal_factors(W.double() @ L, rank, L.T @ moment.double() @ L)
-        B = torch.linalg.solve_triangular(L, plain.B, upper=False, left=False)  # V_r^T L^-1
-        return LowRank(plain.A.to(W.dtype), B.to(W.dtype))
-    eigenvectors = torch.linalg.eigh(moment.double()).eigenvectors  # smallest first
-    V_r = eigenvectors[:, -rank:].flip(1).to(W.dtype)  # [d_kv, r], largest first
-    return LowRank(W @ V_r, V_r.T.contiguous())
+    if metric is None:
+        eigenvectors = torch.linalg.eigh(moment.double()).eigenvectors  # smallest first
+        V_r = eigenvectors[:, -rank:].flip(1).to(W.dtype)  # [d_kv, r], largest first
+        return LowRank(W @ V_r, V_r.T.contiguous())
+    L = torch.linalg.cholesky(metric.double())  # [d_kv, d_kv]
+    plain = optimal_factors(W.double() @ L, rank, L.T @ moment.double() @ L)
+    B = torch.linalg.solve_triangular(L, plain.B, upper=False, left=False)  # V_r^T L^-1
+    return LowRank(plain.A.to(W.dtype), B.to(W.dtype))
 
 
 def output_metric(attention: Attention) -> Tensor:

@@ -73,7 +73,7 @@ def layer_loss(
     """L_K = MSE(K, K^), K^ = (x A) B (equation 1), a scalar; for values it is L_V.
 
     x [B, T, hidden] and k [B, T, d_kv] as an `Observer` shows them. Latents of few bits are
-    quantized along `dim`. They are float32; product and mean are `dtype`.
+    quantized as KIVI's of keys (`dim` TOKENS) or values (CHANNELS). K^ and the mean are `dtype`.
     """
     c = x @ pair.A  # [B, T, r]
     if pair.bits < 16:
@@ -154,13 +154,14 @@ def run_layers(
 ) -> Tensor:
     """Equation 2, layer by layer: the frozen model runs once over `samples` [1, T], shared out
     among the processes. Returns the loss of every tuner and layer, [tuners, layers], a mean over
-    all tokens but the first `sinks`.
+    all tokens but the first `sinks`. Their sum is never formed: no two layers share a parameter, so
+    one backward a layer gives its gradient.
 
     `train` adds gradients. `moments` [layers, 2, d_kv, d_kv], float64, gets k^T k and v^T v added.
     Losses of `train` without `moments` have the rounding of float32; others are in float64, for
     rounding could take a nearly optimal one below its floor.
     """
-    rank, count = place()
+    process, all_processes = place()
     device = model.lm_head.weight.device
     all_tokens = count_tokens(samples, sinks)
     losses = torch.zeros(len(tuners), len(model.model.layers), dtype=torch.float64, device=device)
@@ -185,9 +186,10 @@ def run_layers(
                 y = y.flatten(0, 1).double()  # [B * T, d_kv]
                 total += y.T @ y
 
+    # The model hands each layer's input to its `Observer`, which calls `see`.
     layers = enumerate(model.model.layers)
     cache = [Observer(layer.self_attn, partial(see, i), sinks) for i, layer in layers]
-    for sample in samples[rank::count]:
+    for sample in samples[process::all_processes]:
         model(sample.to(device), cache, logits_to_keep=1)
     if moments is not None:
         summed(moments)

@@ -1,38 +1,41 @@
 """Old keys share a position: a decode step in which no key is rebuilt.
 
-RoPE stands between the query and B_k. So the paper's cache rebuilds and rotates every old key at
-every step: 2 r d_kv operations a token, 2 to 20 times as many as a full cache needs. If a whole
-segment of old tokens stood at one position, B_k could go into the query instead, once a segment:
+RoPE stands between the query and B_k. So the paper's cache rebuilds and rotates every old
+key at every step: 2 r d_kv operations a token, 13 (SmolLM2) to 820 times (LongChat-7B) the
+2 H D of a full cache. If a whole segment of old tokens stood at one position t0, B_k could
+go into the query instead, once a segment; R(n) turns a query by n positions:
 
-    score = q R(t0 - t) B_k^T c^T = u c^T        u = q R(t0 - t) B_k^T    [r]
+    score = q R(t - t0) B_k^T c^T = u c^T        u = q R(t - t0) B_k^T    [r]
 
 Segments. Cut the old tokens into segments of L neighbours, and let all of them stand at the
-    middle t0. A token tau away from it has the RoPE pair f turned by tau w_f against there. The one
-    number that is nearest to exp(i tau w_f) for all L of them, in least squares, is their mean:
+    middle t0. A token tau away has RoPE's plane f turned by tau w_f against there. The one
+    number that is nearest to exp(i tau w_f) for all L of them, in least squares, is their
+    mean:
 
-        a_f = 1/L sum_tau exp(i tau w_f) = sin(w_f L / 2) / (L sin(w_f / 2))                   (1)
+        a_f = 1/L sum_tau exp(i tau w_f) = sin(w_f L / 2) / (L sin(w_f / 2))            (S1)
 
-    So each pair of the query is damped by a_f. A slow pair, which hardly turns within a segment,
-    counts in full. A fast one, of which a segment holds all phases, counts for its mean, nearly
-    nothing. 1 - a_f^2 of its energy is lost. L = 1 is the paper's cache: a_f = 1.
+    So each plane of the query is damped by a_f. A slow one, which hardly turns within a
+    segment, counts in full. A fast one, of which a segment holds all phases, counts for its
+    mean, nearly nothing: 1 - a_f^2 of its energy is lost. L = 1 is the paper's cache.
 
         L = 128    w = 0.001: a = 0.9993    w = 0.01: a = 0.93    w = 0.1: a = 0.018
 
-    Fast pairs matter near the query only. So segments are short there, and long far away.
-Values. RoPE does not touch them, so B_v comes after the sum over tokens: p (C_v B_v) = (p C_v) B_v.
-Few bits. Where a latent is minimum + scale * code and a group lies along tokens, scale and minimum
-    go into the query and out of the sum in the same way, and codes are multiplied as they are:
+    Fast planes tell neighbours apart, which matters near the query ("the word before this
+    one"); thousands of tokens away the slow ones say roughly where. This is a property of
+    trained models, measured and not proved. So segments are short there, and long far away.
+Values. RoPE does not touch them: B_v comes after the sum, p (C_v B_v) = (p C_v) B_v.
+Few bits. Where a latent is minimum + scale * code and a segment holds whole groups along
+    tokens, scale and minimum go into the query and out of the sum in the same way, and codes
+    are multiplied as they are. Other latents are dequantized, a chunk at a time.
 
-        score = (u * scale) code^T + u minimum^T                                               (2)
-        p C   = scale * (p code) + minimum * (sum of p)            a group at a time           (3)
+        score = (u * scale) code^T + u minimum^T                                        (S2)
+        p C   = scale * (p code) + minimum * (sum of p)        a group at a time        (S3)
 
     operations a token     rebuilt   2 r d_kv + 2 H D        here   2 r H + 2 r H D / L
-    SmolLM2, r = 38                  14,600 + 1,150                 680 + 340       with L = 128
-    LongChat-7B, r = 819             6,700,000 + 8,200              52,000 + 52,000
 
-What is stored does not depend on the segments. They are cut anew at each step.
-
-Shapes as in model.py, and M segments, m of them in a span, n tokens.
+Latents are kept before RoPE, and positions enter through the query alone: so nothing that
+is stored depends on the segments, which are cut anew at each step. tests/test_segments.py
+has the same as a loop, `naive_attend`. Shapes as in model.py, M segments, n tokens.
 """
 
 import math
@@ -92,7 +95,7 @@ def cut(start: int, stop: int, segments=SEGMENTS) -> tuple[Span, ...]:
 
 
 def damping(w: Tensor, length: int) -> Tensor:
-    """a_f (equation 1) of the frequencies w."""
+    """a_f (S1) of the frequencies w."""
     return (w * length / 2).sin() / (length * (w / 2).sin())
 
 
@@ -146,7 +149,7 @@ class FastCache(BiBranchCache):
     """`BiBranchCache` with its steps 3 and 4 done in segments: for long texts, faster than a full
     cache. The arguments are the same; `expected` is worth giving, for all memory is taken once.
 
-    It loses what (1) loses: experiments/README.md, "What a decode step costs", measures it.
+    It loses what (S1) loses: experiments/README.md, "What sharing positions loses".
 
     Nothing is moved at a step. The window is a ring behind the sinks, and buffers grow in steps:
 
@@ -209,10 +212,11 @@ class FastCache(BiBranchCache):
         q, k = both.split([q.shape[1], k.shape[1]], dim=1)
         self.k[:, :, self.slot(t)] = k[:, :, 0]
         self.v[:, :, self.slot(t)] = v[:, :, 0]
-        # 3. and 4. in segments.
-        seen, S, first, old = self.branches()
-        full = slice(seen, S + t + 1 - old)
-        return self.attend(q, self.k[:, :, full], self.v[:, :, full], first, old, rope)
+        # 3. and 4. in segments. The ring's order is no matter: its keys are rotated already.
+        first_sink, S, first_old, window_start = self.branches()
+        full = slice(first_sink, S + t + 1 - window_start)  # slots of the sinks and the window
+        k, v = self.k[:, :, full], self.v[:, :, full]
+        return self.attend(q, k, v, first_old, window_start, rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, first: int, old: int, rope: Rope) -> Tensor:
         B, H, _, D = q.shape
@@ -229,7 +233,8 @@ class FastCache(BiBranchCache):
             begin = spans[0].start
             end = spans[-1].stop
         n = stop - begin
-        # 3. Scores, a column for each token from `begin` on, then for those of k.
+        # 3. Scores, a column for each token from `begin` on, then for those of k. The last segment
+        #    may end behind `stop`: those of k take the place of what it has too many.
         scores = q.new_empty(B, H, max(end - begin, n + m))
         if spans:
             self.old_scores(q, spans, rope, scores)
@@ -273,7 +278,8 @@ class FastCache(BiBranchCache):
             if constant is not None:
                 segments = target.view(B, H, part.count, part.length)
                 segments += constant[:, some].transpose(1, 2).unsqueeze(-1)
-        # 0 * y makes an infinite score NaN: a latent beyond 16 bits must not go unnoticed.
+        # A score of -inf would be a weight of 0 in silence. 0 * y makes it NaN: a latent beyond 16
+        # bits must not go unnoticed.
         scores = out[..., : spans[-1].stop - spans[0].start]
         scores.add_(scores, alpha=0)
 
@@ -319,7 +325,7 @@ def products(u: Tensor, latents: Latents | quant.Packed, span: Span) -> Tensor:
             c = F.pad(c, (0, 0, 0, m * L - c.shape[1]))
         y = torch.bmm(u.reshape(-1, H, r), c.reshape(-1, L, r).transpose(1, 2))
         return y.view(B, m, H, L)
-    # Equation 2, a group at a time. A segment has g of them.
+    # (S2), a group at a time. A segment has g of them.
     codes, scale, minimum = (x.to(u.dtype) for x in latents.quantized(span.start, span.stop))
     u_scaled = u.unsqueeze(2) * scale.view(B, m, -1, 1, r)  # [B, m, g, H, r]
     constant = torch.bmm(minimum.view(B * m, -1, r), u.reshape(B * m, H, r).transpose(1, 2))
@@ -333,7 +339,7 @@ def weighted_sum(p: Tensor, latents: Latents | quant.Packed, start: int) -> Tens
     B, H, n = p.shape
     packed = packed_end(latents, start, start + n) - start
     total = 0
-    if packed:  # equation 3, a group at a time, of g
+    if packed:  # (S3), a group at a time, of g
         groups = latents.quantized(start, start + packed)
         codes, scale, minimum = (x.to(p.dtype) for x in groups)  # [B, g, G, r], [B, g, 1, r] twice
         p_group = p[..., :packed].view(B, H, -1, latents.block)  # [B, H, g, G]
