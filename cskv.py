@@ -291,7 +291,7 @@ def in_bits(
 
     Latents that go from full precision to few bits in groups along the channels of a token are
     mixed first: else a channel of large latents, such as the first ones of `svd` and `optimal`,
-    sets the step for the 31 others of its group [4].
+    sets the step for all others of its group [4].
     """
     to_few = bits in quant.BITS and pair.bits not in quant.BITS
     if to_few and pair.grouping(dim).dim == quant.CHANNELS:

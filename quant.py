@@ -32,8 +32,8 @@ from torch import Tensor
 
 BITS = (2, 3, 4, 8)
 TOKENS, CHANNELS = -2, -1  # the dimension along which neighbours form a group
-GROUP = 32  # numbers in a group of KIVI's; any other is a multiple of it
-BLOCK = 32  # tokens whose codes are packed into bytes together
+GROUP = 32  # numbers in a group of KIVI's
+BLOCK = 32  # tokens whose codes are packed into bytes together; packed groups are multiples of it
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def bits_per_element(bits: int, size: int = GROUP, length: int = GROUP) -> float
     """Bits of storage an element, scale and minimum included: `bits` + 1 in groups of 32.
 
     `length` is the number of elements along the grouped dimension. If it is no multiple of `size`,
-    the last group is short and costs as much: 38 channels in 4 bits take 4 + 2 * 32 / 38 = 5.7.
+    the last group is short and costs as much: in groups of 32, 38 channels in 4 bits take
+    4 + 2 * 32 / 38 = 5.7.
     """
     groups = -(-length // size)
     return bits + 2 * 16 * groups / length
@@ -199,8 +200,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 class Packed:
     """Tokens [B, T, C] of a sequence in b bits. It grows.
 
-    Packed are whole blocks of tokens: groups along tokens, or 32 tokens with groups along channels.
-    A block is packed once all its tokens are older than the newest `residual`. Until then they wait
+    Packed are whole blocks of tokens, as many as a group has numbers. A block is packed once all its tokens are older than the newest `residual`. Until then they wait
     as they are, fewer than residual + block of them. In blocks of 32:
 
         residual 4, 70 tokens held     0 .. 31 | 32 .. 63 | 64 65   66 67 68 69
@@ -225,6 +225,10 @@ class Packed:
         expected: int = 0,
         dtype: torch.dtype | None = None,
     ):
+        if grouping.size % BLOCK:
+            raise ValueError(
+                f"groups of {grouping.size} cannot be packed, only multiples of {BLOCK}"
+            )
         self.bits = bits
         self.grouping = grouping
         self.residual = residual

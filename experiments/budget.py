@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     if len(args.remove) != len(args.out):
         raise UserError(f"{len(args.remove)} --remove, but {len(args.out)} --out; give a file each")
-    if args.group % 32:
-        raise UserError(f"--group {args.group} is no multiple of 32; choose 128, or 0")
+    if args.group % quant.BLOCK:
+        raise UserError(f"--group {args.group} is no multiple of {quant.BLOCK}; choose 128, or 0")
     pyplot()  # if it is missing, that is known before the work and not after
     files = {}
     for out in args.out:

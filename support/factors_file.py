@@ -148,8 +148,8 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
         theirs = json.loads(info["fingerprint"])
         k_bits, v_bits = (for_each(json.loads(info[name]), layers) for name in ("k_bits", "v_bits"))
         group = int(info["group"]) if "group" in info else None
-        if group is not None and (group < 1 or group % quant.GROUP):
-            raise ValueError(f"group {group} is no multiple of {quant.GROUP}")
+        if group is not None and (group < 1 or group % quant.BLOCK):
+            raise ValueError(f"group {group} is no multiple of {quant.BLOCK}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged (metadata: {error}); make it again") from None
 
