@@ -200,8 +200,9 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 class Packed:
     """Tokens [B, T, C] of a sequence in b bits. It grows.
 
-    Packed are whole blocks of tokens, as many as a group has numbers. A block is packed once all its tokens are older than the newest `residual`. Until then they wait
-    as they are, fewer than residual + block of them. In blocks of 32:
+    Packed are whole blocks of tokens, as many as a group has numbers. A block is packed once all
+    its tokens are older than the newest `residual`. Until then they wait as they are, fewer than
+    residual + block of them. In blocks of 32:
 
         residual 4, 70 tokens held     0 .. 31 | 32 .. 63 | 64 65   66 67 68 69
                                         packed |  packed  | wait    the residual

@@ -42,7 +42,7 @@ def test_every_cache_in_every_command(everything, brief, tmp_path, capsys, what)
     assert all(set(row) == COLUMNS | OWN_COLUMNS[what] for row in rows)
     half = dict.fromkeys(("streaming", "h2o", "asvd", "cskv", "cskv-plain"), 0.5)
     nominal = {"full": 0, **half, "kivi-2": 7 / 8, "kivi-4": 3 / 4}
-    assert {row["cache"]: row["nominal_ratio"] for row in rows} == nominal
+    assert nominal.items() <= {row["cache"]: row["nominal_ratio"] for row in rows}.items()
     bits, factors = ({row["cache"]: row[name] for row in rows} for name in ("bits", "factors"))
     assert [bits[name] for name in ("full", "cskv", "kivi-4")] == ["16", "16", "4"]
     assert [factors[name] for name in ("h2o", "asvd", "cskv")] == ["", "asvd", "optimal"]
