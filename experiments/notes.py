@@ -49,8 +49,7 @@ def run_all(
         for keys in tqdm(todo[rank::count], unit=unit, leave=False, disable=rank > 0):
             done |= zip(keys, run(keys), strict=True)
             if notes:
-                file = notes.with_name(f"{notes.name}.cases-{rank}.pt")
-                save_state(file, {"plan": plan, "results": done})
+                save_state(own_notes(notes), {"plan": plan, "results": done})
     except UserError as error:
         failure = error
     for part, error in gathered((done, failure), group):
@@ -58,6 +57,11 @@ def run_all(
             raise error
         done |= part
     return done
+
+
+def own_notes(notes: Path | None) -> Path | None:
+    """The file of that name which this process writes."""
+    return notes and notes.with_name(f"{notes.name}.cases-{place()[0]}.pt")
 
 
 def note_files(notes: Path | None) -> list[Path]:
