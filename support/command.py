@@ -110,7 +110,8 @@ class Arguments(argparse.ArgumentParser):
                     str(text).encode(encoding)
                 except UnicodeEncodeError:
                     mend = "rename the file, give other text, or set LC_ALL=C.UTF-8"
-                    flag = "--" + name.replace("_", "-")
+                    place = [action.dest for action in self._get_positional_actions()]
+                    flag = name if name in place else "--" + name.replace("_", "-")
                     self.error(f"{flag} {str(text)!a} has letters that are no {encoding}; {mend}")
         return parsed
 
