@@ -409,12 +409,16 @@ NO_NAMES = [
 def test_names_that_no_file_can_hold(monkeypatch, capsys, module, flag, others, encoding, name):
     """Training used to end, hours later, with a name that no metadata can hold."""
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
-    code, out, err = call(importlib.import_module(module), capsys, *others, flag, name)
-    assert (code, out, err.count("\n")) == (2, "", 1)
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(module).parse_arguments([*others, flag, name])
+    out, err = capsys.readouterr()
+    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"error: {flag} 'caf\\") and "set LC_ALL=C.UTF-8" in err
 
 
 @pytest.mark.parametrize("module", ["course.grade", "course.leaderboard"])
 def test_a_folder_of_a_student_is_named_without_a_flag(capsys, module):
-    code, _, err = call(importlib.import_module(module), capsys, LATIN)
-    assert code == 2 and err.startswith(r"error: folder 'caf\udce9' has")
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).parse_arguments([LATIN])
+    err = capsys.readouterr().err
+    assert err.startswith(r"error: folder 'caf\udce9' has")
