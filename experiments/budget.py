@@ -116,17 +116,18 @@ def run(args: argparse.Namespace) -> None:
         spend(free, min(rooms))
 
         reach = args.window + args.sinks  # tokens that no compressed one lies before
-        if args.probe_len <= reach:
-            raise UserError(
-                f"--probe-len {args.probe_len} is not above --window and --sinks, {reach}"
-            )
+        for flag, length in (("--probe-len", args.probe_len), ("--seq-len", args.seq_len)):
+            if length <= reach:
+                raise UserError(f"{flag} {length} is not above --window and --sinks, {reach}")
         tokenizer = load_tokenizer(args.model, config.vocab_size)
         length = min(args.seq_len, config.context_length)
         count = args.samples + args.passages
         drawn = sample_tokens(args.data, tokenizer, count, length, args.seed, args.sinks)
         samples, texts = split_texts(drawn, args.passages, args.probe_len, not args.no_copies)
         if not samples or min(text.shape[1] for text in texts) <= reach:
-            raise UserError(f"{args.data} is too short to calibrate and to probe; give more text")
+            raise UserError(
+                f"{args.data} is too short to calibrate and to probe; give more and longer text"
+            )
         if args.init == "attention":
             statistics = calibrate_together(model, samples, args.sinks)
         else:
