@@ -70,14 +70,15 @@ def read_parquet(path: Path) -> Iterator[str]:
     except ImportError:
         raise UserError(f"{path} needs pyarrow; pip install pyarrow, or give .jsonl") from None
     try:
-        file = parquet.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            raise UserError(f"{path} has no column `text`; it has {file.schema_arrow.names}")
-        for block in file.iter_batches(columns=["text"]):
-            for text in block.column(0).to_pylist():
-                if not isinstance(text, str):
-                    raise UserError(f"{path}: column `text` holds {text!r}, which is not text")
-                yield text
+        with path.open("rb") as opened:  # pyarrow itself takes only names in UTF-8
+            file = parquet.ParquetFile(opened)
+            if "text" not in file.schema_arrow.names:
+                raise UserError(f"{path} has no column `text`; it has {file.schema_arrow.names}")
+            for block in file.iter_batches(columns=["text"]):
+                for text in block.column(0).to_pylist():
+                    if not isinstance(text, str):
+                        raise UserError(f"{path}: column `text` holds {text!r}, which is not text")
+                    yield text
     except (OSError, ArrowException) as error:
         raise UserError(f"{path} is damaged ({error}); fetch it again") from None
 

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from cskv import init_factors
 from support.command import UserError, check_files, check_writable, run_command
 from support.factors_file import save_factors
+from support.text import read_documents
 from tests.helpers import call, save_checkpoint, tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -423,3 +424,26 @@ def test_a_folder_of_a_student_is_named_without_a_flag(capsys, module):
         importlib.import_module(module).parse_arguments([LATIN])
     err = capsys.readouterr().err
     assert err.startswith(r"error: folder 'caf\udce9' has")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_files_of_any_name_in_a_folder_of_text(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["of a table"]}), tmp_path / "x.parquet")
+    (tmp_path / "x.parquet").rename(tmp_path / f"{LATIN}.parquet")
+    (tmp_path / f"{LATIN}.txt").write_text("of a text")
+    assert sorted(read_documents(tmp_path)) == ["of a table", "of a text"]
+
+
+@pytest.mark.parametrize("flag", ["--out", "--data"])
+def test_an_accent_where_names_are_ascii(setup, tmp_path, flag):
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    files = {"--model": setup / "model", "--data": setup / "text.txt", "--out": tmp_path / "f"}
+    files[flag] = tmp_path / "é.txt"
+    words = [str(word) for pair in files.items() for word in pair]
+    done = subprocess.run(
+        [sys.executable, "train.py", *words], cwd=ROOT, env=env, capture_output=True
+    )
+    assert done.returncode == 2 and not any(tmp_path.iterdir())
+    assert done.stderr.startswith(f"error: {flag} ".encode()) and done.stderr.count(b"\n") == 1
