@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from course.problems import read_modules
 from cskv import init_factors
+from experiments.notes import contents
 from support.command import UserError, check_files, check_writable, run_command
 from support.factors_file import save_factors
 from support.text import read_documents
@@ -369,6 +371,20 @@ def test_what_a_model_or_data_folder_may_get(places):
             file.write_text("an earlier result")
     (data / "below" / "log.jsonl").write_text("{}")  # read in a folder of sets alone
     check_files({"--log": data / "below" / "log.jsonl"}, {"--data": data}, model)
+
+
+def test_notes_may_be_kept_beside_the_text_that_they_are_of(places):
+    """A run with its notes in the folder of its text was refused when it was to go on."""
+    before = contents(places["D"])
+    (places["D"] / "rows.json.cases-0.pt").write_text("")
+    assert contents(places["D"]) == before
+    (places["D"] / "below" / "new.jsonl").write_text("{}")
+    assert contents(places["D"]) != before
+
+
+def test_a_student_s_folder_in_a_loop_has_no_files(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert read_modules(tmp_path / "loop") == {}
 
 
 def test_a_shard_of_any_name_is_a_file_of_the_model(places):
