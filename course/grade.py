@@ -52,7 +52,7 @@ def run_check(check: Callable, student: Sandbox, draw: Draw) -> str | None:
     try:
         check(student, draw)
     except Failed as error:
-        must = " ".join(inspect.getdoc(check).split())
+        must = " ".join((inspect.getdoc(check) or check.__name__).split())
         return f"{error}\n    must hold: {must}"
     except Stopped:
         raise

@@ -103,7 +103,7 @@ class Arguments(argparse.ArgumentParser):
     def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:
         """As argparse does. Refuses names and text that files, and what is in them, cannot hold."""
         parsed = super().parse_args(args)
-        encoding = sys.getfilesystemencoding()
+        encoding = sys.getfilesystemencoding().upper()
         for name, value in vars(parsed).items():
             for text in value if isinstance(value, list) else [value]:
                 try:
@@ -112,7 +112,7 @@ class Arguments(argparse.ArgumentParser):
                     mend = "rename the file, give other text, or set LC_ALL=C.UTF-8"
                     place = [action.dest for action in self._get_positional_actions()]
                     flag = name if name in place else "--" + name.replace("_", "-")
-                    self.error(f"{flag} {str(text)!a} has letters that are no {encoding}; {mend}")
+                    self.error(f"{flag} {str(text)!a} is not valid {encoding}; {mend}")
         return parsed
 
     def error(self, message: str) -> None:

@@ -439,7 +439,7 @@ def test_a_folder_of_a_student_is_named_without_a_flag(capsys, module):
     with pytest.raises(SystemExit):
         importlib.import_module(module).parse_arguments([LATIN])
     err = capsys.readouterr().err
-    assert err.startswith(r"error: folder 'caf\udce9' has")
+    assert err.startswith(r"error: folder 'caf\udce9' is not valid UTF-8; ")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
