@@ -12,6 +12,7 @@ import support.interrupt  # isort: skip # noqa: F401
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -175,7 +176,7 @@ def run(args: argparse.Namespace) -> None:
     use_device(args.device)
     text, file, compare, most = args.prompt, args.factors, args.compare, args.max_new_tokens
     hint = ""
-    if Path(args.model).resolve() == TEACHER:
+    if os.path.realpath(args.model) == str(TEACHER):
         file = file or TEACHER / "cskv-80.safetensors"
         hint = HINT
         if text is None:
@@ -236,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__)
     add = parser.add_argument
     count = number(int, 1)
     widths = (2, 3, 4, 8, 16, 32)

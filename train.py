@@ -310,7 +310,7 @@ def run(args: argparse.Namespace) -> None:
     measuring = args.epochs > 0 or args.log is not None
     reading = measuring or args.init in CALIBRATED
     with processes(args.device) as device:
-        check_files(written, {"--data": args.data})
+        check_files(written, {"--data": args.data}, args.model)
         if reading and args.data is None:
             reader = "training and --log need"
             if args.init in CALIBRATED:
@@ -392,7 +392,7 @@ def check_finished(path: Path, model: Transformer, plan: dict) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__)
     add = parser.add_argument
     count = number(int, 1)
     widths = (2, 3, 4, 8, 16)

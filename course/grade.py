@@ -9,6 +9,8 @@ problem runs in a process of its own (sandbox.py) with fresh inputs. Where one f
 another, the grader has the reference's; a student's folder has none, so there it is the student's.
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 import importlib
 import inspect
@@ -50,7 +52,7 @@ def run_check(check: Callable, student: Sandbox, draw: Draw) -> str | None:
     try:
         check(student, draw)
     except Failed as error:
-        must = " ".join(inspect.getdoc(check).split())
+        must = " ".join((inspect.getdoc(check) or check.__name__).split())
         return f"{error}\n    must hold: {must}"
     except Stopped:
         raise
@@ -131,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__)
     ids = tuple(problem.id for problem in problems.load_problems())
     parser.add_argument("folder", type=Path, nargs="?", help="of a student (this one)")
     problem = comma_list(one_of(ids, "problem"))

@@ -9,6 +9,8 @@ Students hand in cskv.py, infer.py, model.py, quant.py, train.py and beyond/segm
 a plan.json, for the leaderboard.
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 import json
 import os
@@ -19,8 +21,8 @@ from tempfile import TemporaryDirectory
 
 from course import leaderboard
 from course.grade import Verdict, grade
-from course.problems import MODULES, PROJECT, copy_project, load_problems, load_reference
-from support.command import Arguments, UserError, check_writable, replacing, run_command
+from course.problems import MODULES, PROJECT, ROOT, copy_project, load_problems, load_reference
+from support.command import Arguments, UserError, check_files, replacing, run_command
 
 SETUP = """#!/usr/bin/env bash
 # Gradescope runs this once, to make the image.
@@ -124,13 +126,17 @@ def run(args: argparse.Namespace) -> None:
     if args.grade is not None:
         grade_submission(args.grade / "submission", args.grade / "results" / "results.json")
         return
-    check_writable(args.out)
+    read = {}
+    for name in (*PROJECT, *[f"{module}.py" for module in MODULES]):
+        for file in (ROOT / name, *(ROOT / name).rglob("*")):
+            read[str(file)] = file
+    check_files({"--out": args.out}, read)
     write_zip(args.out)
     print(f"{args.out}: upload it to Gradescope, {os.path.getsize(args.out) / 1e6:.2f} MB")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--out", type=Path, help="zip file to write, such as autograder.zip")
     where = "Gradescope's folder, where run_autograder grades what was submitted"

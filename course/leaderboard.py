@@ -12,6 +12,8 @@ digit (the mean of -log p), with the text compressed before the question comes. 
 for it, no code of a student runs on the grader.
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 import io
 import json
@@ -125,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__)
     where = "with a plan.json (this one)"
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT, help=where)
     return parser.parse_args(argv)

@@ -7,6 +7,7 @@ Everything here works on text. No file of a student is imported.
 
 import ast
 import functools
+import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -140,7 +141,7 @@ def empty_function(modules: dict[str, str], name: str, problem: str) -> dict[str
 def read_modules(folder: Path) -> dict[str, str]:
     """The texts of those files of `MODULES` that are in a folder. Left out are damaged ones, very
     large ones, and links: one could lead to the reference."""
-    texts, folder = {}, folder.resolve()
+    texts, folder = {}, Path(os.path.realpath(folder))
     for module in MODULES:
         file = folder / f"{module}.py"
         with suppress(OSError, ValueError):

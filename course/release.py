@@ -8,6 +8,8 @@ files to write in, as handed out: the checks put the student's functions into th
 does.
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 import os
 import shutil
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to make, for students")
     return parser.parse_args(argv)
 

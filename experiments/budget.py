@@ -7,6 +7,8 @@ Every second text, to calibrate and to probe on, is its first half twice: a long
 be looked up, and a model that copies reads its cache in layers where plain text hardly does.
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -28,7 +30,7 @@ from beyond.outputs import calibrate_outputs
 from beyond.probes import SIDES, Probe
 from cskv import Factors
 from experiments import figures
-from experiments.notes import all_that_counts, delete_notes, run_all
+from experiments.notes import all_that_counts, delete_notes, own_notes, run_all
 from experiments.pictures import pyplot
 from experiments.tables import write_json
 from infer import full_bytes
@@ -91,7 +93,8 @@ def run(args: argparse.Namespace) -> None:
     for out in args.out:
         for file in (out, out.with_suffix(".json"), out.with_suffix(".png")):
             files[f"file {len(files)} of --out"] = file
-    check_files(files, {"--data": args.data})
+    files["the notes of --out"] = own_notes(args.out[0])
+    check_files(files, {"--data": args.data}, args.model)
     with processes(args.device) as device, user_values():
         model = load_model(args.model, device, DTYPES[args.dtype])
         config = model.config
@@ -113,17 +116,18 @@ def run(args: argparse.Namespace) -> None:
         spend(free, min(rooms))
 
         reach = args.window + args.sinks  # tokens that no compressed one lies before
-        if args.probe_len <= reach:
-            raise UserError(
-                f"--probe-len {args.probe_len} is not above --window and --sinks, {reach}"
-            )
+        for flag, length in (("--probe-len", args.probe_len), ("--seq-len", args.seq_len)):
+            if length <= reach:
+                raise UserError(f"{flag} {length} is not above --window and --sinks, {reach}")
         tokenizer = load_tokenizer(args.model, config.vocab_size)
         length = min(args.seq_len, config.context_length)
         count = args.samples + args.passages
         drawn = sample_tokens(args.data, tokenizer, count, length, args.seed, args.sinks)
         samples, texts = split_texts(drawn, args.passages, args.probe_len, not args.no_copies)
         if not samples or min(text.shape[1] for text in texts) <= reach:
-            raise UserError(f"{args.data} is too short to calibrate and to probe; give more text")
+            raise UserError(
+                f"{args.data} is too short to calibrate and to probe; give more and longer text"
+            )
         if args.init == "attention":
             statistics = calibrate_together(model, samples, args.sinks)
         else:
@@ -159,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__)
     add = parser.add_argument
     count = number(int, 1)
     share = number(float, 0, 0.9999)

@@ -9,9 +9,12 @@ first is measured on the others, technical prose of other hands and legal prose.
 from version to version of Python and the packages.
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 import ast
 import inspect
+import sys
 import sysconfig
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +22,14 @@ from pydoc_data.topics import topics
 
 import torch
 
-from support.command import Arguments, make_folder, replacing, run_command
+from support.command import (
+    Arguments,
+    UserError,
+    check_files,
+    make_folder,
+    replacing,
+    run_command,
+)
 
 MODULES = (torch.nn, torch.optim, torch.nn.functional, torch.utils.data, torch.distributions, torch)
 LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages"}  # folders of the library
@@ -70,8 +80,11 @@ def licences_text(shortest: int = 3000) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
+    if sys.flags.optimize > 1:
+        raise UserError("heldout.txt is made of docstrings, which -OO leaves out; start without it")
     make_folder(args.out)
     makers = {"calibration": calibration_text, "heldout": heldout_text, "licences": licences_text}
+    check_files({name: args.out / f"{name}.txt" for name in makers}, read={})
     for name, make in makers.items():
         file, text = args.out / f"{name}.txt", make()
         with replacing(file) as temporary:
@@ -80,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="write the files into this folder")
     return parser.parse_args(argv)
 

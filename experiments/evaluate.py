@@ -18,6 +18,8 @@ prompt is prefilled, so that the first digit is read with exact keys and values.
 before anyone knew what would be asked.
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 import functools
 from collections.abc import Callable
@@ -34,7 +36,7 @@ from tqdm import tqdm
 from cskv import CALIBRATED, INITIALIZATIONS, Factors, Statistics, init_factors
 from experiments.caches import add_cache_options, make_rows
 from experiments.measuring import Case, measure, with_score
-from experiments.notes import all_that_counts, delete_notes
+from experiments.notes import all_that_counts, delete_notes, own_notes
 from experiments.tables import table, write_json
 from experiments.tasks import longbench, lveval
 from experiments.tasks.longeval import PUBLISHED, RetrievalCase, make_cases, read_cases, samples
@@ -248,8 +250,17 @@ def benchmark_cases(
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     with processes(args.device) as device:
-        read = {"--text": getattr(args, "text", None), "--calibrate": args.calibrate}
-        check_files({"--json": args.json}, read | {str(file): file for file in args.factors})
+        written = {"--json": args.json, "the notes of --json": own_notes(args.json)}
+        data = getattr(args, "data", None)
+        read = {
+            "--text": getattr(args, "text", None),
+            "--calibrate": args.calibrate,
+            "--data": data,
+        }
+        read |= {f"--factors {file}": file for file in args.factors}
+        if data:  # the sets of a benchmark may lie one folder below
+            read |= {str(file): file for file in data.glob("*/*.jsonl")}
+        check_files(written, read, args.model)
         model = load_model(args.model, device, DTYPES[args.dtype])
         tokenizer = load_tokenizer(args.model, model.config.vocab_size)
         limit = model.config.context_length
@@ -262,7 +273,7 @@ def run(args: argparse.Namespace) -> None:
             sizes = {"count": args.cases, "max_length": args.max_length}
             cases = benchmark_cases(model, tokenizer, args.what, args.sets, args.data, **sizes)
         else:
-            drawn = {"count": args.cases, "seed": args.seed, "data": getattr(args, "data", None)}
+            drawn = {"count": args.cases, "seed": args.seed, "data": data}
             protocols, lines = args.question, args.lines
             cases = retrieval_cases(model, tokenizer, args.what, protocols, lines, **drawn)
         if args.equal and args.equal > limit:
@@ -338,7 +349,7 @@ def shared_options() -> Arguments:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     shared = shared_options()
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, parser_class=Arguments)
     count = number(int, 1)
 
@@ -359,7 +370,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             add("--data", type=Path, help="read LongEval's own cases in this folder")
 
     for name, module in BENCHMARKS.items():
-        title = module.__doc__.splitlines()[0]
+        title = (module.__doc__ or name).splitlines()[0]
         add = commands.add_parser(name, parents=[shared], help=title).add_argument
         add("--sets", type=comma_list(str), help=f"ask these of {', '.join(module.TASKS)}")
         add("--data", type=Path, help="read the benchmark in this folder, not from the hub")

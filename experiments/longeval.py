@@ -3,6 +3,8 @@
 python -m experiments.longeval --lines 50 --cases 1000 --seed 0 --out cases.jsonl
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 import json
 import sys
@@ -10,10 +12,11 @@ from pathlib import Path
 
 from experiments.tasks.longeval import make_cases, read_cases, samples  # noqa: F401
 from experiments.tasks.scores import is_correct, read_answer  # noqa: F401 (beside the cases)
-from support.command import Arguments, number, replacing, run_command
+from support.command import Arguments, check_writable, number, replacing, run_command
 
 
 def run(args: argparse.Namespace) -> None:
+    check_writable(args.out)
     cases = make_cases(args.task, args.lines, args.cases, args.seed, args.spelled)
     with replacing(args.out) as temporary, temporary.open("w", encoding="utf-8") as file:
         for case in cases:
@@ -23,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__)
     add = parser.add_argument
     add("--task", choices=("longeval", "passkey"), default="longeval")
     add("--lines", type=number(int, 1), default=50, help="write so many in a record (default: 50)")

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from model import Transformer
-from support.command import UserError
+from support.command import TEXTS, UserError
 from support.factors_file import fingerprint
 from support.huggingface.checkpoint import find_checkpoint
 from support.processes import gathered, patient_group, place, say
@@ -49,8 +49,7 @@ def run_all(
         for keys in tqdm(todo[rank::count], unit=unit, leave=False, disable=rank > 0):
             done |= zip(keys, run(keys), strict=True)
             if notes:
-                file = notes.with_name(f"{notes.name}.cases-{rank}.pt")
-                save_state(file, {"plan": plan, "results": done})
+                save_state(own_notes(notes), {"plan": plan, "results": done})
     except UserError as error:
         failure = error
     for part, error in gathered((done, failure), group):
@@ -58,6 +57,11 @@ def run_all(
             raise error
         done |= part
     return done
+
+
+def own_notes(notes: Path | None) -> Path | None:
+    """The file of that name which this process writes."""
+    return notes and notes.with_name(f"{notes.name}.cases-{place()[0]}.pt")
 
 
 def note_files(notes: Path | None) -> list[Path]:
@@ -94,9 +98,12 @@ def delete_notes(notes: Path | None) -> None:
 
 
 def contents(path: Path) -> str:
-    """A digest of a file, or of all files in a folder."""
+    """A digest of a file, or of the text in a folder: notes may be kept there as well."""
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for pattern in TEXTS for file in path.rglob(pattern))
+    for file in files:
         if file.is_file():
             digest.update(file.read_bytes())
     return digest.hexdigest()

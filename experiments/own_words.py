@@ -8,6 +8,8 @@ at random (Liu et al., "LLM-QAT: Data-Free Quantization Aware Training for Large
 2023, section 2.1). It need not make sense. The file has as many pieces of TEXT as texts of its own.
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 import json
 import math
@@ -49,7 +51,7 @@ def write_texts(model: Transformer, count: int, length: int, generator: torch.Ge
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
-    check_files({"--out": args.out}, {"--data": args.data})
+    check_files({"--out": args.out}, {"--data": args.data}, args.model)
     if args.out.suffix != ".jsonl":
         raise UserError(f"--out {args.out} must end in .jsonl, the kind of file that is written")
     with user_values():
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="let this checkpoint write")
     add("--data", type=Path, required=True, help="take the other half from this text")

@@ -14,6 +14,8 @@ share the cases out: `torchrun --nproc-per-node 2 -m experiments.paper table1`.
 The paper's numbers, in the column `paper`, are of LongChat-7B on LongEval with 200 to 500 lines.
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 import json
 import shlex
@@ -31,7 +33,7 @@ from experiments.caches import CACHES, TOKENS, Row, make_row
 from experiments.evaluate import PROTOCOLS, perplexity_cases, retrieval_cases
 from experiments.factors import FactorStore, Recipe
 from experiments.measuring import Case, measure, with_score
-from experiments.notes import all_that_counts, delete_notes
+from experiments.notes import all_that_counts, delete_notes, own_notes
 from experiments.remake import remake
 from experiments.tables import SCORES, beside, grouped, write_tables
 from experiments.tasks.longeval import PUBLISHED, read_cases, samples
@@ -40,6 +42,7 @@ from support.command import (
     DTYPES,
     Arguments,
     UserError,
+    check_files,
     comma_list,
     make_folder,
     number,
@@ -334,6 +337,12 @@ def run(args: argparse.Namespace) -> None:
         work = args.work / Path(args.model).name
         for folder in (work, args.out):
             make_folder(folder)
+        out, notes = args.out / args.what, work / f"{args.what}.json"
+        written = {"the notes": own_notes(notes)}
+        written |= {f"the {end} file": out.with_suffix(f".{end}") for end in ("md", "json", "png")}
+        read = {str(file): file for file in (*args.text, *args.factors)}
+        read |= {"--calibrate": args.calibrate, "--data": args.data}
+        check_files(written, read, args.model)
         limit = model.config.context_length
         if args.calibrate:
             length = min(args.seq_len, limit)
@@ -361,8 +370,8 @@ def run(args: argparse.Namespace) -> None:
             inits=args.inits,
             bits=args.bits,
             files=[load_factors(file, model) for file in args.factors],
-            out=args.out / args.what,
-            notes=work / f"{args.what}.json",
+            out=out,
+            notes=notes,
             arguments=all_that_counts(counts, model, args.model),
         )
         COMMANDS[args.what](experiment)
@@ -371,7 +380,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__)
     add, count = parser.add_argument, number(int, 1)
     counts = comma_list(count)
     ratios = comma_list(number(float, 0, 0.9999))

@@ -10,6 +10,8 @@ A passage is read in one pass, as decoding would read it: its last `--steps` tok
 ones through latents, and are predicted. `--undamped` leaves a_f out of (1).
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 import math
 from itertools import pairwise, product
@@ -26,7 +28,7 @@ from cskv import Factors
 from experiments.evaluate import perplexity_cases
 from experiments.tables import table, write_json
 from model import Rope, Transformer, causal_attention
-from support.command import Arguments, check_writable, number, run_command
+from support.command import Arguments, check_files, number, run_command
 from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
@@ -148,7 +150,8 @@ def measure_segments(
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
-    check_writable(args.json)
+    read = {str(file): file for file in (*args.text, *args.factors)}
+    check_files({"--json": args.json}, read, args.model)
     model = load_model(args.model)
     tokenizer = load_tokenizer(args.model, model.config.vocab_size)
     choices = [(segments, True) for segments in args.segments]
@@ -168,7 +171,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__)
     add, count = parser.add_argument, number(int, 1)
     add("--model", required=True, help="measure this checkpoint, a folder or a hub name")
     add("--text", type=Path, nargs="+", required=True, help="predict these texts")

@@ -18,6 +18,8 @@ A step reads the weights too, and rotating keys and unpacking bits are no produc
 float32`, the default, keys and values are 32-bit numbers, but latents 16-bit ones.
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 import random
 from collections.abc import Callable
@@ -46,7 +48,7 @@ from support.command import (
     DTYPES,
     Arguments,
     UserError,
-    check_writable,
+    check_files,
     comma_list,
     number,
     run_command,
@@ -187,8 +189,8 @@ def compare(
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     use_device(args.device)
-    check_writable(args.json)
-    check_writable(args.picture)
+    read = {f"--factors {file}": file for file in args.factors}
+    check_files({"--json": args.json, "--picture": args.picture}, read, args.model)
     if args.picture:
         pyplot()  # if it is missing, that is known before the work and not after
     torch.set_num_threads(args.threads)
@@ -233,7 +235,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__)
     add_cache_options(parser)
     parser.set_defaults(bits="16,4")
     add, count = parser.add_argument, number(int, 1)

@@ -4,11 +4,14 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
+import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import NoReturn
@@ -18,6 +21,11 @@ from safetensors import SafetensorError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGEST = 2**31  # no count of tokens, no seed needs more
+TEXTS = ("?*.txt", "?*.jsonl", "?*.parquet")  # what is read in a folder of text
+# In a folder of a model: that, and the shards which an index names.
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json")
+MODEL_FILES += ("added_tokens.json", "vocab*", "merges*", "chat_template*", "adapter*")
+MODEL_FILES += ("model*.safetensors*", "pytorch_model*", "additional_chat_templates/*")
 
 
 class UserError(ValueError):
@@ -86,7 +94,26 @@ def drop_output() -> None:
 
 
 class Arguments(argparse.ArgumentParser):
-    """argparse, with a mistake as one line instead of the usage text and a line."""
+    """argparse, with a mistake as one line instead of the usage text and a line. The description is
+    the first line of a module's docstring, which is None with `python -OO`."""
+
+    def __init__(self, description: str | None = None, **options: object):
+        super().__init__(description=(description or "").partition("\n")[0], **options)
+
+    def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:
+        """As argparse does. Refuses names and text that files, and what is in them, cannot hold."""
+        parsed = super().parse_args(args)
+        encoding = sys.getfilesystemencoding().upper()
+        for name, value in vars(parsed).items():
+            for text in value if isinstance(value, list) else [value]:
+                try:
+                    str(text).encode(encoding)
+                except UnicodeEncodeError:
+                    mend = "rename the file, give other text, or set LC_ALL=C.UTF-8"
+                    place = [action.dest for action in self._get_positional_actions()]
+                    flag = name if name in place else "--" + name.replace("_", "-")
+                    self.error(f"{flag} {str(text)!a} is not valid {encoding}; {mend}")
+        return parsed
 
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message} (see --help)\n")
@@ -165,8 +192,9 @@ def check_writable(path: Path | None) -> None:
     if not path.parent.is_dir():
         raise UserError(f"no folder {path.parent} to write {path.name} in; make it first")
     with writing(path):
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is not a regular file to replace; choose another place")
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.stat().st_mode):  # raises OSError for a loop of links
+                raise UserError(f"{path} is not a regular file to replace; choose another place")
         with NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp"):
             pass
 
@@ -183,15 +211,48 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def check_files(written: dict[str, Path | None], read: dict[str, Path | None]) -> None:
-    """Raises `UserError` if a file cannot be written, or is another one that is written or read.
-    Files by the names that a message shall give them, such as "--out"."""
-    taken: dict[Path, str] = {}
-    for name, path in (read | written).items():
+def check_files(
+    written: dict[str, Path | None], read: dict[str, Path | None], model: str | Path | None = None
+) -> None:
+    """Raises `UserError` if a file cannot be written, or is another one that is written or read,
+    whatever links lead there. Of folders it is those files that are read in one of text, or in the
+    `model`'s. Files by the names that a message shall give them, such as "--out"."""
+    taken: dict[object, str] = {}
+    names = [path.name for path in written.values() if path]
+    for name, path in {**read, "--model": model, **written}.items():
+        if path is None:
+            continue
+        files = [path]
         if name in written:
             check_writable(path)
-        if path and (other := taken.setdefault(path.resolve(), name)) != name and name in written:
-            raise UserError(f"{name} and {other} are both {path}; choose another name")
+        elif os.path.isdir(path):
+            patterns = MODEL_FILES if name == "--model" else TEXTS
+            files = files_in(Path(path), patterns, names)
+            name = f"a file of {name}"
+        for file in files:
+            other = taken.setdefault(identity(file), name)
+            if other != name and name in written:
+                raise UserError(f"{name} and {other} are both {path}; choose another name")
+
+
+def files_in(folder: Path, patterns: tuple[str, ...], names: Iterable[str] = ()) -> list[Path]:
+    """The files of a folder that fit one of the patterns. `names` count as if they were there: the
+    next command would read them. Where an index names a model's shards, these are added."""
+    if patterns == MODEL_FILES:
+        for index in folder.glob("*.index.json"):
+            patterns += tuple(re.findall(r'"(\w[^"/*?[]*)"', index.read_text("utf-8", "replace")))
+    files = [folder / name for name in names if any(fnmatch(name, p) for p in patterns)]
+    for pattern in patterns:
+        files += folder.glob(pattern)
+    return files
+
+
+def identity(path: str | Path) -> object:
+    """By what a file is known, whatever it is called and whichever links lead there."""
+    with suppress(OSError):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    return os.path.realpath(path)
 
 
 @contextmanager

@@ -35,7 +35,8 @@ def processes(device: str) -> Iterator[str]:
     try:
         if device == "cuda":
             if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
-                raise UserError(f"{torch.cuda.device_count()} GPUs here; start as many processes")
+                count = torch.cuda.device_count()
+                raise UserError(f"{count} GPUs; start no more processes, or use --device cpu")
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         use_device(device)

@@ -8,22 +8,20 @@ import torch
 from torch import Tensor
 
 from model import Transformer
-from support.command import UserError
+from support.command import TEXTS, UserError, files_in
 from support.huggingface.tokenizer import Tokenizer
-
-FORMATS = (".txt", ".jsonl", ".parquet")
 
 
 def read_documents(path: Path) -> Iterator[str]:
     """Yields the documents of a .txt file (one), a .jsonl or .parquet file (`text` of each row), or
     a folder of these, in the order of the names. Raises `UserError` naming file and line."""
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in FORMATS)
+        files = sorted(files_in(path, TEXTS))
         if not files:
             raise UserError(f"{path} has no .txt or .jsonl files, nor .parquet; give text to read")
         for file in files:
             yield from read_documents(file)
-    elif path.suffix not in FORMATS:
+    elif f"?*{path.suffix}" not in TEXTS:
         raise UserError(f"{path} is not a .txt or .jsonl file, nor .parquet, nor a folder of them")
     elif not path.exists():
         raise UserError(f"no file {path}; give text to read")
@@ -72,14 +70,15 @@ def read_parquet(path: Path) -> Iterator[str]:
     except ImportError:
         raise UserError(f"{path} needs pyarrow; pip install pyarrow, or give .jsonl") from None
     try:
-        file = parquet.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            raise UserError(f"{path} has no column `text`; it has {file.schema_arrow.names}")
-        for block in file.iter_batches(columns=["text"]):
-            for text in block.column(0).to_pylist():
-                if not isinstance(text, str):
-                    raise UserError(f"{path}: column `text` holds {text!r}, which is not text")
-                yield text
+        with path.open("rb") as opened:  # pyarrow itself takes only names in UTF-8
+            file = parquet.ParquetFile(opened)
+            if "text" not in file.schema_arrow.names:
+                raise UserError(f"{path} has no column `text`; it has {file.schema_arrow.names}")
+            for block in file.iter_batches(columns=["text"]):
+                for text in block.column(0).to_pylist():
+                    if not isinstance(text, str):
+                        raise UserError(f"{path}: column `text` holds {text!r}, which is not text")
+                    yield text
     except (OSError, ArrowException) as error:
         raise UserError(f"{path} is damaged ({error}); fetch it again") from None
 
@@ -113,7 +112,8 @@ def with_copies(texts: list[Tensor]) -> list[Tensor]:
 def passages(ids: list[int], count: int, length: int) -> Tensor:
     """`count` passages of `length` tokens, spread evenly over a text, as [count, length]."""
     if len(ids) < count * length:
-        raise UserError(f"the text has {len(ids)} tokens, {count} passages of {length} need more")
+        problem = f"the text has {len(ids)} tokens, {count} passages of {length} need more"
+        raise UserError(f"{problem}; give longer text, or fewer or shorter passages")
     starts = [i * (len(ids) - length) // max(1, count - 1) for i in range(count)]
     return torch.tensor([ids[s : s + length] for s in starts])
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.command import UserError
-from support.huggingface.checkpoint import load_model, read_config, read_json
+from support.huggingface.checkpoint import find_checkpoint, load_model, read_config, read_json
 from tests import helpers
 from tests.helpers import save_checkpoint, tiny_model, tiny_tokens
 
@@ -508,3 +508,45 @@ def test_an_index_names_files_beside_it(tiny, kind, index, words):
     (tiny / f"{kind}.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=words):
         load_model(tiny)
+
+
+# --------------------------------------------------------------------- names of folders and the hub
+
+
+def test_a_cached_model_beside_a_folder_of_the_organisation(tmp_path, monkeypatch):
+    """It was refused with the advice to give a name such as org/name, which it was."""
+    from huggingface_hub import constants
+
+    saved = tmp_path / "hub" / "models--org--name"
+    snapshot = save_checkpoint(tiny_model(), saved / "snapshots" / ("0" * 40))
+    (saved / "refs").mkdir()
+    (saved / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    assert find_checkpoint("org/name") == snapshot
+    (tmp_path / "org" / "name").mkdir()
+    assert str(find_checkpoint("org/name")) == "org/name"
+
+
+def test_a_missing_path_that_looks_like_a_hub_name_is_not_asked_for(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def fetch(name, allow_patterns, local_files_only):
+        assert local_files_only
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    with pytest.raises(UserError, match="correct the path, or start in another folder$"):
+        find_checkpoint("org/name")
+
+
+@pytest.mark.parametrize("path", ["./name", "../name", "/name", "org/", "name", "a/b/c"])
+def test_no_hub_is_asked_for_what_is_a_path(monkeypatch, path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with pytest.raises(UserError, match="give one, or a hub name such as org/name$"):
+        find_checkpoint(path)

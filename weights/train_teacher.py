@@ -14,6 +14,8 @@ Sources:
     [2] Jordan et al., "Muon", 2024: the optimizer of the hidden matrices, torch.optim.Muon
 """
 
+import support.interrupt  # isort: skip # noqa: F401
+
 import argparse
 import json
 import math

@@ -239,19 +239,24 @@ def find_checkpoint(path: str | Path) -> Path:
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long to be one
         return Path(path)
     parts = str(path).split("/")
-    # `weights/x` looks like a hub name: a first part that is a folder here means a missing path.
-    if len(parts) != 2 or not all(parts) or os.path.exists(parts[0]):
+    if len(parts) != 2 or parts[0] in ("", ".", "..") or not parts[1]:
         raise UserError(f"no folder {path}; give one, or a hub name such as org/name")
+    # `weights/x` looks like a hub name, but where there is a folder `weights` it is a missing path,
+    # or a repository that the hub gave before.
+    options = {"local_files_only": True} if os.path.lexists(parts[0]) else {}
     from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
 
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
             patterns = ["*.json", "*.jinja", "tokenizer.model", weights]
-            folder = Path(snapshot_download(str(path), allow_patterns=patterns))
+            folder = Path(snapshot_download(str(path), allow_patterns=patterns, **options))
             if any(folder.glob(weights)):
                 break
     except Exception as error:  # the hub client raises many kinds, all of which mean the same here
         problem = f"the hub did not give that repository: {first_line(error)}"
+        if options:
+            problem = f"none that the hub gave before. It is not asked, for {parts[0]} is here; "
+            problem += "correct the path, or start in another folder"
         raise UserError(f"no folder {path}, and {problem}") from None
     return folder
 
