@@ -539,7 +539,7 @@ def test_a_missing_path_that_looks_like_a_hub_name_is_not_asked_for(tmp_path, mo
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()
-    with pytest.raises(UserError, match="correct the path, or start in another folder$"):
+    with pytest.raises(UserError, match=r"correct the path, or start in another folder$"):
         find_checkpoint("org/name")
 
 
@@ -548,5 +548,5 @@ def test_no_hub_is_asked_for_what_is_a_path(monkeypatch, path):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    with pytest.raises(UserError, match="give one, or a hub name such as org/name$"):
+    with pytest.raises(UserError, match=r"give one, or a hub name such as org/name$"):
         find_checkpoint(path)
