@@ -1,19 +1,18 @@
-"""What tests share: tiny random models, on disk and in memory, a naive forward pass, strategies."""
+"""What tests share: tiny random models, on disk and in memory, and a naive forward pass."""
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quant
 from beyond.segments import FastCache
-from cskv import BiBranchCache, Factors, calibrate, init_factors
+from cskv import Factors, calibrate, init_factors
 from model import Config, Transformer
 from support.command import run_command
 
@@ -83,6 +82,10 @@ def save_checkpoint(model: Transformer, folder: Path, **config_changes) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def write_text(path):
+    path.write_text(" ".join(f"t{i * i % 61}" for i in range(400)))
 
 
 # ------------------------------------------------------------- the same computations, naively
@@ -186,25 +189,6 @@ class OneToken(FastCache):
     segments = ((1, 0),)
 
 
-quick = settings(max_examples=25, deadline=None, derandomize=True)
-
-shapes = st.fixed_dictionaries(
-    {
-        "num_attention_heads": st.sampled_from([4]),
-        "num_key_value_heads": st.sampled_from([1, 2, 4]),
-        "attention_bias": st.booleans(),
-        "sliding_window": st.sampled_from([None, None, 3, 9]),
-    }
-)
-
-lengths = st.integers(1, 24)
-windows = st.integers(1, 30)
-sinks = st.sampled_from([0, 1, 4])
-kinds = st.sampled_from([BiBranchCache, OneToken])
-bits = st.sampled_from([2, 3, 4, 8])
-groups = st.sampled_from([None, 32, 64])  # of latents; see LowRank
-
-
 def make_factors(model, k_rank, v_rank, init="optimal", seed=0):
     """Factors from statistics of random tokens, with the ranks varied from layer to layer."""
     statistics = calibrate(model, [tiny_tokens(model, 2, 40, seed)])
@@ -212,6 +196,17 @@ def make_factors(model, k_rank, v_rank, init="optimal", seed=0):
     k_ranks = [max(1, min(most, k_rank + i)) for i in range(n)]
     v_ranks = [max(1, min(most, v_rank - i)) for i in range(n)]
     return init_factors(init, model, k_ranks, v_ranks, statistics)
+
+
+def in_bits(factors, k_bits, v_bits, group=None, clamped=False):
+    """Factors for latents of so many bits, in groups as in KIVI or of so many tokens."""
+    factors = factors.in_bits(k_bits, v_bits, clamped)
+    return factors.map(lambda pair: replace(pair, group=group))
+
+
+def assert_same_factors(ours, theirs):
+    for a, b in zip(ours.pairs, theirs.pairs, strict=True):
+        assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
 
 
 def decode_all(model, tokens, prompt, cache):
@@ -222,7 +217,9 @@ def decode_all(model, tokens, prompt, cache):
 
 def dequantized(c, quantized, b, dim, clamped=False, group=32):
     """What a cache reads back of the latents c [B, T, r]: the first `quantized` tokens in b bits,
-    the others in 16, as the cache first gets them all."""
+    the others in 16, as the cache first gets them all; but 32 bits are as they are."""
+    if b == 32:
+        return c
     c = c.half().float()
     if b == 16 or not quantized:
         return c
@@ -257,8 +254,15 @@ def call(module, capsys, *arguments):
     return code, out, err
 
 
-def arguments(setup, out, *more):
-    base = ["--model", setup / "model", "--data", setup / "text.jsonl", "--out", out]
+def written(*folders):
+    """All that is below some folders, and when each file was written."""
+    paths = [path for folder in folders for path in folder.rglob("*")]
+    return {path: path.is_dir() or path.stat().st_mtime_ns for path in paths}
+
+
+def arguments(everything, out, *more):
+    """A whole command line of train.py."""
+    base = ["--model", everything / "model", "--data", everything / "text.jsonl", "--out", out]
     base += ["--init", "svd", "--k-ratio", 0.5, "--v-ratio", 0.67, "--lr", 1e-2]  # ranks 6 and 4
     return [str(a) for a in (*base, *more)]
 
