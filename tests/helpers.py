@@ -215,6 +215,22 @@ def decode_all(model, tokens, prompt, cache):
     return torch.cat([model(step, cache) for step in steps], dim=1)
 
 
+def layer_inputs(model, tokens):
+    """(x, k, v) [B, T, ...] of every layer, before RoPE and without biases, in float64, from the
+    model's own modules."""
+    layers, inputs = model.model.layers, []
+    norms = [layer.input_layernorm for layer in layers]
+    hooks = [n.register_forward_hook(lambda m, a, out: inputs.append(out.double())) for n in norms]
+    model(tokens)
+    for hook in hooks:
+        hook.remove()
+    result = []
+    for x, attention in zip(inputs, (layer.self_attn for layer in layers), strict=True):
+        k, v = (p.weight.detach().double() for p in (attention.k_proj, attention.v_proj))
+        result.append((x, x @ k.T, x @ v.T))
+    return result
+
+
 def dequantized(c, quantized, b, dim, clamped=False, group=32):
     """What a cache reads back of the latents c [B, T, r]: the first `quantized` tokens in b bits,
     the others in 16, as the cache first gets them all; but 32 bits are as they are."""
