@@ -48,15 +48,18 @@ def brief(monkeypatch):
 @pytest.fixture
 def refused(everything, tmp_path, capsys):
     """Runs a command line that must be refused: exit code 2, one line of error behind its `notes`,
-    nothing else said and no file written or changed. Returns that line."""
+    nothing else said, no file changed, and none written but those `left` by design. Returns that
+    line."""
 
-    def run(module, *arguments, notes=False):
+    def run(module, *arguments, notes=False, left=()):
         before = helpers.written(everything, tmp_path)
         code, out, err = helpers.call(module, capsys, *arguments)
         *said, error = err.splitlines()
         assert (code, out) == (2, "") and error.startswith("error: "), err
         assert "Traceback" not in err and (notes or not said), err
-        assert helpers.written(everything, tmp_path) == before
+        after = helpers.written(everything, tmp_path)
+        assert {path.name for path in after.keys() - before.keys()} == set(left)
+        assert before.items() <= after.items()
         return error
 
     return run
