@@ -16,6 +16,7 @@ from cskv import Factors, calibrate, init_factors
 from model import Config, Transformer
 from support.command import run_command
 
+LINEAR = {"rope_type": "linear", "factor": 8.0}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

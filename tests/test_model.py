@@ -12,18 +12,10 @@ import infer
 from model import full_cache
 from support.command import UserError
 from support.huggingface.checkpoint import load_model, read_config
+from tests import helpers
 from tests.drawn import quick, steps
-from tests.helpers import (
-    LLAMA3,
-    decode_all,
-    naive_forward,
-    save_checkpoint,
-    tiny_config,
-    tiny_model,
-    tiny_tokens,
-)
+from tests.helpers import LINEAR, LLAMA3, decode_all, save_checkpoint, tiny_model, tiny_tokens
 
-LINEAR = {"rope_type": "linear", "factor": 8.0}
 VARIANTS = {
     "multi-head": {"num_key_value_heads": 4},
     "grouped-query": {"num_key_value_heads": 2},
@@ -43,7 +35,7 @@ def test_logits_equal_a_naive_computation(variant):
     model = tiny_model(**VARIANTS[variant])
     tokens = tiny_tokens(model, 2, 23)
     for sequence, logits in zip(tokens, model(tokens), strict=True):
-        expected = naive_forward(model, sequence)
+        expected = helpers.naive_forward(model, sequence)
         torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -76,8 +68,8 @@ def test_context_length_and_shapes_are_checked():
             model(wrong)
     with pytest.raises(ValueError, match="1 caches for 2 layers"):
         model(tiny_tokens(model, 1, 2), full_cache(model)[:1])
-    assert tiny_config(rope_scaling=LINEAR).context_length == 600 * 8
-    assert tiny_config(rope_scaling=LLAMA3).context_length == 600
+    assert helpers.tiny_config(rope_scaling=LINEAR).context_length == 600 * 8
+    assert helpers.tiny_config(rope_scaling=LLAMA3).context_length == 600
 
 
 # ----------------------------------------------------------------------------- our own checkpoints

@@ -4,16 +4,15 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import quant
 from quant import BITS, CHANNELS, GROUP, TOKENS, Grouping, Packed, fake_quantize, quantize
+from tests.drawn import bits, quick
 
 CLAMPED = Grouping(TOKENS, clamped=True)
 
-quick = settings(max_examples=40, deadline=None, derandomize=True)
-bits = st.sampled_from(BITS)
 dims = st.sampled_from([TOKENS, CHANNELS])
 sizes = st.integers(1, 80)
 groups = st.sampled_from([GROUP, 2 * GROUP])
