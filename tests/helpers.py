@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import quant
 from beyond.segments import FastCache
 from cskv import Factors, calibrate, init_factors
 from model import Config, Transformer
@@ -69,11 +68,9 @@ def save_checkpoint(model: Transformer, folder: Path, **config_changes) -> Path:
 
     c = model.config
     folder.mkdir(parents=True, exist_ok=True)
-    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    fields += ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
-    fields += ("rope_theta", "max_position_embeddings", "tie_word_embeddings", "attention_bias")
-    config = {"model_type": "llama", **{name: getattr(c, name) for name in fields}}
-    (folder / "config.json").write_text(json.dumps({**config, **config_changes}))
+    config = {**vars(c), "model_type": "llama", **config_changes}
+    config["eos_token_id"] = config.get("eos_token_id", list(config.pop("eos_token_ids")) or None)
+    (folder / "config.json").write_text(json.dumps(config))
     weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
     if not c.tie_word_embeddings:
         weights["lm_head.weight"] = model.lm_head.weight
@@ -230,18 +227,6 @@ def layer_inputs(model, tokens):
         k, v = (p.weight.detach().double() for p in (attention.k_proj, attention.v_proj))
         result.append((x, x @ k.T, x @ v.T))
     return result
-
-
-def dequantized(c, quantized, b, dim, clamped=False, group=32):
-    """What a cache reads back of the latents c [B, T, r]: the first `quantized` tokens in b bits,
-    the others in 16, as the cache first gets them all; but 32 bits are as they are."""
-    if b == 32:
-        return c
-    c = c.half().float()
-    if b == 16 or not quantized:
-        return c
-    few = quant.fake_quantize(c[:, :quantized], b, quant.Grouping(dim, group, clamped))
-    return torch.cat([few, c[:, quantized:]], 1)
 
 
 class LargestTensor(TorchDispatchMode):

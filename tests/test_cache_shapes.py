@@ -11,7 +11,6 @@ from cskv import BiBranchCache, LayerFactors, LowRank, bi_branch_cache, init_fac
 from experiments.baselines import KiviCache
 from infer import nominal_ratio
 from model import Attention, FullCache, Rope, full_cache
-from tests import helpers
 from tests.drawn import bits, groups, kinds, quick, shapes, sinks, windows
 from tests.helpers import decode_all, in_bits, make_factors, tiny_config, tiny_model, tiny_tokens
 
@@ -95,27 +94,6 @@ def test_growing_copies_rarely():
             places.add(tuple(t.data_ptr() for t in cache[0].tensors()))
             assert all(t.shape[-2] <= cache[0].length + 255 for t in cache[0].tensors())
         assert len(places) <= 2
-
-
-@quick
-@given(st.integers(1, 150), st.integers(0, 70), windows, st.integers(1, 40), bits, st.data())
-def test_packed_latents_are_whole_groups_older_than_the_window(T, steps, window, rank, b, data):
-    """Wherever it is read, a token's latent is what fake quantization makes of it once its group
-    has left the window, and what 16 bits make of it before."""
-    c = torch.randn(2, T + steps, rank, generator=torch.Generator().manual_seed(T)) + 2
-    dim = data.draw(st.sampled_from([quant.TOKENS, quant.CHANNELS]))
-    group = data.draw(st.sampled_from([32, 64]))
-    latents = quant.Packed(b, quant.Grouping(dim, group), window, dtype=torch.float16)
-    latents.append(c[:, :T])
-    for t in range(T, T + steps):
-        latents.append(c[:, t : t + 1])
-    packed = max(0, T + steps - window) // group * group
-    expected = helpers.dequantized(c, packed, b, dim, group=group)
-    assert latents.length == T + steps and latents.packed == packed
-    start = data.draw(st.integers(0, T + steps - 1))
-    stop = data.draw(st.integers(start + 1, T + steps))
-    assert torch.equal(latents.read(start, stop).float(), expected[:, start:stop])
-    assert latents.waiting.untyped_storage().nbytes() == latents.waiting.numel() * 2
 
 
 @quick

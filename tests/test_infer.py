@@ -93,20 +93,18 @@ def test_greedy_tokens_equal_recomputing_everything(everything, answer):
 
 
 def test_text_goes_to_stdout_and_notes_to_stderr(everything, answer, capsys):
+    """And comparing answers twice."""
+    text = answer()["text"]
     code, out, err = call(infer, capsys, *arguments(everything))
-    assert code == 0 and out == answer()["text"] + "\n"
-    assert "measured ratio" in err
-
-
-def test_compare_answers_twice(everything, answer, capsys):
+    assert code == 0 and out == text + "\n" and "measured ratio" in err
     _, out, _ = call(infer, capsys, *arguments(everything, "--compare"))
     assert out.startswith("--- full cache, 10 tokens of prompt")
-    assert f"--- cskv cache, 10 tokens of prompt\n{answer()['text']}\n\n" in out
+    assert f"--- cskv cache, 10 tokens of prompt\n{text}\n\n" in out
     for line in out.splitlines():  # the full cache, in float32 here, has none
         assert "ratio" not in line or line.count("%") == 1
     both, full = answer("--compare"), answer("--cache", "full")
     assert both["full"]["tokens"] == full["tokens"]
-    assert both["full"]["cache_bytes"] == 2 * full["full_cache_bytes"]  # it runs in float32 here
+    assert both["full"]["cache_bytes"] == 2 * full["full_cache_bytes"]
 
 
 def test_the_fast_cache_is_the_default(answer, monkeypatch):
@@ -151,13 +149,12 @@ def test_top_p_is_the_smallest_set_that_reaches_p():
     assert 0.5 < drawn.count(1) / 300 < 0.75  # 0.5 / 0.8
 
 
-def test_generation_stops_at_the_end_of_text(answer, tmp_path):
+def test_generation_stops_at_the_end_of_text_or_of_the_context(
+    everything, answer, tmp_path, capsys
+):
     ids = answer()["tokens"]
     save_checkpoint(tiny_model(), tmp_path, eos_token_id=[ids[4], 60])
     assert answer("--model", tmp_path)["tokens"] == ids[: ids.index(ids[4])]
-
-
-def test_new_tokens_end_with_the_context(everything, capsys):
     args = arguments(everything, "--json", "--prompt", " ".join(["t1"] * 597))
     code, out, err = call(infer, capsys, *args)
     assert code == 0 and len(json.loads(out)["tokens"]) == 3
@@ -187,6 +184,8 @@ MISTAKES = {
     "unknown device": (["--device", "abacus"], "no device 'abacus'"),
     "chat": (["--chat"], "no chat template"),
 }
+if not torch.cuda.is_available():
+    MISTAKES["no GPU"] = (["--device", "cuda"], "no device 'cuda'")
 EMBEDDED = {  # nothing is said or answered before everything has been checked
     "no prompt": (["--prompt", ""], "prompt is empty"),
     "no factors file": (["--factors", "none.safetensors"], "no factors file"),
@@ -214,11 +213,6 @@ def test_missing_arguments(everything, refused):
     model = ["--model", everything / "model"]
     assert "needs --factors" in refused(infer, *model, "--prompt", "t1")
     assert "no prompt" in refused(infer, *model, "--cache", "full")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_no_gpu(everything, refused):
-    assert "no device 'cuda'" in refused(infer, *arguments(everything, "--device", "cuda"))
 
 
 def test_wrong_factors_are_one_line(everything, refused, tmp_path):

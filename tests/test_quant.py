@@ -16,6 +16,7 @@ CLAMPED = Grouping(TOKENS, clamped=True)
 dims = st.sampled_from([TOKENS, CHANNELS])
 sizes = st.integers(1, 80)
 groups = st.sampled_from([GROUP, 2 * GROUP])
+residuals = st.sampled_from([0, 1, 4, 50])
 
 
 @st.composite
@@ -84,28 +85,34 @@ def test_pack_by_hand():
 
 
 @quick
-@given(inputs(st.integers(1, 4).map(lambda g: g * 2 * GROUP)), bits, dims, groups, st.data())
-def test_packed_storage_returns_what_fake_quantization_returned(x, bits, dim, group, data):
-    """Bit for bit, whole or in pieces, however it was filled; and it costs what it should."""
-    clamped = data.draw(st.booleans())
-    first = data.draw(st.integers(1, x.shape[1] // group)) * group
-    storage = Packed(bits, Grouping(dim, group, clamped), 0, data.draw(st.integers(0, 300)))
-    storage.append(x[:, :first])
-    for start in range(first, x.shape[1], group):
-        storage.append(x[:, start : start + group])
-    assert storage.length == storage.packed == x.shape[1]
-    stored = fake_quantize(x, bits, Grouping(dim, group, clamped))
-    start = data.draw(st.integers(0, x.shape[1] - 1))
-    stop = data.draw(st.integers(start + 1, x.shape[1]))
-    assert torch.equal(storage.read(start, stop), stored[:, start:stop])
+@given(inputs(st.integers(1, 200)), bits, dims, groups, st.booleans(), residuals, st.data())
+def test_packed_storage_returns_what_fake_quantization_returned(
+    x, bits, dim, group, clamped, residual, data
+):
+    """Bit for bit, whole or in pieces, however it was filled, of whole groups older than the
+    residual; of younger tokens what 16 bits make of them. And it costs what it should."""
+    grouping, (B, T, C) = Grouping(dim, group, clamped), x.shape
+    storage = Packed(bits, grouping, residual, data.draw(st.integers(0, 300)), torch.float16)
+    for part in x.split(data.draw(st.integers(1, T)), 1):
+        storage.append(part)
+    packed = max(0, T - residual) // group * group
+    assert storage.length == T and storage.packed == packed
+    stored = x.half().float()
+    if packed:
+        stored[:, :packed] = fake_quantize(stored[:, :packed], bits, grouping)
+    start = data.draw(st.integers(0, T - 1))
+    stop = data.draw(st.integers(start + 1, T))
+    assert torch.equal(storage.read(start, stop).float(), stored[:, start:stop])
 
-    exact = Packed(bits, Grouping(dim, group), expected=x.shape[1])
+    exact = Packed(bits, grouping, residual, T, torch.float16)
     exact.append(x)
-    nbytes = sum(t.numel() * t.element_size() for t in exact.tensors())
-    shared = sum(1 for _ in naive_groups(x, dim, group)) * 2 * 16
-    assert 8 * nbytes == bits * x.numel() + shared
-    per_element = quant.bits_per_element(bits, group, x.shape[dim])
-    assert 8 * nbytes == pytest.approx(per_element * x.numel())
+    nbytes = sum(t.untyped_storage().nbytes() for t in exact.tensors())
+    shared = sum(1 for _ in naive_groups(x[:, :packed], dim, group)) * 2 * 16
+    waiting = B * (T - packed) * C * 16
+    assert 8 * nbytes == bits * B * packed * C + shared + waiting
+    if packed:
+        per_element = quant.bits_per_element(bits, group, (B, packed, C)[dim])
+        assert bits * B * packed * C + shared == pytest.approx(per_element * B * packed * C)
 
 
 def test_bits_per_element():

@@ -100,17 +100,15 @@ def test_resume_of_nothing_and_of_a_finished_training(tmp_path, trained, monkeyp
     assert before != written(tmp_path)
 
 
-OTHERS = {"lr": 1e-3, "k-bits": 8, "v-ratio": 0.75, "samples": 9, "init": "asvd", "seed": 1}
-OTHERS |= {"batch-size": 2, "epochs": 2}
-
-
 def test_resume_with_other_arguments_is_refused(interrupted, everything, tmp_path, refused, capsys):
     _, args = interrupted(3)
     text = (everything / "text.jsonl").read_text()
     (tmp_path / "text.jsonl").write_text(text.replace("t1 ", "t2 "))
     save_checkpoint(tiny_model(seed=1), tmp_path / "model")
-    files = {"data": tmp_path / "text.jsonl", "model": tmp_path / "model"}
-    for name, value in (OTHERS | files).items():
+    others = {"lr": 1e-3, "k-bits": 8, "v-ratio": 0.75, "samples": 9, "init": "asvd", "seed": 1}
+    others |= {"batch-size": 2, "epochs": 2}
+    others |= {"data": tmp_path / "text.jsonl", "model": tmp_path / "model"}
+    for name, value in others.items():
         error = refused(train, *args, f"--{name}", value, notes=True)
         assert f"was made with another --{name};" in error
     assert call(train, capsys, *args, "--checkpoint-every", 9)[0] == 0  # no matter

@@ -167,12 +167,12 @@ def test_packed_latents_give_what_unpacked_ones_of_the_same_codes_do(b, group, n
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 
 
-def cache_of(config, n, rank=3, kind=FastCache, before=0):
+def cache_of(config, n, rank=3, before=0):
     """A cache whose latents are random, behind `before` tokens of zeros; and q, k, v."""
     generator = torch.Generator().manual_seed(0)
     B = torch.randn(rank, config.d_kv, generator=generator) / math.sqrt(rank)
     pair = LowRank(torch.zeros(config.hidden_size, rank), B, bits=32)
-    cache = kind(Attention(config), LayerFactors(pair, pair), 1)
+    cache = FastCache(Attention(config), LayerFactors(pair, pair), 1)
     c = torch.randn(2, 1, n, rank, generator=generator)
     for latents, own in zip((cache.c_k, cache.c_v), c, strict=True):
         latents.append(torch.cat([torch.zeros(1, before, rank), own], 1))
@@ -280,14 +280,3 @@ def test_segments_are_read_as_they_are_written(text):
     for wrong in ("", "0", "16:512,100", "a:b", "128:5,16"):
         with pytest.raises(ValueError):
             parse_segments(wrong)
-
-
-def test_segments_of_one_token_hold_the_same_bytes():
-    model = tiny_model()
-    factors, tokens = make_factors(model, 3, 3), tiny_tokens(model, 1, 40)
-    held = []
-    for kind in (helpers.OneToken, FastCache):
-        cache = bi_branch_cache(model, factors, 4, kind=kind)
-        model(tokens, cache)
-        held.append([layer.nbytes() for layer in cache])
-    assert held[0] == held[1]

@@ -32,6 +32,7 @@ texts = st.lists(st.integers(2, 40), min_size=1, max_size=3)
 inits = st.sampled_from(INITIALIZATIONS)
 ROUNDED = [("svd", 4, False), ("optimal", 2, False), ("optimal", 2, True)]
 ranks = st.integers(1, 12)
+starts = st.sampled_from(["svd", "random"])
 
 
 @pytest.fixture(scope="module")
@@ -84,65 +85,39 @@ def gradients():
 
 
 @quick
-@given(ranks, ranks, st.booleans(), st.sampled_from(["svd", "random"]))
-def test_gradients_equal_the_formula_in_float64(k_rank, v_rank, bias, init):
-    """For L = |E|^2 / n with E = K - x A B: dL/dB = -2/n (x A)^T E and dL/dA = -2/n x^T E B^T.
+@given(ranks, ranks, bits_or_16, bits_or_16, st.booleans(), sinks, groups, starts)
+def test_losses_and_gradients_equal_the_formula_in_float64(
+    model, samples, k_rank, v_rank, k_bits, v_bits, clamped, sinks, group, init
+):
+    """For L = |E|^2 / n with E = K - c B: dL/dB = -2/n c^T E and dL/dA = -2/n x^T E B^T.
 
-    n counts the elements of the whole batch, so that its loss is a mean over all its tokens.
+    The latents c = x A are behind the sinks, rounded in few bits: those of keys in groups of 32
+    tokens, of values in groups of 32 channels; or both in groups of tokens. Rounding is passed
+    straight through to A. n counts the elements of the whole batch, so that its loss is a mean over
+    all its tokens.
     """
-    model = tiny_model(attention_bias=bias)
-    samples = make_samples(model)
-    tuner = train.Tuner(make_factors(model, samples, init, k_rank, v_rank), steps=1)
-    loss = train.run_layers(model, samples, [tuner], train=True)[0]
-    n = sum(LENGTHS) * model.config.d_kv
+    factors = make_factors(model, samples, init, k_rank, v_rank)
+    tuner = train.Tuner(helpers.in_bits(factors, k_bits, v_bits, group, clamped), steps=1)
+    loss = train.run_layers(model, samples, [tuner], train=True, sinks=sinks)[0]
+    n = sum(max(0, length - sinks) for length in LENGTHS) * model.config.d_kv
     expected = torch.zeros(2, dtype=torch.float64)
-    grads = [[0, 0] for _ in tuner.factors.pairs]
+    grads = [[0, 0] for _ in factors.pairs]
     for j, pair, x, y in sides(model, samples, tuner.factors):
-        A, B = pair.A.detach().double(), pair.B.detach().double()
-        E = y - x @ A @ B
-        expected[j // 2] += E.square().sum() / n
-        grads[j][0] += -2 / n * x.T @ E @ B.T
-        grads[j][1] += -2 / n * (x @ A).T @ E
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-9)
-    for pair, (dA, dB) in zip(tuner.factors.pairs, grads, strict=True):
-        torch.testing.assert_close(pair.A.grad.double(), dA, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(pair.B.grad.double(), dB, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("bits", [16, 4])
-def test_gradients_equal_finite_differences(model, samples, bits):
-    """In every direction of B: rounding happens before it, so the loss is smooth in it."""
-    tuner = train.Tuner(make_factors(model, samples).in_bits(bits, bits), 1)
-    train.run_layers(model, samples, [tuner], train=True)
-    for pair in tuner.factors.pairs:
-        direction = torch.randn(pair.B.shape, generator=torch.Generator().manual_seed(0))
-        ends, B = [], pair.B.detach().clone()
-        for sign in (1, -1):
-            pair.B.data = B + sign * 0.01 * direction
-            ends.append(train.run_layers(model, samples, [tuner]).sum().item())
-        pair.B.data = B
-        slope = (ends[0] - ends[1]) / 0.02  # exact for a quadratic
-        assert (pair.B.grad * direction).sum().item() == pytest.approx(slope, rel=2e-3, abs=1e-5)
-
-
-@quick
-@given(bits_or_16, bits_or_16, st.booleans(), sinks, groups)
-def test_quantized_loss_equals_a_naive_one(model, samples, k_bits, v_bits, clamped, sinks, group):
-    """Keys in groups of 32 tokens behind the sinks, values in groups of 32 channels; or both in
-    groups of tokens."""
-    factors = helpers.in_bits(make_factors(model, samples), k_bits, v_bits, group, clamped)
-    tuner = train.Tuner(factors, 1, 1e-3)
-    ours = train.run_layers(model, samples, [tuner], sinks=sinks)[0]
-    expected = torch.zeros(2, dtype=torch.float64)
-    for j, pair, x, y in sides(model, samples, factors):
-        c, y = x[sinks:].float() @ pair.A, y[sinks:]
+        A, B, x, y = pair.A.detach(), pair.B.detach().double(), x[sinks:], y[sinks:]
+        c = x.float() @ A
         if len(c) and pair.bits < 16:  # else a sample of sinks alone
             dim = quant.TOKENS if group or j % 2 == 0 else quant.CHANNELS
             grouping = quant.Grouping(dim, group or 32, clamped)
             c = quant.dequantize(quant.quantize(c, pair.bits, grouping), grouping)
-        expected[j // 2] += (y - c.double() @ pair.B.double()).square().sum() / 12
-    tokens = sum(max(0, length - sinks) for length in LENGTHS)
-    torch.testing.assert_close(ours, expected / tokens, rtol=1e-5, atol=1e-9)
+        E = y - c.double() @ B
+        expected[j // 2] += E.square().sum() / n
+        grads[j][0] += -2 / n * x.T @ E @ B.T
+        grads[j][1] += -2 / n * c.double().T @ E
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-9)
+    for pair, (dA, dB) in zip(tuner.factors.pairs, grads, strict=True):
+        torch.testing.assert_close(pair.B.grad.double(), dB, rtol=1e-3, atol=1e-5)
+        if not clamped:  # else some latents are beyond the levels, and have no gradient
+            torch.testing.assert_close(pair.A.grad.double(), dA, rtol=1e-3, atol=1e-5)
 
 
 def test_only_the_factors_change():
@@ -447,11 +422,6 @@ def test_divergence_stops_and_names_step_and_layer(
     error = refused(train, *args, notes=True)  # nor a checkpoint, to go on from into the same
     assert error.startswith("error: step 3, layer 1: ")
     assert "start anew with a lower --lr" in error
-
-
-def test_a_learning_rate_that_is_too_large_stops(everything, tmp_path, refused):
-    args = arguments(everything, tmp_path / "f", "--lr", 1e6)
-    assert "the loss diverges" in refused(train, *args, notes=True)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
