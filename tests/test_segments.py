@@ -167,6 +167,13 @@ def test_packed_latents_give_what_unpacked_ones_of_the_same_codes_do(b, group, n
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 
 
+def test_a_long_sum_is_that_of_its_parts():
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(2, 3, 2500, generator=generator)
+    c = torch.randn(2, 2500, 7, generator=generator)
+    torch.testing.assert_close(segments.sum_of_parts(p, c), p @ c, atol=1e-3, rtol=1e-4)
+
+
 def cache_of(config, n, rank=3, before=0):
     """A cache whose latents are random, behind `before` tokens of zeros; and q, k, v."""
     generator = torch.Generator().manual_seed(0)
