@@ -83,14 +83,14 @@ def test_the_gpu_computes_what_the_cpu_does(kind):
 @pytest.mark.parametrize("bits", quant.BITS)
 def test_packed_bytes_are_those_of_the_cpu(bits):
     x = torch.randn(2, 70, 12, generator=torch.Generator().manual_seed(0))
-    held = []
+    grouping, sizes, numbers = quant.Grouping(quant.TOKENS), [], []
     for device in ("cpu", "cuda"):
-        packed = quant.Packed(bits, quant.Grouping(quant.TOKENS), residual=4, expected=100)
+        packed = quant.Packed(bits, grouping, residual=4, expected=100)
         packed.append(x.to(device))
-        held.append(packed)
-    sizes = [[t.untyped_storage().nbytes() for t in packed.tensors()] for packed in held]
+        sizes.append([t.untyped_storage().nbytes() for t in packed.tensors()])
+        numbers.append(packed.read(0, 70).cpu())
     assert sizes[0] == sizes[1]
-    torch.testing.assert_close(held[0].read(0, 70), held[1].read(0, 70).cpu())
+    torch.testing.assert_close(*numbers)
 
 
 @gpu

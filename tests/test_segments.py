@@ -1,5 +1,6 @@
 """The fast cache: segments, their damping, and its numbers against a loop in float64."""
 
+import itertools
 import math
 
 import pytest
@@ -78,43 +79,38 @@ def test_each_token_is_in_one_segment(start, n, schedule):
 
 def naive_attend(config, cache, q, k, v, first, old, schedule):
     """`attend` for q, k before rotation: each old key is rebuilt, turned to the middle of its
-    segment, and its pairs damped; one head, one token after the other, in float64.
+    segment, and its pairs damped; one head after the other, in float64.
 
     q [B, H, 1, D] stands at `cache.length` - 1; k, v [B, H_kv, n, D] are the full branch with their
     positions: k is rotated already, as in `attend`.
     """
-    S, t, D = cache.sinks, cache.length - 1, q.shape[3]
-    w = helpers.naive_frequencies(config)
-    one = torch.ones_like(w)
-    place = {}
+    S, D, w = cache.sinks, q.shape[3], helpers.naive_frequencies(config)
+
+    def turn(distance):
+        return torch.polar(torch.ones_like(w), distance * w)
+
+    turns = torch.zeros(old - first, D // 2, dtype=torch.complex128)
     for span in cut(first - S, old - S, schedule):
-        for i in range(span.count):
-            at = span.start + i * span.length
-            for token in range(at, at + span.length):
-                place[token] = (S + at + (span.length - 1) / 2, span.length)
-    c_k, c_v = (c.read(0, old - S).double() for c in (cache.c_k, cache.c_v))
-    biases = cache.k_bias, cache.v_bias
+        for token in range(max(first - S, span.start), min(old - S, span.stop)):
+            half = (span.length - 1) / 2
+            middle = token // span.length * span.length + half
+            mean = sum(turn(j - half) for j in range(span.length)) / span.length
+            turns[token - (first - S)] = turn(S + middle) * mean
+
+    def rebuild(latents, B, bias, b, own):
+        y = latents.read(first - S, old - S)[b].double() @ B[:, own].double()
+        return y if bias is None else y + bias[own].double()
+
     out = torch.zeros_like(q, dtype=torch.float64)
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            g = h // (q.shape[1] // k.shape[1])
-            own = slice(g * D, (g + 1) * D)
-            bias_k, bias_v = (0 if bias is None else bias[own].double() for bias in biases)
-            query = torch.complex(*q[b, h, 0].double().split(D // 2)) * torch.polar(one, t * w)
-            scores, values = [], []
-            for token in range(first - S, old - S):
-                middle, L = place[token]
-                mean = sum(torch.polar(one, (j - (L - 1) / 2) * w) for j in range(L)) / L
-                key = c_k[b, token] @ cache.B_k[:, own].double() + bias_k
-                key = torch.complex(*key.split(D // 2)) * torch.polar(one, middle * w) * mean
-                scores.append((query.conj() * key).real.sum())
-                values.append(c_v[b, token] @ cache.B_v[:, own].double() + bias_v)
-            for j in range(k.shape[2]):
-                key = torch.complex(*k[b, g, j].double().split(D // 2))
-                scores.append((query.conj() * key).real.sum())
-                values.append(v[b, g, j].double())
-            p = (torch.stack(scores) / math.sqrt(D)).softmax(0)
-            out[b, h, 0] = p @ torch.stack(values)
+    for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
+        g = h // (q.shape[1] // k.shape[1])
+        own = slice(g * D, (g + 1) * D)
+        query = torch.complex(*q[b, h, 0].double().split(D // 2)) * turn(cache.length - 1)
+        k_hat = rebuild(cache.c_k, cache.B_k, cache.k_bias, b, own)
+        keys = [torch.complex(*y.split(D // 2, 1)) for y in (k_hat, k[b, g].double())]
+        scores = (query.conj() * torch.cat([keys[0] * turns, keys[1]])).real.sum(1)
+        v_hat = rebuild(cache.c_v, cache.B_v, cache.v_bias, b, own)
+        out[b, h, 0] = (scores / math.sqrt(D)).softmax(0) @ torch.cat([v_hat, v[b, g].double()])
     return out
 
 
