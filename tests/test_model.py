@@ -251,9 +251,9 @@ def test_bin_checkpoint(tmp_path, shards):
     theirs.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     weights = {**theirs.state_dict(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    names = (
-        [f"pytorch_model-{i}.bin" for i in range(shards)] if shards > 1 else ["pytorch_model.bin"]
-    )
+    names = ["pytorch_model.bin"]
+    if shards > 1:
+        names = [f"pytorch_model-{i}.bin" for i in range(shards)]
     weight_map = {}
     for i, name in enumerate(names):
         part = dict(list(weights.items())[i::shards])

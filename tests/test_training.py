@@ -30,8 +30,8 @@ ROOT = Path(__file__).parent.parent
 LENGTHS = (40, 9, 2, 33)  # tokens of the samples: whole groups of 32 and parts of them
 texts = st.lists(st.integers(2, 40), min_size=1, max_size=3)
 inits = st.sampled_from(INITIALIZATIONS)
-ROUNDED = [("svd", 4, False), ("optimal", 2, False), ("optimal", 2, True)]
 ranks = st.integers(1, 12)
+ROUNDED = [("svd", 4, False), ("optimal", 2, False), ("optimal", 2, True)]
 starts = st.sampled_from(["svd", "random"])
 
 
@@ -57,6 +57,13 @@ def make_factors(model, samples, init="svd", k_rank=5, v_rank=4):
 def make_bases(model, samples, k_rank=5, v_rank=4):
     factors = make_factors(model, samples, "optimal", k_rank, v_rank)
     return [pair.B.T for pair in factors.pairs]
+
+
+@torch.no_grad()
+def measured(model, samples, factors):
+    """The losses of factors, beside those of the optimum of the same ranks on the same samples."""
+    bases = make_bases(model, samples, *(pair.rank for pair in factors.pairs[:2]))
+    return train.measure(model, train.Tuner(factors, 1), samples, bases)
 
 
 def sides(model, samples, factors):
@@ -246,15 +253,14 @@ def test_floor_and_optimal_equal_naive_ones(model, samples, rank, other_text):
 def test_no_floor_under_fewer_tokens_than_ranks(model, tokens):
     """Where nothing need be lost, the floor is 0, not rounding noise that a loss is 10^9 times."""
     samples = [tiny_tokens(model, 1, tokens)]
-    tuner = train.Tuner(make_factors(model, samples, "svd", 5, 5), 1)
-    floor = train.measure(model, tuner, samples, make_bases(model, samples, 5, 5)).floor
+    floor = measured(model, samples, make_factors(model, samples, "svd", 5, 5)).floor
     assert len(samples[0].unique()) == tokens  # in layer 0 equal tokens are equal rows
     assert (floor > 1e-9).all() if tokens > 5 else (floor == 0).all()
 
 
 def test_optimal_starts_at_the_floor_of_its_own_text(model, samples):
-    tuner = train.Tuner(make_factors(model, samples, "optimal"), 1)
-    table = train.measure(model, tuner, samples, make_bases(model, samples))
+    factors = make_factors(model, samples, "optimal")
+    table, tuner = measured(model, samples, factors), train.Tuner(factors, 1)
     torch.testing.assert_close(table.loss, table.floor, rtol=1e-5, atol=0)
     torch.testing.assert_close(table.optimal, table.floor, rtol=1e-5, atol=0)
     train.run_layers(model, samples, [tuner], train=True)
@@ -262,25 +268,21 @@ def test_optimal_starts_at_the_floor_of_its_own_text(model, samples):
     assert all(p.grad.abs().max() < least for p in tuner.parameters)  # nothing to gain
     for seed in range(20):  # and strictly not below it, though float32 rounds either way
         text = [tiny_tokens(model, 1, 50, seed)]
-        other = train.Tuner(make_factors(model, text, "optimal"), 1)
-        now = train.measure(model, other, text, make_bases(model, text))
+        now = measured(model, text, make_factors(model, text, "optimal"))
         assert (now.loss >= now.floor).all()
 
 
 @pytest.mark.parametrize("init", ["random", "svd"])
 def test_training_approaches_the_floor(model, samples, init):
-    bases = make_bases(model, samples)
     tuner = train.Tuner(make_factors(model, samples, init), 120, 0.1)
-    first = train.measure(model, tuner, samples, bases)
+    first = measured(model, samples, tuner.factors)
     train_all(model, samples, tuner)
-    last = train.measure(model, tuner, samples, bases)
+    last = measured(model, samples, tuner.factors)
     assert first.loss.sum() > 1.3 * first.floor.sum()
     assert last.floor.sum() <= last.loss.sum() < 1.02 * last.floor.sum()
 
 
-@pytest.mark.parametrize(
-    "init, bits, clamped", [("svd", 4, 0), ("optimal", 2, 0), ("optimal", 2, 1)]
-)
+@pytest.mark.parametrize("init, bits, clamped", ROUNDED)
 def test_training_with_rounding_lowers_the_loss(model, init, bits, clamped):
     """In 2 bits even from the optimum without bits, where rounding afterwards leaves one."""
     samples = make_samples(model, (64, 64))
@@ -349,9 +351,7 @@ def test_the_log_says_it_all(everything, tmp_path, trained, exact_files):
     model = load_model(everything / "model")
     samples, final = all_samples(everything, model), load_factors(tmp_path / "f", model)
     begun = make_factors(model, samples, "svd", 6, 4).in_bits(4, 3)
-    bases = make_bases(model, samples, 6, 4)
-    tuners = [train.Tuner(factors, 1, 0) for factors in (begun, final)]
-    first, last = (train.measure(model, tuner, samples, bases) for tuner in tuners)
+    first, last = (measured(model, samples, factors) for factors in (begun, final))
     assert summary["summary"] is True and summary["steps"] == len(rows) == 72
     assert summary["initial"] == total(first.loss) and summary["final"] == total(last.loss)
     assert summary["floor"] == total(last.floor)
@@ -378,8 +378,7 @@ def test_without_steps_nothing_is_trained(everything, tmp_path, trained, capsys,
     assert_same_factors(found, expected)
     assert found.info["init"] == init and found.info["trained"] == "none"
     assert found.info.get("data") == ("text.jsonl" if init in CALIBRATED else None)
-    bases = make_bases(model, samples, 6, 4)
-    table = train.measure(model, train.Tuner(expected, 1, 0), samples, bases)
+    table = measured(model, samples, expected)
     assert row["initial"] == row["final"] == total(table.loss)
     assert row["floor"] == total(table.floor) and row["optimal"] == total(table.optimal)
     args = ["--model", everything / "model", "--factors", tmp_path / "f", "--prompt", "t1 t2"]
