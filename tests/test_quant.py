@@ -90,25 +90,27 @@ def test_packed_storage_returns_what_fake_quantization_returned(
     x, bits, dim, group, clamped, residual, data
 ):
     """Bit for bit, whole or in pieces, however it was filled, of whole groups older than the
-    residual; of younger tokens what 16 bits make of them. And it costs what it should."""
+    residual; of younger tokens what their type makes of them. And it costs what it should."""
     grouping, (B, T, C) = Grouping(dim, group, clamped), x.shape
-    storage = Packed(bits, grouping, residual, data.draw(st.integers(0, 300)), torch.float16)
+    dtype = data.draw(st.sampled_from([torch.float16, torch.float32]))
+    storage = Packed(bits, grouping, residual, data.draw(st.integers(0, 300)), dtype)
     for part in x.split(data.draw(st.integers(1, T)), 1):
         storage.append(part)
     packed = max(0, T - residual) // group * group
     assert storage.length == T and storage.packed == packed
-    stored = x.half().float()
+    stored = x.to(dtype).float()
     if packed:
         stored[:, :packed] = fake_quantize(stored[:, :packed], bits, grouping)
     start = data.draw(st.integers(0, T - 1))
     stop = data.draw(st.integers(start + 1, T))
-    assert torch.equal(storage.read(start, stop).float(), stored[:, start:stop])
+    assert torch.equal(storage.read(start, stop), stored[:, start:stop])
+    assert storage.waiting.untyped_storage().nbytes() == B * (T - packed) * C * dtype.itemsize
 
-    exact = Packed(bits, grouping, residual, T, torch.float16)
+    exact = Packed(bits, grouping, residual, T, dtype)
     exact.append(x)
     nbytes = sum(t.untyped_storage().nbytes() for t in exact.tensors())
     shared = sum(1 for _ in naive_groups(x[:, :packed], dim, group)) * 2 * 16
-    waiting = B * (T - packed) * C * 16
+    waiting = B * (T - packed) * C * 8 * dtype.itemsize
     assert 8 * nbytes == bits * B * packed * C + shared + waiting
     if packed:
         per_element = quant.bits_per_element(bits, group, (B, packed, C)[dim])
