@@ -213,15 +213,8 @@ HF = {
 def hf_model(kind="Llama", **changes):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-    }
+    config = {"hidden_size": 32, "vocab_size": 97, "num_hidden_layers": 3, "intermediate_size": 48}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     config = getattr(transformers, f"{kind}Config")(**{**config, **changes})
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     for parameter in model.parameters():

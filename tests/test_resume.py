@@ -21,34 +21,24 @@ from tests.helpers import arguments, call, rows_of, save_checkpoint, tiny_model,
 ROOT = Path(__file__).parent.parent
 
 
-def interrupt_after(monkeypatch, step, number=signal.SIGINT):
-    """Sends this process one signal, during a step's forward pass: a second one would kill."""
-    real, sent = train.run_layers, []
-
-    def run_layers(model, samples, tuners, *more, **options):
-        hook = model.model.norm.register_forward_pre_hook(lambda *_: interrupt(tuners[0]))
-        try:
-            return real(model, samples, tuners, *more, **options)
-        finally:
-            hook.remove()
-
-    def interrupt(tuner):
-        if tuner.steps_done == step and not sent:
-            sent.append(number)
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(train, "run_layers", run_layers)
-
-
 @pytest.fixture
 def interrupted(everything, tmp_path, capsys, monkeypatch):
-    """Trains into the file `f`, up to a signal in a step. Returns what it said, and the arguments
-    to go on."""
+    """Trains into the file `f`, up to one signal in a step: a second one would kill. Returns what
+    it said, and the arguments to go on."""
+    real = train.run_layers
 
     def run(step, *more, number=signal.SIGINT):
+        sent = []
+
+        def run_layers(model, samples, tuners, *more, **options):
+            if tuners[0].steps_done == step and not sent:
+                sent.append(number)
+                signal.raise_signal(number)
+            return real(model, samples, tuners, *more, **options)
+
         args = arguments(everything, tmp_path / "f", *more)
         with monkeypatch.context() as patch:
-            interrupt_after(patch, step, number)
+            patch.setattr(train, "run_layers", run_layers)
             code, _, err = call(train, capsys, *args)
         assert code == 130 and not (tmp_path / "f").exists()
         return err, [*args, "--resume"]
