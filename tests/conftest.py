@@ -27,7 +27,7 @@ def everything(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     model = helpers.tiny_model()
     helpers.save_checkpoint(model, folder / "model")
-    helpers.write_text(folder / "text.txt")
+    (folder / "text.txt").write_text(" ".join(f"t{i * i % 61}" for i in range(400)))
     draw = random.Random(0)
     words = [[f"t{draw.randrange(61)}" for _ in range(draw.randrange(3, 50))] for _ in range(24)]
     lines = [json.dumps({"text": " ".join(w)}) + "\n" for w in words]

@@ -82,10 +82,6 @@ def save_checkpoint(model: Transformer, folder: Path, **config_changes) -> Path:
     return folder
 
 
-def write_text(path):
-    path.write_text(" ".join(f"t{i * i % 61}" for i in range(400)))
-
-
 # ------------------------------------------------------------- the same computations, naively
 
 
@@ -187,9 +183,9 @@ class OneToken(FastCache):
     segments = ((1, 0),)
 
 
-def make_factors(model, k_rank, v_rank, init="optimal", seed=0):
+def make_factors(model, k_rank, v_rank, init="optimal"):
     """Factors from statistics of random tokens, with the ranks varied from layer to layer."""
-    statistics = calibrate(model, [tiny_tokens(model, 2, 40, seed)])
+    statistics = calibrate(model, [tiny_tokens(model, 2, 40, 0)])
     n, most = len(model.model.layers), model.config.d_kv
     k_ranks = [max(1, min(most, k_rank + i)) for i in range(n)]
     v_ranks = [max(1, min(most, v_rank - i)) for i in range(n)]
@@ -216,17 +212,16 @@ def decode_all(model, tokens, prompt, cache):
 def layer_inputs(model, tokens):
     """(x, k, v) [B, T, ...] of every layer, before RoPE and without biases, in float64, from the
     model's own modules."""
-    layers, inputs = model.model.layers, []
-    norms = [layer.input_layernorm for layer in layers]
-    hooks = [n.register_forward_hook(lambda m, a, out: inputs.append(out.double())) for n in norms]
+    inputs = []
+
+    def keep(attention, args):
+        inputs.append((attention, args[0].double()))
+
+    hooks = [layer.self_attn.register_forward_pre_hook(keep) for layer in model.model.layers]
     model(tokens)
     for hook in hooks:
         hook.remove()
-    result = []
-    for x, attention in zip(inputs, (layer.self_attn for layer in layers), strict=True):
-        k, v = (p.weight.detach().double() for p in (attention.k_proj, attention.v_proj))
-        result.append((x, x @ k.T, x @ v.T))
-    return result
+    return [(x, x @ a.k_proj.weight.T.double(), x @ a.v_proj.weight.T.double()) for a, x in inputs]
 
 
 class LargestTensor(TorchDispatchMode):
