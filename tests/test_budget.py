@@ -279,7 +279,7 @@ def test_an_interrupted_probing_goes_on(
 @pytest.mark.parametrize("init, copies", [("outputs", True), ("attention", False)])
 def test_factors_keep_what_is_asked_for(everything, tmp_path, planned, monkeypatch, init, copies):
     outs, probes = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], []
-    groups_probed = set()
+    probed = []
 
     class Noted(Probe):
         def __init__(self, *args):
@@ -287,15 +287,17 @@ def test_factors_keep_what_is_asked_for(everything, tmp_path, planned, monkeypat
             probes.append((args[1], self.at))
 
         def cost(self, i, pairs):
-            groups_probed.update(pair.group for pair in pairs.values())
+            probed.extend((i, s, p.rank, p.bits, p.group) for s, p in pairs.items())
             return super().cost(i, pairs)
 
     monkeypatch.setattr(budget, "Probe", Noted)
     group = {} if copies else {"group": 0}
     arguments = flags(everything, *outs, init=init, passages=2, probe_len=30, **group)
     planned(*arguments, *["--no-copies"] * (not copies))
-    assert groups_probed == {128 if copies else None}
     model = load_model(everything / "model")
+    ranks = algorithm.probed_ranks(model)
+    every = itertools.product((0, 1), "kv", (2, 3, 4), ranks, [128 if copies else None])
+    assert probed == [(i, s, rank, b, group) for i, s, b, rank, group in every]
     tokenizer = load_tokenizer(everything / "model")
     drawn = text.sample_tokens(everything / "text.txt", tokenizer, 6 + 2, 50, 0, 2)
     *samples, one, two = sorted(drawn, key=torch.Tensor.numel)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quant
@@ -114,7 +114,7 @@ def naive_attend(config, cache, q, k, v, first, old, schedule):
     return out
 
 
-@quick
+@settings(quick, max_examples=80)
 @given(shapes, schedules, st.integers(1, 100), windows, sinks, widths, widths, groups, chunks)
 def test_segments_equal_a_naive_loop(
     shape, schedule, T, window, first, k_bits, v_bits, group, chunk
