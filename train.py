@@ -38,15 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quant
-from cskv import (
-    CALIBRATED,
-    INITIALIZATIONS,
-    Factors,
-    LowRank,
-    Observer,
-    init_factors,
-    rank_for,
-)
+from cskv import CALIBRATED, INITIALIZATIONS, Factors, LowRank, Observer, init_factors, rank_for
 from model import Transformer
 from support.command import (
     DTYPES,
@@ -256,7 +248,7 @@ def compare(loss: Tensor, moments: Tensor, bases: list[Tensor], tokens: int) -> 
     elements = tokens * len(moments[0, 0])
     sides = torch.stack(columns).view(len(moments), 2, 3)
     floor, optimal, zeros = sides.sum(1).T / elements  # [layers] each
-    return Losses(loss, floor, optimal, zeros)
+    return Losses(loss, floor, optimal.maximum(floor), zeros)  # not below it by rounding
 
 
 def measure(

@@ -17,15 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 import quant
-from beyond.budget import (
-    Choice,
-    choices,
-    plan_factors,
-    probe_side,
-    probed_ranks,
-    sizes,
-    spend,
-)
+from beyond.budget import Choice, choices, plan_factors, probe_side, probed_ranks, sizes, spend
 from beyond.outputs import calibrate_outputs
 from beyond.probes import SIDES, Probe
 from cskv import Factors

@@ -22,14 +22,7 @@ from pydoc_data.topics import topics
 
 import torch
 
-from support.command import (
-    Arguments,
-    UserError,
-    check_files,
-    make_folder,
-    replacing,
-    run_command,
-)
+from support.command import Arguments, UserError, check_files, make_folder, replacing, run_command
 
 MODULES = (torch.nn, torch.optim, torch.nn.functional, torch.utils.data, torch.distributions, torch)
 LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages"}  # folders of the library

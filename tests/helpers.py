@@ -1,22 +1,21 @@
-"""What tests share: tiny random models, on disk and in memory, a naive forward pass, strategies."""
+"""What tests share: tiny random models, on disk and in memory, and a naive forward pass."""
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import quant
 from beyond.segments import FastCache
-from cskv import BiBranchCache, Factors, calibrate, init_factors
+from cskv import Factors, calibrate, init_factors
 from model import Config, Transformer
 from support.command import run_command
 
+LINEAR = {"rope_type": "linear", "factor": 8.0}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -69,11 +68,9 @@ def save_checkpoint(model: Transformer, folder: Path, **config_changes) -> Path:
 
     c = model.config
     folder.mkdir(parents=True, exist_ok=True)
-    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    fields += ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
-    fields += ("rope_theta", "max_position_embeddings", "tie_word_embeddings", "attention_bias")
-    config = {"model_type": "llama", **{name: getattr(c, name) for name in fields}}
-    (folder / "config.json").write_text(json.dumps({**config, **config_changes}))
+    config = {**vars(c), "model_type": "llama", **config_changes}
+    config["eos_token_id"] = config.get("eos_token_id", list(config.pop("eos_token_ids")) or None)
+    (folder / "config.json").write_text(json.dumps(config))
     weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
     if not c.tie_word_embeddings:
         weights["lm_head.weight"] = model.lm_head.weight
@@ -186,32 +183,24 @@ class OneToken(FastCache):
     segments = ((1, 0),)
 
 
-quick = settings(max_examples=25, deadline=None, derandomize=True)
-
-shapes = st.fixed_dictionaries(
-    {
-        "num_attention_heads": st.sampled_from([4]),
-        "num_key_value_heads": st.sampled_from([1, 2, 4]),
-        "attention_bias": st.booleans(),
-        "sliding_window": st.sampled_from([None, None, 3, 9]),
-    }
-)
-
-lengths = st.integers(1, 24)
-windows = st.integers(1, 30)
-sinks = st.sampled_from([0, 1, 4])
-kinds = st.sampled_from([BiBranchCache, OneToken])
-bits = st.sampled_from([2, 3, 4, 8])
-groups = st.sampled_from([None, 32, 64])  # of latents; see LowRank
-
-
-def make_factors(model, k_rank, v_rank, init="optimal", seed=0):
+def make_factors(model, k_rank, v_rank, init="optimal"):
     """Factors from statistics of random tokens, with the ranks varied from layer to layer."""
-    statistics = calibrate(model, [tiny_tokens(model, 2, 40, seed)])
+    statistics = calibrate(model, [tiny_tokens(model, 2, 40, 0)])
     n, most = len(model.model.layers), model.config.d_kv
     k_ranks = [max(1, min(most, k_rank + i)) for i in range(n)]
     v_ranks = [max(1, min(most, v_rank - i)) for i in range(n)]
     return init_factors(init, model, k_ranks, v_ranks, statistics)
+
+
+def in_bits(factors, k_bits, v_bits, group=None, clamped=False):
+    """Factors for latents of so many bits, in groups as in KIVI or of so many tokens."""
+    factors = factors.in_bits(k_bits, v_bits, clamped)
+    return factors.map(lambda pair: replace(pair, group=group))
+
+
+def assert_same_factors(ours, theirs):
+    for a, b in zip(ours.pairs, theirs.pairs, strict=True):
+        assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
 
 
 def decode_all(model, tokens, prompt, cache):
@@ -220,14 +209,19 @@ def decode_all(model, tokens, prompt, cache):
     return torch.cat([model(step, cache) for step in steps], dim=1)
 
 
-def dequantized(c, quantized, b, dim, clamped=False, group=32):
-    """What a cache reads back of the latents c [B, T, r]: the first `quantized` tokens in b bits,
-    the others in 16, as the cache first gets them all."""
-    c = c.half().float()
-    if b == 16 or not quantized:
-        return c
-    few = quant.fake_quantize(c[:, :quantized], b, quant.Grouping(dim, group, clamped))
-    return torch.cat([few, c[:, quantized:]], 1)
+def layer_inputs(model, tokens):
+    """(x, k, v) [B, T, ...] of every layer, before RoPE and without biases, in float64, from the
+    model's own modules."""
+    inputs = []
+
+    def keep(attention, args):
+        inputs.append((attention, args[0].double()))
+
+    hooks = [layer.self_attn.register_forward_pre_hook(keep) for layer in model.model.layers]
+    model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return [(x, x @ a.k_proj.weight.T.double(), x @ a.v_proj.weight.T.double()) for a, x in inputs]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -257,8 +251,15 @@ def call(module, capsys, *arguments):
     return code, out, err
 
 
-def arguments(setup, out, *more):
-    base = ["--model", setup / "model", "--data", setup / "text.jsonl", "--out", out]
+def written(*folders):
+    """All that is below some folders, and when each file was written."""
+    paths = [path for folder in folders for path in folder.rglob("*")]
+    return {path: path.is_dir() or path.stat().st_mtime_ns for path in paths}
+
+
+def arguments(everything, out, *more):
+    """A whole command line of train.py."""
+    base = ["--model", everything / "model", "--data", everything / "text.jsonl", "--out", out]
     base += ["--init", "svd", "--k-ratio", 0.5, "--v-ratio", 0.67, "--lr", 1e-2]  # ranks 6 and 4
     return [str(a) for a in (*base, *more)]
 

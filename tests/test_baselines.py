@@ -14,12 +14,12 @@ from experiments.baselines import HeavyHitterCache, KiviCache, LowRankCache, Str
 from model import Config, LayerCache, Rope, full_cache
 from quant import CHANNELS, TOKENS, Grouping, bits_per_element, fake_quantize
 from support.command import UserError
+from tests.drawn import quick
 from tests.helpers import (
     LargestTensor,
     decode_all,
     naive_frequencies,
     naive_rotate,
-    quick,
     tiny_config,
     tiny_model,
     tiny_tokens,

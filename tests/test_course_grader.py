@@ -192,13 +192,13 @@ CHEATS = {  # by what is said of them, if more than that the answer is wrong
             "start, end = text.index('def svd_factors'), text.index('def asvd_factors')\n"
             "names = dict(globals()); exec(text[start:end], names)\n"
             "return names['svd_factors'](W, rank)"
-        ),
+        )
     },
     "No module named": {
         "the reference is imported": (
             "import sys; sys.path.insert(0, 'ROOT'); sys.modules.pop('cskv')\n"
             "import importlib; importlib.invalidate_caches(); import experiments"
-        ),
+        )
     },
     "times the least": {
         "torch is patched": (
@@ -235,7 +235,7 @@ CHEATS = {  # by what is said of them, if more than that the answer is wrong
         "the answer is forged": (
             "import sys; m = sys.modules['__main__']\n"
             "m.answer = lambda _: m.json.dumps({'points': 100, 'tensors': m.encode({})})"
-        ),
+        )
     },
     "": {
         "points are written to the grader": (
@@ -243,7 +243,7 @@ CHEATS = {  # by what is said of them, if more than that the answer is wrong
             "for stream in range(3, 20):\n"
             "    try: os.write(stream, b'total 100 of 100' * 100)\n"
             "    except OSError: pass"
-        ),
+        )
     },
     "bytes": {"a huge answer": "return LowRank(torch.zeros(2**25), torch.zeros(2**25))"},
     "not finite": {"no numbers": ZEROS.replace("torch.zeros(W", "torch.nan * torch.zeros(W")},

@@ -7,21 +7,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import cskv
 import infer
 import quant
+import train
 from beyond.segments import FastCache
-from cskv import init_factors
+from cskv import BiBranchCache, bi_branch_cache, init_factors
 from experiments.caches import CACHES, make_cache, make_row
 from model import full_cache
 from support.processes import place
-from tests.helpers import OneToken, make_factors, tiny_model, tiny_tokens
-from train import Tuner, run_layers
+from tests.helpers import OneToken, decode_all, make_factors, tiny_model, tiny_tokens
 
-torch.set_grad_enabled(False)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DTYPES = [torch.float32, torch.bfloat16]
-KINDS = [cskv.BiBranchCache, OneToken]
+KINDS = [BiBranchCache, OneToken]
 T, STEPS = 100, 12
 
 
@@ -36,8 +34,7 @@ def on_gpu(dtype=torch.float32, **shape):
 
 def decoded(model, tokens, cache):
     """Logits [B, STEPS, vocab] of the tokens after a prompt of T."""
-    model(tokens[:, :T], cache)
-    return torch.cat([model(tokens[:, t : t + 1], cache) for t in range(T, T + STEPS)], dim=1)
+    return decode_all(model, tokens, T, cache)[:, T:]
 
 
 @gpu
@@ -45,7 +42,7 @@ def decoded(model, tokens, cache):
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefill_is_bit_equal(kind, dtype):
     model, tokens, factors = on_gpu(dtype)
-    cache = cskv.bi_branch_cache(model, factors, 8, T, kind)
+    cache = bi_branch_cache(model, factors, 8, T, kind)
     assert torch.equal(model(tokens[:, :T], cache), model(tokens[:, :T]))
 
 
@@ -62,7 +59,7 @@ def test_fast_equals_plain_equals_full(dtype, shape):
         factors = factors.in_bits(16, 16).to(model.lm_head.weight)
     full = decoded(model, tokens, full_cache(model))
     for kind in KINDS:
-        ours = decoded(model, tokens, cskv.bi_branch_cache(model, factors, 8, kind=kind))
+        ours = decoded(model, tokens, bi_branch_cache(model, factors, 8, kind=kind))
         if dtype == torch.float32:
             torch.testing.assert_close(ours, full, atol=2e-4, rtol=2e-4)
         else:
@@ -70,14 +67,14 @@ def test_fast_equals_plain_equals_full(dtype, shape):
 
 
 @gpu
-@pytest.mark.parametrize("kind", [cskv.BiBranchCache, FastCache])
+@pytest.mark.parametrize("kind", [BiBranchCache, FastCache])
 def test_the_gpu_computes_what_the_cpu_does(kind):
     model, tokens, factors = on_gpu()
     factors = factors.in_bits(4, 4)
-    ours = decoded(model, tokens, cskv.bi_branch_cache(model, factors, 8, kind=kind)).cpu()
+    ours = decoded(model, tokens, bi_branch_cache(model, factors, 8, kind=kind)).cpu()
     model, tokens = model.cpu(), tokens.cpu()
     factors = factors.to(model.lm_head.weight)
-    theirs = decoded(model, tokens, cskv.bi_branch_cache(model, factors, 8, kind=kind))
+    theirs = decoded(model, tokens, bi_branch_cache(model, factors, 8, kind=kind))
     # A latent that lies between two levels may be rounded to either.
     assert (ours - theirs).abs().median() < 1e-3
 
@@ -86,34 +83,34 @@ def test_the_gpu_computes_what_the_cpu_does(kind):
 @pytest.mark.parametrize("bits", quant.BITS)
 def test_packed_bytes_are_those_of_the_cpu(bits):
     x = torch.randn(2, 70, 12, generator=torch.Generator().manual_seed(0))
-    held = []
+    grouping, sizes, numbers = quant.Grouping(quant.TOKENS), [], []
     for device in ("cpu", "cuda"):
-        packed = quant.Packed(bits, quant.Grouping(quant.TOKENS), residual=4, expected=100)
+        packed = quant.Packed(bits, grouping, residual=4, expected=100)
         packed.append(x.to(device))
-        held.append(packed)
-    sizes = [[t.untyped_storage().nbytes() for t in packed.tensors()] for packed in held]
+        sizes.append([t.untyped_storage().nbytes() for t in packed.tensors()])
+        numbers.append(packed.read(0, 70).cpu())
     assert sizes[0] == sizes[1]
-    torch.testing.assert_close(held[0].read(0, 70), held[1].read(0, 70).cpu())
+    torch.testing.assert_close(*numbers)
 
 
 @gpu
 def test_a_training_step():
     model, tokens, _ = on_gpu()
-    tuner = Tuner(init_factors("svd", model, [4, 4], [4, 4]), 8, 1e-2)
+    tuner = train.Tuner(init_factors("svd", model, [4, 4], [4, 4]), 8, 1e-2)
     assert place() == (0, 1)
-    before = run_layers(model, [tokens[:1]], [tuner]).sum()
+    before = train.run_layers(model, [tokens[:1]], [tuner]).sum()
     for _ in range(8):
-        run_layers(model, [tokens[:1]], [tuner], train=True)
+        train.run_layers(model, [tokens[:1]], [tuner], train=True)
         tuner.step()
-    assert run_layers(model, [tokens[:1]], [tuner]).sum() < before
+    assert train.run_layers(model, [tokens[:1]], [tuner]).sum() < before
 
 
 @gpu
 def test_two_caches_at_once_are_two_caches_one_by_one():
     model, tokens, factors = on_gpu()
-    caches = [cskv.bi_branch_cache(model, factors, 8), full_cache(model)]
+    caches = [bi_branch_cache(model, factors, 8), full_cache(model)]
     alone = [decoded(model, tokens, cache) for cache in caches]
-    caches = [cskv.bi_branch_cache(model, factors, 8), full_cache(model)]
+    caches = [bi_branch_cache(model, factors, 8), full_cache(model)]
     for cache in caches:
         model(tokens[:, :T], cache)
     for t in range(T, T + STEPS):
@@ -166,11 +163,9 @@ def test_a_decode_step_makes_no_tensor_on_the_cpu(name, bits):
     """On the meta device, where nothing is computed but everything is laid out. A group that gets
     complete is packed in one of the steps."""
     model = tiny_model()
-    factors = (
-        make_factors(model, 5, 5).in_bits(bits, bits)
-        if CACHES[name].shrinks == "channels"
-        else None
-    )
+    factors = None
+    if CACHES[name].shrinks == "channels":
+        factors = make_factors(model, 5, 5).in_bits(bits, bits)
     model, tokens = model.to("meta"), torch.zeros(1, 64, dtype=torch.long, device="meta")
     cache = make_cache(model, make_row(model, name, 0.5, factors, window=8), 64)
     model(tokens[:, :38], cache)

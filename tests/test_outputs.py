@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from beyond.outputs import EVERY, calibrate_outputs
 from cskv import calibrate
 from support.command import UserError
-from tests.helpers import naive_rotate, quick, shapes, sinks, tiny_model, tiny_tokens, windows
-
-torch.set_grad_enabled(False)
+from tests.drawn import quick, shapes, sinks, windows
+from tests.helpers import naive_rotate, tiny_model, tiny_tokens
 
 
 def inputs_of_first_layer(model, tokens):
@@ -36,29 +35,26 @@ def turned(y, model):
 @given(shapes, windows, sinks, st.integers(1, 30))
 def test_moment_and_metric_are_the_sums_written_out(shape, window, first, length):
     model = tiny_model(**shape)
-    config = model.config
+    config, half = model.config, model.config.head_dim // 2
     samples = [tiny_tokens(model, 1, length, seed=1), tiny_tokens(model, 1, 30, seed=2)]
-    d_kv, groups = config.d_kv, config.num_attention_heads // config.num_key_value_heads
+    d_kv, group = config.d_kv, config.num_attention_heads // config.num_key_value_heads
     values = torch.zeros(d_kv, d_kv, dtype=torch.float64)
     queries, mass = torch.zeros(config.num_key_value_heads, config.head_dim).double(), 0.0
     for tokens in samples:
-        q, k, plain_v = inputs_of_first_layer(model, tokens)
+        q, k, v = inputs_of_first_layer(model, tokens)
         q_turned, k_turned = turned(q, model), turned(k, model)
         for i in range(first + window, tokens.shape[1], EVERY):
             least = max(0, i + 1 - (config.sliding_window or i + 1))
+            start = max(least, first)  # of the tokens that are read compressed
+            stop = max(start, i + 1 - window)
             for h in range(config.num_attention_heads):
-                g = h // groups
-                s = [q_turned[i, h] @ k_turned[j, g] for j in range(least, i + 1)]
-                p = (torch.stack(s) / math.sqrt(config.head_dim)).softmax(0)
-                read = [j for j in range(max(least, first), i - window + 1)]
-                p = {j: p[j - least].item() for j in read}
-                u = sum((p[j] * plain_v[j].flatten() for j in read), torch.zeros(d_kv))
-                values += torch.outer(u, u).double()
-                half = config.head_dim // 2
-                power = [(q[i, h, f % half] ** 2 + q[i, h, f % half + half] ** 2) / 2
-                         for f in range(config.head_dim)]  # fmt: skip
-                queries[g] += sum(p.values()) * torch.stack(power)
-                mass += sum(p.values())
+                scores = k_turned[least : i + 1, h // group] @ q_turned[i, h]
+                p = (scores / math.sqrt(config.head_dim)).softmax(0)[start - least : stop - least]
+                u = p @ v[start:stop].flatten(1)
+                values += torch.outer(u, u)
+                power = (q[i, h, :half].square() + q[i, h, half:].square()) / 2  # of each plane
+                queries[h // group] += p.sum() * power.repeat(2)
+                mass += p.sum()
     if not mass:
         with pytest.raises(UserError, match="longer text"):
             calibrate_outputs(model, samples, window, first)

@@ -16,170 +16,142 @@ from support import processes
 from support.command import UserError
 from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model
-from tests.helpers import arguments, call, rows_of, save_checkpoint, tiny_model
+from tests.helpers import arguments, call, rows_of, save_checkpoint, tiny_model, written
 
 ROOT = Path(__file__).parent.parent
 
 
-def interrupt_after(monkeypatch, step, number=signal.SIGINT):
-    """Sends this process one signal, during a step's forward pass: a second one would kill."""
-    real, sent = train.run_layers, []
+@pytest.fixture
+def interrupted(everything, tmp_path, capsys, monkeypatch):
+    """Trains into the file `f`, up to one signal in a step: a second one would kill. Returns what
+    it said, and the arguments to go on."""
+    real = train.run_layers
 
-    def run_layers(model, samples, tuners, *more, **options):
-        hook = model.model.norm.register_forward_pre_hook(lambda *_: interrupt(tuners[0]))
-        try:
+    def run(step, *more, number=signal.SIGINT):
+        sent = []
+
+        def run_layers(model, samples, tuners, *more, **options):
+            if tuners[0].steps_done == step and not sent:
+                sent.append(number)
+                signal.raise_signal(number)
             return real(model, samples, tuners, *more, **options)
-        finally:
-            hook.remove()
 
-    def interrupt(tuner):
-        if tuner.steps_done == step and not sent:
-            sent.append(number)
-            signal.raise_signal(number)
+        args = arguments(everything, tmp_path / "f", *more)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "run_layers", run_layers)
+            code, _, err = call(train, capsys, *args)
+        assert code == 130 and not (tmp_path / "f").exists()
+        return err, [*args, "--resume"]
 
-    monkeypatch.setattr(train, "run_layers", run_layers)
+    return run
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_resume_goes_on_exactly(
-    setup, tmp_path, capsys, monkeypatch, number
+    interrupted, tmp_path, trained, monkeypatch, number
 ):
-    more = ["--epochs", 2, "--batch-size", 3, "--bits", 4]
-    whole, out, log = tmp_path / "whole", tmp_path / "f", tmp_path / "log"
-    args = arguments(setup, out, *more, "--log", log)
-    assert call(train, capsys, *arguments(setup, whole, *more, "--log", tmp_path / "w"))[0] == 0
+    more = ["--epochs", 2, "--batch-size", 3, "--bits", 4, "--log"]
+    trained("whole", *more, tmp_path / "w")
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 9, number)
-        code, _, err = call(train, capsys, *args)
-    assert code == 130 and "10 of 16 steps" in err and "--resume" in err and not out.exists()
+    err, _ = interrupted(9, *more, tmp_path / "log", number=number)
+    assert "10 of 16 steps" in err and "--resume" in err
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]  # as before
-    with log.open("a") as file:
+    with (tmp_path / "log").open("a") as file:
         file.write('{"step": 10}\n{"step": 12, "lo')  # as a kill might leave it
     monkeypatch.setattr(train, "calibrate_together", None)  # the checkpoint has all of it
-    code, _, err = call(train, capsys, *args, "--resume")
-    assert code == 0 and "going on after step 10" in err
-    assert out.read_bytes() == whole.read_bytes()
-    ours, theirs = rows_of(log), rows_of(tmp_path / "w")
+    assert "going on after step 10" in trained("f", *more, tmp_path / "log", "--resume")
+    assert (tmp_path / "f").read_bytes() == (tmp_path / "whole").read_bytes()
+    ours, theirs = rows_of(tmp_path / "log"), rows_of(tmp_path / "w")
     for row in (*ours, *theirs):
         del row["seconds"]
     assert ours == theirs
     assert sorted(f.name for f in tmp_path.iterdir()) == ["f", "log", "w", "whole"]
 
 
-def test_resume_after_the_last_step(setup, tmp_path, capsys, monkeypatch):
+def test_resume_after_the_last_step(interrupted, tmp_path, trained):
     """Interrupted in the last of 6 steps: what is left is to measure and to write."""
-    log = tmp_path / "log"
-    args = arguments(setup, tmp_path / "f", "--samples", 6, "--log", log)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 5)
-        assert call(train, capsys, *args)[0] == 130
-    assert call(train, capsys, *args, "--resume", "--checkpoint-every", 7)[0] == 0
-    assert [row.get("step") for row in rows_of(log)] == [*range(6), None]
-    assert call(train, capsys, *arguments(setup, tmp_path / "g", "--samples", 6))[0] == 0
+    more = ["--samples", 6, "--log", tmp_path / "log"]
+    interrupted(5, *more)
+    trained("f", *more, "--resume", "--checkpoint-every", 7)
+    assert [row.get("step") for row in rows_of(tmp_path / "log")] == [*range(6), None]
+    trained("g", "--samples", 6)
     assert (tmp_path / "f").read_bytes() == (tmp_path / "g").read_bytes()
 
 
-def test_resume_without_a_checkpoint_starts(setup, tmp_path, capsys):
-    code, _, err = call(
-        train, capsys, *arguments(setup, tmp_path / "f", "--resume", "--samples", 2)
-    )
-    assert code == 0 and "no checkpoint" in err and (tmp_path / "f").exists()
-
-
-def test_resume_of_a_finished_training_does_nothing(setup, tmp_path, capsys, monkeypatch):
-    args = arguments(setup, tmp_path / "f", "--samples", 2, "--log", tmp_path / "log")
-    assert call(train, capsys, *args)[0] == 0
-    before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()]
+def test_resume_of_nothing_and_of_a_finished_training(tmp_path, trained, monkeypatch):
+    more = ["--samples", 2, "--log", tmp_path / "log"]
+    assert "no checkpoint" in trained("f", *more, "--resume") and (tmp_path / "f").exists()
+    before = written(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(train, "calibrate_together", None)
-        code, _, err = call(train, capsys, *args, "--resume")
-        assert code == 0 and "is finished" in err
-        for name, value in {**OTHERS, "model": other_model(tmp_path.parent)}.items():
-            code, _, err = call(train, capsys, *args, "--resume", f"--{name}", value)
-            named = f"made with another --{name};" in err or "another model" in err
-            assert code == 2 and named, err
-    assert before == [(f.stat().st_mtime_ns, f.read_bytes()) for f in tmp_path.iterdir()]
-    assert call(train, capsys, *args)[0] == 0  # but without --resume it starts again
+        assert "is finished" in trained("f", *more, "--resume")
+    assert before == written(tmp_path)
+    trained("f", *more)  # but without --resume it starts again
+    assert before != written(tmp_path)
 
 
-def other_model(folder):
-    return save_checkpoint(tiny_model(seed=1), folder / "other")
+def test_resume_of_a_finished_training_with_other_arguments(everything, tmp_path, trained, refused):
+    """The file was "finished" whatever was asked for, another model included."""
+    trained("f", "--samples", 2)
+    save_checkpoint(tiny_model(seed=1), tmp_path / "model")
+    args = arguments(everything, tmp_path / "f", "--samples", 2, "--resume")
+    for name, value in OTHERS.items():
+        error = refused(train, *args, f"--{name}", value, notes=True)
+        assert f"made with another --{name};" in error
+    assert "another model" in refused(train, *args, "--model", tmp_path / "model", notes=True)
 
 
 def test_resume_with_the_log_of_another_training_is_refused(interrupted, tmp_path, capsys):
     """Its first lines would be kept as ours."""
+    _, args = interrupted(3)
     log = tmp_path / "log"
-    line = '{"step": 0}\n'
-    log.write_text(line * 9)
-    code, _, err = call(train, capsys, *interrupted, "--log", log)
+    log.write_text('{"step": 0}\n' * 9)
+    code, _, err = call(train, capsys, *args, "--log", log)
     assert code == 2 and "is not the log of this training" in err.splitlines()[-1]
-    assert log.read_text() == line * 9 and not (tmp_path / "f").exists()
+    assert log.read_text() == '{"step": 0}\n' * 9 and not (tmp_path / "f").exists()
 
 
-@pytest.fixture
-def interrupted(setup, tmp_path, capsys, monkeypatch):
-    """Arguments of a training that was interrupted after 4 of 24 steps."""
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 3)
-        assert call(train, capsys, *arguments(setup, tmp_path / "f"))[0] == 130
-    return arguments(setup, tmp_path / "f", "--resume")
+OTHERS = {"lr": 1e-3, "k-bits": 8, "v-ratio": 0.75, "samples": 9, "init": "asvd", "seed": 1}
+OTHERS |= {"batch-size": 2, "epochs": 2}
 
 
-OTHERS = {
-    "lr": 1e-3,
-    "k-bits": 8,
-    "v-ratio": 0.75,
-    "samples": 9,
-    "init": "asvd",
-    "seed": 1,
-    "batch-size": 2,
-    "epochs": 2,
-}
-
-
-def test_resume_with_other_arguments_is_refused(interrupted, setup, tmp_path, capsys):
-    for name, value in OTHERS.items():
-        code, _, err = call(train, capsys, *interrupted, f"--{name}", value)
-        assert code == 2 and f"was made with another --{name};" in err.splitlines()[-1]
-    text = (setup / "text.jsonl").read_text()
+def test_resume_with_other_arguments_is_refused(interrupted, everything, tmp_path, refused, capsys):
+    _, args = interrupted(3)
+    text = (everything / "text.jsonl").read_text()
     (tmp_path / "text.jsonl").write_text(text.replace("t1 ", "t2 "))
-    _, _, err = call(train, capsys, *interrupted, "--data", tmp_path / "text.jsonl")
-    assert "was made with another --data;" in err
     save_checkpoint(tiny_model(seed=1), tmp_path / "model")
-    _, _, err = call(train, capsys, *interrupted, "--model", tmp_path / "model")
-    assert "was made with another --model;" in err and not (tmp_path / "f").exists()
-    assert call(train, capsys, *interrupted, "--checkpoint-every", 9)[0] == 0  # no matter
+    others = {**OTHERS, "data": tmp_path / "text.jsonl", "model": tmp_path / "model"}
+    for name, value in others.items():
+        error = refused(train, *args, f"--{name}", value, notes=True)
+        assert f"was made with another --{name};" in error
+    assert call(train, capsys, *args, "--checkpoint-every", 9)[0] == 0  # no matter
 
 
-def test_a_damaged_checkpoint_is_refused(interrupted, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_refused(interrupted, tmp_path, refused):
+    _, args = interrupted(3)
     file = tmp_path / "f.checkpoint"
     data = file.read_bytes()
-    for damaged in (b"", b"x" * 99, data[: len(data) // 2], data[:-30]):
-        file.write_bytes(damaged)
-        code, _, err = call(train, capsys, *interrupted)
-        assert code == 2 and "f.checkpoint is damaged" in err.splitlines()[-1]
     torch.save({"plan": {}}, file)
-    assert "f.checkpoint is damaged" in call(train, capsys, *interrupted)[2]
+    for damaged in (file.read_bytes(), b"", b"x" * 99, data[: len(data) // 2], data[:-30]):
+        file.write_bytes(damaged)
+        assert "f.checkpoint is damaged" in refused(train, *args, notes=True)
 
 
 @pytest.mark.parametrize("full", ["before", "midway"])
-def test_a_full_disk_leaves_the_old_checkpoint(interrupted, tmp_path, capsys, monkeypatch, full):
-    file = tmp_path / "f.checkpoint"
-    before, real = file.read_bytes(), Path.write_bytes
+def test_a_full_disk_leaves_the_old_checkpoint(interrupted, refused, capsys, monkeypatch, full):
+    _, args = interrupted(3)
+    real = Path.write_bytes
 
     def write_bytes(path, data):
         if full == "midway":
             real(path, bytes(data)[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    code, _, err = call(train, capsys, *interrupted, "--checkpoint-every", 1)
-    assert code == 2 and "cannot be written" in err.splitlines()[-1] and "No space" in err
-    assert [f.name for f in tmp_path.iterdir()] == ["f.checkpoint"]
-    assert file.read_bytes() == before
-    monkeypatch.undo()
-    assert call(train, capsys, *interrupted)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_bytes)
+        error = refused(train, *args, "--checkpoint-every", 1, notes=True)
+    assert "cannot be written" in error and "No space" in error
+    assert call(train, capsys, *args)[0] == 0
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -207,46 +179,43 @@ def wait_for_lines(log, lines, process):
         time.sleep(0.001)
 
 
-def test_killed_at_a_random_step_resume_is_exact(setup, tmp_path):
+def test_killed_at_a_random_step_resume_is_exact(everything, tmp_path, trained):
     """The process gets no chance to clean up; checkpoints are written every second step."""
-    more = ["--bits", 4, "--epochs", 8, "--checkpoint-every", 2]
-    log, steps = tmp_path / "log", random.randint(1, 120)
-    args = arguments(setup, tmp_path / "killed", *more, "--log", log, "--resume")
+    more = ["--bits", 4, "--epochs", 6, "--checkpoint-every", 2]
+    log, steps = tmp_path / "log", random.randint(1, 80)
+    args = arguments(everything, tmp_path / "killed", *more, "--log", log)
     command = [sys.executable, "train.py", *args]
     killed = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     wait_for_lines(log, steps, killed)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL and not (tmp_path / "killed").exists()
-    # All of them in processes of their own: another number of threads rounds differently.
-    whole = [sys.executable, "train.py", *arguments(setup, tmp_path / "whole", *more)]
-    runs = [subprocess.Popen(c, cwd=ROOT, stderr=subprocess.DEVNULL) for c in (command, whole)]
-    assert [run.wait() for run in runs] == [0, 0]
+    trained("killed", *more, "--log", log, "--resume")
+    trained("whole", *more)
     ours, theirs = ((tmp_path / name).read_bytes() for name in ("killed", "whole"))
     assert ours == theirs, f"another file after a kill at step {steps}"
-    assert [row.get("step") for row in rows_of(log)] == [*range(192), None]
+    assert [row.get("step") for row in rows_of(log)] == [*range(144), None]
 
 
-def torchrun(arguments):
-    """What starts two processes. The -- keeps torchrun from reading --log as its --log-dir."""
+def torchrun(everything, out, *more):
+    """What trains in two processes. The -- keeps torchrun from reading --log as its --log-dir."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return {"args": [*command, "--", "train.py", *arguments], "cwd": ROOT, "text": True}
+    command += ["--", "train.py", *arguments(everything, out, *more)]
+    return {"args": command, "cwd": ROOT, "text": True}
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(setup, tmp_path):
+def test_two_processes_equal_one(everything, tmp_path, trained):
     """Batches of 3: the second process has one sample of them, and none of the last. From `asvd`,
     whose start depends on the text that the two have read together."""
     more = ["--batch-size", 3, "--samples", 22, "--epochs", 2, "--lr", 1e-3, "--init", "asvd"]
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = [sys.executable, "train.py", *arguments(setup, one, *more, "--log", tmp_path / "1")]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun's processes have
-    subprocess.run(alone, cwd=ROOT, env=one_thread, check=True, capture_output=True)
-    command = torchrun(arguments(setup, two, *more, "--log", tmp_path / "2"))
+    trained("one", *more, "--log", tmp_path / "1")
+    command = torchrun(everything, two, *more, "--log", tmp_path / "2")
     done = subprocess.run(**command, capture_output=True)
     # Not its exit status: gloo's threads may abort a process that has already finished.
     assert two.exists(), done.stderr
     assert done.stderr.count("22 samples") == done.stderr.count("idle") == 1  # one process speaks
-    model = load_model(setup / "model")
+    model = load_model(everything / "model")
     ours, theirs = (load_factors(path, model).pairs for path in (one, two))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.A, b.A, rtol=1e-3, atol=1e-6)  # in float16 in the files
@@ -257,11 +226,11 @@ def test_two_processes_equal_one(setup, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_of_the_first_process_alone_is_one_line(setup, tmp_path):
+def test_an_error_of_the_first_process_alone_is_one_line(everything, tmp_path):
     """The first cannot write its log any more: the second must neither hang nor print a traceback
     of its broken connection. (Those of torchrun itself stay.)"""
     log = tmp_path / "log"
-    command = torchrun(arguments(setup, tmp_path / "f", "--epochs", 999, "--log", log))
+    command = torchrun(everything, tmp_path / "f", "--epochs", 999, "--log", log)
     process = subprocess.Popen(**command, stderr=subprocess.PIPE)
     wait_for_lines(log, 3, process)
     log.unlink()
@@ -273,11 +242,11 @@ def test_an_error_of_the_first_process_alone_is_one_line(setup, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_interrupted_processes_resume_exactly(setup, tmp_path):
+def test_two_interrupted_processes_resume_exactly(everything, tmp_path):
     more = ["--batch-size", 3, "--epochs", 20, "--lr", 1e-3, "--bits", 4]
     whole, out, log = tmp_path / "whole", tmp_path / "f", tmp_path / "log"
-    subprocess.run(**torchrun(arguments(setup, whole, *more)), check=True, capture_output=True)
-    command = torchrun(arguments(setup, out, *more, "--log", log, "--resume"))
+    subprocess.run(**torchrun(everything, whole, *more), check=True, capture_output=True)
+    command = torchrun(everything, out, *more, "--log", log, "--resume")
     process = subprocess.Popen(**command, stderr=subprocess.PIPE, start_new_session=True)
     wait_for_lines(log, 7, process)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does

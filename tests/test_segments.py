@@ -1,11 +1,11 @@
 """The fast cache: segments, their damping, and its numbers against a loop in float64."""
 
+import itertools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quant
@@ -14,25 +14,10 @@ from beyond.segments import SEGMENTS, FastCache, cut, damping, products, weighte
 from cskv import Latents, LayerFactors, LowRank, bi_branch_cache, init_factors
 from experiments.segments import log_probabilities, parse_segments, segment_lengths, text_of
 from model import Attention, Rope, full_cache
-from tests.helpers import (
-    LLAMA3,
-    LargestTensor,
-    OneToken,
-    bits,
-    decode_all,
-    groups,
-    make_factors,
-    naive_frequencies,
-    quick,
-    sinks,
-    tiny_config,
-    tiny_model,
-    tiny_tokens,
-    windows,
-)
+from tests import helpers
+from tests.drawn import bits, groups, quick, sinks, widths, windows
+from tests.helpers import decode_all, in_bits, make_factors, tiny_config, tiny_model, tiny_tokens
 
-torch.set_grad_enabled(False)
-CPU = torch.device("cpu")
 shapes = st.fixed_dictionaries(
     {
         "num_key_value_heads": st.sampled_from([1, 2, 4]),
@@ -40,12 +25,16 @@ shapes = st.fixed_dictionaries(
         "attention_bias": st.booleans(),
         "sliding_window": st.sampled_from([None, None, 3, 50]),
         "rope_theta": st.sampled_from([1e2, 1e4, 1e6]),
-        "rope_scaling": st.sampled_from([None, {"rope_type": "linear", "factor": 8.0}, LLAMA3]),
+        "rope_scaling": st.sampled_from(
+            [None, {"rope_type": "linear", "factor": 8.0}, helpers.LLAMA3]
+        ),
     }
 )
 schedules = st.sampled_from(
     [SEGMENTS, ((1, 0),), ((7, 0),), ((32, 0),), ((2, 9), (4, 0)), ((1, 5), (8, 20), (64, 0))]
 )
+
+chunks = st.sampled_from([1, 17, 32, 1000])
 
 # ------------------------------------------------------------------------------------- segments
 
@@ -73,6 +62,7 @@ def test_each_token_is_in_one_segment(start, n, schedule):
     starts = [span.start + i * span.length for span in spans for i in range(span.count)]
     lengths = [span.length for span in spans for _ in range(span.count)]
     assert all(s % length == 0 for s, length in zip(starts, lengths, strict=True))
+    assert cut(start, start, schedule) == ()
     assert starts[0] <= start < starts[0] + lengths[0]
     assert starts[-1] < stop <= starts[-1] + lengths[-1]
     ends = [s + length for s, length in zip(starts, lengths, strict=True)]
@@ -84,80 +74,56 @@ def test_each_token_is_in_one_segment(start, n, schedule):
         assert short and short[0] <= newest
 
 
-def test_no_old_tokens_no_segments():
-    assert cut(5, 5) == cut(0, 0) == ()
-
-
 # ----------------------------------------------------------------- attention, against a naive loop
 
 
-def naive_attend(cache, q, k, v, first, old, schedule):
+def naive_attend(config, cache, q, k, v, first, old, schedule):
     """`attend` for q, k before rotation: each old key is rebuilt, turned to the middle of its
-    segment, and its pairs damped; one head, one token after the other, in float64.
+    segment, and its pairs damped; one head after the other, in float64.
 
     q [B, H, 1, D] stands at `cache.length` - 1; k, v [B, H_kv, n, D] are the full branch with their
     positions: k is rotated already, as in `attend`.
     """
-    S, t, config = cache.sinks, cache.length - 1, cache.attention.config
-    D, half = config.head_dim, config.head_dim // 2
-    w = naive_frequencies(config)
-    one = torch.ones_like(w)
-    place = {}
+    S, D, w = cache.sinks, q.shape[3], helpers.naive_frequencies(config)
+
+    def turn(distance):
+        return torch.polar(torch.ones_like(w), distance * w)
+
+    turns = torch.zeros(old - first, D // 2, dtype=torch.complex128)
     for span in cut(first - S, old - S, schedule):
-        for i in range(span.count):
-            at = span.start + i * span.length
-            for token in range(at, at + span.length):
-                place[token] = (S + at + (span.length - 1) / 2, span.length)
-    c_k, c_v = (c.read(0, old - S)[..., :].double() for c in (cache.c_k, cache.c_v))
+        for token in range(max(first - S, span.start), min(old - S, span.stop)):
+            half = (span.length - 1) / 2
+            middle = token // span.length * span.length + half
+            mean = sum(turn(j - half) for j in range(span.length)) / span.length
+            turns[token - (first - S)] = turn(S + middle) * mean
+
+    def rebuild(latents, B, bias, b, own):
+        y = latents.read(first - S, old - S)[b].double() @ B[:, own].double()
+        return y if bias is None else y + bias[own].double()
+
     out = torch.zeros_like(q, dtype=torch.float64)
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            g = h // (q.shape[1] // config.num_key_value_heads)
-            own = slice(g * D, (g + 1) * D)
-            bias_k, bias_v = (
-                0 if p.bias is None else p.bias[own].double()
-                for p in (cache.attention.k_proj, cache.attention.v_proj)
-            )
-            query = torch.complex(*q[b, h, 0].double().split(half)) * torch.polar(one, t * w)
-            scores, values = [], []
-            for token in range(first - S, old - S):
-                middle, L = place[token]
-                mean = sum(torch.polar(one, (j - (L - 1) / 2) * w) for j in range(L)) / L
-                key = c_k[b, token] @ cache.B_k[:, own].double() + bias_k
-                key = torch.complex(*key.split(half)) * torch.polar(one, middle * w) * mean
-                scores.append((query.conj() * key).real.sum())
-                values.append(c_v[b, token] @ cache.B_v[:, own].double() + bias_v)
-            for j in range(k.shape[2]):
-                key = torch.complex(*k[b, g, j].double().split(half))
-                scores.append((query.conj() * key).real.sum())
-                values.append(v[b, g, j].double())
-            p = (torch.stack(scores) / math.sqrt(D)).softmax(0)
-            out[b, h, 0] = p @ torch.stack(values)
+    for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
+        g = h // (q.shape[1] // k.shape[1])
+        own = slice(g * D, (g + 1) * D)
+        query = torch.complex(*q[b, h, 0].double().split(D // 2)) * turn(cache.length - 1)
+        k_hat = rebuild(cache.c_k, cache.B_k, cache.k_bias, b, own)
+        keys = [torch.complex(*y.split(D // 2, 1)) for y in (k_hat, k[b, g].double())]
+        scores = (query.conj() * torch.cat([keys[0] * turns, keys[1]])).real.sum(1)
+        v_hat = rebuild(cache.c_v, cache.B_v, cache.v_bias, b, own)
+        out[b, h, 0] = (scores / math.sqrt(D)).softmax(0) @ torch.cat([v_hat, v[b, g].double()])
     return out
 
 
-@quick
-@given(
-    shapes,
-    schedules,
-    st.integers(1, 100),
-    windows,
-    sinks,
-    st.sampled_from([2, 3, 4, 16, 32]),
-    st.sampled_from([2, 8, 16, 32]),
-    groups,
-    st.sampled_from([1, 17, 32, 1000]),
-)
+@settings(quick, max_examples=80)
+@given(shapes, schedules, st.integers(1, 100), windows, sinks, widths, widths, groups, chunks)
 def test_segments_equal_a_naive_loop(
     shape, schedule, T, window, first, k_bits, v_bits, group, chunk
 ):
     """A decode step after T tokens, in batches of two, chunks of every length."""
     model = tiny_model(num_hidden_layers=1, scale=0.3, **shape)
-    factors = make_factors(model, 5, 4).in_bits(k_bits, v_bits)
-    factors = factors.map(lambda pair: replace(pair, group=group))
+    factors = in_bits(make_factors(model, 5, 4), k_bits, v_bits, group)
     (cache,) = bi_branch_cache(model, factors, window, kind=FastCache, sinks=first)
     cache.segments, cache.chunk = schedule, chunk
-    cache.attention = model.model.layers[0].self_attn
     model(tiny_tokens(model, 2, T), [cache])
     cache.length = T  # the new token is T - 1: all latents are there
     t, S = T - 1, min(first, T)
@@ -168,7 +134,7 @@ def test_segments_equal_a_naive_loop(
     D, H_kv = shape["head_dim"], shape["num_key_value_heads"]
     q = torch.randn(2, 4, 1, D, generator=generator)
     k, v = torch.randn(2, 2, H_kv, T - old + 1, D, generator=generator)
-    expected = naive_attend(cache, q, k, v, start, old, schedule)
+    expected = naive_attend(model.config, cache, q, k, v, start, old, schedule)
     ours = cache.attend(model.rope.rotate(q, t), k, v, start, old, model.rope)
     torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=1e-4)
 
@@ -197,17 +163,23 @@ def test_packed_latents_give_what_unpacked_ones_of_the_same_codes_do(b, group, n
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 
 
-def cache_of(config, n, rank=3, kind=FastCache, before=0):
+def test_a_long_sum_is_that_of_its_parts():
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(2, 3, 2500, generator=generator)
+    c = torch.randn(2, 2500, 7, generator=generator)
+    torch.testing.assert_close(segments.sum_of_parts(p, c), p @ c, atol=1e-3, rtol=1e-4)
+
+
+def cache_of(config, n, rank=3, before=0):
     """A cache whose latents are random, behind `before` tokens of zeros; and q, k, v."""
     generator = torch.Generator().manual_seed(0)
     B = torch.randn(rank, config.d_kv, generator=generator) / math.sqrt(rank)
     pair = LowRank(torch.zeros(config.hidden_size, rank), B, bits=32)
-    cache = kind(Attention(config), LayerFactors(pair, pair), 1)
+    cache = FastCache(Attention(config), LayerFactors(pair, pair), 1)
     c = torch.randn(2, 1, n, rank, generator=generator)
     for latents, own in zip((cache.c_k, cache.c_v), c, strict=True):
         latents.append(torch.cat([torch.zeros(1, before, rank), own], 1))
     cache.length = before + n
-    cache.attention = Attention(config)
     heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
     q, k, v = (torch.randn(1, h, 1, config.head_dim, generator=generator) for h in heads)
     return cache, q, k, v
@@ -221,7 +193,7 @@ def test_far_positions_are_as_exact_as_near_ones():
     for before in (10, 130_982):
         cache, q, k, v = cache_of(config, 90, before=before)
         t, k = cache.length - 1, torch.zeros_like(k)  # a score of 0, wherever it stands
-        expected = naive_attend(cache, q, k, v, before, t, SEGMENTS)
+        expected = naive_attend(config, cache, q, k, v, before, t, SEGMENTS)
         ours = cache.attend(rope.rotate(q, t), k, v, before, t, rope)
         errors.append((ours - expected).abs().max().item())
     assert errors[0] < 2e-6 and errors[1] < 2e-6, errors
@@ -232,8 +204,7 @@ def test_memory_is_the_scores_and_one_chunk():
     shape = {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 9999}
     model = tiny_model(num_hidden_layers=1, **shape)
     for bits_ in (16, 4):
-        factors = init_factors("svd", model, [4], [4]).in_bits(bits_, bits_)
-        factors = factors.map(lambda pair: replace(pair, group=128))
+        factors = in_bits(init_factors("svd", model, [4], [4]), bits_, bits_, 128)
         for T in (2000, 9000):
             cache = bi_branch_cache(model, factors, 8, T + 1, FastCache)[0]
             cache.chunk = 512
@@ -241,7 +212,7 @@ def test_memory_is_the_scores_and_one_chunk():
             cache.remember(x, q, q, q, model.rope)
             inputs = torch.zeros(1, 1, 24), *(torch.zeros(1, 1, 1, 6) for _ in range(3))
             known = [*cache.tensors(), model.rope.cos, model.rope.sin]
-            with LargestTensor(known) as seen:
+            with helpers.LargestTensor(known) as seen:
                 cache.decode(*inputs, model.rope)
             # Scores and a chunk's latents in float32; the turns of the middles in complex128.
             assert 4 * T <= seen.largest <= max(4 * (T + 24), 4 * 512 * 4 * 4)
@@ -285,8 +256,8 @@ def test_one_pass_is_what_decoding_step_by_step_gives(T, window, first, schedule
         layer.segments = schedule
     stepwise = decode_all(model, tokens, T - n, cache)[:, -n:-1].log_softmax(-1)
     lengths = segment_lengths(T - n, T, window, first, schedule)
-    more = {"window": window, "sinks": first, "lengths": lengths}
-    found = log_probabilities(model, tokens, n, factors, **more)
+    options = {"window": window, "sinks": first, "lengths": lengths}
+    found = log_probabilities(model, tokens, n, factors, **options)
     torch.testing.assert_close(found, stepwise, atol=2e-3, rtol=1e-3)
 
 
@@ -295,15 +266,14 @@ def test_undamped_is_something_else():
     factors = make_factors(model, 12, 13).in_bits(32, 32)
     tokens = tiny_tokens(model, 1, 60)
     lengths = segment_lengths(40, 60, 4, 0, ((16, 0),))
-    more = {"window": 4, "sinks": 0, "lengths": lengths}
-    damped = log_probabilities(model, tokens, 20, factors, **more)
-    undamped = log_probabilities(model, tokens, 20, factors, damped=False, **more)
-    assert (damped - undamped).abs().max() > 0.1
+
+    def found(lengths, **options):
+        options |= {"window": 4, "sinks": 0, "lengths": lengths}
+        return log_probabilities(model, tokens, 20, factors, **options)
+
+    assert (found(lengths) - found(lengths, damped=False)).abs().max() > 0.1
     exact = decode_all(model, tokens, 40, full_cache(model))[:, 40:-1].log_softmax(-1)
-    plain = log_probabilities(
-        model, tokens, 20, factors, window=4, sinks=0, lengths=lengths.clamp(max=1)
-    )
-    torch.testing.assert_close(plain, exact, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(found(lengths.clamp(max=1)), exact, atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("text", ["128", "16:512,128", "16:512,128:2048,512"])
@@ -313,14 +283,3 @@ def test_segments_are_read_as_they_are_written(text):
     for wrong in ("", "0", "16:512,100", "a:b", "128:5,16"):
         with pytest.raises(ValueError):
             parse_segments(wrong)
-
-
-def test_segments_of_one_token_hold_the_same_bytes():
-    model = tiny_model()
-    factors, tokens = make_factors(model, 3, 3), tiny_tokens(model, 1, 40)
-    held = []
-    for kind in (OneToken, FastCache):
-        cache = bi_branch_cache(model, factors, 4, kind=kind)
-        model(tokens, cache)
-        held.append([layer.nbytes() for layer in cache])
-    assert held[0] == held[1]

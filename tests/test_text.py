@@ -153,13 +153,13 @@ def test_own_words_are_drawn_from_the_models_distribution():
     assert torch.equal(own, expected)
 
 
-def test_own_words_stand_beside_as_much_other_text(setup, tmp_path, capsys):
+def test_own_words_stand_beside_as_much_other_text(everything, tmp_path, capsys):
     file = tmp_path / "own.jsonl"
-    args = ["--model", setup / "model", "--data", setup / "text.jsonl", "--samples", 2]
+    args = ["--model", everything / "model", "--data", everything / "text.jsonl", "--samples", 2]
     code, out, _ = call(own_words, capsys, *args, "--seq-len", 9, "--out", file)
     assert code == 0 and out.startswith(f"{file}: 2 texts of the model's own, 2 pieces of")
     texts = list(text.read_documents(file))
-    others = "\n".join(text.read_documents(setup / "text.jsonl"))
+    others = "\n".join(text.read_documents(everything / "text.jsonl"))
     assert len(texts) == 4 and all(texts)
     assert [piece.strip() in others for piece in texts] == [False, False, True, True]
     again = tmp_path / "again.jsonl"
@@ -168,7 +168,7 @@ def test_own_words_stand_beside_as_much_other_text(setup, tmp_path, capsys):
     for more, message in {
         ("--out", tmp_path / "own.txt"): r"error: --out .*own\.txt must end in \.jsonl",
         ("--out", file, "--seq-len", 10**6): "error: --seq-len 1000000 exceeds the context of",
-        ("--out", setup / "text.jsonl"): "error: --out and --data are both",
+        ("--out", everything / "text.jsonl"): "error: --out and --data are both",
         ("--out", file, "--seq-len", 9, "--data", tmp_path / "no.txt"): r"error: .*no\.txt",
     }.items():
         code, out, err = call(own_words, capsys, *args, *more)
