@@ -75,9 +75,9 @@ def latents_of_all_but_sinks(student: Sandbox, draw: Draw) -> None:
 
 def each_token_one_branch(student: Sandbox, draw: Draw) -> None:
     """After every step k and v are the exact, rotated keys and the exact values of the sinks and of
-    the newest `window` others, in the order of the text. `branches` returns seen, S, first, old:
-    seen .. S - 1 are the sinks that are seen, first .. old - 1 are seen through latents, and all
-    from `old` on are the window."""
+    the newest `window` others, in the order of the text. `branches` returns four positions:
+    first_sink .. S - 1 are the sinks that are seen, first_old .. window_start - 1 are seen through
+    latents, and all from `window_start` on are the window."""
     for layer, prompt, answer, at in run_texts(student, draw, "scenarios.branches"):
         for i, t in enumerate(range(prompt, layer.T)):
             held = layer.held(t)
