@@ -26,8 +26,6 @@ measured:
    decode mode. Lower layers see nothing of it: it starts from its layer's stored input.
 3. Spend: every side begins with its least choice; then again and again the step is taken
    that lowers the sum of costs most for a byte. That costs add up is assumed, not known.
-
-For SmolLM2, two cores probe 11 minutes, after 2 of calibration.
 """
 
 from dataclasses import dataclass, replace
