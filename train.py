@@ -53,7 +53,7 @@ from support.factors_file import load_factors, save_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
 from support.processes import calibrate_together, place, processes, say, summed
-from support.resume import Journal, Losses, make_plan
+from support.resume import Journal, Losses, changed_flag, make_plan
 from support.text import batch_of, sample_tokens
 
 # ---------------------------------------------------------------------- layer-wise training
@@ -278,6 +278,7 @@ def fine_tune(
 
     Raises `UserError` when a loss diverges from the `initial` one.
     """
+    begun = {"bases": bases, "initial": vars(initial)}
     steps = train_layers(model, [tuner], samples, batch_size, seed, sinks, bool(journal.log))
     with journal.open(tuner.steps_done, tuner.steps):
         for step, losses, moments in steps:
@@ -288,8 +289,7 @@ def fine_tune(
                 tokens = count_tokens(batch_of(samples, step, batch_size, seed), sinks)
                 now = compare(losses[0], moments, bases, tokens)
                 columns |= {"floor": now.floor, "optimal": now.optimal}
-            state = {"bases": bases, "initial": vars(initial)}
-            journal.record(row, columns, lambda state=state: {**state, **tuner.state()})
+            journal.record(row, columns, lambda: {**begun, **tuner.state()})
 
 
 # ---------------------------------------------------------------------------- command line
@@ -375,12 +375,9 @@ def check_finished(path: Path, model: Transformer, plan: dict) -> None:
     """Raises `UserError` if the factors at `path` were made for another model or with another plan,
     naming an argument that differs."""
     theirs = json.loads(load_factors(path, model).info.get("plan", "{}"))
-    for name, value in plan.items():
-        if theirs.get(name) != value:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{path} was made with another {flag}; leave out --resume to make it again"
-            )
+    flag = changed_flag(plan, theirs)
+    if flag:
+        raise UserError(f"{path} was made with another {flag}; leave out --resume to make it again")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from support.command import UserError, user_values
 from support.factors_file import fingerprint, load_factors, save_factors
 from support.processes import calibrate_together, place
 from support.resume import load_state, save_state
-from train import Tuner, loss_floor, new_moments, run_layers, train_layers
+from train import Tuner, count_tokens, loss_floor, new_moments, run_layers, train_layers
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class FactorStore:
         samples = self.samples[: self.measured]
         moments = new_moments(self.model)
         run_layers(self.model, samples, [], moments=moments)
-        return moments / sum(sample.numel() for sample in samples)
+        return moments / count_tokens(samples, 0)
 
     def floor(self, moments: Tensor, recipe: Recipe) -> float:
         """The least loss (equation 2) that factors of these ranks can have on those samples."""

@@ -15,7 +15,7 @@ from support.command import TEXTS, UserError
 from support.factors_file import fingerprint
 from support.huggingface.checkpoint import find_checkpoint
 from support.processes import gathered, patient_group, place, say
-from support.resume import load_state, save_state
+from support.resume import changed_flag, load_state, save_state
 
 Key = tuple[int, int]  # of a piece of work: its row and its case
 
@@ -78,14 +78,11 @@ def read_notes(notes: Path | None, plan: dict) -> dict[Key, dict]:
         if file.suffix != ".pt":  # half-written
             continue
         state = load_state(file, {}, ("plan", "results"))
-        theirs = state["plan"]
-        for name in {**theirs, **plan}:
-            if theirs.get(name, "") != plan.get(name, ""):
-                flag = "command" if name == "what" else "--" + name.replace("_", "-")
-                raise UserError(
-                    f"{file} has cases of a run with another {flag}; delete it to start again, or "
-                    "write to another place"
-                )
+        flag = changed_flag(plan, state["plan"]) or changed_flag(state["plan"], plan)
+        if flag:
+            flag = "command" if flag == "--what" else flag
+            message = f"{file} has cases of a run with another {flag}"
+            raise UserError(f"{message}; delete it to start again, or write to another place")
         done |= state["results"]
     if done:
         say(f"{len(done)} runs of a cache on a case are done already")

@@ -28,6 +28,15 @@ def save_state(path: Path, state: dict) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
+def changed_flag(plan: dict, theirs: dict) -> str | None:
+    """The flag of the first argument of `plan` that is another one in `theirs`; None if there is
+    none."""
+    for name, value in plan.items():
+        if theirs.get(name) != value:
+            return "--" + name.replace("_", "-")
+    return None
+
+
 def load_state(path: Path, plan: dict, names: tuple[str, ...]) -> dict:
     """What `save_state` wrote, on the CPU: "plan" and all that is named.
 
@@ -36,14 +45,13 @@ def load_state(path: Path, plan: dict, names: tuple[str, ...]) -> dict:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        different = [name for name in plan if state["plan"][name] != plan[name]]
+        flag = changed_flag(plan, state.get("plan", {}))
         for name in names:
             state[name]
     except Exception as error:  # a damaged pickle raises nearly anything
         message = f"{path} is damaged ({first_line(error)})"
         raise UserError(f"{message}; delete it to start anew") from None
-    if different:
-        flag = "--" + different[0].replace("_", "-")
+    if flag:
         message = f"{path} was made with another {flag}"
         raise UserError(f"{message}; give the same, another --out, or delete it to start anew")
     return state
