@@ -158,6 +158,11 @@ class LayerCache:
         """One new token (T = 1), after a prefill."""
         raise NotImplementedError
 
+    def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        """T new tokens, after a prefill: the same as T times `decode`, and by default just that."""
+        steps = zip(x.split(1, 1), q.split(1, 2), k.split(1, 2), v.split(1, 2), strict=True)
+        return torch.cat([self.decode(*step, rope) for step in steps], dim=2)
+
     def tensors(self) -> list[Tensor]:
         """Every tensor that this layer keeps for the sequence."""
         raise NotImplementedError
@@ -262,10 +267,12 @@ class Attention(nn.Module):
             q = rope.rotate(q, 0)
             k = rope.rotate(k, 0)
             out = causal_attention(q, k, v, self.config.sliding_window)
-        elif T > 1 or cache.length == 0:
+        elif cache.length == 0:
             out = cache.prefill(x, q, k, v, rope)
-        else:
+        elif T == 1:
             out = cache.decode(x, q, k, v, rope)
+        else:
+            out = cache.extend(x, q, k, v, rope)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # [B, T, hidden]
 
 
@@ -325,8 +332,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """tokens [B, T] -> logits [B, T, vocab], or of the last `logits_to_keep` tokens only.
 
-        An empty cache takes the whole prompt, later calls one token each. Sequences of a batch
-        have equal length: there is no padding. Raises `ValueError` past the context length.
+        An empty cache prefills, one that holds tokens decodes one more, or is extended by several.
+        Sequences of a batch have equal length: there is no padding. Raises `ValueError` past the
+        context length.
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be [B, T] with T > 0, got {tuple(tokens.shape)}")

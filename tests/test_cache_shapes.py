@@ -122,10 +122,11 @@ def test_bytes_in_bits_are_those_of_the_formula(T, steps, window, first, k_bits,
 def test_prefill_twice_and_decode_first_are_errors():
     model = tiny_model()
     factors, tokens = make_factors(model, 3, 3), tiny_tokens(model, 1, 5)
+    q, k = torch.zeros(1, 4, 2, 6), torch.zeros(1, 2, 2, 6)
     for cache in (bi_branch_cache(model, factors), full_cache(model)):
         model(tokens, cache)
         with pytest.raises(ValueError, match="prefill on a cache that holds 5 tokens"):
-            model(tokens, cache)
+            cache[0].prefill(torch.zeros(1, 2, 24), q, k, k, model.rope)
     for layer in (bi_branch_cache(model, factors)[0], FullCache(model.config)):
         for length, T, message in ((0, 1, "on an empty cache"), (1, 2, "one token a step, got 2")):
             layer.length = length
