@@ -121,12 +121,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None
     T = q.shape[-2]
     mask = None
     if sliding_window is not None and sliding_window < T:
-        j = torch.arange(T, device=q.device)
-        i = j[:, None]
-        mask = (j <= i) & (j > i - sliding_window)  # [T, T]
+        i = torch.arange(T, device=q.device)
+        mask = seen_by(i, i, sliding_window)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
+
+
+def seen_by(i: Tensor, j: Tensor, sliding_window: int | None = None) -> Tensor:
+    """Whether the tokens at positions i [n] attend to those at positions j [m]: [n, m]."""
+    i = i[:, None]
+    seen = j <= i
+    if sliding_window is not None:
+        seen &= j > i - sliding_window
+    return seen
 
 
 class LayerCache:
@@ -159,7 +167,8 @@ class LayerCache:
         raise NotImplementedError
 
     def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """T new tokens, after a prefill: the same as T times `decode`, and by default just that."""
+        """T new tokens, after a prefill: as T times `decode`, and by default just that."""
+        self.check_extend()
         steps = zip(x.split(1, 1), q.split(1, 2), k.split(1, 2), v.split(1, 2), strict=True)
         return torch.cat([self.decode(*step, rope) for step in steps], dim=2)
 
@@ -175,9 +184,12 @@ class LayerCache:
         if self.length:
             raise ValueError(f"prefill on a cache that holds {self.length} tokens; make a new one")
 
-    def check_decode(self, q: Tensor) -> None:
+    def check_extend(self) -> None:
         if not self.length:
             raise ValueError("decode on an empty cache; prefill the prompt first")
+
+    def check_decode(self, q: Tensor) -> None:
+        self.check_extend()
         if q.shape[-2] != 1:
             raise ValueError(f"decode takes one token a step, got {q.shape[-2]}")
 
@@ -190,7 +202,9 @@ def reserve(buffer: Tensor, length: int, most: int | None = None) -> Tensor:
     capacity = buffer.shape[-2]
     if length <= capacity or capacity == most:
         return buffer
-    room = length - 1 + GROW if most is None else min(length - 1 + GROW, most)
+    room = capacity + -(-(length - capacity) // GROW) * GROW
+    if most is not None:
+        room = min(room, most)
     larger = buffer.new_empty(*buffer.shape[:-2], room, buffer.shape[-1])
     larger[..., :capacity, :] = buffer
     return larger
@@ -218,14 +232,29 @@ class FullCache(LayerCache):
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_decode(q)
         t = self.length
-        self.k = reserve(self.k, t + 1)
-        self.v = reserve(self.v, t + 1)
-        self.k[:, :, t] = rope.rotate(k, t)[:, :, 0]
-        self.v[:, :, t] = v[:, :, 0]
-        self.length = t + 1
+        self.append(k, v, rope)
         start = max(0, self.length - (self.sliding_window or self.length))
-        k, v = self.k[:, :, start : t + 1], self.v[:, :, start : t + 1]
+        k, v = self.k[:, :, start : self.length], self.v[:, :, start : self.length]
         return F.scaled_dot_product_attention(rope.rotate(q, t), k, v, enable_gqa=True)
+
+    def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        self.check_extend()
+        t = self.length
+        self.append(k, v, rope)
+        j = torch.arange(self.length, device=k.device)
+        mask = seen_by(j[t:], j, self.sliding_window)
+        k, v = self.k[:, :, : self.length], self.v[:, :, : self.length]
+        q = rope.rotate(q, t)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    def append(self, k: Tensor, v: Tensor, rope: Rope) -> None:
+        """k, before RoPE, and v of the next tokens."""
+        t = self.length
+        self.length = t + k.shape[2]
+        self.k = reserve(self.k, self.length)
+        self.v = reserve(self.v, self.length)
+        self.k[:, :, t : self.length] = rope.rotate(k, t)
+        self.v[:, :, t : self.length] = v
 
     def tensors(self) -> list[Tensor]:
         return [self.k, self.v] if self.length else []

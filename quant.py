@@ -252,6 +252,12 @@ class Packed:
             waiting = waiting[:, n:].clone()  # a view would keep the memory of the packed ones
         self.waiting = waiting  # [B, fewer than residual + block, C]
 
+    def at_once(self) -> int:
+        """How many tokens can be appended together, and none but the first has a block packed:
+        what any of them reads then is the same as if they came one by one."""
+        until = self.packed + self.block + self.residual - self.length  # the next one that has
+        return self.block if until == 1 else until - 1
+
     def pack_blocks(self, x: Tensor) -> None:
         """x [B, n, C], n tokens of whole blocks."""
         start = self.packed // self.block

@@ -20,9 +20,8 @@ import math
 import torch
 from torch import Tensor
 
-from beyond.probes import branches
-from cskv import Observer, Statistics
-from model import Attention, Rope, Transformer
+from cskv import Observer, Statistics, is_exact
+from model import Attention, Rope, Transformer, seen_by
 from support.command import UserError
 from support.processes import calibrate_together, summed
 
@@ -49,7 +48,9 @@ class OutputObserver(Observer):
         at = torch.arange(first, T, EVERY, device=x.device)
         if not len(at):
             return
-        seen, exact = branches(at, T, self.window, self.sinks, self.sliding_window)  # [n, T]
+        j = torch.arange(T, device=x.device)
+        seen = seen_by(at, j, self.sliding_window)  # [n, T]
+        exact = is_exact(at, j, self.window, self.sinks)
         q_at = rope.rotate(q, 0)[:, :, at].float().unflatten(1, (k.shape[1], -1))
         k_all = rope.rotate(k, 0).float().unsqueeze(2)
         scores = q_at @ k_all.transpose(-1, -2) / math.sqrt(k.shape[-1])

@@ -9,24 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quant
-from cskv import LowRank
-from model import Attention, LayerCache, Rope, Transformer
+from cskv import LowRank, is_exact
+from model import Attention, LayerCache, Rope, Transformer, seen_by
 from support.command import UserError
 
 SIDES = {"k": quant.TOKENS, "v": quant.CHANNELS}  # of a layer, and how their latents are grouped
 NAMES = {"k": "keys", "v": "values"}
-
-
-def branches(
-    i: Tensor, T: int, window: int, sinks: int, sliding_window: int | None
-) -> tuple[Tensor, Tensor]:
-    """Which of T tokens the queries i [n] of a bi-branch cache see, and which in full precision
-    (of those they do not see too): [n, T] both."""
-    i = i[:, None]
-    j = torch.arange(T, device=i.device)
-    seen = (j <= i) & (i - j < (sliding_window or T))
-    exact = (j < sinks) | (i - j < window)
-    return seen, exact
 
 
 class DecodeMode(LayerCache):
@@ -49,7 +37,8 @@ class DecodeMode(LayerCache):
         k_hat = rope.rotate(self.rebuild("k", x, k), 0)
         v_hat = self.rebuild("v", x, v)
         i = torch.arange(T, device=x.device)
-        seen, exact = branches(i, T, self.window, self.sinks, self.sliding_window)
+        seen = seen_by(i, i, self.sliding_window)
+        exact = is_exact(i, i, self.window, self.sinks)
         # Every token is there twice, exact and rebuilt, and one softmax sees it once.
         mask = torch.cat([seen & exact, seen & ~exact], dim=1)  # [T, 2 T]
         k = torch.cat([rope.rotate(k, 0), k_hat], dim=2)  # [B, H_kv, 2 T, D]

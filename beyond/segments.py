@@ -41,6 +41,7 @@ has the same as a loop, `naive_attend`. Shapes as in model.py, M segments, n tok
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -118,16 +119,20 @@ def middles(rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.devic
 
 @lru_cache(maxsize=8)  # the same for all layers of a step
 def query_turns(
-    rope: Rope, t: int, sinks: int, spans: tuple[Span, ...], device: torch.device
+    rope: Rope, t: int, sinks: int, spans: tuple[Span, ...], device: torch.device, T: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """What turns a rotated query at position t to where each segment sees it, and damps it.
+    """What turns rotated queries at T positions, of which t is the last, to where each segment sees
+    them, and damps them.
 
-    Two tables [M, 1, D]: q becomes q * cos + roll(q, D / 2) * sin, as in `Rope.rotate`.
+    Two tables [M, T, D]: q becomes q * cos + roll(q, D / 2) * sin, as in `Rope.rotate`.
     """
     w, turns = middles(rope, sinks, spans, device)
-    # The query comes rotated by RoPE's table, whose angles are in float32: that is taken back.
-    query = torch.polar(torch.ones_like(w), t * w) * torch.complex(rope.cos[t], -rope.sin[t])
-    turns = (turns * query).to(torch.complex64).unsqueeze(1)  # [M, 1, D/2]
+    positions = torch.arange(t + 1 - T, t + 1, dtype=torch.float64, device=device)
+    angle = torch.outer(positions, w)
+    # Queries come rotated by RoPE's table, whose angles are in float32: that is taken back.
+    table = torch.complex(rope.cos[t + 1 - T : t + 1], -rope.sin[t + 1 - T : t + 1])
+    query = torch.polar(torch.ones_like(angle), angle) * table  # [T, D/2]
+    turns = (turns.unsqueeze(1) * query).to(torch.complex64)  # [M, T, D/2]
     cos, sin = turns.real, turns.imag
     return torch.cat([cos, cos], 2), torch.cat([-sin, sin], 2)
 
@@ -158,6 +163,7 @@ class FastCache(BiBranchCache):
 
     kept_in = GrowingLatents
     segments = SEGMENTS  # ((1, 0),) gives the results of `BiBranchCache`
+    k = v = None
 
     def __init__(
         self,
@@ -168,6 +174,7 @@ class FastCache(BiBranchCache):
         sinks: int = 0,
     ):
         super().__init__(attention, factors, window, expected, sinks)
+        self.H = attention.config.num_attention_heads
         self.H_kv = attention.config.num_key_value_heads
         on_cpu = self.B_k.device.type == "cpu"
         self.dtype = torch.float32 if on_cpu else self.B_k.dtype  # a CPU is slow in 16 bits
@@ -175,25 +182,40 @@ class FastCache(BiBranchCache):
         rank = max(factors.k.rank, factors.v.rank)
         self.chunk = max(1, 2**10 // rank) * 512 if on_cpu else 2**15
 
-    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
-        super().remember(x, q, k, v, rope)
-        # The window becomes a ring: the token at position t lies in slot `slot(t)`.
-        S, kept = min(self.length, self.sinks), self.k.shape[2]
-        positions = [*range(S), *range(self.length - (kept - S), self.length)]
-        slots = torch.tensor([self.slot(t) for t in positions], device=x.device)
-        self.k = self.ring(self.k, slots)
-        self.v = self.ring(self.v, slots)
+    def keep(self, k: Tensor, v: Tensor) -> None:
+        self.k = self.ring(self.k, self.sinks_and_window(k))
+        self.v = self.ring(self.v, self.sinks_and_window(v))
 
-    def ring(self, y: Tensor, slots: Tensor) -> Tensor:
-        """y [B, H_kv, n, D] in these slots of a tensor with room for `expected` tokens."""
+    def ring(self, ring: Tensor | None, y: Tensor) -> Tensor:
+        """y [B, H_kv, n, D], the sinks and the window, in a ring with room for all of them."""
         B, H_kv, _, D = y.shape
-        room = min(max(self.length, self.expected), self.sinks + self.window)
-        ring = y.new_empty(B, H_kv, room, D)
-        ring[:, :, slots] = y
+        most = self.sinks + self.window
+        if ring is None:
+            ring = y.new_empty(B, H_kv, min(max(self.length, self.expected), most), D)
+        ring = reserve(ring, self.length, most)
+        ring[:, :, self.slots()] = y
         return ring
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        slots = self.slots()
+        return self.k[:, :, slots], self.v[:, :, slots]
+
+    def slots(self) -> list[int]:
+        """Where the sinks and the window lie, in the order of the text."""
+        _, S, _, window_start = self.branches()
+        return [self.slot(t) for t in (*range(S), *range(window_start, self.length))]
 
     def slot(self, t: int) -> int:
         return t if t < self.sinks else self.sinks + (t - self.sinks) % self.window
+
+    def at_once(self) -> int:
+        """How many of the next tokens see the same segments, too: `cut` puts a border between two
+        lengths at a multiple of the longer one, and moves it in such steps."""
+        n = super().at_once()
+        first = max(0, self.length + 1 - self.window - self.sinks)  # where its old tokens end
+        for (_, tokens), (longer, _) in pairwise(self.segments):
+            n = min(n, longer - (first - tokens) % longer)
+        return n
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """One new token, at position t."""
@@ -218,9 +240,20 @@ class FastCache(BiBranchCache):
         k, v = self.k[:, :, full], self.v[:, :, full]
         return self.attend(q, k, v, first_old, window_start, rope)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, first: int, old: int, rope: Rope) -> Tensor:
-        B, H, _, D = q.shape
-        # Queries of a group share a key head; all products are of [batch * heads, rows, columns].
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first: int,
+        old: int,
+        rope: Rope,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """As in `BiBranchCache`; `positions` None: of one token, which sees all of k and v."""
+        B, H, T, D = q.shape
+        # Queries of a group share a key head, G T rows; all products are of [batch * heads, rows,
+        # columns].
         q = q.reshape(B * self.H_kv, -1, D).float() / math.sqrt(D)
         k = k.flatten(0, 1)  # [B * H_kv, m, D]
         v = v.flatten(0, 1)
@@ -235,27 +268,34 @@ class FastCache(BiBranchCache):
         n = stop - begin
         # 3. Scores, a column for each token from `begin` on, then for those of k. The last segment
         #    may end behind `stop`: those of k take the place of what it has too many.
-        scores = q.new_empty(B, H, max(end - begin, n + m))
+        scores = q.new_empty(B, H * T, max(end - begin, n + m))
         if spans:
             self.old_scores(q, spans, rope, scores)
-        scores[..., n : n + m] = torch.bmm(q, k.float().transpose(1, 2)).view(B, H, m)
-        if begin < start:  # behind the sliding window
+        scores[..., n : n + m] = torch.bmm(q, k.float().transpose(1, 2)).view(B, H * T, m)
+        scores = scores[..., : n + m]
+        if positions is not None:
+            mask = self.mask(T, positions, self.sinks + begin, old)
+            scores.unflatten(1, (H, T)).masked_fill_(~mask, -math.inf)
+        elif begin < start:  # behind the sliding window
             scores[..., : start - begin] = -math.inf
         # 4. One softmax over both branches, then the values of both.
-        p = scores[..., : n + m].softmax(-1).to(self.dtype)  # [B, H, n + m]
-        out = torch.bmm(p[..., n:].reshape(len(v), -1, m), v.to(p.dtype))  # [B * H_kv, G, D]
+        p = scores.softmax(-1).to(self.dtype)  # [B, H T, n + m]
+        out = torch.bmm(p[..., n:].reshape(len(v), -1, m), v.to(p.dtype))  # [B * H_kv, G T, D]
         if spans:
             out = out + self.old_values(p[..., :n], begin)
-        return out.to(v.dtype).view(B, H, 1, D)
+        return out.to(v.dtype).view(B, H, T, D)
 
     def old_scores(self, q: Tensor, spans: tuple[Span, ...], rope: Rope, out: Tensor) -> None:
-        """Scores of q [B * H_kv, G, D], rotated, with all tokens of `spans`: into out [B, H, n]."""
+        """Scores of q [B * H_kv, G, D], rotated, with all tokens of `spans`: into out [B, H, n].
+        T tokens at once are as many more heads: G counts T for each head of a group, H likewise."""
         B, H, _ = out.shape
         H_kv, D = self.H_kv, self.D
         # 1. The query as each segment sees it.
-        cos, sin = query_turns(rope, self.length - 1, self.sinks, spans, q.device)  # [M, 1, D]
+        T = H // self.H
+        tables = query_turns(rope, self.length - 1, self.sinks, spans, q.device, T)
+        cos, sin = (table.unsqueeze(1) for table in tables)  # [M, 1, T, D]
         M = len(cos)
-        q = q.view(B, H_kv, 1, -1, D).transpose(0, 1)  # [H_kv, B, 1, G, D]
+        q = q.view(B, H_kv, 1, -1, T, D).transpose(0, 1)  # [H_kv, B, 1, heads, T, D]
         seen = torch.addcmul(q * cos, q.roll(D // 2, -1), sin)
         seen = seen.reshape(H_kv, -1, D).to(self.dtype)  # [H_kv, B * M * G, D]
         # 2. B_k, and the bias, absorbed into it.

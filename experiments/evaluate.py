@@ -14,8 +14,8 @@ exact for nearly every cache here.)
 
 Retrieval (`longeval`, `passkey`) has two protocols. In the paper's, `--question prefill`, the whole
 prompt is prefilled, so that the first digit is read with exact keys and values. In the harder one,
-`--question decode`, the question is fed to the cache token by token: the context was compressed
-before anyone knew what would be asked.
+`--question decode`, the cache is extended by the question: the context was compressed before anyone
+knew what would be asked.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -143,10 +143,11 @@ class Question(Case):
 def greedy_answer(
     model: Transformer, logits: Tensor, question: list[int], cache: list[LayerCache], most: int
 ) -> list[int]:
-    """Up to `most` tokens, after the tokens of `question` went through the cache one by one.
-    `logits` [1, 1, vocab] are those of the token before the question."""
-    for token in torch.tensor(question, dtype=torch.long, device=logits.device):
-        logits = model(token.view(1, 1), cache)
+    """Up to `most` tokens, after the cache was extended by the tokens of `question`. `logits`
+    [1, 1, vocab] are those of the token before the question."""
+    if question:
+        tokens = torch.tensor([question], device=logits.device)
+        logits = model(tokens, cache, logits_to_keep=1)
     greedy = make_sampler(0.0, 1.0, 0)
     first = greedy(logits[0, -1])
     if first in model.config.eos_token_ids:

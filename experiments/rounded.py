@@ -30,5 +30,8 @@ class Rounded(LayerCache):
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         return self.cache.decode(*(y.to(self.dtype) for y in (x, q, k, v)), rope).to(x.dtype)
 
+    def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        return self.cache.extend(*(y.to(self.dtype) for y in (x, q, k, v)), rope).to(x.dtype)
+
     def tensors(self) -> list[Tensor]:
         return self.cache.tensors()

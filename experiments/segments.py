@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beyond.probes import DecodeMode, branches
+from beyond.probes import DecodeMode
 from beyond.segments import SEGMENTS, cut, damping
-from cskv import Factors
+from cskv import Factors, is_exact
 from experiments.evaluate import perplexity_cases
 from experiments.tables import table, write_json
-from model import Rope, Transformer, causal_attention
+from model import Rope, Transformer, causal_attention, seen_by
 from support.command import Arguments, check_files, number, run_command
 from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model
@@ -76,8 +76,9 @@ class SegmentMode(DecodeMode):
         n, T = self.lengths.shape
         k_hat, v_hat = self.rebuild("k", x, k), self.rebuild("v", x, v)
         q, k = rope.rotate(q, 0), rope.rotate(k, 0)
-        at = torch.arange(T - n, T, device=x.device)
-        seen, exact = branches(at, T, self.window, self.sinks, self.attention.config.sliding_window)
+        j = torch.arange(T, device=x.device)
+        seen = seen_by(j[-n:], j, self.attention.config.sliding_window)
+        exact = is_exact(j[-n:], j, self.window, self.sinks)
         # Every token is there exact, and rebuilt for each length of segments; a query sees it once.
         keys, masks = [k], [seen & exact]
         for length in self.lengths[self.lengths > 0].unique().tolist():

@@ -392,7 +392,7 @@ def test_prefill_twice_and_decode_first_are_errors():
             sequence.decode(cache[0], 0)
         model(tokens, cache)
         with pytest.raises(ValueError, match="prefill on a cache that holds 5 tokens"):
-            model(tokens, cache)
+            cache[0].prefill(*sequence.part(0, 2))
         with pytest.raises(ValueError, match="one token a step, got 2"):
             cache[0].decode(*sequence.part(0, 2))
 

@@ -1,0 +1,72 @@
+"""Several new tokens at once: as if they had come one by one, for every cache of the registry."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beyond.segments import SEGMENTS
+from experiments.caches import CACHES, CHANNELS, make_cache, make_row
+from infer import held_bytes
+from tests.drawn import groups, quick, sinks, widths, windows
+from tests.helpers import in_bits, make_factors, tiny_model, tiny_tokens
+
+SCHEDULES = [SEGMENTS, ((1, 0),), ((7, 0),), ((2, 9), (4, 0)), ((1, 5), (8, 20), (64, 0))]
+shapes = st.fixed_dictionaries(
+    {
+        "num_key_value_heads": st.sampled_from([1, 2, 4]),
+        "attention_bias": st.booleans(),
+        "sliding_window": st.sampled_from([None, None, 7, 50]),
+    }
+)
+# The first piece is the prompt.
+pieces = st.lists(st.sampled_from([1, 2, 3, 17, 40, 70]), min_size=2, max_size=4)
+
+
+def caches_for(name, model, window, first, factors, schedule):
+    """Two empty caches of a kind."""
+    settings = {"window": window, "sinks": first if CACHES[name].sinks else 0}
+    if CACHES[name].shrinks == CHANNELS:
+        settings["factors"] = factors
+    else:
+        settings["ratio"] = 0.3
+    row = make_row(model, name, **settings)
+    caches = [make_cache(model, row, 0) for _ in range(2)]
+    if name == "cskv":
+        for layer in (*caches[0], *caches[1]):
+            layer.segments = schedule
+    return caches
+
+
+@pytest.mark.parametrize("name", CACHES)
+@quick
+@given(shapes, pieces, windows, sinks, widths, widths, groups, st.sampled_from(SCHEDULES))
+def test_pieces_equal_token_by_token(
+    name, shape, lengths, window, first, k_bits, v_bits, group, schedule
+):
+    """Logits within rounding, and the bytes, for a text in pieces of any lengths."""
+    if name == "h2o":
+        shape = {**shape, "sliding_window": None}
+    # One layer, in float64: numbers beside the border of two codes do not fall to either side.
+    model = tiny_model(num_hidden_layers=1, scale=0.3, **shape).double()
+    factors = in_bits(make_factors(model, 5, 4), k_bits, v_bits, group)
+    together, alone = caches_for(name, model, window, first, factors, schedule)
+    tokens = tiny_tokens(model, 2, sum(lengths))
+    for piece in tokens.split(lengths, dim=1):
+        ours = model(piece, together)
+        if alone[0].length:
+            expected = torch.cat([model(token, alone) for token in piece.split(1, dim=1)], 1)
+        else:
+            expected = model(piece, alone)
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+        assert together[0].length == alone[0].length
+        assert held_bytes(together) == held_bytes(alone)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_an_empty_cache_is_not_extended(name):
+    model = tiny_model()
+    cache, _ = caches_for(name, model, 4, 1, make_factors(model, 3, 3), SEGMENTS)
+    q, k = torch.zeros(1, 4, 2, 6), torch.zeros(1, 2, 2, 6)
+    with pytest.raises(ValueError, match="on an empty cache"):
+        cache[0].extend(torch.zeros(1, 2, 24), q, k, k, model.rope)
