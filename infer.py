@@ -29,7 +29,7 @@ from support.factors_file import load_factors
 from support.huggingface.checkpoint import generation_settings, load_model
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.processes import say
-from support.text import check_finite, check_prompt
+from support.text import check_finite, check_prompt, read_prompt
 
 KINDS = {"cskv": FastCache, "cskv-plain": BiBranchCache}
 TEACHER = Path(__file__).resolve().parent / "weights" / "teacher"  # embedded, for retrieval only
@@ -175,6 +175,10 @@ def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     use_device(args.device)
     text, file, compare, most = args.prompt, args.factors, args.compare, args.max_new_tokens
+    if args.prompt_file is not None:
+        if text is not None:
+            raise UserError("--prompt and --prompt-file are both given; leave one of them out")
+        text = read_prompt(args.prompt_file)
     hint = ""
     if os.path.realpath(args.model) == str(TEACHER):
         file = file or TEACHER / "cskv-80.safetensors"
@@ -242,6 +246,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     count = number(int, 1)
     widths = (2, 3, 4, 8, 16, 32)
     add("--prompt", help="text to answer or to continue (without --model: a LongEval case)")
+    add("--prompt-file", help="a UTF-8 file of that text instead; - for standard input")
     add("--model", default=TEACHER, help="checkpoint folder or hub name (the embedded model)")
     add("--factors", help="factors file for this model, made by train.py")
     kinds = "cskv: fast, old keys share positions, which costs SmolLM2 up to 0.7%% of perplexity "

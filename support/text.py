@@ -52,6 +52,18 @@ def read_text(path: Path) -> Iterator[str]:
         raise UserError(f"{path} is no UTF-8 text ({error}); save it as such") from None
 
 
+def read_prompt(name: str) -> str:
+    """The text of a file of any name, or of standard input for "-"."""
+    source = 0 if name == "-" else name
+    try:
+        with open(source, encoding="utf-8-sig", closefd=name != "-") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error}); give another file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is no UTF-8 text ({error}); save it as such") from None
+
+
 def read_line(line: str, place: str) -> str:
     """The text of a line of a .jsonl file. Raises `UserError` naming the place."""
     try:
