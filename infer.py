@@ -2,10 +2,11 @@
 
     python infer.py                     a demonstration on the embedded teaching model
     python infer.py --prompt "..." --model FOLDER_OR_HUB_NAME --factors FILE
+    python infer.py --ask --prompt-file TEXT ...     reads a text once, answers questions about it
 
 The prompt is read once with the exact model (`prefill`), then every new token attends to the
-cache (`decode`). Nothing else here is particular to CSKV: a cache is a list of one `LayerCache` a
-layer, and the model takes whichever it is given.
+cache (`decode`). In a conversation each question extends it. Nothing else here is particular to
+CSKV: a cache is a list of one `LayerCache` a layer, and the model takes whichever it is given.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -20,14 +21,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from beyond.segments import FastCache
 from cskv import BiBranchCache, Factors, bi_branch_cache
 from model import LayerCache, Transformer, full_cache
 from support.command import DTYPES, Arguments, UserError, number, run_command, use_device
 from support.factors_file import load_factors
-from support.huggingface.checkpoint import generation_settings, load_model
+from support.huggingface.checkpoint import (
+    find_checkpoint,
+    generation_settings,
+    load_model,
+    read_config,
+)
+from support.huggingface.conversation import Conversation
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
+from support.interrupt import Postponed
 from support.processes import say
 from support.text import check_finite, check_prompt, read_prompt
 
@@ -110,12 +119,16 @@ def answer(
     max_new_tokens: int,
     sample: Callable[[Tensor], int],
     write: Callable[[str], None] = lambda text: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict:
-    """Generates from `cache`, streams the text through `write`, and measures bytes and seconds."""
+    """Generates from `cache`, streams the text through `write`, and measures bytes and seconds.
+    It ends early once it is `stopped`."""
     tokens, seconds = [], []
     written = ""
     for token in generate(model, prompt, cache, max_new_tokens, sample, seconds):
         tokens.append(token)
+        if stopped():
+            break
         settled = tokenizer.settled(tokens)
         if len(settled) > len(written):
             write(settled[len(written) :])
@@ -168,6 +181,90 @@ def shorten(case: str) -> str:
     return f"{first[:76]} [...]\n[...]\n{asked}\n[...]\n{question}\n"
 
 
+# --------------------------------------------------------------------------------- conversation
+
+
+@torch.no_grad()
+def read(model: Transformer, tokens: list[int], cache: list[LayerCache], name: str) -> None:
+    """Prefills `cache` with a text, and shows on standard error how many layers are done."""
+    label = f"reading {len(tokens)} tokens, {name} cache"
+    with tqdm(total=len(cache), desc=label, unit="layer") as bar:
+
+        def step(*_: object) -> None:
+            bar.update()
+
+        hooks = [layer.register_forward_hook(step) for layer in model.model.layers]
+        try:
+            model(torch.tensor([tokens], device=model.lm_head.weight.device), cache, 1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def questions() -> Iterator[str]:
+    """The lines of standard input that are not empty."""
+    sys.stdin.reconfigure(encoding="utf-8-sig")
+    try:
+        for line in sys.stdin:
+            if line.strip():
+                yield line.strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"a question is no UTF-8 text ({error}); save it as such") from None
+
+
+def converse(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    conversations: dict[str, Conversation],
+    caches: dict[str, list[LayerCache]],
+    nominal: dict[str, float],
+    most: int,
+    make_sample: Callable[[], Callable[[Tensor], int]],
+    as_json: bool,
+) -> None:
+    """Reads the text into each cache, then answers questions until they or the context end."""
+    for name, cache in caches.items():
+        read(model, conversations[name].tokens, cache, name)
+    limit = model.config.context_length
+    write = [] if as_json else [lambda part: print(part, end="", flush=True)]
+    samples = {name: make_sample() for name in caches}
+    for question in questions():
+        results = {}
+        for name, cache in caches.items():
+            conversation = conversations[name]
+            conversation.ask(question)
+            length = len(conversation.tokens)
+            if length >= limit:
+                say(f"the context of {limit} tokens is full; ask in a new conversation")
+                return
+            if len(caches) > 1 and not as_json:
+                print(f"--- {name} cache")
+            new = conversation.tokens[cache[0].length :]
+            with Postponed() as interrupt:
+                result = answer(
+                    model,
+                    tokenizer,
+                    new,
+                    cache,
+                    min(most, limit - length),
+                    samples[name],
+                    *write or [lambda text: None],
+                    stopped=lambda interrupt=interrupt: interrupt.asked,
+                )
+            conversation.add_answer(result["tokens"], result["text"])
+            result |= {"prompt_tokens": length, "nominal_ratio": nominal[name]}
+            results[name] = result
+            if not as_json:
+                print(flush=True)
+            held, full = result["cache_bytes"] / 1e6, result["full_cache_bytes"] / 1e6
+            say(f"{cache[0].length} tokens, {held:.2f} MB; a full 16-bit cache: {full:.2f} MB")
+        if as_json:
+            shown = {"question": question, **results[list(caches)[-1]]}
+            if len(caches) > 1:
+                shown["full"] = results["full"]
+            print(json.dumps(shown), flush=True)
+
+
 # --------------------------------------------------------------------------------- command line
 
 
@@ -178,7 +275,11 @@ def run(args: argparse.Namespace) -> None:
     if args.prompt_file is not None:
         if text is not None:
             raise UserError("--prompt and --prompt-file are both given; leave one of them out")
+        if args.ask and args.prompt_file == "-":
+            raise UserError("--ask reads questions from standard input; give the text as a file")
         text = read_prompt(args.prompt_file)
+    if args.ask and text is None:
+        raise UserError("--ask needs a text to ask about; give --prompt-file FILE")
     hint = ""
     if os.path.realpath(args.model) == str(TEACHER):
         file = file or TEACHER / "cskv-80.safetensors"
@@ -198,16 +299,38 @@ def run(args: argparse.Namespace) -> None:
     if caches != ["full"] and file is None:
         message = f"the {caches[-1]} cache needs --factors FILE, made by train.py"
         raise UserError(f"{message}; or use --cache full")
+    config = read_config(find_checkpoint(args.model))
+    tokenizer = load_tokenizer(args.model, config.vocab_size)
+    prompt = tokenizer.encode_prompt(text, args.chat)
+    check_prompt(prompt, config.context_length)  # before the weights are read
     model = load_model(args.model, args.device, DTYPES[args.dtype])
     ignored = generation_settings(args.model)
     if ignored:
         say(f"not honoured, of generation_config.json: {', '.join(ignored)}")
-    tokenizer = load_tokenizer(args.model, model.config.vocab_size)
-    prompt = tokenizer.encode_prompt(text, args.chat)
-    check_prompt(prompt, model)
     if caches != ["full"]:
         factors = load_factors(file, model)
         factors = factors.in_bits(args.k_bits or args.bits, args.v_bits or args.bits)
+
+    def make(name: str, expected: int) -> tuple[list[LayerCache], float]:
+        """An empty cache, and its nominal ratio."""
+        if name == "full":
+            return full_cache(model, expected), 0.0
+        cache = bi_branch_cache(model, factors, args.window, expected, KINDS[name], args.sinks)
+        return cache, nominal_ratio(model, factors)
+
+    if args.ask:
+        made = {name: make(name, 0) for name in caches}
+        converse(
+            model,
+            tokenizer,
+            {name: Conversation(tokenizer, text, args.chat) for name in caches},
+            {name: cache for name, (cache, _) in made.items()},
+            {name: ratio for name, (_, ratio) in made.items()},
+            most,
+            lambda: make_sampler(args.temperature, args.top_p, args.seed),
+            args.json,
+        )
+        return
     if hint:
         say(hint)
     new_tokens = min(most, model.config.context_length - len(prompt))
@@ -217,12 +340,7 @@ def run(args: argparse.Namespace) -> None:
 
     results = {}
     for name in caches:
-        if name == "full":
-            cache = full_cache(model, expected)
-            nominal = 0.0
-        else:
-            cache = bi_branch_cache(model, factors, args.window, expected, KINDS[name], args.sinks)
-            nominal = nominal_ratio(model, factors)
+        cache, nominal = make(name, expected)
         if compare and not args.json:
             print(f"--- {name} cache, {len(prompt)} tokens of prompt")
         sample = make_sampler(args.temperature, args.top_p, args.seed)
@@ -247,6 +365,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     widths = (2, 3, 4, 8, 16, 32)
     add("--prompt", help="text to answer or to continue (without --model: a LongEval case)")
     add("--prompt-file", help="a UTF-8 file of that text instead; - for standard input")
+    ask = "then answer questions from standard input about the text, one a line, until it ends"
+    add("--ask", action="store_true", help=ask)
     add("--model", default=TEACHER, help="checkpoint folder or hub name (the embedded model)")
     add("--factors", help="factors file for this model, made by train.py")
     kinds = "cskv: fast, old keys share positions, which costs SmolLM2 up to 0.7%% of perplexity "

@@ -116,6 +116,9 @@ class Arguments(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> None:
+        flag = re.match(r"argument (--[\w-]+): expected one argument", message)
+        if flag:
+            message += f"; a value that begins with a dash is given as {flag[1]}=-5"
         self.exit(2, f"error: {message} (see --help)\n")
 
 

@@ -8,6 +8,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+class Postponed:
+    """Within it Ctrl-C sets `asked`, for the work to end at a good place; a second one raises."""
+
+    asked = False
+
+    def __enter__(self) -> "Postponed":
+        self.before = signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
 def stop(number: int, frame: object) -> None:
     os.write(2, b"interrupted\n")
     os._exit(130)

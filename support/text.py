@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import Transformer
 from support.command import TEXTS, UserError, files_in
 from support.huggingface.tokenizer import Tokenizer
 
@@ -149,9 +148,8 @@ def check_finite(finite: bool, mend: str = WIDER) -> None:
         raise UserError(f"{problem}; try {mend}")
 
 
-def check_prompt(prompt: list[int], model: Transformer) -> None:
-    """Raises `UserError` for a prompt of no tokens, or of more than the model's context."""
-    limit = model.config.context_length
+def check_prompt(prompt: list[int], limit: int) -> None:
+    """Raises `UserError` for a prompt of no tokens, or of more than a context of `limit`."""
     if not prompt:
         raise UserError("the prompt has no token; give other text")
     if len(prompt) >= limit:
