@@ -25,7 +25,8 @@ pieces = st.lists(st.sampled_from([1, 2, 3, 17, 40, 70]), min_size=2, max_size=4
 
 def caches_for(name, model, window, first, factors, schedule):
     """Two empty caches of a kind."""
-    settings = {"window": window, "sinks": first if CACHES[name].sinks else 0}
+    dtype = model.lm_head.weight.dtype
+    settings = {"window": window, "sinks": first if CACHES[name].sinks else 0, "dtype": dtype}
     if CACHES[name].shrinks == CHANNELS:
         settings["factors"] = factors
     else:

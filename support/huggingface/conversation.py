@@ -11,7 +11,7 @@ from support.command import UserError
 from support.huggingface.tokenizer import Tokenizer
 
 SEPARATOR = "\n\n"  # between the text and a question, and between an answer and the next one
-PROBES = ("A", "a", "1", "(", "'", "é", "中")  # questions begin with letters of these kinds
+PROBES = ("", "A", "a", "1", "(", "'", "é", "中")  # what questions may begin with
 
 
 def user(content: str) -> dict[str, str]:
