@@ -133,7 +133,7 @@ def ask(file, questions, *more):
 
 @pytest.mark.slow
 def test_ten_questions_through_a_pipe(tmp_path):
-    """With the 80% factors as many right as when each is asked alone, but for one."""
+    """With the 80% factors as many right as when each is asked alone."""
     text, questions, numbers = record()
     file = tmp_path / "record.txt"
     file.write_text(text, encoding="utf-8")
@@ -148,7 +148,7 @@ def test_ten_questions_through_a_pipe(tmp_path):
     right = [n in r["text"] for n, r in zip(numbers, together, strict=True)]
     right_alone = [n in r["text"] for n, r in zip(numbers, alone, strict=True)]
     assert all(n in r["full"]["text"] for n, r in zip(numbers, together, strict=True))
-    assert sum(right) >= sum(right_alone) - 1 and sum(right_alone) >= 5
+    assert sum(right) >= sum(right_alone) and sum(right_alone) >= 5
     lengths = [result["prompt_tokens"] for result in together]
     assert lengths == sorted(lengths) and together[0]["tokens"] == alone[0]["tokens"]
 
