@@ -224,7 +224,8 @@ def converse(
 ) -> None:
     """Reads the text into each cache, then answers questions until they or the context end."""
     for name, cache in caches.items():
-        read(model, conversations[name].tokens, cache, name)
+        if conversations[name].tokens:  # none if the first question changes all of a short text
+            read(model, conversations[name].tokens, cache, name)
     limit = model.config.context_length
     write = [] if as_json else [lambda part: print(part, end="", flush=True)]
     samples = {name: make_sample() for name in caches}
