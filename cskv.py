@@ -216,8 +216,12 @@ class BiBranchCache(LayerCache):
         values = torch.cat([self.v[:, :, first_sink:S], v_hat, self.v[:, :, S:]], dim=2)
         return F.scaled_dot_product_attention(rope.rotate(q, t), keys, values, enable_gqa=True)
 
-    def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """Several new tokens; each attends as if they had come one by one.
+    def at_once(self) -> int:
+        """How many of the next tokens read the same latents, packed or waiting."""
+        return min(PIECE, self.c_k.at_once(), self.c_v.at_once())
+
+    def extend_at_once(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        """n new tokens, at positions t .. t + n - 1; each attends as if they had come one by one.
 
         sinks 1, window 4, tokens 10, 11 and 12 arrive
 
@@ -226,22 +230,6 @@ class BiBranchCache(LayerCache):
         11                0          8  9 10 11         1 .. 7
         12                0             9 10 11 12      1 .. 8
         """
-        self.check_extend()
-        outs = []
-        done = 0
-        while done < x.shape[1]:
-            some = slice(done, done + self.at_once())
-            new = (y[:, :, some] for y in (q, k, v))
-            outs.append(self.extend_at_once(x[:, some], *new, rope))
-            done = some.stop
-        return torch.cat(outs, dim=2)
-
-    def at_once(self) -> int:
-        """How many of the next tokens read the same latents, packed or waiting."""
-        return min(PIECE, self.c_k.at_once(), self.c_v.at_once())
-
-    def extend_at_once(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """n new tokens, at positions t .. t + n - 1, in one computation."""
         t = self.length
         n = x.shape[1]
         # 1. Compressed branch: append the new tokens' latents, unless they are sinks.

@@ -17,6 +17,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,7 +40,7 @@ from support.huggingface.conversation import Conversation
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.interrupt import Postponed
 from support.processes import say
-from support.text import check_finite, check_prompt, read_prompt
+from support.text import UTF_8, check_finite, check_prompt, read_file, readable
 
 KINDS = {"cskv": FastCache, "cskv-plain": BiBranchCache}
 TEACHER = Path(__file__).resolve().parent / "weights" / "teacher"  # embedded, for retrieval only
@@ -111,6 +113,14 @@ def full_bytes(model: Transformer, tokens: int) -> int:
     return 2 * 2 * model.config.num_hidden_layers * model.config.d_kv * tokens
 
 
+def stream(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def silent(text: str) -> None:
+    pass
+
+
 def answer(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -118,7 +128,7 @@ def answer(
     cache: list[LayerCache],
     max_new_tokens: int,
     sample: Callable[[Tensor], int],
-    write: Callable[[str], None] = lambda text: None,
+    write: Callable[[str], None] = silent,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict:
     """Generates from `cache`, streams the text through `write`, and measures bytes and seconds.
@@ -173,6 +183,14 @@ def report(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def as_object(results: dict[str, dict]) -> dict:
+    """What --json prints: the last cache's result, and beside it that of the full one."""
+    shown = dict(list(results.values())[-1])
+    if len(results) > 1:
+        shown["full"] = results["full"]
+    return shown
+
+
 def shorten(case: str) -> str:
     """What matters of a LongEval case: how it begins, the line that is asked for, the question."""
     first, *lines, question = case.strip().splitlines()
@@ -184,18 +202,29 @@ def shorten(case: str) -> str:
 # --------------------------------------------------------------------------------- conversation
 
 
+@dataclass(frozen=True)
+class Talk:
+    """A conversation, and the cache that holds it."""
+
+    conversation: Conversation
+    cache: list[LayerCache]
+    nominal_ratio: float
+    sample: Callable[[Tensor], int]
+
+
 @torch.no_grad()
-def read(model: Transformer, tokens: list[int], cache: list[LayerCache], name: str) -> None:
-    """Prefills `cache` with a text, and shows on standard error how many layers are done."""
+def read(model: Transformer, name: str, talk: Talk) -> None:
+    """Prefills the cache with the text, and shows on standard error how many layers are done."""
+    tokens = talk.conversation.tokens
     label = f"reading {len(tokens)} tokens, {name} cache"
-    with tqdm(total=len(cache), desc=label, unit="layer") as bar:
+    with tqdm(total=len(talk.cache), desc=label, unit="layer") as bar:
 
         def step(*_: object) -> None:
             bar.update()
 
         hooks = [layer.register_forward_hook(step) for layer in model.model.layers]
         try:
-            model(torch.tensor([tokens], device=model.lm_head.weight.device), cache, 1)
+            model(torch.tensor([tokens], device=model.lm_head.weight.device), talk.cache, 1)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -203,67 +232,52 @@ def read(model: Transformer, tokens: list[int], cache: list[LayerCache], name: s
 
 def questions() -> Iterator[str]:
     """The lines of standard input that are not empty."""
-    sys.stdin.reconfigure(encoding="utf-8-sig")
-    try:
+    sys.stdin.reconfigure(encoding=UTF_8)
+    with readable("a question"):
         for line in sys.stdin:
             if line.strip():
                 yield line.strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"a question is no UTF-8 text ({error}); save it as such") from None
 
 
 def converse(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    conversations: dict[str, Conversation],
-    caches: dict[str, list[LayerCache]],
-    nominal: dict[str, float],
-    most: int,
-    make_sample: Callable[[], Callable[[Tensor], int]],
-    as_json: bool,
+    model: Transformer, tokenizer: Tokenizer, talks: dict[str, Talk], most: int, as_json: bool
 ) -> None:
     """Reads the text into each cache, then answers questions until they or the context end."""
-    for name, cache in caches.items():
-        if conversations[name].tokens:  # none if the first question changes all of a short text
-            read(model, conversations[name].tokens, cache, name)
+    for name, talk in talks.items():
+        if talk.conversation.tokens:  # none if the first question changes all of a short text
+            read(model, name, talk)
     limit = model.config.context_length
-    write = [] if as_json else [lambda part: print(part, end="", flush=True)]
-    samples = {name: make_sample() for name in caches}
     for question in questions():
         results = {}
-        for name, cache in caches.items():
-            conversation = conversations[name]
+        for name, talk in talks.items():
+            conversation, cache = talk.conversation, talk.cache
             conversation.ask(question)
             length = len(conversation.tokens)
             if length >= limit:
                 say(f"the context of {limit} tokens is full; ask in a new conversation")
                 return
-            if len(caches) > 1 and not as_json:
+            if len(talks) > 1 and not as_json:
                 print(f"--- {name} cache")
-            new = conversation.tokens[cache[0].length :]
             with Postponed() as interrupt:
                 result = answer(
                     model,
                     tokenizer,
-                    new,
+                    conversation.tokens[cache[0].length :],
                     cache,
                     min(most, limit - length),
-                    samples[name],
-                    *write or [lambda text: None],
+                    talk.sample,
+                    silent if as_json else stream,
                     stopped=lambda interrupt=interrupt: interrupt.asked,
                 )
             conversation.add_answer(result["tokens"], result["text"])
-            result |= {"prompt_tokens": length, "nominal_ratio": nominal[name]}
+            result |= {"prompt_tokens": length, "nominal_ratio": talk.nominal_ratio}
             results[name] = result
             if not as_json:
                 print(flush=True)
             held, full = result["cache_bytes"] / 1e6, result["full_cache_bytes"] / 1e6
             say(f"{cache[0].length} tokens, {held:.2f} MB; a full 16-bit cache: {full:.2f} MB")
         if as_json:
-            shown = {"question": question, **results[list(caches)[-1]]}
-            if len(caches) > 1:
-                shown["full"] = results["full"]
-            print(json.dumps(shown), flush=True)
+            print(json.dumps({"question": question, **as_object(results)}), flush=True)
 
 
 # --------------------------------------------------------------------------------- command line
@@ -278,7 +292,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError("--prompt and --prompt-file are both given; leave one of them out")
         if args.ask and args.prompt_file == "-":
             raise UserError("--ask reads questions from standard input; give the text as a file")
-        text = read_prompt(args.prompt_file)
+        text = read_file(args.prompt_file)
     if args.ask and text is None:
         raise UserError("--ask needs a text to ask about; give --prompt-file FILE")
     hint = ""
@@ -300,19 +314,20 @@ def run(args: argparse.Namespace) -> None:
     if caches != ["full"] and file is None:
         message = f"the {caches[-1]} cache needs --factors FILE, made by train.py"
         raise UserError(f"{message}; or use --cache full")
-    config = read_config(find_checkpoint(args.model))
-    tokenizer = load_tokenizer(args.model, config.vocab_size)
+    folder = find_checkpoint(args.model)
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder, config.vocab_size)
     prompt = tokenizer.encode_prompt(text, args.chat)
     check_prompt(prompt, config.context_length)  # before the weights are read
-    model = load_model(args.model, args.device, DTYPES[args.dtype])
-    ignored = generation_settings(args.model)
+    model = load_model(folder, args.device, DTYPES[args.dtype])
+    ignored = generation_settings(folder)
     if ignored:
         say(f"not honoured, of generation_config.json: {', '.join(ignored)}")
     if caches != ["full"]:
         factors = load_factors(file, model)
         factors = factors.in_bits(args.k_bits or args.bits, args.v_bits or args.bits)
 
-    def make(name: str, expected: int) -> tuple[list[LayerCache], float]:
+    def make(name: str, expected: int = 0) -> tuple[list[LayerCache], float]:
         """An empty cache, and its nominal ratio."""
         if name == "full":
             return full_cache(model, expected), 0.0
@@ -320,17 +335,12 @@ def run(args: argparse.Namespace) -> None:
         return cache, nominal_ratio(model, factors)
 
     if args.ask:
-        made = {name: make(name, 0) for name in caches}
-        converse(
-            model,
-            tokenizer,
-            {name: Conversation(tokenizer, text, args.chat) for name in caches},
-            {name: cache for name, (cache, _) in made.items()},
-            {name: ratio for name, (_, ratio) in made.items()},
-            most,
-            lambda: make_sampler(args.temperature, args.top_p, args.seed),
-            args.json,
-        )
+        conversation = Conversation(tokenizer, text, args.chat)
+        talks = {}
+        for name in caches:
+            sample = make_sampler(args.temperature, args.top_p, args.seed)
+            talks[name] = Talk(copy(conversation), *make(name), sample)
+        converse(model, tokenizer, talks, most, args.json)
         return
     if hint:
         say(hint)
@@ -345,16 +355,13 @@ def run(args: argparse.Namespace) -> None:
         if compare and not args.json:
             print(f"--- {name} cache, {len(prompt)} tokens of prompt")
         sample = make_sampler(args.temperature, args.top_p, args.seed)
-        stream = [] if args.json else [lambda part: print(part, end="", flush=True)]
-        result = answer(model, tokenizer, prompt, cache, new_tokens, sample, *stream)
+        write = silent if args.json else stream
+        result = answer(model, tokenizer, prompt, cache, new_tokens, sample, write)
         results[name] = {**result, "nominal_ratio": nominal}
         if not args.json:
             print("\n" if compare else "")
     if args.json:
-        shown = dict(results[caches[-1]])
-        if compare:
-            shown["full"] = results["full"]
-        print(json.dumps(shown))
+        print(json.dumps(as_object(results)))
     else:
         print(report(results), file=sys.stdout if compare else sys.stderr)
 

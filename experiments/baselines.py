@@ -283,20 +283,14 @@ class KiviCache(LayerCache):
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """One new token, at position t."""
         self.check_decode(q)
-        return self.extend_at_once(q, k, v, rope)
+        return self.extend_at_once(x, q, k, v, rope)
 
-    def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """Several new tokens, in parts in which all read the same groups."""
-        self.check_extend()
-        outs = []
-        done = 0
-        while done < x.shape[1]:
-            some = slice(done, done + min(PIECE, self.k.at_once()))
-            outs.append(self.extend_at_once(q[:, :, some], k[:, :, some], v[:, :, some], rope))
-            done = some.stop
-        return torch.cat(outs, dim=2)
+    def at_once(self) -> int:
+        """How many of the next tokens read the same groups."""
+        return min(PIECE, self.k.at_once())
 
-    def extend_at_once(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+    def extend_at_once(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        """T new tokens, from position t on; one, at a decode step."""
         B, H_kv, T, D = k.shape
         t = self.length
         self.length = t + T

@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
 
 from support.command import TEXTS, UserError, files_in
 from support.huggingface.tokenizer import Tokenizer
+
+UTF_8 = "utf-8-sig"  # editors on Windows write a mark first
 
 
 def read_documents(path: Path) -> Iterator[str]:
@@ -32,31 +36,34 @@ def read_documents(path: Path) -> Iterator[str]:
 
 def read_text(path: Path) -> Iterator[str]:
     """Yields the documents of a .txt or .jsonl file."""
-    try:
-        with path.open(encoding="utf-8-sig") as lines:  # editors on Windows write a mark first
-            if path.suffix == ".txt":
-                text = lines.read()
-                if "\0" in text:  # UTF-16 without a mark is valid UTF-8, of letters and NULs
-                    raise UserError(
-                        f"{path} has NUL bytes, so it is no UTF-8 text; save it as such"
-                    )
-                yield text
-                return
-            for i, line in enumerate(lines, 1):
-                if line.strip():
-                    yield read_line(line, f"{path}, line {i}")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}); give another file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text ({error}); save it as such") from None
+    with readable(path), path.open(encoding=UTF_8) as lines:
+        if path.suffix == ".txt":
+            yield whole_text(lines, path)
+            return
+        for i, line in enumerate(lines, 1):
+            if line.strip():
+                yield read_line(line, f"{path}, line {i}")
 
 
-def read_prompt(name: str) -> str:
+def read_file(name: str) -> str:
     """The text of a file of any name, or of standard input for "-"."""
     source = 0 if name == "-" else name
+    with readable(name), open(source, encoding=UTF_8, closefd=name != "-") as file:
+        return whole_text(file, name)
+
+
+def whole_text(file: TextIO, name: str | Path) -> str:
+    text = file.read()
+    if "\0" in text:  # UTF-16 without a mark is valid UTF-8, of letters and NULs
+        raise UserError(f"{name} has NUL bytes, so it is no UTF-8 text; save it as such")
+    return text
+
+
+@contextmanager
+def readable(name: str | Path) -> Iterator[None]:
+    """A file that cannot be read, or is no UTF-8, in one line."""
     try:
-        with open(source, encoding="utf-8-sig", closefd=name != "-") as file:
-            return file.read()
+        yield
     except OSError as error:
         raise UserError(f"{name} cannot be read ({error}); give another file") from None
     except UnicodeDecodeError as error:

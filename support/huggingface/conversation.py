@@ -89,10 +89,11 @@ class Conversation:
         """Where in `rendered` stands what follows an answer: it begins with the rendering `before`
         the answer. A template may write spaces around an answer, or take them away, as the models
         that it is for do. Raises `UserError` for templates that change more of what they wrote."""
-        for text in (answer, answer.strip()):
-            found = re.compile(r"\s*?" + re.escape(text)).match(rendered, len(before))
-            if rendered.startswith(before) and found:
-                return found.end()
+        if rendered.startswith(before):
+            for text in (answer, answer.strip()):
+                found = re.compile(r"\s*?" + re.escape(text)).match(rendered, len(before))
+                if found:
+                    return found.end()
         problem = "the chat template changes what it has written when the conversation goes on"
         raise UserError(f"{self.tokenizer.source}: {problem}; use --no-chat")
 
