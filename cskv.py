@@ -42,9 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quant
-from model import Attention, LayerCache, Rope, Transformer, causal_attention, seen_by
-
-PIECE = 128  # new tokens that a cache takes at once: what bounds its memory while they attend
+from model import PIECE, Attention, LayerCache, Rope, Transformer, causal_attention, seen_by
 
 # ------------------------------------------- section 2.1: inference with two branches
 
@@ -220,7 +218,7 @@ class BiBranchCache(LayerCache):
         """How many of the next tokens read the same latents, packed or waiting."""
         return min(PIECE, self.c_k.at_once(), self.c_v.at_once())
 
-    def extend_at_once(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+    def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """n new tokens, at positions t .. t + n - 1; each attends as if they had come one by one.
 
         sinks 1, window 4, tokens 10, 11 and 12 arrive
@@ -230,6 +228,7 @@ class BiBranchCache(LayerCache):
         11                0          8  9 10 11         1 .. 7
         12                0             9 10 11 12      1 .. 8
         """
+        self.check_extend()
         t = self.length
         n = x.shape[1]
         # 1. Compressed branch: append the new tokens' latents, unless they are sinks.

@@ -137,6 +137,9 @@ def seen_by(i: Tensor, j: Tensor, sliding_window: int | None = None) -> Tensor:
     return seen
 
 
+PIECE = 128  # new tokens that caches take at once
+
+
 class LayerCache:
     """One layer's memory of one batch of sequences of equal length, and the attention over it.
 
@@ -167,24 +170,17 @@ class LayerCache:
         raise NotImplementedError
 
     def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """T new tokens, after a prefill: the same as T times `decode`, in fewer computations."""
-        self.check_extend()
+        """T new tokens, at most `at_once()`, after a prefill: the same as T times `decode`, in
+        fewer computations if a cache has a way."""
         outs = []
-        done = 0
-        while done < x.shape[1]:
-            some = slice(done, done + self.at_once())
-            new = (y[:, :, some] for y in (q, k, v))
-            outs.append(self.extend_at_once(x[:, some], *new, rope))
-            done = some.stop
+        for t in range(x.shape[1]):
+            new = (y[:, :, t : t + 1] for y in (q, k, v))
+            outs.append(self.decode(x[:, t : t + 1], *new, rope))
         return torch.cat(outs, dim=2)
 
     def at_once(self) -> int:
-        """How many of the next tokens `extend_at_once` can take."""
-        return 1
-
-    def extend_at_once(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """So many new tokens, or fewer, in one computation."""
-        return self.decode(x, q, k, v, rope)
+        """How many of the next tokens `extend` takes: what bounds its memory."""
+        return PIECE
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that this layer keeps for the sequence."""
@@ -386,9 +382,17 @@ class Transformer(nn.Module):
         length = tokens.shape[1] + (cache[0].length if cache else 0)
         if length > self.config.context_length:
             raise ValueError(f"{length} tokens, but the context is {self.config.context_length}")
-        x = self.model.embed_tokens(tokens)  # [B, T, hidden]
-        for i, layer in enumerate(self.model.layers):
-            x = layer(x, self.rope, cache[i] if cache else None)
+        outs = []
+        while tokens.shape[1]:
+            n = tokens.shape[1]
+            if n > 1 and cache and cache[0].length:
+                n = min(n, *(layer.at_once() for layer in cache))
+            x = self.model.embed_tokens(tokens[:, :n])  # [B, n, hidden]
+            for i, layer in enumerate(self.model.layers):
+                x = layer(x, self.rope, cache[i] if cache else None)
+            outs.append(x)
+            tokens = tokens[:, n:]
+        x = torch.cat(outs, dim=1)
         return self.lm_head(self.model.norm(x[:, -logits_to_keep:]))
 
 

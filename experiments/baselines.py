@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cskv import PIECE, BiBranchCache, LayerFactors
-from model import Attention, Config, LayerCache, Rope, seen_by
+from cskv import BiBranchCache, LayerFactors
+from model import PIECE, Attention, Config, LayerCache, Rope, seen_by
 from quant import BITS, CHANNELS, TOKENS, Grouping, Packed
 from support.command import UserError
 
@@ -283,14 +283,15 @@ class KiviCache(LayerCache):
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """One new token, at position t."""
         self.check_decode(q)
-        return self.extend_at_once(x, q, k, v, rope)
+        return self.extend(x, q, k, v, rope)
 
     def at_once(self) -> int:
         """How many of the next tokens read the same groups."""
         return min(PIECE, self.k.at_once())
 
-    def extend_at_once(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+    def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """T new tokens, from position t on; one, at a decode step."""
+        self.check_extend()
         B, H_kv, T, D = k.shape
         t = self.length
         self.length = t + T

@@ -33,5 +33,8 @@ class Rounded(LayerCache):
     def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         return self.cache.extend(*(y.to(self.dtype) for y in (x, q, k, v)), rope).to(x.dtype)
 
+    def at_once(self) -> int:
+        return self.cache.at_once()
+
     def tensors(self) -> list[Tensor]:
         return self.cache.tensors()
