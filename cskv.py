@@ -84,6 +84,7 @@ class Latents:
     the same three calls."""
 
     length = 0  # n
+    packed = 0  # of them
     c: Tensor | None = None
 
     def __init__(self, dtype: torch.dtype, expected: int = 0):
@@ -336,20 +337,30 @@ class Factors:
     """The factors of all layers; each layer, and each of K and V, has its own rank and bits.
 
     `info` says where they come from: `init`, the calibration `data`, how they were `trained`.
+    `together` are groups of layers with one latent for all, of `beyond.shared.Together`.
     """
 
     layers: list[LayerFactors]
     info: dict[str, str] = field(default_factory=dict)
+    together: tuple = ()
 
     @property
     def pairs(self) -> list[LowRank]:
         """All pairs A, B in one list: those of keys and of values, layer by layer."""
         return [pair for layer in self.layers for pair in (layer.k, layer.v)]
 
+    @property
+    def stored(self) -> list[LowRank]:
+        """The pairs whose latents are stored: of layers that share them, the first one's."""
+        sides = {(i, side) for i in range(len(self.layers)) for side in "kv"}
+        for group in self.together:
+            sides -= {(i, group.side) for i in group.layers[1:]}
+        return [getattr(self.layers[i], side) for i, side in sorted(sides)]
+
     def map(self, change: Callable[[LowRank], LowRank]) -> "Factors":
         """The factors with `change` applied to every pair."""
         layers = [LayerFactors(change(layer.k), change(layer.v)) for layer in self.layers]
-        return Factors(layers, dict(self.info))
+        return replace(self, layers=layers, info=dict(self.info))
 
     def to(self, like: Tensor) -> "Factors":
         """The same factors with the type and on the device of `like`, such as a weight."""
@@ -365,7 +376,7 @@ class Factors:
             v = in_bits(layer.v, v_bits, quant.CHANNELS, clamped, generator)
             k = in_bits(layer.k, k_bits, quant.TOKENS, clamped, generator)
             layers.append(LayerFactors(k, v))
-        return Factors(layers, dict(self.info))
+        return replace(self, layers=layers, info=dict(self.info))
 
 
 def in_bits(
@@ -645,4 +656,6 @@ def bi_branch_cache(
     cache = []
     for layer, pairs in zip(model.model.layers, factors.layers, strict=True):
         cache.append(kind(layer.self_attn, pairs, window, expected, sinks))
+    for group in factors.together:
+        group.connect(cache)
     return cache

@@ -99,7 +99,7 @@ def generate(
 
 def nominal_ratio(model: Transformer, factors: Factors) -> float:
     """The paper's compression ratio: 1 - density * bits / 16, nothing but latents counted."""
-    kept = sum(pair.rank * pair.bits for pair in factors.pairs)
+    kept = sum(pair.rank * pair.bits for pair in factors.stored)
     return 1 - kept / (2 * 16 * model.config.d_kv * len(factors.layers))
 
 

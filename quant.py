@@ -255,8 +255,12 @@ class Packed:
     def at_once(self) -> int:
         """How many tokens can be appended together, and none but the first has a block packed:
         what any of them reads then is the same as if they came one by one."""
-        until = self.packed + self.block + self.residual - self.length  # the next one that has
+        until = self.until_packed()
         return self.block if until == 1 else until - 1
+
+    def until_packed(self) -> int:
+        """The next block is packed when so many more tokens have come, 1 or more."""
+        return self.packed + self.block + self.residual - self.length
 
     def pack_blocks(self, x: Tensor) -> None:
         """x [B, n, C], n tokens of whole blocks."""

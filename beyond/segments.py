@@ -409,7 +409,7 @@ def sum_of_parts(p: Tensor, c: Tensor) -> Tensor:
 def packed_end(latents: Latents | quant.Packed, start: int, stop: int) -> int:
     """Where the packed groups of tokens end that begin at `start`, at most at `stop`: `start`
     itself if there are none."""
-    if not isinstance(latents, quant.Packed) or latents.grouping.dim != quant.TOKENS:
+    if not latents.packed or latents.grouping.dim != quant.TOKENS:
         return start
     if start % latents.block:
         return start

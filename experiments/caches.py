@@ -161,6 +161,9 @@ def make_cache(model: Transformer, row: Row, expected: int) -> list[LayerCache]:
         if row.factors:
             settings.factors = row.factors.layers[i]
         caches.append(CACHES[row.cache].make(settings))
+    if row.factors:
+        for group in row.factors.together:
+            group.connect(caches)
     if row.dtype == model.lm_head.weight.dtype:
         return caches
     return [Rounded(cache, row.dtype) for cache in caches]
