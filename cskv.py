@@ -333,16 +333,30 @@ def is_exact(i: Tensor, j: Tensor, window: int, sinks: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Together:
+    """Neighbouring layers that share the latents of their keys ("k") or values ("v"); see
+    beyond/shared.py."""
+
+    side: str
+    first: int  # layer
+    count: int  # layers
+
+    @property
+    def layers(self) -> range:
+        return range(self.first, self.first + self.count)
+
+
+@dataclass(frozen=True)
 class Factors:
     """The factors of all layers; each layer, and each of K and V, has its own rank and bits.
 
     `info` says where they come from: `init`, the calibration `data`, how they were `trained`.
-    `together` are groups of layers with one latent for all, of `beyond.shared.Together`.
+    `together` are groups of layers with one latent for all of them.
     """
 
     layers: list[LayerFactors]
     info: dict[str, str] = field(default_factory=dict)
-    together: tuple = ()
+    together: tuple[Together, ...] = ()
 
     @property
     def pairs(self) -> list[LowRank]:
@@ -370,6 +384,9 @@ class Factors:
         self, k_bits: int | None = None, v_bits: int | None = None, clamped: bool = False
     ) -> "Factors":
         """The same factors with latents in other bits; None leaves them as they are."""
+        for group in self.together:
+            if getattr(self.layers[group.first], group.side).group is None:
+                raise ValueError("layers that share latents have groups of tokens, not KIVI's")
         generator = torch.Generator().manual_seed(0)
         layers = []
         for layer in self.layers:
@@ -652,10 +669,11 @@ def bi_branch_cache(
     kind: type[BiBranchCache] = BiBranchCache,
     sinks: int = 0,
 ) -> list[LayerCache]:
-    """A cache of that kind for every layer; the other arguments are those of the class."""
+    """A cache of that kind for every layer; the other arguments are those of the class. Raises
+    `ValueError` for factors with layers that share latents."""
+    if factors.together:
+        raise ValueError("layers that share latents: beyond.shared.shared_cache makes their caches")
     cache = []
     for layer, pairs in zip(model.model.layers, factors.layers, strict=True):
         cache.append(kind(layer.self_attn, pairs, window, expected, sinks))
-    for group in factors.together:
-        group.connect(cache)
     return cache

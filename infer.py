@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from beyond.segments import FastCache
-from cskv import BiBranchCache, Factors, bi_branch_cache
+from beyond.segments import FastCache, SmallWindowCache
+from beyond.shared import shared_cache
+from cskv import BiBranchCache, Factors
 from model import LayerCache, Transformer, full_cache
 from support.command import DTYPES, Arguments, UserError, number, run_command, use_device
 from support.factors_file import load_factors
@@ -311,6 +312,8 @@ def run(args: argparse.Namespace) -> None:
     caches = [args.cache]
     if compare:
         caches = ["full", "cskv" if args.cache == "full" else args.cache]
+    if args.window_bits == 8 and caches[-1] != "cskv":
+        raise UserError(f"--window-bits 8 is not for the {caches[-1]} cache; use --cache cskv")
     if caches != ["full"] and file is None:
         message = f"the {caches[-1]} cache needs --factors FILE, made by train.py"
         raise UserError(f"{message}; or use --cache full")
@@ -331,7 +334,8 @@ def run(args: argparse.Namespace) -> None:
         """An empty cache, and its nominal ratio."""
         if name == "full":
             return full_cache(model, expected), 0.0
-        cache = bi_branch_cache(model, factors, args.window, expected, KINDS[name], args.sinks)
+        kind = SmallWindowCache if args.window_bits == 8 else KINDS[name]
+        cache = shared_cache(model, factors, args.window, expected, kind, args.sinks)
         return cache, nominal_ratio(model, factors)
 
     if args.ask:
@@ -383,6 +387,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compare", action="store_true", help="answer from the full cache as well, side by side")
     window = "newest tokens kept in full precision: costs memory, helps a little (32)"
     add("--window", type=count, default=32, help=window)
+    window_bits = (
+        "keep these tokens, and the sinks, in 8 bits: half of their bytes (16, or --dtype)"
+    )
+    add("--window-bits", type=int, choices=(8, 16), default=16, help=window_bits)
     add("--sinks", type=number(int, 0), default=4, help="first tokens likewise (4; the paper: 0)")
     bits = "bits of a stored latent (those the factors were made for)"
     add("--bits", type=int, choices=widths, help=bits)

@@ -24,31 +24,60 @@ measured:
 2. Probe: one side of one layer at a few ranks and bits, all else exact. What it costs is
    the KL divergence, in nats, of the next token's distribution from the exact model's, in
    decode mode. Lower layers see nothing of it: it starts from its layer's stored input.
+   Layers that share latents (beyond/shared.py) are one side, probed together.
 3. Spend: every side begins with its least choice; then again and again the step is taken
    that lowers the sum of costs most for a byte. That costs add up is assumed, not known.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from beyond.probes import SIDES, Probe
-from cskv import Factors, LayerFactors, LowRank, Statistics, empty_latents, in_bits, init_pair
+from beyond.shared import metric_of, shared_pairs
+from cskv import (
+    Factors,
+    LayerFactors,
+    LowRank,
+    Statistics,
+    Together,
+    empty_latents,
+    in_bits,
+    init_pair,
+    optimal_factors,
+)
 from model import Transformer
 
 SHARES = (1 / 24, 1 / 3, 2 / 3, 1)  # of the channels, probed in each of the widths
+SHARES_TOGETHER = (1 / 48, 1 / 24, 1 / 12, 1 / 6, 1 / 3, 2 / 3, 1)  # of those of a group of layers
 STEP = 4  # ranks to choose from are its multiples
 
 # ------------------------------------------------------------------------------------ 2. probe
 
 
-def probed_ranks(model: Transformer) -> list[int]:
-    """The ranks that are probed: a few, up to all channels."""
-    most = min(model.config.d_kv, model.config.hidden_size)
-    ranks = {max(1, STEP * round(share * most / STEP)) for share in SHARES[:-1]}
+def sides_of(layers: int, count: int = 1) -> list[Together]:
+    """The keys and the values of every `count` neighbouring layers, fewer in the end."""
+    sides = []
+    for first in range(0, layers, count):
+        for side in SIDES:
+            sides.append(Together(side, first, min(count, layers - first)))
+    return sides
+
+
+def probed_ranks(model: Transformer, count: int = 1) -> list[int]:
+    """The ranks that are probed of `count` layers together: a few, up to all channels."""
+    most = count * model.config.d_kv if count > 1 else full_rank(model)
+    shares = SHARES_TOGETHER if count > 1 else SHARES
+    ranks = {max(1, STEP * round(share * most / STEP)) for share in shares[:-1]}
     return sorted(ranks | {most})
+
+
+def full_rank(model: Transformer) -> int:
+    """Of one layer's keys or values."""
+    return min(model.config.d_kv, model.config.hidden_size)
 
 
 def cut(pair: LowRank, side: str, rank: int, bits: int) -> LowRank:
@@ -57,33 +86,86 @@ def cut(pair: LowRank, side: str, rank: int, bits: int) -> LowRank:
     return in_bits(pair, bits, SIDES[side], False, torch.Generator().manual_seed(0))
 
 
-def probe_side(
-    probe: Probe, seen: Statistics, i: int, side: str, widths: list[int], group: int | None
-) -> list[list[float]]:
-    """The costs of one side of layer i: for each of the widths in bits a list, for each
-    of `probed_ranks`."""
-    ranks = probed_ranks(probe.model)
-    whole = init_pair("attention", probe.model, i, side, ranks[-1], seen)
-    like = probe.model.lm_head.weight
-    whole = LowRank(whole.A.to(like), whole.B.to(like), group=group)
+@dataclass(frozen=True)
+class Fitted:
+    """What factors of any rank follow from.
+
+    Args:
+        seen: statistics of all layers.
+        moments: of the groups of layers that share latents.
+        group: tokens of a channel that share a scale; None is as in KIVI.
+    """
+
+    model: Transformer
+    seen: list[Statistics]
+    moments: dict[Together, Tensor] = field(default_factory=dict)
+    group: int | None = None
+
+    def pairs(self, side: Together, rank: int, weights: list[float]) -> list[LowRank]:
+        """Of all layers of a side, in float32; `weights` are those of `layer_weights`."""
+        if side.count == 1:
+            seen = self.seen[side.first]
+            whole = [init_pair("attention", self.model, side.first, side.side, rank, seen)]
+        else:
+            moment = self.moments[side]
+            whole = shared_pairs(self.model, side, rank, moment, self.seen, weights)
+        return [replace(pair, group=self.group) for pair in whole]
+
+
+def layer_weights(probe: Probe, fitted: Fitted, side: Together) -> list[float]:
+    """What an error of each layer costs, in nats: what it costs to keep a sixth of its channels
+    alone, over what these lose in the layer's own metric."""
+    if side.count == 1:
+        return [1.0]
+    d_kv = probe.model.config.d_kv
+    rank = max(1, d_kv // 6)
+    weights = []
+    for n, i in enumerate(side.layers):
+        own = slice(n * d_kv, (n + 1) * d_kv)
+        moment = fitted.moments[side][own, own]
+        metric = metric_of(probe.model, i, side.side, fitted.seen[i])
+        W = getattr(probe.model.model.layers[i].self_attn, f"{side.side}_proj").weight.T.float()
+        pair = optimal_factors(W, rank, moment, metric)
+        cost = probe.cost(i, {side.side: like_model(pair, probe.model)})
+        L = torch.linalg.cholesky(metric.double())
+        lost = torch.linalg.eigvalsh(L.T @ moment @ L)[:-rank].clamp(min=0).sum().item()
+        weights.append(max(cost, 1e-7) / max(lost, 1e-38))
+    return weights
+
+
+def like_model(pair: LowRank, model: Transformer) -> LowRank:
+    like = model.lm_head.weight
+    return replace(pair, A=pair.A.to(like), B=pair.B.to(like))
+
+
+def probe_side(probe: Probe, fitted: Fitted, side: Together, widths: list[int]) -> dict:
+    """The `weights` of a side's layers, and its `costs`: for each of the widths in bits a list, for
+    each of `probed_ranks`."""
+    ranks = probed_ranks(probe.model, side.count)
+    weights = layer_weights(probe, fitted, side)
+    whole = fitted.pairs(side, ranks[-1], weights)
+    whole = [like_model(pair, probe.model) for pair in whole]
     costs = []
     for bits in widths:
-        costs.append([probe.cost(i, {side: cut(whole, side, rank, bits)}) for rank in ranks])
-    return costs
+        of_ranks = []
+        for rank in ranks:
+            layers = [{side.side: cut(pair, side.side, rank, bits)} for pair in whole]
+            of_ranks.append(probe.cost(side.first, *layers, together=(side,)))
+        costs.append(of_ranks)
+    return {"weights": weights, "costs": costs}
 
 
 def plan_factors(
-    model: Transformer, plan: list["Choice"], seen: list[Statistics], group: int | None = None
+    fitted: Fitted, sides: list[Together], plan: list["Choice"], weights: list[list[float]]
 ) -> Factors:
-    """The factors of a plan: its choices are of the keys and the values of each layer in turn."""
-    layers = []
-    for i, (k_choice, v_choice) in enumerate(zip(plan[::2], plan[1::2], strict=True)):
-        pairs = []
-        for side, choice in (("k", k_choice), ("v", v_choice)):
-            whole = init_pair("attention", model, i, side, choice.rank, seen[i])
-            pairs.append(cut(replace(whole, group=group), side, choice.rank, choice.bits))
-        layers.append(LayerFactors(*pairs))
-    return Factors(layers, {"trained": "none"})
+    """The factors of a plan, which has a choice for each of the sides, as `weights` has."""
+    layers: list[dict] = [{} for _ in fitted.model.model.layers]
+    for side, choice, of_layers in zip(sides, plan, weights, strict=True):
+        whole = fitted.pairs(side, choice.rank, of_layers)
+        for i, pair in zip(side.layers, whole, strict=True):
+            layers[i][side.side] = cut(pair, side.side, choice.rank, choice.bits)
+    together = tuple(side for side in sides if side.count > 1)
+    return Factors([LayerFactors(**pairs) for pairs in layers], {"trained": "none"}, together)
 
 
 # ------------------------------------------------------------------------------------ 3. spend
@@ -176,10 +258,15 @@ def spend(sides: list[list[Choice]], budget: float) -> list[Choice]:
 
 
 def sizes(
-    model: Transformer, side: str, tokens: int, window: int, widths: list[int], group: int | None
+    model: Transformer,
+    side: Together,
+    tokens: int,
+    window: int,
+    widths: list[int],
+    group: int | None,
 ) -> dict[tuple[int, int], int]:
-    """The bytes of each (rank, bits) that a side of a layer may be given."""
-    least, *_, most = probed_ranks(model)
+    """The bytes of each (rank, bits) that a side may be given."""
+    least, *_, most = probed_ranks(model, side.count)
     kinds = [(rank, bits) for rank in (*range(least, most, STEP), most) for bits in widths]
     kinds.append((most, 16))
-    return {kind: latent_bytes(*kind, side, tokens, window, group) for kind in kinds}
+    return {kind: latent_bytes(*kind, side.side, tokens, window, group) for kind in kinds}

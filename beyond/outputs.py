@@ -16,6 +16,7 @@ Both fit into `optimal_factors` (Izenman, 1975), so the factors are in closed fo
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -71,10 +72,14 @@ class OutputObserver(Observer):
 
 @torch.no_grad()
 def calibrate_outputs(
-    model: Transformer, samples: list[Tensor], window: int, sinks: int
+    model: Transformer,
+    samples: list[Tensor],
+    window: int,
+    sinks: int,
+    kind: Callable[..., OutputObserver] = OutputObserver,
 ) -> list[Statistics]:
     """`cskv.calibrate`, but with the moment of the values, and the metric for keys,
-    that are explained above.
+    that are explained above. `kind` makes the observer of a layer, in their order.
 
     Raises `UserError` as `calibrate_together` does, and for samples in which no token
     leaves the window.
@@ -82,7 +87,7 @@ def calibrate_outputs(
     observers = []
 
     def observe(attention: Attention, see, sinks: int) -> OutputObserver:
-        observers.append(OutputObserver(attention, see, sinks, window))
+        observers.append(kind(attention, see, sinks, window))
         return observers[-1]
 
     result = calibrate_together(model, samples, sinks, observe)

@@ -1,7 +1,8 @@
 """What it costs a model's predictions to read its older tokens through low rank and few bits.
 
-Measured as decoding would show it, but in one pass over a text (`DecodeMode`), and for one layer at
-a time (`Probe`): a text is read exactly once, and the input that it gives each layer is kept.
+Measured as decoding would show it, but in one pass over a text (`DecodeMode`), and for one layer,
+or some neighbours, at a time (`Probe`): a text is read exactly once, and the input that it gives
+each layer is kept.
 """
 
 import torch
@@ -22,11 +23,20 @@ class DecodeMode(LayerCache):
     first `sinks` tokens and to the last `window` exactly, and to those between through `pairs`.
 
     A side without a pair is exact. Latents in few bits are all rounded, while a real cache has some
-    behind its window that still wait for the rest of their group.
+    behind its window that still wait for the rest of their group. `latents` are those [B, T, r] of
+    sides that share them with other layers; the others are this layer's x A.
     """
 
-    def __init__(self, attention: Attention, pairs: dict[str, LowRank], window: int, sinks: int):
+    def __init__(
+        self,
+        attention: Attention,
+        pairs: dict[str, LowRank],
+        window: int,
+        sinks: int,
+        latents: dict[str, Tensor] | None = None,
+    ):
         self.attention = attention
+        self.latents = latents or {}
         self.sliding_window = attention.config.sliding_window
         self.pairs = pairs
         self.window = window
@@ -52,7 +62,7 @@ class DecodeMode(LayerCache):
             return y
         pair = self.pairs[side]
         bias = getattr(self.attention, f"{side}_proj").bias
-        c = x @ pair.A  # [B, T, r]
+        c = self.latents[side].clone() if side in self.latents else x @ pair.A  # [B, T, r]
         if pair.bits < 16:
             grouping = pair.grouping(SIDES[side])
             c[:, self.sinks :] = quant.fake_quantize(c[:, self.sinks :], pair.bits, grouping)
@@ -106,22 +116,40 @@ class Probe:
         return logits.float().log_softmax(-1)
 
     @torch.no_grad()
-    def cost(self, i: int, pairs: dict[str, LowRank]) -> float:
-        """KL divergence in nats, a mean over all predictions, with `pairs` in layer i alone.
+    def cost(self, i: int, *pairs: dict[str, LowRank], together: tuple = ()) -> float:
+        """KL divergence in nats, a mean over all predictions, with `pairs` in layer i, and in the
+        next ones if there are more. `together` are the groups of these that share latents.
 
         Raises `UserError` if it is not finite: no comparison may take a NaN for the best cost.
         """
-        first, *others = self.model.model.layers[i:]
-        cache = DecodeMode(first.self_attn, pairs, self.window, self.sinks)
+        layers = self.model.model.layers[i:]
         divergences = []
         for inputs, at, exact in zip(self.inputs, self.at, self.exact, strict=True):
-            x = first(inputs[i], self.model.rope, cache)
-            for layer in others:
-                x = layer(x, self.model.rope, None)
+            shared = self.shared_latents(inputs, i, pairs, together)
+            x = inputs[i]
+            for n, layer in enumerate(layers):
+                cache = None
+                if n < len(pairs):
+                    settings = self.window, self.sinks, shared[n]
+                    cache = DecodeMode(layer.self_attn, pairs[n], *settings)
+                x = layer(x, self.model.rope, cache)
             rebuilt = self.log_probabilities(x, at)
             divergences.append((exact.exp() * (exact - rebuilt)).sum(-1))
         divergences = torch.cat(divergences)
         if not divergences.isfinite().all():
-            names = " and ".join(NAMES[side] for side in pairs)
+            names = " and ".join(NAMES[side] for side in pairs[0])
             raise UserError(f"layer {i}, {names}: the cost is not finite; try another --dtype")
         return max(0.0, divergences.mean().item())  # below 0 by rounding alone
+
+    def shared_latents(self, inputs: list[Tensor], i: int, pairs, together) -> list[dict]:
+        """For each of `pairs`, from layer i on, the latents that it shares, by their side: of the
+        exact inputs, as those of a prompt are."""
+        latents: list[dict] = [{} for _ in pairs]
+        for group in together:
+            z = 0
+            for n in group.layers:
+                x = self.model.model.layers[n].input_layernorm(inputs[n])
+                z = z + x @ pairs[n - i][group.side].A
+            for n in group.layers:
+                latents[n - i][group.side] = z
+        return latents

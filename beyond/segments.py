@@ -150,6 +150,45 @@ class GrowingLatents(Latents):
         self.c[:, start : self.length] = c
 
 
+class Ring:
+    """Keys or values of the full-precision branch in slots, [B, H_kv, slots, D]. In 8 bits a head
+    of a token has a scale and a minimum: 32 bits more."""
+
+    def __init__(self, bits: int):
+        self.bits = bits
+        self.parts: list[Tensor] = []  # as they are; or codes, scale and minimum
+
+    def reserve(self, y: Tensor, slots: int, most: int) -> None:
+        """Room for so many slots, which like y are of [B, H_kv, n, D], `most` in the end."""
+        if not self.parts:
+            for part in self.encode(y[:, :, :1]):
+                self.parts.append(part.new_empty(*part.shape[:2], slots, part.shape[3]))
+            self.dtype = y.dtype
+        self.parts = [reserve(part, slots, most) for part in self.parts]
+
+    def write(self, slots: slice | list[int], y: Tensor) -> None:
+        for part, new in zip(self.parts, self.encode(y), strict=True):
+            part[:, :, slots] = new
+
+    def read(self, slots: slice | list[int]) -> Tensor:
+        return self.decode([part[:, :, slots] for part in self.parts])
+
+    def rounded(self, y: Tensor) -> Tensor:
+        return self.decode(self.encode(y))
+
+    def decode(self, parts: list[Tensor]) -> Tensor:
+        if self.bits == 8:
+            grouping = quant.Grouping(quant.CHANNELS, parts[0].shape[3])
+            return quant.dequantize(quant.Quantized(*parts), grouping).to(self.dtype)
+        return parts[0]
+
+    def encode(self, y: Tensor) -> list[Tensor]:
+        if self.bits == 8:
+            q = quant.quantize(y, 8, quant.Grouping(quant.CHANNELS, y.shape[3]))
+            return [q.codes, q.scale, q.minimum]
+        return [y]
+
+
 class FastCache(BiBranchCache):
     """`BiBranchCache` with its steps 3 and 4 done in segments: for long texts, faster than a full
     cache. The arguments are the same; `expected` is worth giving, for all memory is taken once.
@@ -163,7 +202,8 @@ class FastCache(BiBranchCache):
 
     kept_in = GrowingLatents
     segments = SEGMENTS  # ((1, 0),) gives the results of `BiBranchCache`
-    k = v = None
+    window_bits = 16  # or more: those of the model
+    written = 0  # tokens that the rings have seen
 
     def __init__(
         self,
@@ -174,6 +214,7 @@ class FastCache(BiBranchCache):
         sinks: int = 0,
     ):
         super().__init__(attention, factors, window, expected, sinks)
+        self.k, self.v = Ring(self.window_bits), Ring(self.window_bits)
         self.H = attention.config.num_attention_heads
         self.H_kv = attention.config.num_key_value_heads
         on_cpu = self.B_k.device.type == "cpu"
@@ -183,27 +224,29 @@ class FastCache(BiBranchCache):
         self.chunk = max(1, 2**10 // rank) * 512 if on_cpu else 2**15
 
     def keep(self, k: Tensor, v: Tensor) -> None:
-        self.k = self.ring(self.k, self.sinks_and_window(k))
-        self.v = self.ring(self.v, self.sinks_and_window(v))
-
-    def ring(self, ring: Tensor | None, y: Tensor) -> Tensor:
-        """y [B, H_kv, n, D], the sinks and the window, in a ring with room for all of them."""
-        B, H_kv, _, D = y.shape
+        positions = self.held_positions()
+        new = [n for n, t in enumerate(positions) if t >= self.written]
+        slots = [self.slot(positions[n]) for n in new]
         most = self.sinks + self.window
-        if ring is None:
-            ring = y.new_empty(B, H_kv, min(max(self.length, self.expected), most), D)
-        ring = reserve(ring, self.length, most)
-        ring[:, :, self.slots()] = y
-        return ring
+        room = min(max(self.length, self.expected), most)
+        for ring, y in ((self.k, k), (self.v, v)):
+            ring.reserve(y, self.length if self.written else room, most)
+            ring.write(slots, self.sinks_and_window(y)[:, :, new])
+        self.written = self.length
 
     def kept(self) -> tuple[Tensor, Tensor]:
-        slots = self.slots()
-        return self.k[:, :, slots], self.v[:, :, slots]
+        slots = [self.slot(t) for t in self.held_positions()]
+        return self.k.read(slots), self.v.read(slots)
 
-    def slots(self) -> list[int]:
-        """Where the sinks and the window lie, in the order of the text."""
+    def tensors(self) -> list[Tensor]:
+        if not self.length:
+            return []
+        return [*self.c_k.tensors(), *self.c_v.tensors(), *self.k.parts, *self.v.parts]
+
+    def held_positions(self) -> list[int]:
+        """Of the sinks and the window, in the order of the text."""
         _, S, _, window_start = self.branches()
-        return [self.slot(t) for t in (*range(S), *range(window_start, self.length))]
+        return [*range(S), *range(window_start, self.length)]
 
     def slot(self, t: int) -> int:
         return t if t < self.sinks else self.sinks + (t - self.sinks) % self.window
@@ -227,17 +270,16 @@ class FastCache(BiBranchCache):
             self.c_k.append(x @ self.A_k)  # [B, 1, r_k]
             self.c_v.append(x @ self.A_v)  # [B, 1, r_v]
         # 2. Full-precision branch: it takes the slot of the one that leaves the window.
-        most = self.sinks + self.window
-        self.k = reserve(self.k, t + 1, most)
-        self.v = reserve(self.v, t + 1, most)
         both = rope.rotate(torch.cat([q, k], dim=1), t)
         q, k = both.split([q.shape[1], k.shape[1]], dim=1)
-        self.k[:, :, self.slot(t)] = k[:, :, 0]
-        self.v[:, :, self.slot(t)] = v[:, :, 0]
+        for ring, y in ((self.k, k), (self.v, v)):
+            ring.reserve(y, t + 1, self.sinks + self.window)
+            ring.write(slice(self.slot(t), self.slot(t) + 1), y)
+        self.written = t + 1
         # 3. and 4. in segments. The ring's order is no matter: its keys are rotated already.
         first_sink, S, first_old, window_start = self.branches()
         full = slice(first_sink, S + t + 1 - window_start)  # slots of the sinks and the window
-        k, v = self.k[:, :, full], self.v[:, :, full]
+        k, v = self.k.read(full), self.v.read(full)
         return self.attend(q, k, v, first_old, window_start, rope)
 
     def attend(
@@ -339,6 +381,19 @@ class FastCache(BiBranchCache):
     def per_head(self, x: Tensor) -> Tensor:
         """x [r, d_kv] as [r, H_kv, D]."""
         return x.to(self.dtype).view(len(x), self.H_kv, self.D)
+
+
+class SmallWindowCache(FastCache):
+    """The fast cache with its full-precision branch in 8 bits."""
+
+    window_bits = 8
+
+    def attend(self, q, k, v, first, old, rope, positions=None) -> Tensor:
+        if positions is not None:  # a token that comes with others reads itself as it is kept, too
+            n = q.shape[2]
+            k = torch.cat([k[:, :, :-n], self.k.rounded(k[:, :, -n:])], dim=2)
+            v = torch.cat([v[:, :, :-n], self.v.rounded(v[:, :, -n:])], dim=2)
+        return super().attend(q, k, v, first, old, rope, positions)
 
 
 @lru_cache(maxsize=64)

@@ -4,9 +4,9 @@ The paper shrinks the channels of one layer. Neighbouring layers read nearly the
 stream, so their keys are far from independent, and so are their values. Put the channels of g
 layers side by side, and shrink them together:
 
-    [ s_1 k_1 L_1 | ... | s_g k_g L_g ]      [T, g d_kv]    V_r: the top-r eigenvectors of its moment
-    z = sum_l s_l k_l L_l V_r^(l) = sum_l x_l A_l   [T, r]  one latent of a token for all g layers
-    k_l ~ z B_l                                             B_l [r, d_kv] is the layer's own
+    [ s_1 k_1 L_1 | ... | s_g k_g L_g ]   [T, g d_kv]   V_r: top eigenvectors of its moment
+    z = sum_l s_l k_l L_l V_r^(l) = sum_l x_l A_l   [T, r]   one latent of a token for all layers
+    k_l ~ z B_l                                              B_l [r, d_kv] is the layer's own
 
 V_r^(l) are the rows of V_r for layer l, L_l L_l^T its metric (beyond/outputs.py for keys,
 `cskv.output_metric` for values), and s_l^2 what an error of that layer costs the model's answer.
@@ -23,13 +23,27 @@ The reading side does not change: a layer multiplies with all r channels of the 
 they rebuilt or not. That is what is paid for the bytes: time.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cskv import BiBranchCache, Latents
+from beyond.outputs import OutputObserver, calibrate_outputs
+from cskv import (
+    BiBranchCache,
+    Factors,
+    Latents,
+    LowRank,
+    Statistics,
+    Together,
+    bi_branch_cache,
+    optimal_factors,
+    output_metric,
+)
+from model import Attention, LayerCache, Rope, Transformer
 from quant import Packed
+from support.processes import summed
 
 
 class Sum:
@@ -84,21 +98,137 @@ class Part:
         return getattr(self.total.latents, name)
 
 
-@dataclass(frozen=True)
-class Together:
-    """Neighbouring layers that share the latents of their keys ("k") or values ("v")."""
+def shared_cache(
+    model: Transformer,
+    factors: Factors,
+    window: int = 32,
+    expected: int = 0,
+    kind: type[BiBranchCache] = BiBranchCache,
+    sinks: int = 0,
+) -> list[LayerCache]:
+    """`cskv.bi_branch_cache`, also for factors with layers that share latents."""
+    cache = bi_branch_cache(model, replace(factors, together=()), window, expected, kind, sinks)
+    connect(cache, factors)
+    return cache
 
-    side: str
-    first: int  # layer
-    count: int  # layers
 
-    @property
-    def layers(self) -> range:
-        return range(self.first, self.first + self.count)
-
-    def connect(self, caches: list[BiBranchCache]) -> None:
-        """Gives the layers' empty caches one place for their latents."""
-        name = f"c_{self.side}"
-        total = Sum(getattr(caches[self.first], name), self.count)
-        for n, i in enumerate(self.layers):
+def connect(caches: list[BiBranchCache], factors: Factors) -> None:
+    """Gives the layers of each group one place for their latents, in caches that are empty."""
+    for group in factors.together:
+        name = f"c_{group.side}"
+        total = Sum(getattr(caches[group.first], name), group.count)
+        for n, i in enumerate(group.layers):
             setattr(caches[i], name, Part(total, n, caches[i].window))
+
+
+# ------------------------------------------------------------------------------- closed form
+
+
+class Moments:
+    """Second moments of a group's keys or values, all layers side by side: [g d_kv, g d_kv].
+
+    Two of them, of traces 1, are added. One counts all tokens alike. In the other a token counts by
+    the attention that it gets in these layers when it has left the window: some are never read,
+    however large they are. Either of them alone costs more on one kind of text or another. They are
+    sums in float64 of products in float32.
+    """
+
+    def __init__(self, group: Together, model: Transformer):
+        self.group = group
+        n = group.count * model.config.d_kv
+        zero = model.lm_head.weight.new_zeros((), dtype=torch.float64)
+        self.plain = zero.repeat(n, n)
+        self.read = zero.repeat(n, n)
+        self.rows: list[Tensor] = []  # of the text that passes, a layer's each, [tokens, d_kv]
+        self.mass = 0
+
+    def add(self, y: Tensor, mass: Tensor) -> None:
+        """The next layer's y [B, T, d_kv], and how much attention each token gets there [B, T]."""
+        self.rows.append(y.flatten(0, 1).float())
+        self.mass = self.mass + mass.flatten().float()
+        if len(self.rows) == self.group.count:
+            Y = torch.cat(self.rows, dim=1)
+            self.plain += Y.T @ Y
+            Y *= self.mass.sqrt()[:, None]
+            self.read += Y.T @ Y
+            self.rows = []
+            self.mass = 0
+
+    def finish(self) -> Tensor:
+        total = 0
+        for moment in (self.plain, self.read):
+            summed(moment)
+            total = total + moment / moment.trace().clamp(min=1e-38)
+        return total
+
+
+class GroupObserver(OutputObserver):
+    """Also adds the layer's keys and values to the `moments` of the groups that it is in."""
+
+    def __init__(self, attention: Attention, see, sinks: int, window: int, moments: dict):
+        super().__init__(attention, see, sinks, window)
+        self.moments = moments  # by side
+
+    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
+        self.attended = x.new_zeros(x.shape[:2])  # [B, T]
+        super().remember(x, q, k, v, rope)
+        x = x[:, self.sinks :]
+        for side, moments in self.moments.items():
+            W = getattr(self.attention, f"{side}_proj").weight
+            moments.add(F.linear(x, W), self.attended[:, self.sinks :])
+
+    def add(self, p: Tensor, q: Tensor, x: Tensor) -> None:
+        super().add(p, q, x)
+        self.attended = p.sum((1, 2, 3))
+
+
+def calibrate_groups(
+    model: Transformer, samples: list[Tensor], groups: list[Together], window: int, sinks: int
+) -> tuple[list[Statistics], dict[Together, Tensor]]:
+    """`calibrate_outputs`, and the moments of groups of layers."""
+    moments = {group: Moments(group, model) for group in groups}
+    of_layer: list[dict] = [{} for _ in model.model.layers]
+    for group in groups:
+        for i in group.layers:
+            of_layer[i][group.side] = moments[group]
+    layers = iter(of_layer)
+
+    def observe(*settings) -> GroupObserver:
+        return GroupObserver(*settings, next(layers))
+
+    seen = calibrate_outputs(model, samples, window, sinks, observe)
+    return seen, {group: some.finish() for group, some in moments.items()}
+
+
+def shared_pairs(
+    model: Transformer, group: Together, rank: int, moment: Tensor, seen: list[Statistics], weights
+) -> list[LowRank]:
+    """A and B of each layer of a group, with one latent for all, in float32.
+
+    Args:
+        moment: of the layers' keys or values side by side, [g d_kv, g d_kv].
+        seen: of all layers; their metrics for keys.
+        weights: s_l^2, what an error of each layer of the group costs.
+    """
+    metrics = []
+    for i, weight in zip(group.layers, weights, strict=True):
+        metrics.append(weight * metric_of(model, i, group.side, seen[i]))
+    # The keys k themselves take the place of the inputs x: z = sum_l k_l C_l, with k_l = x_l W_l.
+    identity = torch.eye(len(moment), device=moment.device)
+    whole = optimal_factors(identity, rank, moment, torch.block_diag(*metrics))
+    pairs = []
+    C = whole.A.chunk(group.count)  # [d_kv, r] each
+    B = whole.B.chunk(group.count, dim=1)  # [r, d_kv] each
+    for n, i in enumerate(group.layers):
+        W = getattr(model.model.layers[i].self_attn, f"{group.side}_proj").weight.T.float()
+        pairs.append(LowRank(W @ C[n], B[n].contiguous()))
+    return pairs
+
+
+def metric_of(model: Transformer, i: int, side: str, seen: Statistics) -> Tensor:
+    """What an error of the keys or values of layer i costs in the layer's own output."""
+    if side == "v":
+        return output_metric(model.model.layers[i].self_attn)
+    if seen.k_metric is None:
+        return torch.eye(len(seen.k_moment)).to(seen.k_moment)
+    return seen.k_metric

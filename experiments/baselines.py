@@ -6,9 +6,10 @@ tokens at compression ratio c:
     StreamingCache    all channels of (1 - c) T tokens: the first 4 and the newest [1]
     HeavyHitterCache  all channels of (1 - c) T tokens: the most attended and the newest [2]
     KiviCache         all channels of all tokens, in 4 or 2 bits but for the newest [3]
+    TurboQuantCache   all channels of all tokens, rotated, in 2 to 4 bits [5]
     LowRankCache      (1 - c) d_kv channels of all tokens, the newest no better [4]
 
-The first three read the prompt exactly, with logits bit-equal to the model's, and shrink
+All but the last read the prompt exactly, with logits bit-equal to the model's, and shrink
 after it. The last replaces W_K and W_V themselves, so its prefill is lossy too.
 
 Shapes as in model.py, and n the number of kept tokens.
@@ -18,10 +19,14 @@ Sources:
     [2] Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference", 2023
     [3] Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", 2024
     [4] Yuan et al., "ASVD", 2024; the paper takes W_K and W_V only (its appendix B)
+    [5] Zandieh et al., "TurboQuant: Online Vector Quantization with Near-optimal Distortion Rate",
+        2025
+    [6] Max, "Quantizing for minimum distortion", 1960
 """
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -29,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cskv import BiBranchCache, LayerFactors
-from model import PIECE, Attention, Config, LayerCache, Rope, seen_by
-from quant import BITS, CHANNELS, TOKENS, Grouping, Packed
+from model import PIECE, Attention, Config, LayerCache, Rope, reserve, seen_by
+from quant import BITS, BLOCK, CHANNELS, TOKENS, Grouping, Packed, pack, unpack
 from support.command import UserError
 
 
@@ -344,6 +349,72 @@ class KiviCache(LayerCache):
         if not self.length:
             return []
         return [*self.k.tensors(), *self.v.tensors(), self.first_k, self.first_v]
+
+
+# The best levels for a normal distribution, those above 0 [6, table I].
+LEVELS = {
+    2: (0.4528, 1.5104),
+    3: (0.2451, 0.7560, 1.3439, 2.1520),
+    4: (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326),
+}
+
+
+class TurboQuantCache(LayerCache):
+    """TurboQuant [5, algorithm 1]: a random rotation makes the channels of any vector nearly
+    normal, so the same levels are best for all. Of every key, after RoPE, and value it keeps codes
+    of `bits` and a norm of 16. `expected` is the final length in tokens, if known."""
+
+    def __init__(self, config: Config, bits: int = 2, expected: int = 0):
+        self.expected = expected
+        self.sliding_window = config.sliding_window
+        self.bits = bits
+        self.parts: list[Tensor] = []  # codes and norms of the keys, then of the values
+
+    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
+        t = self.length
+        self.length = t + k.shape[2]
+        new = [*self.encode(rope.rotate(k, t)), *self.encode(v)]
+        if not self.parts:
+            room = max(self.expected, self.length)
+            self.parts = [part.new_empty(*part.shape[:2], room, part.shape[3]) for part in new]
+        self.parts = [reserve(part, self.length) for part in self.parts]
+        for part, of_new in zip(self.parts, new, strict=True):
+            part[:, :, t : self.length] = of_new
+
+    def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        self.check_decode(q)
+        self.remember(x, q, k, v, rope)
+        first = max(0, self.length - (self.sliding_window or self.length))
+        parts = [part[:, :, first : self.length] for part in self.parts]
+        k_hat = self.rebuild(*parts[:2], k)
+        v_hat = self.rebuild(*parts[2:], v)
+        q = rope.rotate(q, self.length - 1)
+        return F.scaled_dot_product_attention(q, k_hat, v_hat, enable_gqa=True)
+
+    def encode(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y [B, H_kv, n, D] as codes [B, H_kv, n, D * bits / 8], packed, and norms, a column."""
+        rotation, levels = turboquant_tables(y.shape[3], self.bits, y.device)
+        norms = y.float().norm(dim=3, keepdim=True)
+        z = y.float() / norms.clamp(min=1e-30) @ rotation
+        codes = torch.bucketize(z, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        codes = F.pad(codes, (0, -y.shape[3] % BLOCK))
+        return pack(codes.mT, self.bits).mT, norms.half()
+
+    def rebuild(self, codes: Tensor, norms: Tensor, like: Tensor) -> Tensor:
+        rotation, levels = turboquant_tables(like.shape[3], self.bits, like.device)
+        z = levels[unpack(codes.mT, self.bits).mT.int()]
+        return (z[..., : like.shape[3]] @ rotation.T * norms.float()).to(like.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        return self.parts
+
+
+@lru_cache
+def turboquant_tables(D: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A rotation [D, D] and levels for vectors of norm 1, the same for all caches."""
+    rotation = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0))).Q
+    above = torch.tensor(LEVELS[bits]) / math.sqrt(D)
+    return rotation.to(device), torch.cat([-above.flip(0), above]).to(device)
 
 
 class LowRankCache(BiBranchCache):

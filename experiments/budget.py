@@ -17,10 +17,21 @@ from pathlib import Path
 from torch import Tensor
 
 import quant
-from beyond.budget import Choice, choices, plan_factors, probe_side, probed_ranks, sizes, spend
+from beyond.budget import (
+    Choice,
+    Fitted,
+    choices,
+    plan_factors,
+    probe_side,
+    probed_ranks,
+    sides_of,
+    sizes,
+    spend,
+)
 from beyond.outputs import calibrate_outputs
-from beyond.probes import SIDES, Probe
-from cskv import Factors
+from beyond.probes import NAMES, Probe
+from beyond.shared import calibrate_groups
+from cskv import Factors, Together
 from experiments import figures
 from experiments.notes import all_that_counts, delete_notes, own_notes, run_all
 from experiments.pictures import pyplot
@@ -46,16 +57,22 @@ from support.text import sample_tokens, with_copies
 
 
 def write_plan(
-    out: Path, plan: list[Choice], factors: Factors, model: Transformer, costs: list, widths: list
+    out: Path,
+    sides: list[Together],
+    plan: list[Choice],
+    factors: Factors,
+    model: Transformer,
+    costs: list,
+    widths: list,
 ) -> None:
     """Beside each other: the factors of a plan; its choices and the probed costs as JSON; and a
     picture of the choices."""
     save_factors(out, factors, model)
     rows = []
-    for n, choice in enumerate(plan):
-        row = {"layer": n // 2, "of": ("keys", "values")[n % 2], **asdict(choice)}
-        row["probed_ranks"] = probed_ranks(model)
-        for bits, of_ranks in zip(widths, costs[n], strict=True):
+    for side, choice, of_side in zip(sides, plan, costs, strict=True):
+        row = {"layer": side.first, "layers": side.count, "of": NAMES[side.side], **asdict(choice)}
+        row["probed_ranks"] = probed_ranks(model, side.count)
+        for bits, of_ranks in zip(widths, of_side, strict=True):
             row[f"costs_{bits}_bits"] = of_ranks
         rows.append(row)
     write_json(out.with_suffix(".json"), rows)
@@ -80,6 +97,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{len(args.remove)} --remove, but {len(args.out)} --out; give a file each")
     if args.group % quant.BLOCK:
         raise UserError(f"--group {args.group} is no multiple of {quant.BLOCK}; choose 128, or 0")
+    if args.layers_together > 1 and (not args.group or args.init != "outputs"):
+        problem = "--layers-together needs groups of tokens and --init outputs"
+        raise UserError(f"{problem}; leave --group and --init as they are")
     pyplot()  # if it is missing, that is known before the work and not after
     files = {}
     for out in args.out:
@@ -97,11 +117,13 @@ def run(args: argparse.Namespace) -> None:
         # What each budget leaves for latents, once the full-precision branch has its bytes.
         full = full_bytes(model, args.length)
         exact = full_bytes(model, min(args.length, args.window + args.sinks))
+        if args.window_bits == 8:  # a scale and a minimum for each head and token
+            exact = exact * (8 + 32 / config.head_dim) / 16
         rooms = [(1 - remove) * full - exact for remove in args.remove]
         old = max(0, args.length - args.sinks)  # tokens that have latents
         group = args.group or None
-        nbytes = [sizes(model, side, old, args.window, args.widths, group) for side in SIDES]
-        nbytes = nbytes * config.num_hidden_layers
+        sides = sides_of(config.num_hidden_layers, args.layers_together)
+        nbytes = [sizes(model, side, old, args.window, args.widths, group) for side in sides]
         free = []  # as if all choices cost nothing: is there a plan of so few bytes?
         for of_side in nbytes:
             free.append([Choice(*choice, size, 0.0) for choice, size in of_side.items()])
@@ -120,34 +142,40 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{args.data} is too short to calibrate and to probe; give more and longer text"
             )
-        if args.init == "attention":
-            statistics = calibrate_together(model, samples, args.sinks)
+        groups = [side for side in sides if side.count > 1]
+        if groups:
+            seen, moments = calibrate_groups(model, samples, groups, args.window, args.sinks)
+            fitted = Fitted(model, seen, moments, group)
+        elif args.init == "attention":
+            fitted = Fitted(model, calibrate_together(model, samples, args.sinks), group=group)
         else:
-            statistics = calibrate_outputs(model, samples, args.window, args.sinks)
+            seen = calibrate_outputs(model, samples, args.window, args.sinks)
+            fitted = Fitted(model, seen, group=group)
         spread = args.spread or args.probe_len // 2
         probe = Probe(model, texts, args.window, args.sinks, args.predictions, spread)
 
         def probed(keys: list[tuple[int, int]]) -> Iterator[dict]:
-            for i, n in keys:
-                side = "kv"[n]
-                yield {"costs": probe_side(probe, statistics[i], i, side, args.widths, group)}
+            for n, _ in keys:
+                yield probe_side(probe, fitted, sides[n], args.widths)
 
         counted = {**vars(args), "remove": None, "out": None, "length": None}
         counted = all_that_counts(counted, model, args.model)
-        keys = [(i, n) for i in range(config.num_hidden_layers) for n in range(len(SIDES))]
+        keys = [(n, 0) for n in range(len(sides))]
         done = run_all([[key] for key in keys], probed, args.out[0], counted, "side")
         if place()[0]:
             return
         costs = [done[key]["costs"] for key in keys]
-        sides = []
-        for side_costs, of_side in zip(costs, nbytes, strict=True):
-            sides.append(choices(side_costs, of_side, probed_ranks(model), args.widths))
+        weights = [done[key]["weights"] for key in keys]
+        all_choices = []
+        for side, of_side, of_widths in zip(sides, nbytes, costs, strict=True):
+            ranks = probed_ranks(model, side.count)
+            all_choices.append(choices(of_widths, of_side, ranks, args.widths))
         for remove, room, out in zip(args.remove, rooms, args.out, strict=True):
-            plan = spend(sides, room)
-            factors = plan_factors(model, plan, statistics, group)
+            plan = spend(all_choices, room)
+            factors = plan_factors(fitted, sides, plan, weights)
             bought = f"{1 - remove:g} of a full cache's bytes at {args.length} tokens"
             factors.info.update(init=args.init, data=args.data.name, budget=bought)
-            write_plan(out, plan, factors, model, costs, args.widths)
+            write_plan(out, sides, plan, factors, model, costs, args.widths)
             removed = 1 - (exact + sum(choice.nbytes for choice in plan)) / full
             cost = sum(choice.cost for choice in plan)
             say(f"{out}: {removed:.1%} of the bytes removed, {cost:.3g} nats in all")
@@ -175,11 +203,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-copies", action="store_true", help="leave every second text as it is")
     init = "keep the attention's output, or keys and values; see beyond/outputs.py (outputs)"
     add("--init", choices=("outputs", "attention"), default="outputs", help=init)
+    together = "so many neighbouring layers share latents: fewer bytes for more time (1)"
+    add("--layers-together", type=count, default=1, help=together)
     add("--widths", type=widths, default=[2, 3, 4], help="choose from these bits and 16 (2,3,4)")
     group = "tokens that share a scale in a channel, a multiple of 32; 0: groups as in KIVI (128)"
     add("--group", type=number(int, 0), default=128, help=group)
     add("--window", type=count, default=32, help="keep so many newest tokens exactly (32)")
     add("--sinks", type=number(int, 0), default=4, help="keep so many first tokens exactly (4)")
+    window_bits = "count the bytes of a cache that keeps both in 8 bits (16)"
+    add("--window-bits", type=int, choices=(8, 16), default=16, help=window_bits)
     add("--seed", type=number(int, 0), default=0, help="draw other pieces of the text (0)")
     add("--device", default="cpu", help="compute on cpu (default), cuda, cuda:1, ...")
     add("--dtype", choices=DTYPES, default="float32", help="run the model in this type (float32)")

@@ -16,9 +16,16 @@ from types import SimpleNamespace
 import torch
 
 import quant
-from beyond.segments import FastCache
+from beyond.segments import FastCache, SmallWindowCache
+from beyond.shared import connect
 from cskv import BiBranchCache, Factors, LowRank, init_factors, rank_for
-from experiments.baselines import HeavyHitterCache, KiviCache, LowRankCache, StreamingCache
+from experiments.baselines import (
+    HeavyHitterCache,
+    KiviCache,
+    LowRankCache,
+    StreamingCache,
+    TurboQuantCache,
+)
 from experiments.rounded import Rounded
 from infer import full_bytes, nominal_ratio
 from model import FullCache, LayerCache, Transformer
@@ -61,6 +68,11 @@ def kivi(bits: int, colour: str) -> Kind:
     return Kind(make, None, colour, bits, sinks=True)
 
 
+def turboquant(bits: int, colour: str) -> Kind:
+    """TurboQuant: every token and channel, rotated at random, in few bits."""
+    return Kind(lambda s: TurboQuantCache(s.config, bits, s.expected), None, colour, bits)
+
+
 CACHES = {
     # Every key and value.
     "full": Kind(lambda s: FullCache(s.config, s.expected), None, "black"),
@@ -75,8 +87,13 @@ CACHES = {
     # Factors beside W_K and W_V, and a window: the fast cache, and the paper's.
     "cskv": bi_branch(FastCache, "tab:blue"),
     "cskv-plain": bi_branch(BiBranchCache, "tab:cyan"),
+    # The fast one, with its full-precision branch in 8 bits.
+    "cskv-window-8": bi_branch(SmallWindowCache, "tab:purple"),
     "kivi-2": kivi(2, "limegreen"),
     "kivi-4": kivi(4, "tab:green"),
+    "turboquant-2": turboquant(2, "salmon"),
+    "turboquant-3": turboquant(3, "tab:red"),
+    "turboquant-4": turboquant(4, "darkred"),
 }
 
 
@@ -162,8 +179,7 @@ def make_cache(model: Transformer, row: Row, expected: int) -> list[LayerCache]:
             settings.factors = row.factors.layers[i]
         caches.append(CACHES[row.cache].make(settings))
     if row.factors:
-        for group in row.factors.together:
-            group.connect(caches)
+        connect(caches, row.factors)
     if row.dtype == model.lm_head.weight.dtype:
         return caches
     return [Rounded(cache, row.dtype) for cache in caches]

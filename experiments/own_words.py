@@ -3,9 +3,11 @@
     python -m experiments.own_words --model M --data TEXT --out F.jsonl
 
 Factors fitted to one kind of text lose most on another. But a model carries a sample of all that it
-was trained on: what it writes, token by token from its own distribution, after a first token drawn
-at random (Liu et al., "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models",
-2023, section 2.1). It need not make sense. The file has as many pieces of TEXT as texts of its own.
+was trained on: what it writes, token by token from its own distribution (Liu et al., "LLM-QAT:
+Data-Free Quantization Aware Training for Large Language Models", 2023, section 2.1). It need not
+make sense. Half of its texts begin with a token drawn at random, as there, and half with one of
+`BEGINNINGS`: programs, letters, tables, other languages. The file has as many pieces of TEXT as
+texts of its own.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -30,23 +32,72 @@ from support.command import (
     user_values,
 )
 from support.huggingface.checkpoint import load_model
-from support.huggingface.tokenizer import load_tokenizer
+from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.text import check_finite, sample_tokens
+
+# Of many kinds, so that a model goes on in many.
+BEGINNINGS = (
+    "#include <stdio.h>\n\n/* ",
+    "#ifndef _LIST_H\n#define _LIST_H 1\n\n/* ",
+    "import os\nimport sys\n\n\nclass ",
+    "def main():\n    ",
+    "package main\n\nimport (",
+    "public class Account {\n    private ",
+    "function render(items) {\n  const ",
+    "SELECT name, count(*) FROM ",
+    "#!/bin/sh\nset -e\n",
+    "<!DOCTYPE html>\n<html>\n<head>",
+    '{"id": 1, "name": "',
+    "name,age,city\n",
+    "| Year | Country | Population |\n| --- | --- | --- |\n|",
+    "2024-03-01 08:15:02 INFO  server started on port ",
+    "[section]\nkey = ",
+    "\\begin{theorem}\nLet $x$ be ",
+    "Question: A train leaves at 9:40 and arrives at 12:15. ",
+    "Dear Anna,\n\nthank you for your letter. ",
+    "From: Peter\nTo: the team\nSubject: ",
+    '"Where have you been?" she asked.\n\n"',
+    "Chapter 1\n\nIt was late in the evening when ",
+    "JULIET. O ",
+    "Ingredients:\n- 200 g flour\n- ",
+    "Terms and Conditions\n\n1. The Licensee shall ",
+    "LONDON (Reuters) - ",
+    "Abstract. We study ",
+    "Patient history: a 54-year-old ",
+    "The Battle of ",
+    "Il était une fois ",
+    "Die Stadt liegt ",
+    "El presidente ",
+    "User: How do I ",
+)
 
 
 @torch.no_grad()
-def write_texts(model: Transformer, count: int, length: int, generator: torch.Generator) -> Tensor:
-    """`count` texts of the model's own, [count, length] token ids, without an end of text."""
-    config = model.config
-    tokens = torch.randint(config.vocab_size, (count, 1), generator=generator)
+def write_texts(model: Transformer, begun: list[list[int]], length: int, generator) -> Tensor:
+    """Texts of the model's own that begin with these tokens, [texts, length] token ids, without an
+    end of text; `generator` draws them."""
+    first = [text[0] for text in begun]
+    tokens = torch.tensor(first)[:, None]
     cache = full_cache(model, length)
-    for _ in tqdm(range(length - 1), "writing", unit="token", leave=False):
-        logits = model(tokens[:, -1:], cache)[:, -1].float()  # [count, vocab]
+    for t in tqdm(range(1, length), "writing", unit="token", leave=False):
+        logits = model(tokens[:, -1:], cache)[:, -1].float()  # [texts, vocab]
         check_finite(bool(logits.isfinite().all()))
-        logits[:, list(config.eos_token_ids)] = -math.inf
+        logits[:, list(model.config.eos_token_ids)] = -math.inf
         new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        for row, text in zip(new, begun, strict=True):
+            if t < len(text):
+                row[0] = text[t]
         tokens = torch.cat([tokens, new], 1)
     return tokens
+
+
+def beginnings(tokenizer: Tokenizer, vocab_size: int, count: int, generator) -> list[list[int]]:
+    """Tokens that `count` texts begin with: one at random, and one of `BEGINNINGS`, in turns."""
+    random = torch.randint(vocab_size, (count,), generator=generator).tolist()
+    begun = [[token] for token in random]
+    for n in range(1, count, 2):
+        begun[n] = tokenizer.encode(BEGINNINGS[n // 2 % len(BEGINNINGS)]) or begun[n]
+    return begun
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,7 +113,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--seq-len {args.seq_len} exceeds the context of {limit}")
         others = sample_tokens(args.data, tokenizer, args.samples, args.seq_len, seed=0)
         generator = torch.Generator().manual_seed(0)
-        own = write_texts(model, args.samples, args.seq_len, generator)
+        begun = beginnings(tokenizer, model.config.vocab_size, args.samples, generator)
+        own = write_texts(model, begun, args.seq_len, generator)
     texts = [tokenizer.decode(ids.flatten().tolist()) for ids in (*own, *others)]
     with replacing(args.out) as temporary:
         temporary.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

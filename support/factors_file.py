@@ -1,8 +1,9 @@
 """Factors in a file: safetensors, with metadata that says what they are and whose.
 
-A and B of every k_proj and v_proj are tensors, named after the projection. The metadata hold the
-format's version, the ranks, the bits and their groups, the initialization, what trained them on
-what, and a fingerprint of the projections they belong to: on another model they would give fluent
+A and B of every k_proj and v_proj are tensors, named after the projection; where A follows from B,
+the metric that tells it stands in its place. The metadata hold the format's version, the ranks, the
+bits and their groups, which layers share latents, the initialization, what trained them on what,
+and a fingerprint of the projections they belong to: on another model they would give fluent
 nonsense.
 """
 
@@ -16,14 +17,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 import quant
-from cskv import Factors, LayerFactors, LowRank
-from model import Transformer
+from cskv import Factors, LayerFactors, LowRank, Together, output_metric
+from model import Attention, Transformer
 from support.command import UserError, first_line, replacing
 
 FORMAT, VERSION = "cskv-factors", "1"
 CLAMPED = "clamped zero-point"  # the quantizer of factors that were trained for it; see quant.py
 DESCRIBED = ("format", "version", "k_ranks", "v_ranks", "k_bits", "v_bits", "quantizer", "group")
-DESCRIBED += ("fingerprint",)  # metadata that follow from factors and model; the rest is `info`
+DESCRIBED += (
+    "fingerprint",
+    "together",
+)  # metadata that follow from factors and model; the rest is `info`
 
 
 @torch.no_grad()
@@ -67,14 +71,28 @@ def save_factors(
     are not finite, and if the file cannot be written.
     """
     exact = {}
+    shared = {(i, group.side) for group in factors.together for i in group.layers}
     for i, layer in enumerate(factors.layers):
-        for name, pair in (("k_proj", layer.k), ("v_proj", layer.v)):
-            prefix = f"model.layers.{i}.self_attn.{name}"
-            exact[f"{prefix}.A"], exact[f"{prefix}.B"] = balanced(pair)
+        for side, pair in (("k", layer.k), ("v", layer.v)):
+            prefix = f"model.layers.{i}.self_attn.{side}_proj"
+            A, B = on_cpu(pair)
+            metric = None
+            if (i, side) in shared:  # a sum is the latent, so its parts have one scale
+                metric = metric_between(A, B, model.model.layers[i].self_attn, side, dtype)
+            else:
+                A, B = balanced(A, B)
+            exact[f"{prefix}.B"] = B
+            if metric is None:
+                exact[f"{prefix}.A"] = A
+            else:
+                exact[f"{prefix}.metric"] = metric
     for name, tensor in exact.items():
         if not tensor.isfinite().all():
             raise UserError(f"{name} has numbers that are not finite; make the factors again")
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in exact.items()}
+    tensors = {}
+    for name, tensor in exact.items():
+        kind = torch.float32 if name.endswith(".metric") else dtype
+        tensors[name] = tensor.to(kind).contiguous()
     if not all(holds(tensors[name], tensor) for name, tensor in exact.items()):
         tensors = exact
     metadata = {
@@ -94,6 +112,8 @@ def save_factors(
         raise UserError(f"factors with groups of {groups} tokens in one file; give all the same")
     if (group := groups.pop()) is not None:
         metadata["group"] = str(group)
+    if factors.together:
+        metadata["together"] = json.dumps([[*vars(some).values()] for some in factors.together])
     data = save(tensors, metadata)
     # safetensors orders metadata by chance; sorted, equal factors are equal files.
     end = 8 + int.from_bytes(data[:8], "little")
@@ -103,16 +123,55 @@ def save_factors(
         temporary.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
 
 
-def balanced(pair: LowRank) -> tuple[Tensor, Tensor]:
-    """A and B on the CPU in float32. Where the largest number of one is below 0.001, which may be
-    too small for 16 bits, a power of two is moved from one to the other: A B stays, bit for bit."""
-    A = pair.A.detach().to("cpu", torch.float32)
-    B = pair.B.detach().to("cpu", torch.float32)
+def on_cpu(pair: LowRank) -> tuple[Tensor, Tensor]:
+    """A and B in float32."""
+    return tuple(M.detach().to("cpu", torch.float32).contiguous() for M in (pair.A, pair.B))
+
+
+def balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the largest number of one is below 0.001, which may be too small for 16 bits, a power
+    of two is moved from one to the other: A B stays, bit for bit."""
     a, b = A.abs().max().item(), B.abs().max().item()
     if 0 < min(a, b) < 1e-3 and math.isfinite(a + b):
         scale = 2.0 ** round(math.log2(b / a) / 2)
         A, B = A * scale, B / scale
-    return A.contiguous(), B.contiguous()
+    return A, B
+
+
+@torch.no_grad()
+def metric_between(
+    A: Tensor, B: Tensor, attention: Attention, side: str, dtype: torch.dtype
+) -> Tensor | None:
+    """Where factors are the closed form of a metric M that the model's weights, or d_kv numbers,
+    tell, A = W M B^T follows from B and need not be stored: a third of a file or less is left.
+
+    M is a diagonal [d_kv] for keys, and for values `cskv.output_metric` times a number [1]. None if
+    these are other factors, or if B in `dtype` would give another A.
+    """
+    projection = getattr(attention, f"{side}_proj")
+    W = projection.weight.T.double().cpu()  # [hidden, d_kv]
+    A, B = A.double(), B.double()
+    if not (A.isfinite().all() and B.isfinite().all() and W.isfinite().all()):
+        return None
+    if side == "k":
+        gram = (W.T @ W) * (B.T @ B)
+        metric = torch.linalg.lstsq(gram, ((W.T @ A) * B.T).sum(1, keepdim=True)).solution[:, 0]
+    else:
+        plain = W @ output_metric(attention).cpu() @ B.T
+        metric = (A * plain).sum(0, keepdim=True).sum(1) / plain.square().sum().clamp(min=1e-300)
+    metric = metric.float()
+    again = shrinking(B.to(dtype), attention, side, metric)
+    same = (again - A).norm() <= 2e-3 * A.norm()
+    return metric if same and metric.isfinite().all() else None
+
+
+@torch.no_grad()
+def shrinking(B: Tensor, attention: Attention, side: str, metric: Tensor) -> Tensor:
+    """A = W M B^T, see `metric_between`: [hidden, r] in float64 on the CPU."""
+    W = getattr(attention, f"{side}_proj").weight.T.double().cpu()
+    metric = metric.double().cpu()
+    M = metric.diag() if side == "k" else metric * output_metric(attention).cpu()
+    return W @ (M @ B.double().cpu().T)
 
 
 def holds(rounded: Tensor, exact: Tensor) -> bool:
@@ -150,6 +209,7 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
         group = int(info["group"]) if "group" in info else None
         if group is not None and (group < 1 or group % quant.BLOCK):
             raise ValueError(f"group {group} is no multiple of {quant.BLOCK}")
+        together = read_together(json.loads(info.get("together", "[]")), layers)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged (metadata: {error}); make it again") from None
 
@@ -161,7 +221,16 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
 
     def pair(i: int, name: str, bits: int) -> LowRank:
         prefix = f"model.layers.{i}.self_attn.{name}"
-        A, B = tensors[f"{prefix}.A"], tensors[f"{prefix}.B"]
+        B = tensors[f"{prefix}.B"]
+        if f"{prefix}.metric" in tensors:
+            side = name[0]
+            attention = model.model.layers[i].self_attn
+            metric = tensors[f"{prefix}.metric"]
+            if B.dim() != 2 or metric.numel() != (B.shape[1] if side == "k" else 1):
+                raise UserError(f"{path}: {prefix} has a metric of another size; make it again")
+            A = shrinking(B, attention, side, metric).float()
+        else:
+            A = tensors[f"{prefix}.A"]
         if A.shape != (model.config.hidden_size, len(B)) or B.shape[1] != model.config.d_kv:
             raise UserError(
                 f"{path}: {prefix} has A {tuple(A.shape)} and B {tuple(B.shape)}, which do not fit "
@@ -177,7 +246,23 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
     except KeyError as error:
         raise UserError(f"{path} lacks {error}; make it again with train.py") from None
     info = {name: value for name, value in info.items() if name not in DESCRIBED}
-    return Factors(pairs, info).to(model.lm_head.weight)
+    for some in together:
+        kept = {(p.rank, p.bits) for p in (getattr(pairs[i], some.side) for i in some.layers)}
+        if len(kept) > 1 or group is None:
+            raise UserError(f"{path} is damaged (layers together of ranks and bits {kept})")
+    return Factors(pairs, info, together).to(model.lm_head.weight)
+
+
+def read_together(groups: list, layers: int) -> tuple[Together, ...]:
+    """The groups of layers that a file names. Raises `ValueError` if they are none."""
+    together = tuple(Together(*group) for group in groups)
+    for some in together:
+        if some.side not in ("k", "v") or not 0 <= some.first < some.first + some.count <= layers:
+            raise ValueError(f"{some} is no group of {layers} layers")
+    used = [(some.side, i) for some in together for i in some.layers]
+    if len(used) > len(set(used)):
+        raise ValueError("a layer is in two groups")
+    return together
 
 
 def one_or_all(values: list[int]) -> str:

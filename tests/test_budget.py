@@ -16,7 +16,8 @@ import quant
 from beyond.budget import Choice, convex_hull, spend
 from beyond.outputs import calibrate_outputs
 from beyond.probes import DecodeMode, Probe
-from cskv import Factors, bi_branch_cache, calibrate, init_factors
+from beyond.shared import shared_cache
+from cskv import Factors, Together, bi_branch_cache, calibrate, init_factors
 from experiments import budget
 from infer import full_bytes, held_bytes
 from model import full_cache
@@ -245,7 +246,9 @@ def test_full_ranks_in_16_bits_are_the_full_cache():
     model = tiny_model()
     seen = calibrate(model, [tiny_tokens(model, 2, 60)], 2)
     sides = [[Choice(3, 4, 10, 1.0), Choice(12, 16, 99, 0.0)] for _ in range(4)]
-    factors = algorithm.plan_factors(model, spend(sides, 10**6), seen)
+    fitted = algorithm.Fitted(model, seen)
+    plan = spend(sides, 10**6)
+    factors = algorithm.plan_factors(fitted, algorithm.sides_of(2), plan, [[1.0]] * 4)
     assert {(pair.rank, pair.bits) for pair in factors.pairs} == {(12, 16)}
     tokens = tiny_tokens(model, 2, 50)
     exact = decode_all(model, tokens, 10, full_cache(model))
@@ -262,7 +265,7 @@ def test_an_interrupted_probing_goes_on(
     real, calls = budget.probe_side, []
 
     def probe_side(*args):
-        calls.append(args[2:4])
+        calls.append((args[2].first, args[2].side))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return real(*args)
@@ -286,9 +289,9 @@ def test_factors_keep_what_is_asked_for(everything, tmp_path, planned, monkeypat
             super().__init__(*args)
             probes.append((args[1], self.at))
 
-        def cost(self, i, pairs):
+        def cost(self, i, pairs, together):
             probed.extend((i, s, p.rank, p.bits, p.group) for s, p in pairs.items())
-            return super().cost(i, pairs)
+            return super().cost(i, pairs, together=together)
 
     monkeypatch.setattr(budget, "Probe", Noted)
     group = {} if copies else {"group": 0}
@@ -318,10 +321,29 @@ def test_factors_keep_what_is_asked_for(everything, tmp_path, planned, monkeypat
         torch.testing.assert_close(ours.A @ ours.B, theirs.A @ theirs.B, rtol=2e-3, atol=2e-3)
 
 
+def test_layers_together_write_what_the_cache_will_hold(everything, tmp_path, planned):
+    """One latent for the keys of both layers, one for their values."""
+    outs = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    planned(*flags(everything, *outs, layers_together=2, widths="2,3,8"))
+    model = load_model(everything / "model", dtype=torch.bfloat16)
+    for file, remove in zip(outs, (0.4, 0.6), strict=True):
+        plan = json.loads(file.with_suffix(".json").read_text())
+        factors = load_factors(file, model)
+        assert factors.together == (Together("k", 0, 2), Together("v", 0, 2))
+        assert [(p.rank, p.bits) for p in factors.stored] == [(r["rank"], r["bits"]) for r in plan]
+        assert [(r["layer"], r["layers"]) for r in plan] == [(0, 2)] * 2
+        cache = shared_cache(model, factors, 4, 200, sinks=2)
+        model(tiny_tokens(model, 1, 200), cache)
+        assert held_bytes(cache) == sum(r["nbytes"] for r in plan) + full_bytes(model, 6)
+        assert held_bytes(cache) <= (1 - remove) * full_bytes(model, 200)
+
+
 @pytest.mark.slow
-def test_two_processes_make_the_same_plan(everything, tmp_path, planned):
-    planned(*flags(everything, tmp_path / "one.safetensors"))
-    arguments = map(str, flags(everything, tmp_path / "two.safetensors"))
+@pytest.mark.parametrize("count", [1, 2])
+def test_two_processes_make_the_same_plan(everything, tmp_path, planned, count):
+    planned(*flags(everything, tmp_path / "one.safetensors", layers_together=count))
+    arguments = flags(everything, tmp_path / "two.safetensors", layers_together=count)
+    arguments = map(str, arguments)
     done = torchrun(sys.executable, "-m", "experiments.budget", *arguments)
     assert done.returncode == 0, done.stderr
     plans = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
@@ -337,6 +359,11 @@ MISTAKES = {
     "a large window": ({"window": 39, "sinks": 4}, [], "--probe-len 40 is not above --window"),
     "one file twice": ({}, ["--remove", 0.7, "--out", "a.safetensors"], "are both"),
     "a group of no whole blocks": ({"group": 33}, [], "--group 33 is no multiple of 32"),
+    "together in KIVI's groups": (
+        {"layers_together": 2, "group": 0},
+        [],
+        "--layers-together needs groups of tokens",
+    ),
     "no text": ({"data": None}, [], "required: --data"),
     "no such text": ({"data": "nowhere.txt"}, [], "nowhere.txt"),
     "a share above 1": ({}, ["--remove", 1.5, "--out", "c"], "'1.5' is not a number"),

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 import quant
 from beyond import segments
-from beyond.segments import SEGMENTS, FastCache, cut, damping, products, weighted_sum
+from beyond.segments import (
+    SEGMENTS,
+    FastCache,
+    SmallWindowCache,
+    cut,
+    damping,
+    products,
+    weighted_sum,
+)
 from cskv import Latents, LayerFactors, LowRank, bi_branch_cache, init_factors
 from experiments.segments import log_probabilities, parse_segments, segment_lengths, text_of
 from model import Attention, Rope, full_cache
@@ -283,3 +291,32 @@ def test_segments_are_read_as_they_are_written(text):
     for wrong in ("", "0", "16:512,100", "a:b", "128:5,16"):
         with pytest.raises(ValueError):
             parse_segments(wrong)
+
+
+# ------------------------------------------------------------------------ a window in 8 bits
+
+
+@quick
+@given(shapes, st.integers(1, 40), st.integers(1, 40), windows, sinks, st.integers(0, 90))
+def test_a_window_in_8_bits(shape, prompt, n, window, first, expected):
+    """What it holds of a token is what `quantize` made of it when it came, and nothing else of the
+    cache changes; in bytes it is 8 bits a number, and 32 for each head."""
+    model = tiny_model(scale=0.3, **shape)
+    config = model.config
+    factors = make_factors(model, 5, 4)
+    tokens = tiny_tokens(model, 2, prompt + n)
+    caches = []
+    for kind in (SmallWindowCache, FastCache):
+        cache = bi_branch_cache(model, factors, window, expected, kind, first)
+        ours = decode_all(model, tokens, prompt, cache)
+        caches.append(cache)
+    small, large = (cache[0] for cache in caches)
+    grouping = quant.Grouping(quant.CHANNELS, config.head_dim)
+    for ours, exact in zip(small.kept(), large.kept(), strict=True):
+        expected = quant.dequantize(quant.quantize(exact, 8, grouping), grouping)
+        assert torch.equal(ours, expected)
+    ring = small.tensors()[-3].shape[2]  # codes of the values
+    of_head = 2 * 2 * config.num_key_value_heads * ring  # batch of 2, keys and values
+    saved = of_head * (4 * config.head_dim - config.head_dim - 4)
+    assert large.nbytes() - small.nbytes() == saved
+    assert ours.isfinite().all()

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beyond.segments import FastCache
-from beyond.shared import Together
-from cskv import BiBranchCache, Factors, LayerFactors, LowRank, bi_branch_cache
+from beyond.shared import shared_cache
+from cskv import BiBranchCache, Factors, LayerFactors, LowRank, Together, bi_branch_cache
 from infer import held_bytes, nominal_ratio
 from model import full_cache
 from tests.drawn import kinds, quick, sinks, widths, windows
@@ -63,7 +63,7 @@ def test_layers_side_by_side_are_layers_apart(
     groups = [*groups_of(k_split, "k"), *groups_of(v_split, "v")]
     shared = side_by_side(apart, groups)
     tokens = tiny_tokens(model, 2, prompt + n)
-    caches = [bi_branch_cache(model, f, window, 0, kind, first) for f in (shared, apart)]
+    caches = [shared_cache(model, f, window, 0, kind, first) for f in (shared, apart)]
     ours, theirs = [decode_all(model, tokens, prompt, cache) for cache in caches]
     torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
     assert held_bytes(caches[0]) == held_bytes(caches[1])
@@ -96,7 +96,7 @@ def test_full_rank_is_the_full_cache(split, prompt, n, window, first, sliding):
     and a token that was seen twice or not at all would change the softmax."""
     model = model_of(sliding_window=sliding)
     tokens = tiny_tokens(model, 2, prompt + n)
-    cache = bi_branch_cache(model, full_rank(model, split), window, sinks=first)
+    cache = shared_cache(model, full_rank(model, split), window, sinks=first)
     ours = decode_all(model, tokens, prompt, cache)
     full = decode_all(model, tokens, prompt, full_cache(model))
     torch.testing.assert_close(ours, full, atol=1e-4, rtol=1e-4)
@@ -110,7 +110,7 @@ def test_pieces_equal_token_by_token(split, lengths, window, first, k_bits, v_bi
     model = model_of()
     factors = full_rank(model, split).map(lambda pair: replace(pair, group=32))
     factors = factors.in_bits(k_bits, v_bits)
-    caches = [bi_branch_cache(model, factors, window, 0, kind, first) for _ in range(2)]
+    caches = [shared_cache(model, factors, window, 0, kind, first) for _ in range(2)]
     tokens = tiny_tokens(model, 2, sum(lengths))
     ours = torch.cat([model(piece, caches[0]) for piece in tokens.split(lengths, dim=1)], 1)
     theirs = decode_all(model, tokens, lengths[0], caches[1])
@@ -122,7 +122,7 @@ def test_pieces_equal_token_by_token(split, lengths, window, first, k_bits, v_bi
 def test_nothing_is_kept_that_is_not_counted_once(kind):
     model = tiny_model(num_hidden_layers=LAYERS)
     shared = side_by_side(in_bits(make_factors(model, 4, 5), 3, 2, 64), groups_of((4,), "k"))
-    cache = bi_branch_cache(model, shared, 8, kind=kind, sinks=2)
+    cache = shared_cache(model, shared, 8, kind=kind, sinks=2)
     decode_all(model, tiny_tokens(model, 2, 150), 90, cache)
     weights = storages(model, shared)
     own = {at: size for at, size in storages(cache).items() if at not in weights}
@@ -133,8 +133,17 @@ def test_a_layer_alone_is_refused():
     """The latents would be those of some layers, in silence."""
     model = tiny_model(num_hidden_layers=LAYERS)
     shared = side_by_side(make_factors(model, 4, 5), groups_of((4,), "k"))
-    cache = bi_branch_cache(model, shared)
+    cache = shared_cache(model, shared)
     model(tiny_tokens(model, 1, 5), cache)
     x, q, kv = torch.zeros(1, 1, 24), torch.zeros(1, 4, 1, 6), torch.zeros(1, 2, 1, 6)
     with pytest.raises(ValueError, match="in order"):
         cache[1].decode(x, q, kv, kv, model.rope)
+
+
+def test_the_paper_s_caches_refuse_shared_latents():
+    model = tiny_model(num_hidden_layers=LAYERS)
+    shared = side_by_side(make_factors(model, 4, 5), groups_of((4,), "v"))
+    with pytest.raises(ValueError, match="shared_cache"):
+        bi_branch_cache(model, shared)
+    with pytest.raises(ValueError, match="not KIVI's"):
+        shared.in_bits(4, 4)

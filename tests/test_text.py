@@ -142,14 +142,17 @@ def test_every_second_text_is_its_first_half_twice():
 
 def test_own_words_are_drawn_from_the_models_distribution():
     model = tiny_model(eos_token_ids=(3, 5))
-    own = own_words.write_texts(model, 3, 12, torch.Generator().manual_seed(1))
+    begun = [[7], [8, 9, 10], [11]]
+    own = own_words.write_texts(model, begun, 12, torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1)
-    expected = torch.randint(model.config.vocab_size, (3, 1), generator=generator)
-    for _ in range(11):
+    expected = torch.tensor([[7], [8], [11]])
+    for t in range(1, 12):
         p = model(expected)[:, -1].softmax(-1)
         p[:, [3, 5]] = 0  # the text does not end
         p /= p.sum(-1, keepdim=True)
         expected = torch.cat([expected, torch.multinomial(p, 1, generator=generator)], 1)
+        if t < 3:
+            expected[1, t] = begun[1][t]
     assert torch.equal(own, expected)
 
 
