@@ -10,11 +10,18 @@ from torch import Tensor
 
 from cskv import init_factors
 from experiments import baselines
-from experiments.baselines import HeavyHitterCache, KiviCache, LowRankCache, StreamingCache
+from experiments.baselines import (
+    LEVELS,
+    HeavyHitterCache,
+    KiviCache,
+    LowRankCache,
+    StreamingCache,
+    TurboQuantCache,
+)
 from model import Config, LayerCache, Rope, full_cache
 from quant import CHANNELS, TOKENS, Grouping, bits_per_element, fake_quantize
 from support.command import UserError
-from tests.drawn import quick
+from tests.drawn import quick, shapes
 from tests.helpers import (
     LargestTensor,
     decode_all,
@@ -402,3 +409,51 @@ def test_low_rank_is_lossy_in_the_prompt_already():
     model = tiny_model()
     tokens, factors = tiny_tokens(model, 1, 10), init_factors("svd", model, [3, 3], [3, 3])
     assert not torch.allclose(model(tokens, low_rank_cache(model, factors)), model(tokens))
+
+
+# ----------------------------------------------------------------------------------- TurboQuant
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_turboquants_levels_are_the_best_for_a_normal_distribution(bits):
+    """Each is the mean of what is nearest to it (Max, 1960), here of two million numbers."""
+    levels = torch.cat([-torch.tensor(LEVELS[bits]).flip(0), torch.tensor(LEVELS[bits])])
+    z = torch.randn(2_000_000, generator=torch.Generator().manual_seed(0))
+    nearest = torch.bucketize(z, (levels[1:] + levels[:-1]) / 2)
+    means = torch.stack([z[nearest == n].mean() for n in range(len(levels))])
+    torch.testing.assert_close(means, levels, atol=6e-3, rtol=0)
+
+
+@pytest.mark.parametrize("bits, error", [(2, 0.117), (3, 0.03454), (4, 0.009497)])
+def test_turboquant_loses_what_its_levels_lose(bits, error):
+    """The squared errors of the best quantizer of a normal distribution [6, table I], also for
+    vectors with some large channels; nearly, since 256 channels are not quite normal."""
+    y = torch.randn(2, 2, 500, 256, generator=torch.Generator().manual_seed(0))
+    y[..., :32] *= 4
+    cache = TurboQuantCache(tiny_config(head_dim=256), bits)
+    codes, norms = cache.encode(y)
+    assert codes.dtype == torch.uint8 and codes.shape == (2, 2, 500, 256 * bits // 8)
+    lost = (cache.rebuild(codes, norms, y) - y).square().sum(3) / y.square().sum(3)
+    assert lost.mean() == pytest.approx(error, rel=0.05)
+
+
+@quick
+@given(shapes, st.integers(1, 30), st.integers(1, 30), st.sampled_from([2, 3, 4]))
+def test_turboquant_attends_to_what_it_keeps(shape, prompt, n, bits):
+    """A layer, step by step, against a softmax over keys and values that were encoded alone."""
+    config = tiny_config(**shape)
+    cache = TurboQuantCache(config, bits, prompt)
+    sequence = Sequence(config, prompt + n, seed=0)
+    k = sequence.rope.rotate(sequence.k, 0)
+    q = sequence.rope.rotate(sequence.q, 0)
+    sequence.prefill(cache, prompt)
+    shared = config.num_attention_heads // config.num_key_value_heads
+    for t in range(prompt, prompt + n):
+        ours = sequence.decode(cache, t)
+        seen = slice(max(0, t + 1 - (config.sliding_window or t + 1)), t + 1)
+        kept = [cache.rebuild(*cache.encode(y), y)[:, :, seen] for y in (k, sequence.v)]
+        k_hat, v_hat = (y.repeat_interleave(shared, 1) for y in kept)
+        scores = q[:, :, t : t + 1] @ k_hat.mT / math.sqrt(config.head_dim)
+        expected = (scores.softmax(-1) @ v_hat)[:, :, 0]
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    assert cache.nbytes() == sum(part.nbytes for part in cache.tensors())
