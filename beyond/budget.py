@@ -129,7 +129,7 @@ def layer_weights(probe: Probe, fitted: Fitted, side: Together) -> list[float]:
         cost = probe.cost(i, {side.side: like_model(pair, probe.model)})
         L = torch.linalg.cholesky(metric.double())
         lost = torch.linalg.eigvalsh(L.T @ moment @ L)[:-rank].clamp(min=0).sum().item()
-        weights.append(max(cost, 1e-7) / max(lost, 1e-38))
+        weights.append(max(cost, 1e-7) / lost if lost else 1.0)  # a silent layer loses nothing
     return weights
 
 

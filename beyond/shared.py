@@ -54,6 +54,7 @@ class Sum:
         self.count = count  # layers
         self.added = 0  # of them, to `open`
         self.open: Tensor | None = None  # [B, n, r], the newest tokens' sum so far
+        self.codes: dict[tuple[int, int], tuple] = {}  # unpacked, until all layers have read them
 
     def add(self, layer: int, c: Tensor) -> None:
         """c [B, n, r], what a layer adds to the latents of the next n tokens."""
@@ -63,9 +64,12 @@ class Sum:
         self.open = c.to(wide) if self.open is None else self.open + c
         self.added += 1
         if self.added == self.count:
+            packed = self.latents.packed
             self.latents.append(self.open)
             self.open = None
             self.added = 0
+            if self.latents.packed > packed:  # the last layer reads other parts than those before
+                self.codes.clear()
 
 
 class Part:
@@ -87,11 +91,19 @@ class Part:
             return 1
         return min(self.window, latents.at_once())
 
+    def quantized(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `quant.Packed`; unpacked once a step, and not once a layer."""
+        codes = self.total.codes
+        if (start, stop) not in codes:
+            codes[start, stop] = self.total.latents.quantized(start, stop)
+        return codes.pop((start, stop)) if self.is_last() else codes[start, stop]
+
+    def is_last(self) -> bool:
+        return self.layer + 1 == self.total.count
+
     def tensors(self) -> list[Tensor]:
         """All of the group's for the last layer, so that they are counted once."""
-        if self.layer + 1 < self.total.count:
-            return []
-        return self.total.latents.tensors()
+        return self.total.latents.tensors() if self.is_last() else []
 
     def __getattr__(self, name: str):
         """`read`, `length` and all else is that of the group's latents."""

@@ -180,7 +180,11 @@ def budget_plan(rows: list[dict], path: Path) -> None:
             text = f"{row['rank']}\nx {row['bits']}"
             axis.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
     axis.set(xlabel="layer", yticks=range(len(sides)), yticklabels=list(sides))
-    axis.set_xticks(range(layers))
+    names = []
+    for row in next(iter(sides.values())):
+        last = row["layer"] + row.get("layers", 1) - 1
+        names.append(f"{row['layer']}" if last == row["layer"] else f"{row['layer']} to {last}")
+    axis.set_xticks(range(layers), names)
     figure.colorbar(image, label="rank", pad=0.01)
     save_figure(figure, path)
 

@@ -1,20 +1,45 @@
 """Latents shared by layers: beyond/shared.py."""
 
+import itertools
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from beyond.budget import Choice, Fitted, plan_factors, sides_of
+from beyond.outputs import EVERY
+from beyond.probes import DecodeMode, Probe
 from beyond.segments import FastCache
-from beyond.shared import shared_cache
-from cskv import BiBranchCache, Factors, LayerFactors, LowRank, Together, bi_branch_cache
+from beyond.shared import calibrate_groups, shared_cache
+from cskv import (
+    BiBranchCache,
+    Factors,
+    LayerFactors,
+    LowRank,
+    Together,
+    bi_branch_cache,
+    output_metric,
+)
 from infer import held_bytes, nominal_ratio
 from model import full_cache
+from support.command import UserError
+from support.factors_file import load_factors, save_factors
 from tests.drawn import kinds, quick, sinks, widths, windows
 from tests.evaluating import storages
-from tests.helpers import decode_all, in_bits, make_factors, tiny_model, tiny_tokens
+from tests.helpers import (
+    assert_same_factors,
+    decode_all,
+    in_bits,
+    layer_inputs,
+    make_factors,
+    tiny_model,
+    tiny_tokens,
+)
 
 LAYERS = 4
 SPLITS = [(4,), (2, 2), (1, 3), (3, 1)]
@@ -147,3 +172,183 @@ def test_the_paper_s_caches_refuse_shared_latents():
         bi_branch_cache(model, shared)
     with pytest.raises(ValueError, match="not KIVI's"):
         shared.in_bits(4, 4)
+
+
+# ------------------------------------------------------------------------------- closed form
+
+
+def fitted_on(model, samples, count, window=4, first=2):
+    """Statistics of groups of `count` layers, as for the budget's command."""
+    groups = sides_of(LAYERS, count)
+    seen, moments = calibrate_groups(model, samples, groups, window, first)
+    return Fitted(model, seen, moments, 32), groups
+
+
+def test_moments_are_the_sums_written_out():
+    """A token counts once, and again by the attention that it gets in all layers of the group."""
+    window, first = 4, 2
+    model = model_of(sliding_window=19)
+    samples = [tiny_tokens(model, 1, 40, seed=1), tiny_tokens(model, 1, 33, seed=2)]
+    fitted, groups = fitted_on(model, samples, 2, window, first)
+    for group in groups:
+        sums = torch.zeros(2, 24, 24).double()
+        for tokens in samples:
+            T = tokens.shape[1]
+            mass, rows = torch.zeros(T).double(), []
+            inputs = layer_inputs(model, tokens)
+            for i in group.layers:
+                attention = model.model.layers[i].self_attn
+                x, k, v = inputs[i]
+                q = (x @ attention.q_proj.weight.T)[0]
+                rows.append((k if group.side == "k" else v)[0])
+                q, k = (y.unflatten(1, (-1, 6)).transpose(0, 1) for y in (q, k[0]))
+                q, k = model.rope.rotate(q, 0), model.rope.rotate(k, 0).repeat_interleave(2, 0)
+                for t in range(first + window, T, EVERY):
+                    least = max(0, t + 1 - 19)
+                    scores = q[:, t : t + 1] @ k[:, least : t + 1].mT / 6**0.5
+                    p = torch.zeros(T).double()
+                    p[least : t + 1] = scores.softmax(-1).sum((0, 1))
+                    p[: max(first, least)] = 0
+                    p[max(first, t + 1 - window) :] = 0
+                    mass += p
+            Y = torch.cat(rows, 1)[first:]
+            sums[0] += Y.T @ Y
+            sums[1] += Y.T @ (Y * mass[first:, None])
+        expected = sum(total / total.trace() for total in sums)
+        torch.testing.assert_close(fitted.moments[group], expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_no_shared_latent_of_that_rank_loses_less(side):
+    """The weighed error of the closed form is the sum of the dropped eigenvalues, and disturbed
+    factors have a larger one."""
+    model = model_of()
+    fitted, groups = fitted_on(model, [tiny_tokens(model, 2, 60)], 4)
+    (group,) = [group for group in groups if group.side == side]
+    weights = [1.0, 3.0, 0.2, 2.0]
+    pairs = fitted.pairs(group, 7, weights)
+    W = [getattr(layer.self_attn, f"{side}_proj").weight.T for layer in model.model.layers]
+    parts = zip(W, pairs, strict=True)
+    C = torch.cat([torch.linalg.lstsq(w, pair.A.double()).solution for w, pair in parts])
+    B = torch.cat([pair.B.double() for pair in pairs], 1)
+    metrics = []
+    for i in group.layers:
+        seen = fitted.seen[i]
+        metric = output_metric(model.model.layers[i].self_attn) if side == "v" else seen.k_metric
+        metrics.append(weights[i] * metric)
+    M = torch.block_diag(*metrics)
+    moment = fitted.moments[group]
+
+    def loss(C, B):
+        error = torch.eye(len(C)).double() - C @ B
+        return (error.T @ moment @ error * M).sum().item()
+
+    weighed = torch.linalg.eigvals(moment @ M).real.sort().values
+    assert loss(C, B) == pytest.approx(weighed[:-7].sum().item(), rel=1e-4)
+    noise = torch.Generator().manual_seed(0)
+    for size in (1e-2, 1e-1):
+        other = C + size * C.std() * torch.randn(C.shape, generator=noise).double()
+        assert loss(other, B) > loss(C, B)
+
+
+def test_a_group_is_probed_as_it_is_decoded():
+    """Against the whole run, with latents of the exact inputs, as those of a prompt are."""
+    model = tiny_model(num_hidden_layers=LAYERS)
+    texts = [tiny_tokens(model, 1, 40, seed=3), tiny_tokens(model, 1, 29, seed=4)]
+    probe = Probe(model, texts, 5, 2, predictions=1000)
+    group = Together("v", 1, 2)
+    factors = side_by_side(make_factors(model, 3, 3), [group])
+    pairs = [factors.layers[i].v for i in group.layers]
+    divergences = []
+    for tokens in texts:
+        inputs = [x.float() for x, _, _ in layer_inputs(model, tokens)]
+        z = inputs[1] @ pairs[0].A + inputs[2] @ pairs[1].A
+        caches = full_cache(model)
+        for i, pair in zip(group.layers, pairs, strict=True):
+            attention = model.model.layers[i].self_attn
+            caches[i] = DecodeMode(attention, {"v": pair}, 5, 2, {"v": z})
+        runs = (model(tokens)[0, 7:], model(tokens, caches)[0, 7:])
+        exact, other = (y.double().log_softmax(-1) for y in runs)
+        divergences.append((exact.exp() * (exact - other)).sum(-1))
+    expected = torch.cat(divergences).mean().item()
+    cost = probe.cost(1, *[{"v": pair} for pair in pairs], together=(group,))
+    assert expected > 1e-3 and cost == pytest.approx(expected, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+def saved(tmp_path, count=2):
+    model = tiny_model(num_hidden_layers=LAYERS)
+    fitted, groups = fitted_on(model, [tiny_tokens(model, 2, 60)], count)
+    plan = [Choice(5, 3, 0, 0.0) for _ in groups]
+    weights = [[1.0, 1e-6, 20.0, 3.0][: group.count] for group in groups]
+    factors = plan_factors(fitted, groups, plan, weights)
+    save_factors(tmp_path / "f", factors, model)
+    return model, factors
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_shared_factors_survive_a_file(tmp_path, count):
+    """B, and what tells A: that is not in the file."""
+    model, factors = saved(tmp_path, count)
+    again = load_factors(tmp_path / "f", model)
+    assert again.together == factors.together and len(again.together) == (4 if count == 2 else 2)
+    for ours, theirs in zip(again.pairs, factors.pairs, strict=True):
+        assert (ours.bits, ours.group, ours.rank) == (3, 32, 5)
+        for a, b in ((ours.A, theirs.A), (ours.B, theirs.B)):
+            assert (a - b).norm() < 3e-3 * b.norm()
+    with safe_open(tmp_path / "f", framework="pt") as file:
+        names = set(file.keys())
+    shared = {(i, group.side) for group in factors.together for i in group.layers}
+    for i, side in itertools.product(range(LAYERS), "kv"):
+        prefix = f"model.layers.{i}.self_attn.{side}_proj"
+        assert (f"{prefix}.A" in names) == ((i, side) not in shared)
+        assert (f"{prefix}.metric" in names) == ((i, side) in shared)
+
+
+def test_other_shared_factors_keep_their_a(tmp_path):
+    model = tiny_model(num_hidden_layers=LAYERS)
+    factors = in_bits(make_factors(model, 4, 5, "svd"), 16, 16, 32)
+    factors = side_by_side(factors, groups_of((4,), "k"))
+    save_factors(tmp_path / "f", factors, model, torch.float32)
+    assert_same_factors(load_factors(tmp_path / "f", model), factors)
+
+
+DAMAGE = {
+    "another side": [["q", 0, 2]],
+    "more layers than there are": [["k", 3, 2]],
+    "a layer twice": [["k", 0, 2], ["k", 1, 2]],
+    "no layers": [["k", 0, 0]],
+    "no group": [["k", 0]],
+    "no list": 3,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_groups_of_layers_are_refused(tmp_path, name):
+    model, _ = saved(tmp_path)
+    rewritten(tmp_path / "f", together=json.dumps(DAMAGE[name]))
+    with pytest.raises(UserError, match="is damaged"):
+        load_factors(tmp_path / "f", model)
+
+
+def rewritten(path, drop=(), **metadata):
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name not in drop]  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in names}
+        save_file(tensors, path, {**file.metadata(), **metadata})
+
+
+def test_layers_of_other_ranks_do_not_share(tmp_path):
+    model = tiny_model(num_hidden_layers=LAYERS)
+    factors = in_bits(make_factors(model, 4, 5), 16, 16, 32)  # ranks 4, 5, 6, 7
+    save_factors(tmp_path / "f", factors, model)
+    rewritten(tmp_path / "f", together=json.dumps([["k", 0, 2]]))
+    with pytest.raises(UserError, match="layers together of ranks and bits"):
+        load_factors(tmp_path / "f", model)
+    model, _ = saved(tmp_path)
+    prefix = "model.layers.1.self_attn.k_proj"
+    rewritten(tmp_path / "f", drop=(f"{prefix}.metric",))
+    with pytest.raises(UserError, match=f"lacks '{prefix}.A'"):
+        load_factors(tmp_path / "f", model)
