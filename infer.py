@@ -334,7 +334,10 @@ def run(args: argparse.Namespace) -> None:
         """An empty cache, and its nominal ratio."""
         if name == "full":
             return full_cache(model, expected), 0.0
-        kind = SmallWindowCache if args.window_bits == 8 else KINDS[name]
+        window_bits = args.window_bits or factors.info.get("window_bits")
+        kind = KINDS[name]
+        if name == "cskv" and window_bits in (8, "8"):
+            kind = SmallWindowCache
         cache = shared_cache(model, factors, args.window, expected, kind, args.sinks)
         return cache, nominal_ratio(model, factors)
 
@@ -387,10 +390,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compare", action="store_true", help="answer from the full cache as well, side by side")
     window = "newest tokens kept in full precision: costs memory, helps a little (32)"
     add("--window", type=count, default=32, help=window)
-    window_bits = (
-        "keep these tokens, and the sinks, in 8 bits: half of their bytes (16, or --dtype)"
-    )
-    add("--window-bits", type=int, choices=(8, 16), default=16, help=window_bits)
+    window_bits = "keep these, and the sinks, in 8 or 16 bits (those the factors were made for)"
+    add("--window-bits", type=int, choices=(8, 16), help=window_bits)
     add("--sinks", type=number(int, 0), default=4, help="first tokens likewise (4; the paper: 0)")
     bits = "bits of a stored latent (those the factors were made for)"
     add("--bits", type=int, choices=widths, help=bits)

@@ -173,6 +173,8 @@ def run(args: argparse.Namespace) -> None:
         for remove, room, out in zip(args.remove, rooms, args.out, strict=True):
             plan = spend(all_choices, room)
             factors = plan_factors(fitted, sides, plan, weights)
+            if args.window_bits == 8:
+                factors.info["window_bits"] = "8"
             bought = f"{1 - remove:g} of a full cache's bytes at {args.length} tokens"
             factors.info.update(init=args.init, data=args.data.name, budget=bought)
             write_plan(out, sides, plan, factors, model, costs, args.widths)

@@ -68,7 +68,7 @@ def accuracy_against_bytes(rows: list[dict], colours: dict, path: Path) -> None:
         label = f"{row['cache']}, {kind}" if kind else row["cache"]
         if int(row.get("sinks", 0)):
             label += f", {row['sinks']} sinks"
-        colour = COLOURS["budget"] if kind == "budget" else colours[row["cache"]]
+        colour = COLOURS["budget"] if kind.startswith("budget") else colours[row["cache"]]
         marks = "s" if row["cache"] == "asvd" else "o"
         marks += "--" if "optimal" in kind else "-"
         panel = PROTOCOL[row.get("question", "")]
@@ -86,7 +86,7 @@ def perplexity_against_bytes(rows: list[dict], colours: dict, path: Path) -> Non
         marks = "o-" if row["bits"] == "16" else "o--"
         if row["factors"]:
             label += f", {row['factors']}"
-        if row["factors"] == "budget":
+        if row["factors"].startswith("budget"):
             colour, marks = COLOURS["budget"], "s-"
         elif row["factors"]:
             label += f", {row['bits']} bits"

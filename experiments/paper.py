@@ -98,8 +98,13 @@ class Experiment:
 
     def budgets(self) -> list[Row]:
         """The fast cache with ranks and bits of a budget, and 4 sinks: a row for each file."""
-        settings = {"origin": "budget", "sinks": 4}
-        return [self.row("cskv", factors=factors, **settings) for factors in self.files]
+        rows = []
+        for factors in self.files:
+            cache = "cskv-window-8" if factors.info.get("window_bits") == "8" else "cskv"
+            layers = max((group.count for group in factors.together), default=1)
+            origin = "budget" if layers == 1 else f"budget, {layers} layers together"
+            rows.append(self.row(cache, factors=factors, origin=origin, sinks=4))
+        return rows
 
     def scores(self, rows: list[tuple[Row, dict]], by_lines: bool = False) -> list[dict]:
         """Rows of `measure` with their further columns: of perplexity, or of LongEval in each
