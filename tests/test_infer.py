@@ -109,16 +109,33 @@ def test_text_goes_to_stdout_and_notes_to_stderr(everything, answer, capsys):
 
 def test_the_fast_cache_is_the_default(answer, monkeypatch):
     """The plain one is asked for by name; where all tokens are in the window, both say the same."""
-    kinds, real = [], infer.bi_branch_cache
+    kinds, real = [], infer.shared_cache
 
     def noted(model, factors, window, expected, kind, sinks):
         kinds.append(kind)
         return real(model, factors, window, expected, kind, sinks)
 
-    monkeypatch.setattr(infer, "bi_branch_cache", noted)
+    monkeypatch.setattr(infer, "shared_cache", noted)
     results = [answer(*flags) for flags in ([], ["--cache", "cskv"], ["--cache", "cskv-plain"])]
     assert kinds == [FastCache, FastCache, BiBranchCache]
     assert len({(str(result["tokens"]), result["cache_bytes"]) for result in results}) == 1
+
+
+def test_a_window_in_8_bits(answer, refused, everything, tmp_path):
+    """Asked for, or what the factors were made for; in bytes see tests/test_segments.py."""
+    plain = answer()["cache_bytes"]
+    small = answer("--window-bits", 8)["cache_bytes"]
+    model = load_model(everything / "model")
+    factors = load_factors(everything / "f", model)
+    factors.info["window_bits"] = "8"
+    save_factors(tmp_path / "f", factors, model)
+    made = ["--factors", tmp_path / "f"]
+    assert small < plain
+    assert answer(*made)["cache_bytes"] == small
+    assert answer(*made, "--window-bits", 16)["cache_bytes"] == plain
+    assert answer(*made, "--cache", "cskv-plain")["cache_bytes"] == plain
+    flags = arguments(everything, "--window-bits", 8, "--cache", "cskv-plain")
+    assert "not for the cskv-plain cache; use --cache cskv" in refused(infer, *flags)
 
 
 def test_the_demonstration(capsys):
