@@ -388,7 +388,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, help="checkpoint folder or hub name of the frozen model")
     add("--data", type=Path, help=".txt, .jsonl or .parquet (field `text`), or a folder of them")
     add("--out", type=Path, required=True, help="factors file to write")
-    add("--init", choices=INITIALIZATIONS, default="optimal", help="where to start; see cskv.py")
+    add("--init", choices=INITIALIZATIONS, default="attention", help="where to start; see cskv.py")
     add("--k-ratio", type=float, default=0.8, help="share of key channels to remove (0.8)")
     add("--v-ratio", type=float, default=0.8, help="share of value channels to remove (0.8)")
     add("--bits", type=int, choices=widths, default=16, help="round latents to so many (16: not)")

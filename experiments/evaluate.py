@@ -306,7 +306,7 @@ def run(args: argparse.Namespace) -> None:
                 args.ratios,
                 make_factors,
                 files=[(file.stem, load_factors(file, model)) for file in args.factors],
-                inits=args.inits or ([] if args.factors else ["optimal"]),
+                inits=args.inits or ([] if args.factors else ["attention"]),
                 bits=args.bits,
                 clamped=args.clamped_zero_point,
                 window=args.window,
@@ -330,7 +330,7 @@ def shared_options() -> Arguments:
     init = one_of(INITIALIZATIONS, "initialization")
     count = number(int, 1)
     add("--model", required=True, help="measure this checkpoint, a folder or a hub name")
-    add("--inits", type=comma_list(init), help="make such factors (without --factors: optimal)")
+    add("--inits", type=comma_list(init), help="make such factors (without --factors: attention)")
     add("--clamped-zero-point", action="store_true", help="quantize as the paper's code does")
     help = "take --ratios as measured ones, of a full cache of so many tokens: each cache gets the "
     help += "size, tokens kept or rank, at which it holds that much less"

@@ -45,7 +45,7 @@ def test_every_cache_in_every_command(everything, brief, tmp_path, capsys, what)
     assert nominal.items() <= {row["cache"]: row["nominal_ratio"] for row in rows}.items()
     bits, factors = ({row["cache"]: row[name] for row in rows} for name in ("bits", "factors"))
     assert [bits[name] for name in ("full", "cskv", "kivi-4")] == ["16", "16", "4"]
-    assert [factors[name] for name in ("h2o", "asvd", "cskv")] == ["", "asvd", "optimal"]
+    assert [factors[name] for name in ("h2o", "asvd", "cskv")] == ["", "asvd", "attention"]
 
 
 @pytest.mark.parametrize("what", ["perplexity", "longeval", "longbench"])
