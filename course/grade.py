@@ -27,7 +27,7 @@ import torch
 
 from course import problems
 from course.problems import GIVEN, ROOT, NotFound, Part, Problem, Reference
-from course.sandbox import CHECKING, Draw, Failed, Limits, Sandbox, Stopped, bounded
+from course.sandbox import CHECKING, Draw, Failed, Limits, Sandbox, Stopped, bounded, printable
 from support.command import Arguments, UserError, comma_list, number, one_of, replacing, run_command
 
 SECONDS = 8 * 60  # for all problems of a student
@@ -51,7 +51,7 @@ class Verdict:
         if self.lost and self.output:
             lines += ["     printed by these functions, the end:"]
             lines += [f"     | {line}" for line in self.output.splitlines()[-8:]]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def run_check(
@@ -139,32 +139,34 @@ def grade(
         yield grade_problem(problem, reference, student, seed, Limits(seconds=share))
 
 
-def class_row(folder: Path, seed: int, ids: list[str]) -> dict:
+def class_row(folder: Path, seed: int, ids: list[str], seconds: float) -> dict:
     """A student's line of the table. What cannot be graded has 0 points, and the reason."""
     row = {"student": folder.name, **dict.fromkeys(ids, 0), "total": 0}
     reasons = []
     try:
-        for verdict in grade(folder, seed, ids):
+        for verdict in grade(folder, seed, ids, seconds):
             row[verdict.problem.id] = verdict.points
             row["total"] += verdict.points
-            reasons += [f"{verdict.problem.id}: {lost.splitlines()[0]}" for lost in verdict.lost[:1]]
+            reasons += [
+                f"{verdict.problem.id}: {lost.splitlines()[0]}" for lost in verdict.lost[:1]
+            ]
     except (UserError, OSError) as error:
         reasons.append(str(error))
-    return {**row, "reasons": "; ".join(reasons)}
+    return {**row, "reasons": printable("; ".join(reasons))}
 
 
-def grade_class(folder: Path, table: Path, seed: int, ids: list[str]) -> None:
+def grade_class(folder: Path, table: Path, seed: int, ids: list[str], seconds: float) -> None:
     """Writes the table anew after every student. Raises `UserError` if there is none."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; give one that has a folder for each student")
-    students = sorted(path for path in folder.iterdir() if path.is_dir())
+    students = sorted(path for path in folder.iterdir() if path.is_dir() or path.is_symlink())
     if not students:
         raise UserError(f"{folder} has no folders; it needs one for each student")
     rows = []
     for i, student in enumerate(students):
-        rows.append(class_row(student, seed, ids))
+        rows.append(class_row(student, seed, ids, seconds))
         with replacing(table) as temporary:
-            with temporary.open("w", encoding="utf-8", newline="") as file:
+            with temporary.open("w", encoding="utf-8", errors="replace", newline="") as file:
                 writer = csv.DictWriter(file, rows[0])
                 writer.writeheader()
                 writer.writerows(rows)
@@ -178,7 +180,7 @@ def run(args: argparse.Namespace) -> None:
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     if args.all:
         ids = args.problem or [problem.id for problem in problems.load_problems()]
-        return grade_class(args.all, args.csv, seed, ids)
+        return grade_class(args.all, args.csv, seed, ids, args.seconds)
     folder = args.folder or ROOT
     if args.folder is None and not GIVEN.exists():
         raise UserError("no folder of a student; python -m course.grade DIR")

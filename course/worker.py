@@ -30,7 +30,7 @@ NOTHING = "returned nothing: is there a `return`?"
 
 
 def memory_limit(more: int) -> int | None:
-    """In bytes, of all that this process has now and so much more. Only Linux says, and keeps it."""
+    """In bytes: what this process has now and so much more. Only Linux says, and keeps it."""
     with suppress(OSError):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         return pages * resource.getpagesize() + more
@@ -95,7 +95,9 @@ def frames(error: Exception) -> list:
     found = [[f.filename, f.lineno] for f in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
         found.append([error.filename, error.lineno])
-    ours = [[Path(file), line] for file, line in found if file and Path(file).is_relative_to(FOLDER)]
+    ours = [
+        [Path(file), line] for file, line in found if file and Path(file).is_relative_to(FOLDER)
+    ]
     return [[file.relative_to(FOLDER).as_posix(), line] for file, line in ours[-30:]]
 
 
