@@ -67,7 +67,7 @@ def run_check(
     except Stopped:
         raise
     except Exception as error:  # what came back was strange in a way nobody thought of
-        return f"no check of this was possible: {error or type(error).__name__}"
+        return f"no check of this was possible: {str(error) or type(error).__name__}"
     else:
         return None
     must = " ".join((inspect.getdoc(check) or check.__name__).split())

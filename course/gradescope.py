@@ -42,7 +42,7 @@ fi
 "$home/venv/bin/pip" install -q -r "$home/source/requirements.txt"
 """
 
-SECONDS = 9 * 60
+SECONDS = 8 * 60
 PLAN = 0.25  # of these
 RUN = """#!/usr/bin/env bash
 # Gradescope runs this for every submission.
