@@ -34,7 +34,7 @@ PROJECT = ("course", "support", "beyond", "weights/teacher", "LICENSE")
 # Of the experiments, what the leaderboard measures with.
 PROJECT += ("experiments/__init__.py", "experiments/rounded.py", "experiments/tasks")
 # What a student must not find in these folders.
-LEFT_OUT = ("__pycache__", ".ipynb_checkpoints", "walkthrough.ipynb", "answers.md")
+LEFT_OUT = ("__pycache__", ".ipynb_checkpoints", "walkthrough.ipynb", "answers.md", "INSTRUCTOR.md")
 REQUIREMENTS = """torch==2.13.0
 numpy==2.2.6
 safetensors==0.8.0

@@ -97,6 +97,29 @@ def test_release_keeps_contracts(released):
         assert re.search(rf"^## Problem {id}\b.*{PROBLEMS[id].points} points", page, re.M | re.I)
 
 
+def test_release_leaves_out_what_is_for_the_instructor(released, tmp_path, monkeypatch):
+    """Of a folder with all that there is: the students' notebook is theirs."""
+    names = ["README.md", "INSTRUCTOR.md", "answers.md", "student.ipynb", "walkthrough.ipynb"]
+    (tmp_path / "course").mkdir()
+    for name in names:
+        (tmp_path / "course" / name).write_text("x")
+    monkeypatch.setattr(problems, "ROOT", tmp_path)
+    problems.copy_project(tmp_path / "out", ["course"], {})
+    left = {path.name for path in (tmp_path / "out" / "course").iterdir()}
+    assert left == {"README.md", "student.ipynb"}
+    assert not (released / "course" / "gradescope.py").exists()
+
+
+def test_release_pins_what_it_needs(released):
+    """The same PyTorch as the project; the workflow installs it, and grades."""
+    pinned = (released / "requirements.txt").read_text().splitlines()
+    assert all("==" in line for line in pinned)
+    assert pinned[0] in (ROOT / "requirements.txt").read_text().splitlines()
+    workflow = (released / ".github" / "workflows" / "classroom.yml").read_text()
+    assert pinned[0] in workflow and "- run: python -m course.grade\n" in workflow
+    assert pinned[0] in gradescope.SETUP
+
+
 def test_release_is_whole_or_not_there(tmp_path, capsys, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
