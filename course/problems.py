@@ -135,7 +135,7 @@ def parse_block(lines: list[str], place: slice, file: str) -> ast.FunctionDef:
         tree = ast.parse("\n".join([head, *lines[place]]))
     except NOT_PYTHON as error:
         line = min(place.start + (getattr(error, "lineno", None) or 2) - 1, len(lines))
-        message = getattr(error, "msg", error)
+        message = str(getattr(error, "msg", error)) or type(error).__name__
         raise NotFound(f"{file}, line {line}: {message}: {lines[line - 1].strip()}") from None
     return next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 

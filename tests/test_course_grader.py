@@ -269,6 +269,7 @@ CHEATS = {  # by what is said of them, if more than that the answer is wrong
         "meta": "return LowRank(W.to('meta'), W)",
         "quantized": "return LowRank(torch.quantize_per_tensor(W.float(), 1, 0, torch.qint8), W)",
         "a huge integer": "return 10**400",
+        "a large file": "open('x', 'wb').write(b'x' * 2**21)",
         "a long message": "raise ValueError('x' * 10**8)",
         "deep recursion": "return svd_factors(W, rank)",
     },
@@ -428,6 +429,25 @@ def test_an_answer_costs_no_more_than_its_problem(monkeypatch):
     limits = Limits(seconds=6)
     verdict = grade.grade_problem(PROBLEMS["b"], REFERENCE, student, 1, limits)
     assert verdict.points == 0 and "the time for it is over" in verdict.text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", ["10**13", "4 * 10**7"])
+def test_a_number_of_tokens_that_there_are_not(length):
+    """Costs the checks of its problem that decode, and no more."""
+    body = f"return self.attend(q, k, v, 0, {length}, rope, torch.arange(1))"
+    student = write_body(SOLVED, "cskv.BiBranchCache.decode", body)
+    verdict = grade.grade_problem(PROBLEMS["c"], REFERENCE, student, 1, Limits(seconds=60))
+    assert verdict.points == 2 and "prefill_is_exact" not in verdict.text()
+
+
+@pytest.mark.parametrize("text", ["-" * 10**5 + "1", "(" * 10**5, "x" + ".a" * 10**5, "\0"])
+def test_a_text_that_is_hard_to_parse(text):
+    """Costs its function."""
+    student = {**SOLVED, "quant": f"{SOLVED['quant']}\n\ndef pack():\n    return {text}\n"}
+    assert function_text(student, "quant.unpack") in SOLVED["quant"] + "\n"
+    with pytest.raises(problems.NotFound, match=r"quant.py, line \d+: \w+"):
+        function_text(student, "quant.pack")
 
 
 @pytest.mark.slow
