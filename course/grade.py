@@ -54,9 +54,7 @@ class Verdict:
         return printable("\n".join(lines))
 
 
-def run_check(
-    check: Callable, student: Sandbox, draw: Draw, place: Callable = lambda frames: None
-) -> str | None:
+def run_check(check: Callable, student: Sandbox, draw: Draw, place: Callable) -> str | None:
     """Why a check does not hold, or None if it does. `place` tells the student's line that an error
     comes from. Raises `Stopped`."""
     try:
