@@ -189,7 +189,7 @@ def test_the_same_seed_draws_the_same_inputs():
 # --------------------------------------------------------------------------------------- cheats
 
 FORGED = "import sys; m = sys.modules['__main__']; m.answer = lambda _: {}"
-FAST = Limits(cpu_seconds=4, seconds=12, memory=2**28)
+FAST = Limits(cpu_seconds=4, seconds=40, memory=2**28)  # of a machine that has other work
 CHEATS = {  # by what is said of them, if more than that the answer is wrong
     "ended the process, with status 0": {
         "the interpreter is left": "import sys; sys.exit(0)",
