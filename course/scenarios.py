@@ -350,7 +350,7 @@ def steps(A: Tensor, B: Tensor, gradients: Tensor, others: Tensor, planned: int,
             tuner.step()
         for M in tuner.parameters:
             if M.grad is None:
-                M.grad = torch.zeros_like(M)
+                raise ValueError("a gradient is None after the step; set it to zeros")
         after.append(parameters_to_vector(tuner.parameters))
         left.append(parameters_to_vector([M.grad for M in tuner.parameters]))
     return {"after": torch.stack(after), "left": torch.stack(left), "done": tuner.steps_done}
