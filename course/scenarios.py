@@ -301,21 +301,11 @@ def rounded(x: Tensor, weight: Tensor, bits: int, dim: int, size: int, clamped: 
 # ------------------------------------------------------------------------------------- problem e
 
 
-def loss(
-    A: Tensor,
-    B: Tensor,
-    x: Tensor,
-    k: Tensor,
-    bits=16,
-    clamped=False,
-    group=None,
-    dim=-2,
-    double=False,
-) -> dict:
+def loss(A: Tensor, B: Tensor, x: Tensor, k: Tensor, dim=-2, double=False, **pair) -> dict:
     """layer_loss and its gradients."""
     from train import layer_loss
 
-    pair = cskv.LowRank(A.requires_grad_(), B.requires_grad_(), bits, clamped, group)
+    pair = cskv.LowRank(A.requires_grad_(), B.requires_grad_(), **pair)
     value = layer_loss(pair, x, k, dim, torch.float64) if double else layer_loss(pair, x, k, dim)
     value.backward()
     return {"loss": value, "A": A.grad, "B": B.grad}

@@ -177,7 +177,7 @@ WRONG = {
         ),
         "sums of squares": (
             "return F.mse_loss(k_hat, k.to(dtype))",
-            "y = k.to(dtype)\n    return (y.norm() ** 2 - 2 * (y * k_hat).sum() + k_hat.norm() ** 2) / y.numel()",
+            "y = k.to(dtype)\n    return y.square().mean() - (2 * y * k_hat - k_hat**2).mean()",
         ),
         "groups of 32": ("pair.grouping(dim)", "quant.Grouping(dim, clamped=pair.clamped)"),
         "always in float64": ("k_hat = c", "dtype = torch.float64; k_hat = c"),
