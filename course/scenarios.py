@@ -276,7 +276,10 @@ def limits(x: Tensor, bits: int, dim: int, size: int, clamped: bool) -> dict:
 
 
 def codes(x: Tensor, bits: int, dim: int, size: int, clamped: bool) -> dict:
+    before = x.clone()
     q = quant.quantize(x, bits, quant.Grouping(dim, size, clamped))
+    if not torch.equal(x, before):
+        raise ValueError("quantize has changed x")
     return {"codes": q.codes, "scale": q.scale, "minimum": q.minimum}
 
 

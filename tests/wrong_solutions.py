@@ -62,6 +62,7 @@ WRONG = {
         "not scaled back": ("scaled.A / scale[:, None]", "scaled.A"),
         "alpha forgotten": ("x_abs.pow(alpha)", "x_abs"),
         "divides by zero": (" + 1e-6", ""),
+        "A in float64": ("scaled.A / scale", "scaled.A.double() / scale"),
     },
     "cskv.optimal_factors": {
         "half the ranks swapped": ("eigenvectors[:, -rank:].flip(1)", HALF),
@@ -125,6 +126,7 @@ WRONG = {
             "n = x.shape",
             "grouping = Grouping(grouping.dim, 32, grouping.clamped)\n    n = x.shape",
         ),
+        "x changed": ("(x.float() - low)", "x.float().sub_(low)"),
         "codes in int16": ("torch.uint8", "torch.int16"),
     },
     "quant.dequantize": {

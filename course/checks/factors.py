@@ -134,5 +134,11 @@ def svd_and_optimal_tell(student: Sandbox, draw: Draw) -> None:
 
 
 def asvd_tells(student: Sandbox, draw: Draw) -> None:
-    """From keys and values that are rebuilt with asvd's factors, the model finds numbers."""
+    """From keys and values that are rebuilt with asvd's factors, the model finds numbers.
+    They have the type of W."""
     finds_numbers(student, draw, "scenarios.told_by_factors", init="asvd", rank=56)
+    W, rank = draw_weight(draw)
+    tensors = {"W": W.float(), "x_abs": W.abs().sum(1).float()}
+    answer = student.ask("cskv.asvd_factors", tensors, rank=rank)
+    look(answer, "A", (len(W), rank), torch.float32)
+    look(answer, "B", (rank, W.shape[1]), torch.float32)
