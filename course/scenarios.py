@@ -5,6 +5,10 @@ compares nothing: the checks do, in another process. Files that take long to loa
 the scenarios that need them.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from unittest import mock
+
 import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
@@ -16,13 +20,114 @@ from beyond.segments import FastCache
 
 
 def small_config(H: int, H_kv: int, D: int, hidden: int, **changes) -> model.Config:
-    values = dict(vocab_size=8, hidden_size=hidden, intermediate_size=4, num_hidden_layers=1)
-    values |= dict(num_attention_heads=H, num_key_value_heads=H_kv, head_dim=D, rms_norm_eps=1e-5)
-    values |= dict(rope_theta=100.0, rope_scaling=None, max_position_embeddings=10**6)
-    values |= dict(tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
-    values |= dict(sliding_window=None, eos_token_ids=())
-    values |= changes
-    return model.Config(**values)
+    config = model.Config(
+        vocab_size=8,
+        hidden_size=hidden,
+        intermediate_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=H,
+        num_key_value_heads=H_kv,
+        head_dim=D,
+        rms_norm_eps=1e-5,
+        rope_theta=100.0,
+        rope_scaling=None,
+        max_position_embeddings=10**6,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+        sliding_window=None,
+        eos_token_ids=(),
+    )
+    return replace(config, **changes)
+
+
+# ------------------------------------------------------------------------- the teaching model
+
+
+def teacher(dtype: str) -> tuple:
+    """The embedded model and its committed factors, as infer.py loads them."""
+    import infer
+    from support.factors_file import load_factors
+    from support.huggingface.checkpoint import load_model
+
+    network = load_model(infer.TEACHER, "cpu", getattr(torch, dtype))
+    return network, load_factors(infer.TEACHER / "cskv-50.safetensors", network)
+
+
+def tell(network: model.Transformer, make: Callable, prompts: dict[str, Tensor]) -> dict:
+    """What infer.py generates after each prompt [1, T], from a cache that `make` returns: [8]."""
+    import infer
+
+    answers = {}
+    for name, prompt in prompts.items():
+        sample = infer.make_sampler(0.0, 1.0, 0)
+        tokens = list(infer.generate(network, prompt[0].tolist(), make(), 8, sample))
+        end = network.config.eos_token_ids[0]
+        answers[name] = torch.tensor(tokens + [end] * (8 - len(tokens)))
+    return answers
+
+
+def told(fast: bool, bits: int, dtype: str, **prompts) -> dict:
+    """What the cache of infer.py tells, with latents in so many bits."""
+    kind = FastCache if fast else cskv.BiBranchCache
+    network, factors = teacher(dtype)
+    factors = factors.in_bits(bits, bits)
+    return tell(network, lambda: cskv.bi_branch_cache(network, factors, kind=kind), prompts)
+
+
+class Rebuilt(model.FullCache):
+    """A full cache of the prompt's rebuilt keys and values."""
+
+    def __init__(self, config: model.Config, factors: cskv.LayerFactors):
+        super().__init__(config)
+        self.factors = factors
+
+    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: model.Rope) -> None:
+        both = []
+        for pair in (self.factors.k, self.factors.v):
+            flat = x @ pair.A @ pair.B  # [B, T, d_kv]
+            both.append(flat.unflatten(2, (k.shape[1], k.shape[3])).transpose(1, 2))
+        super().remember(x, q, both[0], both[1], rope)
+
+
+def told_by_factors(init: str, rank: int, **prompts) -> dict:
+    """What is told from keys and values that are rebuilt with factors of this rank."""
+    network, _ = teacher("bfloat16")
+    seen = cskv.calibrate(network, [prompts["prompt0"]])
+    ranks = [rank] * len(seen)
+    factors = cskv.init_factors(init, network, ranks, ranks, seen).to(network.lm_head.weight)
+
+    def make() -> list:
+        return [Rebuilt(network.config, layer) for layer in factors.layers]
+
+    return tell(network, make, prompts)
+
+
+def told_after_training(steps: int, **prompts) -> dict:
+    """What is told after steps on the first prompt, in 4 bits, and the loss at every step."""
+    from train import Tuner, train_layers
+
+    network, factors = teacher("float32")
+    tuner = Tuner(factors.in_bits(4, 4), steps, 1e-3)
+    losses = []
+    for _, loss, _ in train_layers(network, [tuner], [prompts["prompt0"]]):
+        losses.append(loss.sum())
+    trained = tuner.factors
+    answers = tell(network, lambda: cskv.bi_branch_cache(network, trained), prompts)
+    return {**answers, "losses": torch.stack(losses)}
+
+
+def teacher_bytes(expected: int, **prompts) -> dict:
+    """What infer.py reports of the full cache, and of factors in 4 bits."""
+    import infer
+
+    network, factors = teacher("bfloat16")
+    cache = model.full_cache(network, expected)
+    answers = tell(network, lambda: cache, prompts)
+    held = infer.held_bytes(cache)
+    full = infer.full_bytes(network, expected)
+    ratio = infer.nominal_ratio(network, factors.in_bits(4, 4))
+    return {**answers, "held": held, "full": full, "ratio": ratio}
 
 
 # ------------------------------------------------------------------------------------- problem a
@@ -165,25 +270,33 @@ def old_values(p: Tensor, c_v: Tensor, begin: int, sizes: list, chunk: int, **fa
 # ------------------------------------------------------------------------------------- problem d
 
 
-def limits(x: Tensor, bits: int, dim: int, clamped: bool) -> dict:
-    scale, minimum = quant.group_limits(x, bits, quant.Grouping(dim, clamped=clamped))
+def limits(x: Tensor, bits: int, dim: int, size: int, clamped: bool) -> dict:
+    scale, minimum = quant.group_limits(x, bits, quant.Grouping(dim, size, clamped))
     return {"scale": scale, "minimum": minimum}
 
 
-def codes(x: Tensor, bits: int, dim: int, clamped: bool) -> dict:
-    q = quant.quantize(x, bits, quant.Grouping(dim, clamped=clamped))
+def codes(x: Tensor, bits: int, dim: int, size: int, clamped: bool) -> dict:
+    before = x.clone()
+    q = quant.quantize(x, bits, quant.Grouping(dim, size, clamped))
+    if not torch.equal(x, before):
+        raise ValueError("quantize has changed x")
     return {"codes": q.codes, "scale": q.scale, "minimum": q.minimum}
 
 
-def levels(codes: Tensor, scale: Tensor, minimum: Tensor, dim: int) -> dict:
+def levels(codes: Tensor, scale: Tensor, minimum: Tensor, dim: int, size: int) -> dict:
+    """Returned, and what is then in a part of a larger tensor that was given as `out`."""
     q = quant.Quantized(codes, scale, minimum)
-    return {"x": quant.dequantize(q, quant.Grouping(dim))}
+    grouping = quant.Grouping(dim, size)
+    x = quant.dequantize(q, grouping)
+    larger = torch.zeros(2 * len(codes), *codes.shape[1:])
+    quant.dequantize(q, grouping, larger[: len(codes)])
+    return {"x": x, "out": larger[: len(codes)]}
 
 
-def rounded(x: Tensor, weight: Tensor, bits: int, dim: int, clamped: bool) -> dict:
+def rounded(x: Tensor, weight: Tensor, bits: int, dim: int, size: int, clamped: bool) -> dict:
     """fake_quantize(x), and the gradient of its sum with these weights."""
     x = x.requires_grad_()
-    y = quant.fake_quantize(x, bits, quant.Grouping(dim, clamped=clamped))
+    y = quant.fake_quantize(x, bits, quant.Grouping(dim, size, clamped))
     (y * weight).sum().backward()
     return {"y": y, "gradient": x.grad}
 
@@ -191,37 +304,46 @@ def rounded(x: Tensor, weight: Tensor, bits: int, dim: int, clamped: bool) -> di
 # ------------------------------------------------------------------------------------- problem e
 
 
-def loss(
-    A: Tensor, B: Tensor, x: Tensor, k: Tensor, bits=16, clamped=False, dim=-2, double=False
-) -> dict:
+def loss(A: Tensor, B: Tensor, x: Tensor, k: Tensor, dim=-2, double=False, **pair) -> dict:
     """layer_loss and its gradients."""
     from train import layer_loss
 
-    pair = cskv.LowRank(A.requires_grad_(), B.requires_grad_(), bits, clamped)
+    pair = cskv.LowRank(A.requires_grad_(), B.requires_grad_(), **pair)
     value = layer_loss(pair, x, k, dim, torch.float64) if double else layer_loss(pair, x, k, dim)
     value.backward()
     return {"loss": value, "A": A.grad, "B": B.grad}
 
 
-def steps(A: Tensor, B: Tensor, gradients: Tensor, planned: int, lr: float) -> dict:
+def steps(A: Tensor, B: Tensor, gradients: Tensor, others: Tensor, planned: int, lr: float) -> dict:
     """Steps of a `Tuner` with one layer, whose keys and values both have A [h, r] and B [r, d].
 
-    gradients [steps, 2 (h r + r d)], of keys and of values at every step. Returns all parameters
-    after every step, in the same order, the steps done, and the gradients that are left.
+    gradients [steps, 2 (h r + r d)], of keys and of values at every step; `others` are those of
+    another process. Returns all parameters after every step, in the same order, the steps done, and
+    the gradients that are left.
     """
+    from support import processes
     from train import Tuner
 
     layer = cskv.LayerFactors(cskv.LowRank(A, B), cskv.LowRank(A, B))
     tuner = Tuner(cskv.Factors([layer]), planned, lr)
     sizes = [M.numel() for M in tuner.parameters]
     after, left = [], []
-    for gradient in gradients:
+    for gradient, other in zip(gradients, others, strict=True):
+        parts = iter(other.split(sizes))
+
+        def add(tensor: Tensor, parts=parts) -> None:
+            tensor += next(parts).view_as(tensor)
+
         for M, part in zip(tuner.parameters, gradient.split(sizes), strict=True):
             M.grad += part.view_as(M)
-        tuner.step()
+        with (
+            mock.patch.object(processes, "place", lambda: (0, 2)),
+            mock.patch.object(processes.dist, "all_reduce", add),
+        ):
+            tuner.step()
         for M in tuner.parameters:
             if M.grad is None:
-                M.grad = torch.zeros_like(M)
+                raise ValueError("a gradient is None after the step; set it to zeros")
         after.append(parameters_to_vector(tuner.parameters))
         left.append(parameters_to_vector([M.grad for M in tuner.parameters]))
     return {"after": torch.stack(after), "left": torch.stack(left), "done": tuner.steps_done}

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from course.checks import attention
+from course.checks.telling import finds_numbers
 from course.sandbox import Draw, Failed, Sandbox, expect
 
 # That of float32, which rounds to 6e-8: a score of 20 is off by 20 times that, or a few times more.
@@ -140,3 +141,9 @@ def long_attention(tensors: dict[str, Tensor], old: int) -> Tensor:
         v = torch.cat([v, tensors["v"][:, head]], 2)
         out.append(attention.softmax_attention(q[:, head], k, v))
     return torch.cat(out, 1)
+
+
+def segments_tell(student: Sandbox, draw: Draw) -> None:
+    """`infer.py` finds numbers in a text, in 16 bits and in 4."""
+    for bits, dtype in ((16, "float32"), (16, "bfloat16"), (4, "bfloat16")):
+        finds_numbers(student, draw, "scenarios.told", fast=True, bits=bits, dtype=dtype)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from course.checks.attention import Layer, draw_layer, rotate
+from course.checks.telling import finds_numbers
 from course.sandbox import Draw, Failed, Sandbox, expect, look
 
 TOLERANCE = 1e-4
@@ -107,3 +108,10 @@ def decode_step_by_step(student: Sandbox, draw: Draw) -> None:
     for layer, prompt, answer, at in run_texts(student, draw, "scenarios.sequence"):
         want = torch.cat([layer.step(t) for t in range(prompt, layer.T)], 2)
         expect(answer, "steps", want, TOLERANCE, at)
+
+
+def the_cache_tells(student: Sandbox, draw: Draw) -> None:
+    """`infer.py --cache cskv-plain` finds numbers in a text: latents are float16 or bfloat16 there,
+    and the model float32 or bfloat16."""
+    for dtype in ("float32", "bfloat16", "float16"):
+        finds_numbers(student, draw, "scenarios.told", fast=False, bits=16, dtype=dtype)

@@ -8,26 +8,27 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from course.checks.telling import finds_numbers
 from course.sandbox import Draw, Failed, Sandbox, expect, look
 
-GROUP = 32
 DIMS = (-2, -1)  # tokens, channels
+SIZES = (32, 16, 128)  # numbers of a group
 
 
-def per_group(x: Tensor, dim: int, reduce=Tensor.amin) -> Tensor:
+def per_group(x: Tensor, dim: int, size: int, reduce=Tensor.amin) -> Tensor:
     """A number for every group of neighbours along `dim`: its least one, or as `reduce` says."""
-    return torch.cat([reduce(part, dim, keepdim=True) for part in x.split(GROUP, dim)], dim)
+    return torch.cat([reduce(part, dim, keepdim=True) for part in x.split(size, dim)], dim)
 
 
-def spread(numbers: Tensor, dim: int, n: int) -> Tensor:
+def spread(numbers: Tensor, dim: int, size: int, n: int) -> Tensor:
     """Each of n elements along `dim` gets the number of its group, in float64."""
-    return numbers.double().repeat_interleave(GROUP, dim).narrow(dim, 0, n)
+    return numbers.double().repeat_interleave(size, dim).narrow(dim, 0, n)
 
 
-def draw_shape(draw: Draw, dim: int, last: tuple = (1, 7, 31, 32)) -> list[int]:
-    """[B, T, C]; along `dim` some whole groups and one of a size in `last`."""
+def draw_shape(draw: Draw, dim: int, size: int, least=1) -> list[int]:
+    """[B, T, C]; along `dim` some whole groups and one that may be short, of `least` or more."""
     shape = [draw.integer(1, 2), draw.integer(2, 5), draw.integer(2, 5)]
-    shape[dim] = GROUP * draw.integer(0, 2) + draw.choose(last)
+    shape[dim] = size * draw.integer(0, 2) + draw.choose([least, 7, size - 1, size])
     return shape
 
 
@@ -36,17 +37,20 @@ def draw_codes(draw: Draw, bits: int, shape: list | tuple) -> Tensor:
 
 
 def limits_hold_the_group(student: Sandbox, draw: Draw) -> None:
-    """Scale and minimum are 16-bit, one for each 32 neighbours along `dim`; minimum and
+    """Scale and minimum are 16-bit, one for each `size` neighbours along `dim`; minimum and
     minimum + (2^bits - 1) scale hold all of the group, and hardly more."""
     for bits, dim in product((2, 3, 4, 8), DIMS):
-        x = draw.normal(*draw_shape(draw, dim)) * 2 + draw.choose([0, 10, -30])
+        size = draw.choose(SIZES)
+        x = draw.normal(*draw_shape(draw, dim, size)) * 2 + draw.choose([0, 10, -30])
         x = x.float()
-        answer = student.ask("scenarios.limits", {"x": x}, bits=bits, dim=dim, clamped=False)
-        low, high = per_group(x, dim).double(), per_group(x, dim, Tensor.amax).double()
+        answer = student.ask(
+            "scenarios.limits", {"x": x}, bits=bits, dim=dim, size=size, clamped=False
+        )
+        low, high = per_group(x, dim, size).double(), per_group(x, dim, size, Tensor.amax).double()
         step = look(answer, "scale", low.shape, torch.float16).double()
         least = look(answer, "minimum", low.shape, torch.float16).double()
         most = least + step * (2**bits - 1)
-        at = f"{bits} bits, dim {dim}, {x.shape[dim]} elements"
+        at = f"{bits} bits, dim {dim}, groups of {size}, {x.shape[dim]} elements"
         if (least > low).any() or (most < high).any():
             raise Failed(f"{at}: a group reaches beyond its limits; round outwards")
         slack = 0.01 * (high - low) + 0.005 * torch.maximum(low.abs(), high.abs()) + 1e-4
@@ -58,32 +62,38 @@ def clamped_limits(student: Sandbox, draw: Draw) -> None:
     """`clamped`: scale = (max - min) / (2^bits - 1), the whole-number zero-point -min / scale is
     forced into 0 .. 2^bits - 1, and the minimum is that of the levels that are left."""
     for bits, dim in product((2, 4, 8), DIMS):
-        x, _, step, least = draw_exact(draw, bits, dim)
-        answer = student.ask("scenarios.limits", {"x": x.float()}, bits=bits, dim=dim, clamped=True)
+        size = draw.choose(SIZES)
+        x, _, step, least = draw_exact(draw, bits, dim, size)
+        answer = student.ask(
+            "scenarios.limits", {"x": x.float()}, bits=bits, dim=dim, size=size, clamped=True
+        )
         want = -step * (-least / step).clamp(0, 2**bits - 1)
-        expect(answer, "scale", step, 1e-3, f"{bits} bits, dim {dim}")
-        got = look(answer, "minimum", want.shape).double()
+        at = f"{bits} bits, dim {dim}, groups of {size}"
+        expect(answer, "scale", step, 1e-3, at, torch.float16)
+        got = look(answer, "minimum", want.shape, torch.float16).double()
         if ((got - want).abs() > 1e-3 * want.abs() + 1e-6).any():
-            raise Failed(f"{bits} bits, dim {dim}: minimum {got.flatten()[0]:g} and others")
+            raise Failed(
+                f"{bits} bits, dim {dim}, groups of {size}: minimum {got.flatten()[0]:g} and others"
+            )
 
 
-def draw_exact(draw: Draw, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw_exact(draw: Draw, bits: int, dim: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, its codes, and scale and minimum of every group, all exact in 16 bits.
 
     x = minimum + scale * (code + u), |u| < 0.4; the least and the largest code occur in each group,
     with u = 0.
     """
-    shape = draw_shape(draw, dim, (7, 31, 32))
+    shape = draw_shape(draw, dim, size, least=2)
     levels, n = 2**bits - 1, shape[dim]
     codes = draw.whole(0, levels, *shape)
-    for part in codes.split(GROUP, dim):
+    for part in codes.split(size, dim):
         part.narrow(dim, 0, 1).fill_(0)
         part.narrow(dim, 1, 1).fill_(levels)
-    groups = per_group(codes, dim).shape
+    groups = per_group(codes, dim, size).shape
     step = 2.0 ** draw.whole(-3, 1, *groups).double()
     least = step * draw.whole(-2 * levels, levels, *groups).double()
     u = 0.8 * (draw.uniform(*shape) - 0.5) * (codes > 0) * (codes < levels)
-    x = spread(least, dim, n) + spread(step, dim, n) * (codes + u)
+    x = spread(least, dim, size, n) + spread(step, dim, size, n) * (codes + u)
     return x, codes, step, least
 
 
@@ -91,14 +101,17 @@ def nearest_codes(student: Sandbox, draw: Draw) -> None:
     """Codes are whole numbers 0 .. 2^bits - 1 in uint8, and each is the nearest to its x among the
     levels minimum + scale * code that were chosen; also for `clamped`, where x may lie beyond."""
     for bits, dim, clamped in product((2, 3, 4, 8), DIMS, (False, True)):
-        x = draw.normal(*draw_shape(draw, dim)) * 2 + draw.choose([0, 3, -20])
+        size = draw.choose(SIZES)
+        x = draw.normal(*draw_shape(draw, dim, size)) * 2 + draw.choose([0, 3, -20])
         x = x.float()
-        answer = student.ask("scenarios.codes", {"x": x}, bits=bits, dim=dim, clamped=clamped)
+        answer = student.ask(
+            "scenarios.codes", {"x": x}, bits=bits, dim=dim, size=size, clamped=clamped
+        )
         codes = look(answer, "codes", x.shape, torch.uint8).double()
-        groups = per_group(x, dim).shape
-        step = spread(look(answer, "scale", groups, torch.float16), dim, x.shape[dim])
-        least = spread(look(answer, "minimum", groups, torch.float16), dim, x.shape[dim])
-        at = f"{bits} bits, dim {dim}, clamped {clamped}"
+        groups = per_group(x, dim, size).shape
+        step = spread(look(answer, "scale", groups, torch.float16), dim, size, x.shape[dim])
+        least = spread(look(answer, "minimum", groups, torch.float16), dim, size, x.shape[dim])
+        at = f"{bits} bits, dim {dim}, groups of {size}, clamped {clamped}"
         if (codes > 2**bits - 1).any():
             raise Failed(f"{at}: a code of {int(codes.max())}")
         error = (x - least - step * codes).abs()
@@ -109,22 +122,28 @@ def nearest_codes(student: Sandbox, draw: Draw) -> None:
 
 
 def levels_come_back(student: Sandbox, draw: Draw) -> None:
-    """minimum + scale * code, in float32, for every group along `dim`, the short last one too."""
+    """minimum + scale * code, in float32, for every group along `dim`, the short last one too;
+    written to `out` where that is given."""
     for bits, dim in product((2, 4, 8), DIMS):
-        shape = draw_shape(draw, dim)
+        size = draw.choose(SIZES)
+        shape = draw_shape(draw, dim, size)
         codes = draw_codes(draw, bits, shape)
-        groups = per_group(codes, dim).shape
+        groups = per_group(codes, dim, size).shape
         scale, minimum = draw.uniform(*groups).half(), draw.normal(*groups).half()
         tensors = {"codes": codes, "scale": scale, "minimum": minimum}
-        answer = student.ask("scenarios.levels", tensors, dim=dim)
-        want = spread(minimum, dim, shape[dim]) + spread(scale, dim, shape[dim]) * codes
-        expect(answer, "x", want, 1e-6, f"dim {dim}, shape {shape}", torch.float32)
+        answer = student.ask("scenarios.levels", tensors, dim=dim, size=size)
+        want = spread(minimum, dim, size, shape[dim]) + spread(scale, dim, size, shape[dim]) * codes
+        at = f"dim {dim}, groups of {size}, shape {shape}"
+        expect(answer, "x", want, 1e-6, at, torch.float32)
+        expect(answer, "out", want, 1e-6, f"`out` was given; {at}")
 
 
-def draw_rounded(draw: Draw, bits: int, dim: int, clamped: bool) -> tuple[Tensor, Tensor, Tensor]:
+def draw_rounded(
+    draw: Draw, bits: int, dim: int, size: int, clamped: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """x, and what storage makes of it, and which elements lie within their group's levels."""
-    x, codes, step, least = draw_exact(draw, bits, dim)
-    step, least = spread(step, dim, x.shape[dim]), spread(least, dim, x.shape[dim])
+    x, codes, step, least = draw_exact(draw, bits, dim, size)
+    step, least = spread(step, dim, size, x.shape[dim]), spread(least, dim, size, x.shape[dim])
     if not clamped:
         return x, least + step * codes, torch.ones(x.shape)
     levels = 2**bits - 1
@@ -137,22 +156,28 @@ def draw_rounded(draw: Draw, bits: int, dim: int, clamped: bool) -> tuple[Tensor
 def rounded_values(student: Sandbox, draw: Draw) -> None:
     """fake_quantize returns minimum + scale * code, in the type of x."""
     for bits, dim in product((2, 3, 4), DIMS):
-        x, want, _ = draw_rounded(draw, bits, dim, False)
+        size = draw.choose(SIZES)
+        x, want, _ = draw_rounded(draw, bits, dim, size, False)
         x = x.to(draw.choose([torch.float32, torch.float64]))
         tensors = {"x": x, "weight": torch.ones_like(x)}
-        answer = student.ask("scenarios.rounded", tensors, bits=bits, dim=dim, clamped=False)
-        expect(answer, "y", want, 1e-5, f"{bits} bits, dim {dim}", x.dtype)
+        answer = student.ask(
+            "scenarios.rounded", tensors, bits=bits, dim=dim, size=size, clamped=False
+        )
+        expect(answer, "y", want, 1e-5, f"{bits} bits, dim {dim}, groups of {size}", x.dtype)
 
 
 def straight_through(student: Sandbox, draw: Draw) -> None:
     """The gradient passes as if nothing was rounded, but for an x beyond the levels of its group,
     which `clamped` can have: there it is 0."""
     for bits, dim, clamped in product((2, 4), DIMS, (False, True)):
-        x, y, inside = draw_rounded(draw, bits, dim, clamped)
+        size = draw.choose(SIZES)
+        x, y, inside = draw_rounded(draw, bits, dim, size, clamped)
         weight = draw.normal(*x.shape)
         tensors = {"x": x, "weight": weight}
-        answer = student.ask("scenarios.rounded", tensors, bits=bits, dim=dim, clamped=clamped)
-        at = f"{bits} bits, dim {dim}, clamped {clamped}"
+        answer = student.ask(
+            "scenarios.rounded", tensors, bits=bits, dim=dim, size=size, clamped=clamped
+        )
+        at = f"{bits} bits, dim {dim}, groups of {size}, clamped {clamped}"
         expect(answer, "y", y, 1e-5, at)
         expect(answer, "gradient", weight * inside, 1e-9, at)
 
@@ -190,3 +215,9 @@ def unpacked_codes(student: Sandbox, draw: Draw) -> None:
         want, packed = draw_packed(draw, bits)
         answer = student.ask("quant.unpack", {"packed": packed}, bits=bits)
         expect(answer, "unpack", want, 0, f"{bits} bits, shape {list(want.shape)}", torch.uint8)
+
+
+def four_bits_tell(student: Sandbox, draw: Draw) -> None:
+    """`infer.py --cache cskv-plain --bits 4` finds numbers in a text."""
+    for dtype in ("float32", "bfloat16"):
+        finds_numbers(student, draw, "scenarios.told", fast=False, bits=4, dtype=dtype)

@@ -2,6 +2,7 @@
 
 import torch
 
+from course.checks.telling import finds_numbers
 from course.sandbox import Draw, Sandbox, expect
 
 
@@ -54,3 +55,13 @@ def what_the_paper_counts(student: Sandbox, draw: Draw) -> None:
         layers = torch.stack([ranks, bits], 2).tolist()  # [layers, K and V, rank and bits]
         answer = student.ask("scenarios.paper_ratio", {}, H_kv=H_kv, D=D, layers=layers)
         expect(answer, "ratio", want, 1e-9, f"rank and bits {layers}")
+
+
+def what_infer_reports(student: Sandbox, draw: Draw) -> None:
+    """The bytes that infer.py reports for the teaching model, of 4 layers with 64 channels, and the
+    nominal ratio of its factors of rank 32 in 4 bits."""
+    room = draw.integer(900, 2000)
+    answer = finds_numbers(student, draw, "scenarios.teacher_bytes", expected=room)
+    expect(answer, "held", 2 * 4 * 64 * 2 * room, 0, "of a full cache")
+    expect(answer, "full", 2 * 4 * 64 * 2 * room, 0)
+    expect(answer, "ratio", 1 - 4 * 32 / (16 * 64), 1e-9)

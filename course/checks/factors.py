@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from course.checks.telling import finds_numbers
 from course.sandbox import Draw, Failed, Sandbox, expect, look, relative_error
 
 
@@ -117,3 +118,27 @@ def metric_weighs_errors(student: Sandbox, draw: Draw) -> None:
         root = vectors * values.sqrt() @ vectors.T
         lost = k - x @ product(answer, W, rank)
         at_floor("the loss", lost @ root, k @ root, rank, 1e-6)
+
+
+def svd_and_optimal_tell(student: Sandbox, draw: Draw) -> None:
+    """From keys and values that are rebuilt with their factors, the teaching model finds numbers.
+    Factors have the type of W."""
+    for init, rank in (("svd", 56), ("optimal", 48)):
+        finds_numbers(student, draw, "scenarios.told_by_factors", init=init, rank=rank)
+    W, rank = draw_weight(draw)
+    moment = W.T @ W
+    for function, more in (("svd_factors", {}), ("optimal_factors", {"moment": moment})):
+        answer = student.ask(f"cskv.{function}", {"W": W.float(), **more}, rank=rank)
+        look(answer, "A", (len(W), rank), torch.float32)
+        look(answer, "B", (rank, W.shape[1]), torch.float32)
+
+
+def asvd_tells(student: Sandbox, draw: Draw) -> None:
+    """From keys and values that are rebuilt with asvd's factors, the model finds numbers.
+    They have the type of W."""
+    finds_numbers(student, draw, "scenarios.told_by_factors", init="asvd", rank=56)
+    W, rank = draw_weight(draw)
+    tensors = {"W": W.float(), "x_abs": W.abs().sum(1).float()}
+    answer = student.ask("cskv.asvd_factors", tensors, rank=rank)
+    look(answer, "A", (len(W), rank), torch.float32)
+    look(answer, "B", (rank, W.shape[1]), torch.float32)
