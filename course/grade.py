@@ -192,7 +192,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{'total':50} {points:3} of {most}")
     if points < most:
         if GIVEN.exists() and folder == ROOT:
-            print("Where a problem builds on an earlier one, the grader uses its own solution.")
+            print("Functions of earlier problems are yours here: a check may fail for one of them.")
+            print("The instructor's grader takes its own.")
         sys.exit(1)
 
 
