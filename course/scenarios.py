@@ -5,7 +5,6 @@ compares nothing: the checks do, in another process. Files that take long to loa
 the scenarios that need them.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from unittest import mock
 
@@ -44,7 +43,7 @@ def small_config(H: int, H_kv: int, D: int, hidden: int, **changes) -> model.Con
 # ------------------------------------------------------------------------- the teaching model
 
 
-def teacher(dtype: str) -> tuple:
+def teacher(dtype: str) -> tuple[model.Transformer, cskv.Factors]:
     """The embedded model and its committed factors, as infer.py loads them."""
     import infer
     from support.factors_file import load_factors
@@ -54,80 +53,50 @@ def teacher(dtype: str) -> tuple:
     return network, load_factors(infer.TEACHER / "cskv-50.safetensors", network)
 
 
-def tell(network: model.Transformer, make: Callable, prompts: dict[str, Tensor]) -> dict:
-    """What infer.py generates after each prompt [1, T], from a cache that `make` returns: [8]."""
+def tell(dtype="bfloat16", bits=16, fast=False, init="", rank=0, steps=0, **prompts) -> dict:
+    """What infer.py generates after each prompt [1, T], 8 tokens, with latents in so many bits.
+
+    With `init`, from other factors of this rank. With `steps`, after so many of training, whose
+    losses are returned too. Both are made for the first prompt.
+    """
     import infer
-
-    answers = {}
-    for name, prompt in prompts.items():
-        sample = infer.make_sampler(0.0, 1.0, 0)
-        tokens = list(infer.generate(network, prompt[0].tolist(), make(), 8, sample))
-        end = network.config.eos_token_ids[0]
-        answers[name] = torch.tensor(tokens + [end] * (8 - len(tokens)))
-    return answers
-
-
-def told(fast: bool, bits: int, dtype: str, **prompts) -> dict:
-    """What the cache of infer.py tells, with latents in so many bits."""
-    kind = FastCache if fast else cskv.BiBranchCache
-    network, factors = teacher(dtype)
-    factors = factors.in_bits(bits, bits)
-    return tell(network, lambda: cskv.bi_branch_cache(network, factors, kind=kind), prompts)
-
-
-class Rebuilt(model.FullCache):
-    """A full cache of the prompt's rebuilt keys and values."""
-
-    def __init__(self, config: model.Config, factors: cskv.LayerFactors):
-        super().__init__(config)
-        self.factors = factors
-
-    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: model.Rope) -> None:
-        both = []
-        for pair in (self.factors.k, self.factors.v):
-            flat = x @ pair.A @ pair.B  # [B, T, d_kv]
-            both.append(flat.unflatten(2, (k.shape[1], k.shape[3])).transpose(1, 2))
-        super().remember(x, q, both[0], both[1], rope)
-
-
-def told_by_factors(init: str, rank: int, **prompts) -> dict:
-    """What is told from keys and values that are rebuilt with factors of this rank."""
-    network, _ = teacher("bfloat16")
-    seen = cskv.calibrate(network, [prompts["prompt0"]])
-    ranks = [rank] * len(seen)
-    factors = cskv.init_factors(init, network, ranks, ranks, seen).to(network.lm_head.weight)
-
-    def make() -> list:
-        return [Rebuilt(network.config, layer) for layer in factors.layers]
-
-    return tell(network, make, prompts)
-
-
-def told_after_training(steps: int, **prompts) -> dict:
-    """What is told after steps on the first prompt, in 4 bits, and the loss at every step."""
     from train import Tuner, train_layers
 
-    network, factors = teacher("float32")
-    tuner = Tuner(factors.in_bits(4, 4), steps, 1e-3)
-    losses = []
-    for _, loss, _ in train_layers(network, [tuner], [prompts["prompt0"]]):
-        losses.append(loss.sum())
-    trained = tuner.factors
-    answers = tell(network, lambda: cskv.bi_branch_cache(network, trained), prompts)
-    return {**answers, "losses": torch.stack(losses)}
+    network, factors = teacher(dtype)
+    texts = [prompts["prompt0"]]
+    if init:
+        ranks = [rank] * len(factors.layers)
+        factors = cskv.init_factors(init, network, ranks, ranks, cskv.calibrate(network, texts))
+    factors = factors.to(network.lm_head.weight).in_bits(bits, bits)
+    result = {}
+    if steps:
+        tuner = Tuner(factors, steps, 1e-3)
+        losses = [loss.sum() for _, loss, _ in train_layers(network, [tuner], texts)]
+        result["losses"] = torch.stack(losses)
+        factors = tuner.factors
+    kind = FastCache if fast else cskv.BiBranchCache
+    for name, prompt in prompts.items():
+        cache = cskv.bi_branch_cache(network, factors, kind=kind)
+        sample = infer.make_sampler(0.0, 1.0, 0)
+        tokens = list(infer.generate(network, prompt[0].tolist(), cache, 8, sample))
+        end = network.config.eos_token_ids[0]
+        result[name] = torch.tensor(tokens + [end] * (8 - len(tokens)))
+    return result
 
 
-def teacher_bytes(expected: int, **prompts) -> dict:
+def teacher_bytes(prompt: Tensor, room: int) -> dict:
     """What infer.py reports of the full cache, and of factors in 4 bits."""
     import infer
 
     network, factors = teacher("bfloat16")
-    cache = model.full_cache(network, expected)
-    answers = tell(network, lambda: cache, prompts)
-    held = infer.held_bytes(cache)
-    full = infer.full_bytes(network, expected)
+    cache = model.full_cache(network, room)
+    network(prompt, cache)
     ratio = infer.nominal_ratio(network, factors.in_bits(4, 4))
-    return {**answers, "held": held, "full": full, "ratio": ratio}
+    return {
+        "held": infer.held_bytes(cache),
+        "full": infer.full_bytes(network, room),
+        "ratio": ratio,
+    }
 
 
 # ------------------------------------------------------------------------------------- problem a
@@ -196,13 +165,6 @@ def prompt_and_steps(prompt: int, sizes: list, window: int, sinks: int, **tensor
     return cache, calls[0], calls[1:]
 
 
-def sequence(**text) -> dict:
-    """Prefill, then decode, token by token."""
-    cache, prompt, steps = prompt_and_steps(**text)
-    cache.prefill(*prompt)
-    return {"steps": torch.cat([cache.decode(*step) for step in steps], 2)}
-
-
 def prefill_only(**text) -> dict:
     """Prefill; then a second one, which must be refused."""
     cache, prompt, _ = prompt_and_steps(**text)
@@ -216,14 +178,15 @@ def prefill_only(**text) -> dict:
     return result
 
 
-def branches(**text) -> dict:
-    """What both branches hold after every step, and which tokens `branches` says are seen through
-    them. In the end also the length, and for how many tokens the memory behind k has room."""
+def sequence(**text) -> dict:
+    """Prefill, then decode, token by token: what every step returns, what both branches hold after
+    it, and which tokens `branches` says are seen through them. In the end also the length, and for
+    how many tokens the memory behind k has room."""
     cache, prompt, steps = prompt_and_steps(**text)
     cache.prefill(*prompt)
     result = {}
     for i, step in enumerate(steps):
-        cache.decode(*step)
+        result[f"out{i}"] = cache.decode(*step)
         result |= {f"k{i}": cache.k.clone(), f"v{i}": cache.v.clone()}
         result[f"branches{i}"] = torch.tensor(cache.branches())
     result["room"] = cache.k.untyped_storage().nbytes() // cache.k[:, :, :1].nbytes

@@ -2,7 +2,6 @@
 
 import torch
 
-from course.checks.telling import finds_numbers
 from course.sandbox import Draw, Sandbox, expect
 
 
@@ -61,7 +60,8 @@ def what_infer_reports(student: Sandbox, draw: Draw) -> None:
     """The bytes that infer.py reports for the teaching model, of 4 layers with 64 channels, and the
     nominal ratio of its factors of rank 32 in 4 bits."""
     room = draw.integer(900, 2000)
-    answer = finds_numbers(student, draw, "scenarios.teacher_bytes", expected=room)
+    tensors = {"prompt": draw.whole(0, 999, 1, 40)}
+    answer = student.ask("scenarios.teacher_bytes", tensors, room=room)
     expect(answer, "held", 2 * 4 * 64 * 2 * room, 0, "of a full cache")
     expect(answer, "full", 2 * 4 * 64 * 2 * room, 0)
     expect(answer, "ratio", 1 - 4 * 32 / (16 * 64), 1e-9)

@@ -13,16 +13,16 @@ VOCABULARY = 1073
 TEXTS, LINES = 3, 8  # some 300 tokens each
 
 
-def finds_numbers(student: Sandbox, draw: Draw, scenario: str, **numbers) -> dict:
-    """Raises `Failed` unless half of all digits or more stand at their place: right caches have
-    nearly all of them, and the others one in ten. Returns the answer."""
+def finds_numbers(student: Sandbox, draw: Draw, **numbers) -> dict:
+    """The answer of `scenarios.tell`. Raises `Failed` unless half of all digits or more stand at
+    their place: right caches have nearly all of them, and the others one in ten."""
     tokenizer = load_tokenizer(ROOT / "weights" / "teacher", VOCABULARY)
     rng = random.Random(draw.integer(0, 2**31))
     cases = [longeval_case(rng, LINES) for _ in range(TEXTS)]
     prompts = {}
     for i, case in enumerate(cases):
         prompts[f"prompt{i}"] = torch.tensor([tokenizer.encode_prompt(case.prompt, None)])
-    answer = student.ask(scenario, prompts, **numbers)
+    answer = student.ask("scenarios.tell", prompts, **numbers)
     told, right, digits = [], 0, 0
     for name, case in zip(prompts, cases, strict=True):
         tokens = look(answer, name, (8,), torch.int64).clamp(0, VOCABULARY - 1)
