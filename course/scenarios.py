@@ -233,33 +233,33 @@ def old_values(p: Tensor, c_v: Tensor, begin: int, sizes: list, chunk: int, **fa
 # ------------------------------------------------------------------------------------- problem d
 
 
-def limits(x: Tensor, bits: int, dim: int, size: int, clamped: bool) -> dict:
-    scale, minimum = quant.group_limits(x, bits, quant.Grouping(dim, size, clamped))
+def limits(x: Tensor, bits: int, groups: list) -> dict:
+    scale, minimum = quant.group_limits(x, bits, quant.Grouping(*groups))
     return {"scale": scale, "minimum": minimum}
 
 
-def codes(x: Tensor, bits: int, dim: int, size: int, clamped: bool) -> dict:
+def codes(x: Tensor, bits: int, groups: list) -> dict:
     before = x.clone()
-    q = quant.quantize(x, bits, quant.Grouping(dim, size, clamped))
+    q = quant.quantize(x, bits, quant.Grouping(*groups))
     if not torch.equal(x, before):
         raise ValueError("quantize has changed x")
     return {"codes": q.codes, "scale": q.scale, "minimum": q.minimum}
 
 
-def levels(codes: Tensor, scale: Tensor, minimum: Tensor, dim: int, size: int) -> dict:
+def levels(codes: Tensor, scale: Tensor, minimum: Tensor, groups: list) -> dict:
     """Returned, and what is then in a part of a larger tensor that was given as `out`."""
     q = quant.Quantized(codes, scale, minimum)
-    grouping = quant.Grouping(dim, size)
+    grouping = quant.Grouping(*groups)
     x = quant.dequantize(q, grouping)
     larger = torch.zeros(2 * len(codes), *codes.shape[1:])
     quant.dequantize(q, grouping, larger[: len(codes)])
     return {"x": x, "out": larger[: len(codes)]}
 
 
-def rounded(x: Tensor, weight: Tensor, bits: int, dim: int, size: int, clamped: bool) -> dict:
+def rounded(x: Tensor, weight: Tensor, bits: int, groups: list) -> dict:
     """fake_quantize(x), and the gradient of its sum with these weights."""
     x = x.requires_grad_()
-    y = quant.fake_quantize(x, bits, quant.Grouping(dim, size, clamped))
+    y = quant.fake_quantize(x, bits, quant.Grouping(*groups))
     (y * weight).sum().backward()
     return {"y": y, "gradient": x.grad}
 

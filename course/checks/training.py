@@ -5,7 +5,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from course.checks.bits import DIMS, draw_rounded
+from course.checks.bits import DIMS, Groups, draw_rounded
 from course.checks.telling import finds_numbers
 from course.sandbox import Draw, Failed, Sandbox, expect, look
 
@@ -48,7 +48,7 @@ def latents_are_rounded(student: Sandbox, draw: Draw) -> None:
     for dim, (bits, clamped, group) in product(DIMS, SETTINGS):
         if group:
             dim = -2  # such groups are of tokens, for values too
-        x, c, inside = draw_rounded(draw, bits, dim, group or 32, clamped)
+        x, c, inside = draw_rounded(draw, bits, Groups(dim, group or 32, clamped))
         batch, tokens, rank = x.shape
         B = draw.normal(rank, draw.integer(2, 5)).float()
         k = draw.normal(batch, tokens, B.shape[1]).float()
