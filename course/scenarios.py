@@ -91,12 +91,8 @@ def teacher_bytes(prompt: Tensor, room: int) -> dict:
     network, factors = teacher("bfloat16")
     cache = model.full_cache(network, room)
     network(prompt, cache)
-    ratio = infer.nominal_ratio(network, factors.in_bits(4, 4))
-    return {
-        "held": infer.held_bytes(cache),
-        "full": infer.full_bytes(network, room),
-        "ratio": ratio,
-    }
+    result = {"held": infer.held_bytes(cache), "full": infer.full_bytes(network, room)}
+    return {**result, "ratio": infer.nominal_ratio(network, factors.in_bits(4, 4))}
 
 
 # ------------------------------------------------------------------------------------- problem a
@@ -196,17 +192,6 @@ def sequence(**text) -> dict:
     return result
 
 
-def last_step(k_held: Tensor, v_held: Tensor, c_k: Tensor, c_v: Tensor, **text) -> dict:
-    """`decode` of the last token alone: the cache is given what it holds of the others."""
-    cache, _, steps = prompt_and_steps(**text)
-    cache.c_k.append(c_k)
-    cache.c_v.append(c_v)
-    cache.k = k_held
-    cache.v = v_held
-    cache.length = text["prompt"]
-    return {"out": cache.decode(*steps[0])}
-
-
 def attend(
     first: int, old: int, sizes: list, sinks: int, segments: list, chunk: int = 0, **tensors
 ) -> dict:
@@ -277,12 +262,12 @@ def loss(A: Tensor, B: Tensor, x: Tensor, k: Tensor, dim=-2, double=False, **pai
     return {"loss": value, "A": A.grad, "B": B.grad}
 
 
-def steps(A: Tensor, B: Tensor, gradients: Tensor, others: Tensor, planned: int, lr: float) -> dict:
+def steps(A: Tensor, B: Tensor, gradients: Tensor, planned: int, lr: float) -> dict:
     """Steps of a `Tuner` with one layer, whose keys and values both have A [h, r] and B [r, d].
 
-    gradients [steps, 2 (h r + r d)], of keys and of values at every step; `others` are those of
-    another process. Returns all parameters after every step, in the same order, the steps done, and
-    the gradients that are left.
+    gradients [steps, 2 (h r + r d)], of keys and of values; those of another process are all 1.
+    Returns all parameters after every step, in the same order, the steps done, and the gradients
+    that are left.
     """
     from support import processes
     from train import Tuner
@@ -291,22 +276,16 @@ def steps(A: Tensor, B: Tensor, gradients: Tensor, others: Tensor, planned: int,
     tuner = Tuner(cskv.Factors([layer]), planned, lr)
     sizes = [M.numel() for M in tuner.parameters]
     after, left = [], []
-    for gradient, other in zip(gradients, others, strict=True):
-        parts = iter(other.split(sizes))
-
-        def add(tensor: Tensor, parts=parts) -> None:
-            tensor += next(parts).view_as(tensor)
-
+    for gradient in gradients:
         for M, part in zip(tuner.parameters, gradient.split(sizes), strict=True):
             M.grad += part.view_as(M)
         with (
             mock.patch.object(processes, "place", lambda: (0, 2)),
-            mock.patch.object(processes.dist, "all_reduce", add),
+            mock.patch.object(processes.dist, "all_reduce", lambda tensor: tensor.add_(1)),
         ):
             tuner.step()
-        for M in tuner.parameters:
-            if M.grad is None:
-                raise ValueError("a gradient is None after the step; set it to zeros")
+        if any(M.grad is None for M in tuner.parameters):
+            raise ValueError("a gradient is None after the step; set it to zeros")
         after.append(parameters_to_vector(tuner.parameters))
         left.append(parameters_to_vector([M.grad for M in tuner.parameters]))
     return {"after": torch.stack(after), "left": torch.stack(left), "done": tuner.steps_done}

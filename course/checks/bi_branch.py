@@ -15,11 +15,10 @@ TOLERANCE = 1e-4
 
 
 def run_texts(
-    student: Sandbox, draw: Draw, scenario: str, last=False
+    student: Sandbox, draw: Draw, scenario: str
 ) -> Iterator[tuple[Layer, int, dict, str]]:
     """Layers with the windows, sinks, biases and sliding windows that any right cache must manage,
-    the length of each prompt, what a scenario returned for them, and a description. With `last` the
-    prompt is all but the last token, and the scenario gets what a cache holds of it."""
+    the length of each prompt, what a scenario returned for them, and a description."""
     settings = [
         {"window": 1},
         {"window": draw.integer(2, 4), "bias": True},
@@ -30,20 +29,9 @@ def run_texts(
     # The last prompt is shorter than its sinks.
     for choice, most in zip(settings, (15, 15, 15, 15, 1), strict=True):
         layer = draw_layer(draw, draw.integer(20, 30), **choice)
-        tensors = dict(layer.tensors)
-        prompt = draw.integer(1, most)
-        if last:
-            prompt = layer.T - 1
-            held = layer.held(prompt - 1)
-            tensors["k_held"] = rotate(tensors["k"][:, :, held], held)
-            tensors["v_held"] = tensors["v"][:, :, held]
-            for name in "kv":
-                x = tensors["x"][:, layer.sinks : prompt]
-                tensors[f"c_{name}"] = x @ tensors[f"A_{name}"]
-        numbers = {"window": layer.window, "sinks": layer.sinks, "prompt": prompt}
-        answer = student.ask(scenario, tensors, sizes=layer.sizes, **numbers)
-        at = f"prompt {prompt}, window {layer.window}, sinks {layer.sinks}"
-        yield layer, prompt, answer, f"{at}, sliding window {layer.sliding}"
+        numbers = {"window": layer.window, "sinks": layer.sinks, "prompt": draw.integer(1, most)}
+        answer = student.ask(scenario, layer.tensors, sizes=layer.sizes, **numbers)
+        yield layer, numbers["prompt"], answer, f"{numbers}, sliding window {layer.sliding}"
 
 
 def prefill_is_exact(student: Sandbox, draw: Draw) -> None:
@@ -95,16 +83,9 @@ def each_token_one_branch(student: Sandbox, draw: Draw) -> None:
                 raise Failed(f"step {t}: branches returned {got}, {want} was expected; {at}")
 
 
-def decode_is_one_softmax(student: Sandbox, draw: Draw) -> None:
-    """One step of `decode`, with a cache that holds all it must: the new token is added, keys and
-    values of the tokens first .. old - 1 are rebuilt, biases included, the keys turned to their
-    positions, and one softmax goes over them, the sinks that are seen, and the window."""
-    for layer, t, answer, at in run_texts(student, draw, "scenarios.last_step", last=True):
-        expect(answer, "out", layer.step(t), TOLERANCE, at)
-
-
 def decode_step_by_step(student: Sandbox, draw: Draw) -> None:
-    """All together: every decode step equals attention with the window mask written out."""
+    """Every decode step is one softmax over the sinks that are seen, the keys and values of the
+    tokens first .. old - 1, rebuilt with their biases, and the window."""
     for layer, prompt, answer, at in run_texts(student, draw, "scenarios.sequence"):
         for i, t in enumerate(range(prompt, layer.T)):
             expect(answer, f"out{i}", layer.step(t), TOLERANCE, f"step {t}; {at}")

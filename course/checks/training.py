@@ -1,17 +1,20 @@
 """Problem e: the loss, its gradients and its floor, and steps of AdamW written out."""
 
-from itertools import product
-
 import torch
 from torch import Tensor
 
-from course.checks.bits import DIMS, Groups, draw_rounded
+from course.checks.bits import Groups, draw_rounded
 from course.checks.telling import finds_numbers
 from course.sandbox import Draw, Failed, Sandbox, expect, look
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, those that its paper and PyTorch have
-# Bits, clamped, and tokens of a group or None.
-SETTINGS = [(2, False, None), (4, True, None), (4, False, None), (2, False, 64), (4, True, 64)]
+SETTINGS = [  # bits, clamped, tokens of a group or None, dim
+    (2, False, None, -2),
+    (4, True, None, -1),
+    (4, False, None, -1),
+    (2, False, 64, -2),
+    (4, True, 64, -2),
+]
 
 
 def draw_regression(draw: Draw) -> dict[str, Tensor]:
@@ -45,9 +48,7 @@ def equation_1(student: Sandbox, draw: Draw) -> None:
 def latents_are_rounded(student: Sandbox, draw: Draw) -> None:
     """With fewer than 16 bits, latents are rounded along `dim` before B, and A's gradient passes
     the rounding. (With A the identity, latents are x: here they are drawn with known levels.)"""
-    for dim, (bits, clamped, group) in product(DIMS, SETTINGS):
-        if group:
-            dim = -2  # such groups are of tokens, for values too
+    for bits, clamped, group, dim in SETTINGS:
         x, c, inside = draw_rounded(draw, bits, Groups(dim, group or 32, clamped))
         batch, tokens, rank = x.shape
         B = draw.normal(rank, draw.integer(2, 5)).float()
@@ -55,12 +56,11 @@ def latents_are_rounded(student: Sandbox, draw: Draw) -> None:
         tensors = {"x": x.float(), "A": torch.eye(rank), "B": B, "k": k}
         numbers = {"bits": bits, "clamped": clamped, "group": group, "dim": dim}
         answer = student.ask("scenarios.loss", tensors, **numbers)
-        at = f"{numbers}"
         error = c @ B.double() - k
-        expect(answer, "loss", error.square().mean(), 1e-4, at)
+        expect(answer, "loss", error.square().mean(), 1e-4, f"{numbers}")
         error = 2 / k.numel() * error @ B.double().T * inside
         want = x.flatten(0, 1).T @ error.flatten(0, 1)
-        expect(answer, "A", want, 1e-4, f"{at}: the gradient of A")
+        expect(answer, "A", want, 1e-4, f"{numbers}: the gradient of A")
 
 
 def floor_is_dropped_eigenvalues(student: Sandbox, draw: Draw) -> None:
@@ -103,12 +103,11 @@ def one_step(student: Sandbox, draw: Draw) -> None:
         taken = draw.integer(3, 6)
         planned, lr = taken + draw.integer(0, 3), draw.choose([1e-2, 5e-2])
         gradients = draw.normal(taken, len(start)).float()
-        others = draw.normal(taken, len(start)).float()
-        tensors = {"A": A, "B": B, "gradients": gradients, "others": others}
+        tensors = {"A": A, "B": B, "gradients": gradients}
         answer = student.ask("scenarios.steps", tensors, planned=planned, lr=lr)
         # What the steps moved is compared: it is small beside the parameters.
         moved = look(answer, "after", gradients.shape).double() - start
-        want = adam(gradients + others, planned, lr)
+        want = adam(gradients + 1, planned, lr)  # 1: the other process's
         expect({"steps": moved}, "steps", want, 1e-4, f"lr {lr:g}")
         if look(answer, "left", gradients.shape).any():
             raise Failed("gradients are left after a step; clear them")
