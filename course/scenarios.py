@@ -1,11 +1,11 @@
 """What is done with a student's functions, each scenario in a few lines. See worker.py.
 
 A scenario gets tensors and numbers, calls the functions, and returns tensors and numbers. It
-compares nothing: the checks do, in another process. Files that take long to load are imported in
-the scenarios that need them.
+compares nothing: the checks do, in another process.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -16,28 +16,16 @@ import cskv
 import model
 import quant
 from beyond.segments import FastCache
+from support.factors_file import load_factors
+from support.huggingface.checkpoint import load_model, read_config
+
+TEACHER = Path(__file__).resolve().parents[1] / "weights" / "teacher"  # the embedded model
 
 
-def small_config(H: int, H_kv: int, D: int, hidden: int, **changes) -> model.Config:
-    config = model.Config(
-        vocab_size=8,
-        hidden_size=hidden,
-        intermediate_size=4,
-        num_hidden_layers=1,
-        num_attention_heads=H,
-        num_key_value_heads=H_kv,
-        head_dim=D,
-        rms_norm_eps=1e-5,
-        rope_theta=100.0,
-        rope_scaling=None,
-        max_position_embeddings=10**6,
-        tie_word_embeddings=False,
-        attention_bias=False,
-        mlp_bias=False,
-        sliding_window=None,
-        eos_token_ids=(),
-    )
-    return replace(config, **changes)
+def small_config(H: int, H_kv: int, D: int, **changes) -> model.Config:
+    """The embedded model's, with these heads and other changes."""
+    config = replace(read_config(TEACHER), num_attention_heads=H, num_key_value_heads=H_kv)
+    return replace(config, head_dim=D, rope_theta=100.0, **changes)
 
 
 # ------------------------------------------------------------------------- the teaching model
@@ -45,20 +33,13 @@ def small_config(H: int, H_kv: int, D: int, hidden: int, **changes) -> model.Con
 
 def teacher(dtype: str) -> tuple[model.Transformer, cskv.Factors]:
     """The embedded model and its committed factors, as infer.py loads them."""
-    import infer
-    from support.factors_file import load_factors
-    from support.huggingface.checkpoint import load_model
-
-    network = load_model(infer.TEACHER, "cpu", getattr(torch, dtype))
-    return network, load_factors(infer.TEACHER / "cskv-50.safetensors", network)
+    network = load_model(TEACHER, "cpu", getattr(torch, dtype))
+    return network, load_factors(TEACHER / "cskv-50.safetensors", network)
 
 
 def tell(dtype="bfloat16", bits=16, fast=False, init="", rank=0, steps=0, **prompts) -> dict:
-    """What infer.py generates after each prompt [1, T], 8 tokens, with latents in so many bits.
-
-    With `init`, from other factors of this rank. With `steps`, after so many of training, whose
-    losses are returned too. Both are made for the first prompt.
-    """
+    """What infer.py generates after each prompt [1, T], 8 tokens. With `init` factors are new ones,
+    and with `steps` trained, both on the first prompt. Losses are returned too."""
     import infer
     from train import Tuner, train_layers
 
@@ -111,7 +92,7 @@ def cache_bytes(used: int, **buffers: Tensor) -> dict:
 def full_cache_bytes(layers: int, H_kv: int, D: int, tokens: int) -> dict:
     import infer
 
-    config = small_config(H_kv, H_kv, D, 4, num_hidden_layers=layers)
+    config = small_config(H_kv, H_kv, D, num_hidden_layers=layers)
     return {"bytes": infer.full_bytes(model.Transformer(config), tokens)}
 
 
@@ -122,9 +103,9 @@ def paper_ratio(H_kv: int, D: int, layers: list) -> dict:
     def pair(rank: int, bits: int) -> cskv.LowRank:
         return cskv.LowRank(torch.zeros(4, rank), torch.zeros(rank, H_kv * D), bits)
 
-    config = small_config(H_kv, H_kv, D, 4, num_hidden_layers=len(layers))
-    factors = cskv.Factors([cskv.LayerFactors(pair(*k), pair(*v)) for k, v in layers])
-    return {"ratio": infer.nominal_ratio(model.Transformer(config), factors)}
+    config = small_config(H_kv, H_kv, D, num_hidden_layers=len(layers))
+    factors = [cskv.LayerFactors(pair(k, b), pair(v, c)) for (k, b), (v, c) in layers]
+    return {"ratio": infer.nominal_ratio(model.Transformer(config), cskv.Factors(factors))}
 
 
 # ------------------------------------------------------------------------------- problems c and f
@@ -135,8 +116,8 @@ def make_cache(kind: type, sizes: list, window: int, sinks: int, factors: dict) 
     A_k, B_k, A_v, B_v, and k_bias and v_bias if the projections have biases."""
     H, H_kv, D, sliding = sizes
     bias = "k_bias" in factors
-    hidden = len(factors["A_v"])
-    config = small_config(H, H_kv, D, hidden, sliding_window=sliding, attention_bias=bias)
+    config = small_config(H, H_kv, D, sliding_window=sliding, attention_bias=bias)
+    config = replace(config, hidden_size=len(factors["A_v"]))
     attention = model.Attention(config).to(factors["B_v"].dtype).requires_grad_(False)
     if bias:
         attention.k_proj.bias.copy_(factors["k_bias"])
@@ -149,10 +130,7 @@ def make_cache(kind: type, sizes: list, window: int, sinks: int, factors: dict) 
 
 def prompt_and_steps(prompt: int, sizes: list, window: int, sinks: int, **tensors) -> tuple:
     """A cache, the arguments of its `prefill` with the first `prompt` tokens, and those of `decode`
-    with every other one.
-
-    tensors: x [B, T, hidden], q [B, H, T, D], k and v [B, H_kv, T, D], and the factors.
-    """
+    with every other one. tensors: x, q, k, v of all tokens, and the factors."""
     x, q, k, v = (tensors.pop(name) for name in "xqkv")
     cache, rope = make_cache(cskv.BiBranchCache, sizes, window, sinks, tensors)
     calls = []
@@ -193,14 +171,14 @@ def sequence(**text) -> dict:
 
 
 def attend(
-    first: int, old: int, sizes: list, sinks: int, segments: list, chunk: int = 0, **tensors
+    first: int, old: int, sizes: list, sinks: int, segments: list, chunk: int, **tensors
 ) -> dict:
     """`attend` alone, of a fast cache with latents c_k and c_v of the tokens from `sinks` on. q,
     before RoPE, is that of the last token; k and v are those of the full branch."""
     length = sinks + tensors["c_k"].shape[1]
     cache, rope = make_cache(FastCache, sizes, 1, sinks, tensors)
     cache.segments = tuple(map(tuple, segments))
-    cache.chunk = chunk or cache.chunk
+    cache.chunk = chunk
     cache.c_k.append(tensors["c_k"])
     cache.c_v.append(tensors["c_v"])
     cache.length = length
@@ -264,18 +242,15 @@ def loss(A: Tensor, B: Tensor, x: Tensor, k: Tensor, dim=-2, double=False, **pai
 
 def steps(A: Tensor, B: Tensor, gradients: Tensor, planned: int, lr: float) -> dict:
     """Steps of a `Tuner` with one layer, whose keys and values both have A [h, r] and B [r, d].
-
-    gradients [steps, 2 (h r + r d)], of keys and of values; those of another process are all 1.
-    Returns all parameters after every step, in the same order, the steps done, and the gradients
-    that are left.
-    """
+    gradients [steps, 2 (h r + r d)], of keys and of values; those of another process are all 1."""
     from support import processes
     from train import Tuner
 
     layer = cskv.LayerFactors(cskv.LowRank(A, B), cskv.LowRank(A, B))
     tuner = Tuner(cskv.Factors([layer]), planned, lr)
     sizes = [M.numel() for M in tuner.parameters]
-    after, left = [], []
+    after = []
+    left = []
     for gradient in gradients:
         for M, part in zip(tuner.parameters, gradient.split(sizes), strict=True):
             M.grad += part.view_as(M)

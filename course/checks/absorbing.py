@@ -3,13 +3,17 @@
 import torch
 from torch import Tensor
 
-from course.checks import attention
+from course.checks.attention import (
+    draw_layer,
+    mean_turn,
+    rotate,
+    rotate_in_segments,
+    softmax_attention,
+)
 from course.checks.telling import finds_numbers
 from course.sandbox import Draw, Sandbox, expect
 
-# That of float32, which rounds to 6e-8: a score of 20 is off by 20 times that, or a few times more.
-# Angles of the middles are made in float64 by what is given, so they allow no more for long texts.
-TOLERANCE = 3e-5
+TOLERANCE = 3e-5  # float32 rounds to 6e-8: a score of 20 is off by 20 times that or more
 SEGMENTS = [((1, 0),), ((2, 4), (4, 0)), ((3, 0),), ((4, 8), (8, 16), (16, 0))]
 
 
@@ -19,7 +23,7 @@ def damping_is_the_mean_turn(student: Sandbox, draw: Draw) -> None:
     for length in (1, 2, 3, draw.integer(4, 40), 512):
         w = 10 ** (-5 * draw.uniform(draw.integer(1, 9)))  # 0.00001 .. 1
         answer = student.ask("beyond.segments.damping", {"w": w}, length=length)
-        expect(answer, "damping", attention.mean_turn(w, length), 1e-9, f"L = {length}")
+        expect(answer, "damping", mean_turn(w, length), 1e-9, f"L = {length}")
 
 
 def weighted_values(student: Sandbox, draw: Draw) -> None:
@@ -29,7 +33,7 @@ def weighted_values(student: Sandbox, draw: Draw) -> None:
         n, begin = draw.integer(5, 30), draw.integer(0, 9)
         bias = i % 2 == 1
         chunk = [1, 3, 8, 100][i % 4]
-        layer = attention.draw_layer(draw, 1, bias)
+        layer = draw_layer(draw, 1, bias)
         B, H, _, _ = layer.tensors["q"].shape
         c_v = draw.normal(B, begin + n + 2, len(layer.tensors["B_v"]))
         p = draw.uniform(B, H, n) / n
@@ -74,13 +78,29 @@ def tokens_share_a_position(student: Sandbox, draw: Draw) -> None:
     """`attend` returns one softmax over exact keys and over old ones: rebuilt, with their bias,
     turned to the middle of their segment, and damped there, pair by pair."""
     for i in range(12):
-        sinks = draw.integer(0, 2)
-        segments = SEGMENTS[i % 4]
-        chunk = [1, 5, 100][i // 4]
-        n = draw.choose([0, 1, 7, 20, 40, 45])
-        tensors, numbers, want, at = attention.draw_attend(draw, n, i % 3 == 1, sinks, segments)
-        answer = student.ask("scenarios.attend", tensors, **numbers, chunk=chunk, segments=segments)
-        expect(answer, "out", want, TOLERANCE, f"{at}, segments {segments}, chunks of {chunk}")
+        # Some tokens before the first of n old ones may be behind the sliding window.
+        sinks, start = draw.integer(0, 2), draw.integer(0, 15)
+        stop = start + draw.choose([0, 1, 7, 20, 40, 45])
+        layer = draw_layer(draw, draw.integer(1, 6), bias=i % 3 == 1)
+        B, H, _, D = layer.tensors["q"].shape
+        # Latents of all tokens but the sinks, newer ones than `stop` too, as in a real cache.
+        held = stop + draw.integer(1, 4)
+        tensors = layer.tensors
+        tensors["q"] = draw.normal(B, H, 1, D)
+        tensors |= {f"c_{name}": draw.normal(B, held, len(tensors[f"B_{name}"])) for name in "kv"}
+        tensors = {name: tensor.float() for name, tensor in tensors.items() if name != "x"}
+        numbers = {"first": sinks + start, "old": sinks + stop, "sinks": sinks}
+        numbers |= {"segments": SEGMENTS[i % 4], "chunk": [1, 5, 100][i // 4]}
+        answer = student.ask("scenarios.attend", tensors, sizes=layer.sizes, **numbers)
+        tensors = {name: tensor.double() for name, tensor in tensors.items()}
+        layer.tensors = tensors
+        k, v = (layer.rebuilt(name, tensors[f"c_{name}"][:, start:stop]) for name in "kv")
+        k = rotate_in_segments(k, start, stop, sinks, SEGMENTS[i % 4])
+        k, v = torch.cat([k, tensors["k"]], 2), torch.cat([v, tensors["v"]], 2)
+        q = rotate(tensors["q"], torch.tensor([sinks + held - 1]))
+        expect(
+            answer, "out", softmax_attention(q, k, v), TOLERANCE, f"{numbers}, biases {i % 3 == 1}"
+        )
 
 
 def keys_are_absorbed(student: Sandbox, draw: Draw) -> None:

@@ -64,12 +64,12 @@ def latents_of_all_but_sinks(student: Sandbox, draw: Draw) -> None:
 
 def each_token_one_branch(student: Sandbox, draw: Draw) -> None:
     """After every step k and v are the exact, rotated keys and the exact values of the sinks and of
-    the newest `window` others, in the order of the text. `branches` returns four positions:
-    first_sink .. S - 1 are the sinks that are seen, first_old .. window_start - 1 are seen through
-    latents, and all from `window_start` on are the window."""
+    the newest `window` others. `branches` returns four positions: first_sink .. S - 1 are the sinks
+    that are seen, first_old .. window_start - 1 are seen through latents, the others exactly."""
     for layer, prompt, answer, at in run_texts(student, draw, "scenarios.sequence"):
         for i, t in enumerate(range(prompt, layer.T)):
-            held = layer.held(t)
+            held = torch.arange(t + 1)
+            held = held[layer.is_exact(held, t)]
             k = rotate(layer.tensors["k"][:, :, held], held)
             expect(answer, f"k{i}", k, TOLERANCE, f"step {t}; {at}")
             expect(answer, f"v{i}", layer.tensors["v"][:, :, held], TOLERANCE, f"step {t}; {at}")

@@ -58,10 +58,6 @@ def draw_far(draw: Draw, groups: Groups) -> Tensor:
     return (2 * x + draw.choose([0, 10, -30])).float()
 
 
-def draw_codes(draw: Draw, bits: int, shape: list | tuple) -> Tensor:
-    return draw.whole(0, 2**bits - 1, *shape).to(torch.uint8)
-
-
 def limits_hold_the_group(student: Sandbox, draw: Draw) -> None:
     """Scale and minimum are 16-bit, one for each `size` neighbours along `dim`; minimum and
     minimum + (2^bits - 1) scale hold all of the group, and hardly more."""
@@ -124,8 +120,7 @@ def nearest_codes(student: Sandbox, draw: Draw) -> None:
         if (codes > 2**bits - 1).any():
             raise Failed(f"{at}: a code of {int(codes.max())}")
         error = (x - least - step * codes).abs()
-        every = torch.arange(2**bits, dtype=torch.float64)
-        best = ((x - least)[..., None] - step[..., None] * every).abs().amin(-1)
+        best = torch.stack([(x - least - step * code).abs() for code in range(2**bits)]).amin(0)
         if (error > best + 1e-3 * step + 1e-6).any():
             raise Failed(f"{at}: another level is nearer")
 
@@ -134,7 +129,7 @@ def levels_come_back(student: Sandbox, draw: Draw) -> None:
     """minimum + scale * code, in float32, for every group along `dim`, the short last one too;
     written to `out` where that is given."""
     for bits, groups, at in settings(draw, (2, 4, 8)):
-        codes = draw_codes(draw, bits, draw_shape(draw, groups))
+        codes = draw.whole(0, 2**bits - 1, *draw_shape(draw, groups)).byte()
         each = per_group(codes, groups).shape
         scale = draw.uniform(*each).half()
         minimum = draw.normal(*each).half()
@@ -186,8 +181,8 @@ def pack_slowly(codes: Tensor, bits: int) -> Tensor:
 
 def draw_packed(draw: Draw, bits: int) -> tuple[Tensor, Tensor]:
     """Codes of one or two blocks of 32 tokens, and their bytes."""
-    shape = [draw.integer(1, 2), 32 * draw.integer(1, 2), draw.integer(1, 4)]
-    codes = draw_codes(draw, bits, shape)
+    B, T, C = draw.integer(1, 2), 32 * draw.integer(1, 2), draw.integer(1, 4)
+    codes = draw.whole(0, 2**bits - 1, B, T, C).byte()
     return codes, pack_slowly(codes, bits)
 
 

@@ -24,8 +24,7 @@ def factorize(student: Sandbox, name: str, tensors: dict, rank: int, **numbers) 
 
 def at_floor(name: str, lost: Tensor, whole: Tensor, rank: int, tolerance: float) -> None:
     """Raises `Failed` unless |lost|^2 is the least that a matrix of this rank can leave of `whole`:
-    the sum of the squares of the singular values left out (Eckart and Young). It may be 0 but for
-    rounding."""
+    the sum of the squares of the singular values left out (Eckart and Young)."""
     floor = torch.linalg.svdvals(whole)[rank:].square().sum()
     least = floor + 1e-10 * whole.square().sum()
     loss = lost.square().sum()
@@ -34,8 +33,7 @@ def at_floor(name: str, lost: Tensor, whole: Tensor, rank: int, tolerance: float
 
 
 def svd_is_nearest(student: Sandbox, draw: Draw) -> None:
-    """No A B of this rank is nearer to W: |W - A B|^2 is the sum of the squares of the singular
-    values left out (Eckart and Young)."""
+    """No A B of this rank is nearer to W."""
     for _ in range(5):
         W, rank = draw_weight(draw)
         A, B = factorize(student, "svd", {"W": W}, rank)

@@ -23,14 +23,13 @@ def finds_numbers(student: Sandbox, draw: Draw, **numbers) -> dict:
     for i, case in enumerate(cases):
         prompts[f"prompt{i}"] = torch.tensor([tokenizer.encode_prompt(case.prompt, None)])
     answer = student.ask("scenarios.tell", prompts, **numbers)
-    told, right, digits = [], 0, 0
+    told = []
+    same = []
     for name, case in zip(prompts, cases, strict=True):
         tokens = look(answer, name, (8,), torch.int64).clamp(0, VOCABULARY - 1)
-        text = tokenizer.decode(tokens.tolist()).strip()
-        want = str(case.answer)
-        told.append(f"{text[:20]!r} for {want}")
-        right += sum([a == b for a, b in zip(text, want, strict=False)])
-        digits += len(want)
-    if 2 * right < digits:
+        text = tokenizer.decode(tokens.tolist()).strip().ljust(8)
+        told.append(f"{text.strip()!r} for {case.answer}")
+        same += [a == b for a, b in zip(str(case.answer), text, strict=False)]
+    if 2 * sum(same) < len(same):
         raise Failed(f"the teaching model does not find the numbers: {', '.join(told)}")
     return answer
