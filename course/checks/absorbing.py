@@ -3,13 +3,7 @@
 import torch
 from torch import Tensor
 
-from course.checks.attention import (
-    draw_layer,
-    mean_turn,
-    rotate,
-    rotate_in_segments,
-    softmax_attention,
-)
+from course.checks import attention
 from course.checks.telling import finds_numbers
 from course.sandbox import Draw, Sandbox, expect
 
@@ -23,7 +17,7 @@ def damping_is_the_mean_turn(student: Sandbox, draw: Draw) -> None:
     for length in (1, 2, 3, draw.integer(4, 40), 512):
         w = 10 ** (-5 * draw.uniform(draw.integer(1, 9)))  # 0.00001 .. 1
         answer = student.ask("beyond.segments.damping", {"w": w}, length=length)
-        expect(answer, "damping", mean_turn(w, length), 1e-9, f"L = {length}")
+        expect(answer, "damping", attention.mean_turn(w, length), 1e-9, f"L = {length}")
 
 
 def weighted_values(student: Sandbox, draw: Draw) -> None:
@@ -33,7 +27,7 @@ def weighted_values(student: Sandbox, draw: Draw) -> None:
         n, begin = draw.integer(5, 30), draw.integer(0, 9)
         bias = i % 2 == 1
         chunk = [1, 3, 8, 100][i % 4]
-        layer = draw_layer(draw, 1, bias)
+        layer = attention.draw_layer(draw, 1, bias)
         B, H, _, _ = layer.tensors["q"].shape
         c_v = draw.normal(B, begin + n + 2, len(layer.tensors["B_v"]))
         p = draw.uniform(B, H, n) / n
@@ -41,10 +35,9 @@ def weighted_values(student: Sandbox, draw: Draw) -> None:
         want = p.unflatten(1, (values.shape[1], -1)) @ values  # [B, H_kv, G, D]
         tensors = {**layer.tensors, "p": p, "c_v": c_v}
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
-        answer = student.ask(
-            "scenarios.old_values", tensors, begin=begin, sizes=layer.sizes, chunk=chunk
-        )
-        at = f"{n} tokens from {begin} on, chunks of {chunk}, biases {bias}"
+        numbers = {"begin": begin, "chunk": chunk}
+        answer = student.ask("scenarios.old_values", tensors, sizes=layer.sizes, **numbers)
+        at = f"{n} tokens, {numbers}, biases {bias}"
         expect(answer, "out", want.flatten(0, 1), TOLERANCE, at)
 
 
@@ -78,10 +71,10 @@ def tokens_share_a_position(student: Sandbox, draw: Draw) -> None:
     """`attend` returns one softmax over exact keys and over old ones: rebuilt, with their bias,
     turned to the middle of their segment, and damped there, pair by pair."""
     for i in range(12):
-        # Some tokens before the first of n old ones may be behind the sliding window.
+        # Tokens before `start` are behind the sliding window.
         sinks, start = draw.integer(0, 2), draw.integer(0, 15)
         stop = start + draw.choose([0, 1, 7, 20, 40, 45])
-        layer = draw_layer(draw, draw.integer(1, 6), bias=i % 3 == 1)
+        layer = attention.draw_layer(draw, draw.integer(1, 6), bias=i % 3 == 1)
         B, H, _, D = layer.tensors["q"].shape
         # Latents of all tokens but the sinks, newer ones than `stop` too, as in a real cache.
         held = stop + draw.integer(1, 4)
@@ -95,12 +88,11 @@ def tokens_share_a_position(student: Sandbox, draw: Draw) -> None:
         tensors = {name: tensor.double() for name, tensor in tensors.items()}
         layer.tensors = tensors
         k, v = (layer.rebuilt(name, tensors[f"c_{name}"][:, start:stop]) for name in "kv")
-        k = rotate_in_segments(k, start, stop, sinks, SEGMENTS[i % 4])
+        k = attention.rotate_in_segments(k, start, stop, sinks, SEGMENTS[i % 4])
         k, v = torch.cat([k, tensors["k"]], 2), torch.cat([v, tensors["v"]], 2)
-        q = rotate(tensors["q"], torch.tensor([sinks + held - 1]))
-        expect(
-            answer, "out", softmax_attention(q, k, v), TOLERANCE, f"{numbers}, biases {i % 3 == 1}"
-        )
+        q = attention.rotate(tensors["q"], torch.tensor([sinks + held - 1]))
+        want = attention.softmax_attention(q, k, v)
+        expect(answer, "out", want, TOLERANCE, f"{numbers}, biases {i % 3 == 1}")
 
 
 def keys_are_absorbed(student: Sandbox, draw: Draw) -> None:

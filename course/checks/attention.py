@@ -1,8 +1,5 @@
 """One layer's attention with the window mask written out, in float64: what problems c and f are
-checked with. Nothing here is taken from cskv.py or model.py.
-
-Shapes as in model.py.
-"""
+checked with. Nothing here is taken from cskv.py or model.py; shapes are as there."""
 
 import math
 from dataclasses import dataclass
@@ -68,7 +65,6 @@ class Layer:
 
     T: int
     sizes: list  # H, H_kv, D, and the sliding window or None
-    sliding: int | None
     window: int
     sinks: int
     tensors: dict[str, Tensor]  # x, q, k, v, A_k, B_k, A_v, B_v, perhaps k_bias, v_bias
@@ -80,7 +76,7 @@ class Layer:
 
     def seen(self, t: int) -> Tensor:
         """The positions that the token at position t sees."""
-        return torch.arange(max(0, t + 1 - (self.sliding or t + 1)), t + 1)
+        return torch.arange(max(0, t + 1 - (self.sizes[3] or t + 1)), t + 1)
 
     def is_exact(self, positions: Tensor, t: int) -> Tensor:
         """Which of these positions a decode step at position t sees exactly."""
@@ -119,4 +115,4 @@ def draw_layer(draw: Draw, T: int, bias=False, sliding=None, window=3, sinks=0) 
         tensors[f"B_{name}"] = draw.normal(r, H_kv * D) / math.sqrt(r)
         if bias:
             tensors[f"{name}_bias"] = draw.normal(H_kv * D)
-    return Layer(T, [H, H_kv, D, sliding], sliding, window, sinks, tensors)
+    return Layer(T, [H, H_kv, D, sliding], window, sinks, tensors)

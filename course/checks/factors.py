@@ -33,18 +33,12 @@ def at_floor(name: str, lost: Tensor, whole: Tensor, rank: int, tolerance: float
 
 
 def svd_is_nearest(student: Sandbox, draw: Draw) -> None:
-    """No A B of this rank is nearer to W."""
+    """No A B of this rank is nearer to W. The singular values are shared evenly: A^T A = B B^T =
+    diag(S_r), the largest first."""
     for _ in range(5):
         W, rank = draw_weight(draw)
         A, B = factorize(student, "svd", {"W": W}, rank)
         at_floor("|W - A B|^2", W - A @ B, W, rank, 1e-8)
-
-
-def svd_is_balanced(student: Sandbox, draw: Draw) -> None:
-    """The singular values are shared evenly: A^T A = B B^T = diag(S_r), the largest first."""
-    for _ in range(3):
-        W, rank = draw_weight(draw)
-        A, B = factorize(student, "svd", {"W": W}, rank)
         want = torch.linalg.svdvals(W)[:rank].diag()
         for name, got in (("A^T A", A.T @ A), ("B B^T", B @ B.T)):
             expect({name: got}, name, want, 1e-8, "split S evenly")
@@ -57,8 +51,7 @@ def asvd_weighs_rows(student: Sandbox, draw: Draw) -> None:
         x_abs = torch.exp(2 * draw.normal(len(W)))
         A, B = factorize(student, "asvd", {"W": W, "x_abs": x_abs}, rank, **alpha)
         S = x_abs.pow(alpha.get("alpha", 0.5))[:, None]
-        name = f"|S W - S A B|^2 with {alpha or 'no alpha'}"
-        at_floor(name, S * (W - A @ B), S * W, rank, 1e-6)
+        at_floor(f"the loss with {alpha or 'no alpha'}", S * (W - A @ B), S * W, rank, 1e-6)
 
 
 def draw_layer(draw: Draw, tokens: int = 48) -> tuple[dict[str, Tensor], Tensor, int]:

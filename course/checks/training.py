@@ -71,11 +71,8 @@ def floor_is_dropped_eigenvalues(student: Sandbox, draw: Draw) -> None:
         rank = draw.integer(1, d_kv - 1)
         k = draw.normal(rank + extra, d_kv) * torch.exp(draw.normal(d_kv))
         answer = student.ask("train.loss_floor", {"moment": k.T @ k}, rank=rank)
-        if extra:
-            want = torch.linalg.svdvals(k)[rank:].square().sum()
-            expect(answer, "loss_floor", want, 1e-7, f"rank {rank} of {d_kv}")
-        else:
-            expect(answer, "loss_floor", 0, 0, "fewer tokens than ranks")
+        want = torch.linalg.svdvals(k)[rank:].square().sum() if extra else 0
+        expect(answer, "loss_floor", want, 1e-7, f"rank {rank} of {d_kv}, {len(k)} tokens")
 
 
 def adam(gradients: Tensor, planned: int, lr: float) -> Tensor:
