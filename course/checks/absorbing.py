@@ -75,11 +75,11 @@ def tokens_share_a_position(student: Sandbox, draw: Draw) -> None:
         sinks, start = draw.integer(0, 2), draw.integer(0, 15)
         stop = start + draw.choose([0, 1, 7, 20, 40, 45])
         layer = attention.draw_layer(draw, draw.integer(1, 6), bias=i % 3 == 1)
-        B, H, _, D = layer.tensors["q"].shape
         # Latents of all tokens but the sinks, newer ones than `stop` too, as in a real cache.
         held = stop + draw.integer(1, 4)
         tensors = layer.tensors
-        tensors["q"] = draw.normal(B, H, 1, D)
+        tensors["q"] = tensors["q"][:, :, :1]
+        B = len(tensors["q"])
         tensors |= {f"c_{name}": draw.normal(B, held, len(tensors[f"B_{name}"])) for name in "kv"}
         tensors = {name: tensor.float() for name, tensor in tensors.items() if name != "x"}
         numbers = {"first": sinks + start, "old": sinks + stop, "sinks": sinks}

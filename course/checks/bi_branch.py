@@ -1,7 +1,4 @@
-"""Problem c: the bi-branch cache, against attention with the window mask written out.
-
-Tolerances are those of latents in 32 bits and of RoPE's table, which is in float32.
-"""
+"""Problem c: the bi-branch cache, against attention with the window mask written out."""
 
 from collections.abc import Iterator
 
@@ -11,7 +8,7 @@ from course.checks.attention import draw_layer, rotate
 from course.checks.telling import finds_numbers
 from course.sandbox import Draw, Failed, Sandbox, expect, look
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # latents have 32 bits, and RoPE's table is in float32
 
 
 def run_texts(student: Sandbox, draw: Draw, scenario: str) -> Iterator[tuple]:

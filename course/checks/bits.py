@@ -1,7 +1,4 @@
-"""Problem d: groups, codes, gradients and bytes, each written out in another way.
-
-Groups are drawn so that scale and minimum are exact in 16 bits where a value is compared.
-"""
+"""Problem d: groups, codes, gradients and bytes, each written out in another way."""
 
 from collections.abc import Iterator
 from itertools import product

@@ -90,9 +90,8 @@ def adam(gradients: Tensor, planned: int, lr: float) -> Tensor:
 
 
 def one_step(student: Sandbox, draw: Draw) -> None:
-    """Steps of AdamW without decay, at a learning rate that falls linearly from `lr` to 0 over the
-    steps that are planned, with the gradients of all processes, here of two. Gradients are zero
-    after each; `steps_done` counts."""
+    """Steps of AdamW without decay, at a rate that falls linearly from `lr` to 0 over the planned
+    steps, with the gradients of two processes, which are 0 after each. `steps_done` counts."""
     for _ in range(2):
         hidden, rank, d_kv = draw.integer(2, 4), draw.integer(1, 3), draw.integer(2, 4)
         A, B = draw.normal(hidden, rank).float(), draw.normal(rank, d_kv).float()
