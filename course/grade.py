@@ -3,6 +3,7 @@
     python -m course.grade                  in a student's folder: what holds so far
     python -m course.grade DIR              of a student's folder, by the instructor
     python -m course.grade DIR --problem b
+    python -m course.grade --all DIR --csv points.csv     of a class: a folder for each student
 
 Only the functions that problems.toml names are taken from the student's files. Each part of a
 problem runs in a process of its own (sandbox.py) with fresh inputs. Where one function builds on
@@ -12,19 +13,25 @@ another, the grader has the reference's; a student's folder has none, so there i
 import support.interrupt  # isort: skip # noqa: F401
 
 import argparse
+import csv
 import importlib
 import inspect
 import secrets
+import sys
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from course import problems
 from course.problems import GIVEN, ROOT, NotFound, Part, Problem, Reference
-from course.sandbox import Draw, Failed, Limits, Sandbox, Stopped, protect_memory
-from support.command import Arguments, UserError, comma_list, number, one_of, run_command
+from course.sandbox import CHECKING, Draw, Failed, Limits, Sandbox, Stopped, bounded, printable
+from support.command import Arguments, UserError, comma_list, number, one_of, replacing, run_command
+
+SECONDS = 8 * 60  # for all problems of a student
+EXIT = "exit codes: 0 all points (of a class: it is graded), 1 points are missing, 2 an error"
 
 
 @dataclass
@@ -44,51 +51,65 @@ class Verdict:
         if self.lost and self.output:
             lines += ["     printed by these functions, the end:"]
             lines += [f"     | {line}" for line in self.output.splitlines()[-8:]]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
-def run_check(check: Callable, student: Sandbox, draw: Draw) -> str | None:
-    """Why a check does not hold, or None if it does. Raises `Stopped`."""
+def run_check(check: Callable, student: Sandbox, draw: Draw, place: Callable) -> str | None:
+    """Why a check does not hold, or None if it does. `place` tells the student's line that an error
+    comes from. Raises `Stopped`."""
     try:
         check(student, draw)
     except Failed as error:
-        must = " ".join((inspect.getdoc(check) or check.__name__).split())
-        return f"{error}\n    must hold: {must}"
+        line = place(error.frames)
+        reason = f"{error}\n    {line}" if line else str(error)
     except Stopped:
         raise
     except Exception as error:  # what came back was strange in a way nobody thought of
-        return f"no check of this was possible: {error}"
-    return None
+        return f"no check of this was possible: {str(error) or type(error).__name__}"
+    else:
+        return None
+    must = " ".join((inspect.getdoc(check) or check.__name__).split())
+    return f"{reason}\n    must hold: {must}"
 
 
 def check_part(
-    verdict: Verdict, part: Part, files: dict[str, str], seed: int, limits: Limits
+    verdict: Verdict, part: Part, files: dict, student: dict, seed: int, limits: Limits
 ) -> None:
     """Runs the checks of one part in one process. Raises `Stopped`."""
     module = importlib.import_module(f"course.checks.{verdict.problem.checks_in}")
-    with Sandbox(files, limits) as student:
+
+    def place(frames: list) -> str | None:
+        return problems.student_line(files, part, student, frames)
+
+    # The process's own limit comes first.
+    with Sandbox(files, limits) as sandbox, bounded(limits.seconds + 1, CHECKING):
         try:
             for name, points in part.checks.items():
-                reason = run_check(getattr(module, name), student, Draw(f"{seed}-{name}"))
+                draw = Draw(f"{seed}-{name}")
+                reason = run_check(getattr(module, name), sandbox, draw, place)
                 if reason is None:
                     verdict.points += points
                 else:
                     verdict.lost.append(f"-{points}  {name}: {reason}")
         finally:
-            verdict.output = student.output() or verdict.output
+            verdict.output = f"{verdict.output}\n{sandbox.output()}".strip()
 
 
 def grade_problem(
     problem: Problem, reference: Reference, student: dict[str, str], seed: int, limits: Limits
 ) -> Verdict:
+    """The limit on seconds is one for all parts together."""
     verdict = Verdict(problem)
+    end = time.monotonic() + limits.seconds
     for part in problem.parts:
         names = ", ".join(part.names)
         if not any(problems.is_written(reference, name, student) for name in part.names):
             verdict.lost.append(f"-{part.points}  not written yet: {names}")
             continue
         try:
-            check_part(verdict, part, problems.assemble(reference, part, student), seed, limits)
+            files = problems.assemble(reference, part, student)
+            left = replace(limits, seconds=end - time.monotonic())
+            check_part(verdict, part, files, student, seed, left)
         except NotFound as error:
             verdict.lost.append(f"-{part.points}  {error}")
         except Stopped as error:
@@ -97,50 +118,101 @@ def grade_problem(
     return verdict
 
 
-def grade(folder: Path, seed: int, ids: list[str] | None = None) -> Iterator[Verdict]:
-    """The verdicts on a student's folder, problem by problem, each when it is known.
+def grade(
+    folder: Path, seed: int, ids: list[str] | None = None, seconds: float = SECONDS
+) -> Iterator[Verdict]:
+    """The verdicts on a student's folder, problem by problem, each when it is known. Every problem
+    has its share of the seconds that are left.
 
     Raises `UserError` if there is nothing to grade.
     """
-    student = problems.read_modules(folder)
-    if not student:
-        raise UserError(f"{folder} has no cskv.py or other file of the course; give its folder")
-    protect_memory()
+    end = time.monotonic() + seconds
+    student = problems.read_modules(problems.find_submission(folder))
     torch.set_num_threads(1)
     all_problems = problems.load_problems()
     reference = problems.load_reference(all_problems)
-    for problem in all_problems:
-        if ids is None or problem.id in ids:
-            yield grade_problem(problem, reference, student, seed, Limits())
+    chosen = [problem for problem in all_problems if ids is None or problem.id in ids]
+    for i, problem in enumerate(chosen):
+        share = (end - time.monotonic()) / (len(chosen) - i)
+        yield grade_problem(problem, reference, student, seed, Limits(seconds=share))
+
+
+def class_row(folder: Path, seed: int, ids: list[str], seconds: float) -> dict:
+    """A student's line of the table. What cannot be graded has 0 points, and the reason."""
+    row = {"student": folder.name, **dict.fromkeys(ids, 0), "total": 0}
+    reasons = []
+    try:
+        for verdict in grade(folder, seed, ids, seconds):
+            row[verdict.problem.id] = verdict.points
+            row["total"] += verdict.points
+            reasons += [
+                f"{verdict.problem.id}: {lost.splitlines()[0]}" for lost in verdict.lost[:1]
+            ]
+    except (UserError, OSError) as error:
+        reasons.append(str(error))
+    return {**row, "reasons": printable("; ".join(reasons))}
+
+
+def grade_class(folder: Path, table: Path, seed: int, ids: list[str], seconds: float) -> None:
+    """Writes the table anew after every student. Raises `UserError` if there is none."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; give one that has a folder for each student")
+    students = sorted(path for path in folder.iterdir() if path.is_dir() or path.is_symlink())
+    if not students:
+        raise UserError(f"{folder} has no folders; it needs one for each student")
+    rows = []
+    for i, student in enumerate(students):
+        rows.append(class_row(student, seed, ids, seconds))
+        with replacing(table) as temporary:
+            with temporary.open("w", encoding="utf-8", errors="replace", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+        progress = f"{i + 1} of {len(students)}: {student.name}, {rows[-1]['total']} points"
+        print(progress, file=sys.stderr, flush=True)
+    print(f"{table}: {len(rows)} students, seed {seed}")
 
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    if args.all:
+        ids = args.problem or [problem.id for problem in problems.load_problems()]
+        return grade_class(args.all, args.csv, seed, ids, args.seconds)
     folder = args.folder or ROOT
     if args.folder is None and not GIVEN.exists():
         raise UserError("no folder of a student; python -m course.grade DIR")
     points = 0
     most = 0
     print(f"seed {seed}")
-    for verdict in grade(folder, seed, args.problem):
+    for verdict in grade(folder, seed, args.problem, args.seconds):
         points += verdict.points
         most += verdict.problem.points
         print(verdict.text(), flush=True)
     print(f"{'total':50} {points:3} of {most}")
-    if points < most and GIVEN.exists() and folder == ROOT:
-        print("Where a problem builds on an earlier one, the grader uses its own solution of that.")
+    if points < most:
+        if GIVEN.exists() and folder == ROOT:
+            print("Functions of earlier problems are yours here: a check may fail for one of them.")
+            print("The instructor's grader takes its own.")
+        sys.exit(1)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Arguments(description=__doc__)
+    parser = Arguments(description=__doc__, epilog=EXIT)
     ids = tuple(problem.id for problem in problems.load_problems())
     parser.add_argument("folder", type=Path, nargs="?", help="of a student (this one)")
     problem = comma_list(one_of(ids, "problem"))
     parser.add_argument("--problem", type=problem, help="check only this one, such as b or b,c")
     repeat = "repeat a run with the inputs that it had (new ones at every run)"
     parser.add_argument("--seed", type=number(int, 0), help=repeat)
-    return parser.parse_args(argv)
+    limit = "time for all problems, which share it; more on a slow machine (%(default)s)"
+    parser.add_argument("--seconds", type=number(float, 1), default=SECONDS, help=limit)
+    parser.add_argument("--all", type=Path, help="grade a class: this has a folder a student")
+    parser.add_argument("--csv", type=Path, help="table of a class to write")
+    args = parser.parse_args(argv)
+    if (args.all is None) != (args.csv is None) or (args.all and args.folder):
+        parser.error("--all FOLDER and --csv FILE go together, without another folder")
+    return args
 
 
 if __name__ == "__main__":

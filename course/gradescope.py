@@ -2,9 +2,12 @@
 
     python -m course.gradescope --out autograder.zip
 
+It needs 2 CPUs and 2 GB (Gradescope: Settings, Container Specifications), and at most 9 minutes:
+the grader ends before Gradescope's own limit of 10, after which a submission has no result.
+
 The zip has this project's files, `setup.sh`, which installs what they need, and `run_autograder`,
-which writes zero points to results/results.json first. So there is a result after a crash and
-after Gradescope's time limit too; each problem's points are added when they are known.
+which writes zero points to results/results.json first. So there is a result after a crash too; each
+problem's points are added when they are known.
 Students hand in cskv.py, infer.py, model.py, quant.py, train.py and beyond/segments.py, and perhaps
 a plan.json, for the leaderboard.
 """
@@ -16,27 +19,31 @@ import json
 import os
 import secrets
 import shutil
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from course import leaderboard
+from course import leaderboard, problems
 from course.grade import Verdict, grade
-from course.problems import MODULES, PROJECT, ROOT, copy_project, load_problems, load_reference
+from course.problems import CPU_INDEX, MODULES, PROJECT, REQUIREMENTS, ROOT
+from course.sandbox import Stopped, bounded
 from support.command import Arguments, UserError, check_files, replacing, run_command
 
-SETUP = """#!/usr/bin/env bash
+SETUP = f"""#!/usr/bin/env bash
 # Gradescope runs this once, to make the image.
 set -euo pipefail
-home=${AUTOGRADER:-/autograder}
+home=${{AUTOGRADER:-/autograder}}
 if ! python3 -m venv "$home/venv"; then  # a bare Ubuntu lacks the package
     apt-get update && apt-get install -y python3-venv
     python3 -m venv "$home/venv"
 fi
-# On Linux this PyTorch includes CUDA, several GB. For a smaller image install the CPU build of this
-# version before it, as PyTorch's own page says.
+# PyTorch for the CPU: with CUDA it is several GB.
+"$home/venv/bin/pip" install -q {REQUIREMENTS.split()[0]} --index-url {CPU_INDEX}
 "$home/venv/bin/pip" install -q -r "$home/source/requirements.txt"
 """
 
+SECONDS = 8 * 60
+PLAN = 0.25  # of these
 RUN = """#!/usr/bin/env bash
 # Gradescope runs this for every submission.
 home=${AUTOGRADER:-/autograder}
@@ -44,11 +51,11 @@ python=${PYTHON:-$home/venv/bin/python}
 mkdir -p "$home/results"
 # No points yet: what counts if nothing else comes.
 cp "$home/source/no_points.json" "$home/results/results.json"
-# Students' functions run as another user, who must not find the reference.
-chmod -R go-rwx "$home/source" "$home/results" "$home/submission"
+# Students' functions run as another user, who must not write here.
+chmod -R go-w "$home/source" "$home/results" "$home/submission"
 cd "$home/source" || exit 1
 export OMP_NUM_THREADS=1
-"$python" -m course.gradescope --grade "$home"
+timeout 580 "$python" -m course.gradescope --grade "$home"
 """
 
 
@@ -59,7 +66,7 @@ def results(verdicts: list[Verdict], message: str, score: leaderboard.Score | No
     points = {verdict.problem.id: verdict.points for verdict in verdicts}
     texts = {verdict.problem.id: verdict.text() for verdict in verdicts}
     tests = []
-    for problem in load_problems():
+    for problem in problems.load_problems():
         test = {
             "name": f"{problem.id}  {problem.title}",
             "score": points.get(problem.id, 0),
@@ -79,42 +86,41 @@ def write_results(path: Path, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def find_files(submission: Path) -> Path:
-    """The folder of a submission that has the files: itself or, if zipped with one, that folder."""
-    folders = [submission, *sorted(path for path in submission.glob("*") if path.is_dir())]
-    for folder in folders:
-        if any((folder / f"{module}.py").is_file() for module in MODULES):
-            return folder
-    names = ", ".join(f"{module}.py" for module in MODULES)
-    raise UserError(f"none of {names}; hand in these files, as a zip file")
-
-
-def grade_submission(submission: Path, path: Path) -> None:
-    """Writes results.json anew after every problem. Raises `UserError` if it cannot be written."""
+def grade_submission(submission: Path, path: Path, seconds: float = SECONDS) -> None:
+    """Writes results.json anew after every problem, the last time before the seconds are over. A
+    plan has its part of them. Raises `UserError` if it cannot be written."""
+    end = time.monotonic() + seconds
     seed = secrets.randbelow(2**31)
     verdicts = []
+    message = f"seed {seed}"
+    score = None
     try:
-        folder = find_files(submission)
-        for verdict in grade(folder, seed):
-            verdicts.append(verdict)
-            write_results(path, results(verdicts, f"seed {seed}"))
+        folder = problems.find_submission(submission)
         plan = folder / "plan.json"
-        if plan.exists():
-            score = leaderboard.measure(plan)
-            message = f"seed {seed}; problem g, plan.json: {leaderboard.judge(score)}"
-            write_results(path, results(verdicts, message, score))
+        has_plan = os.path.lexists(plan)
+        for verdict in grade(folder, seed, seconds=seconds - PLAN * has_plan * seconds):
+            verdicts.append(verdict)
+            write_results(path, results(verdicts, message))
+        if has_plan:
+            with bounded(end - time.monotonic()):
+                score = leaderboard.measure(plan)
+            message += f"; problem g, plan.json: {leaderboard.judge(score)}"
     except UserError as error:
-        write_results(path, results(verdicts, str(error)))
+        message = str(error)
+    except Stopped:
+        message += "; problem g: not measured in the time that was left"
+    write_results(path, results(verdicts, message, score))
 
 
 def write_zip(path: Path) -> None:
     """Raises `UserError` if it cannot be written, or problems.toml names what there is not."""
-    reference = load_reference(load_problems())
+    reference = problems.load_reference(problems.load_problems())
     with replacing(path) as temporary, TemporaryDirectory() as work:
         folder = Path(work) / "source"
-        copy_project(folder, PROJECT, reference.solved)
+        problems.copy_project(folder, PROJECT, reference.solved)
         no_points = results([], "the grader did not come to an end")
         write_results(folder / "no_points.json", no_points)
+        (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
         for name, text in (("setup.sh", SETUP), ("run_autograder", RUN)):
             (folder / name).write_text(text, encoding="utf-8")
             (folder / name).chmod(0o755)
@@ -132,7 +138,8 @@ def run(args: argparse.Namespace) -> None:
             read[str(file)] = file
     check_files({"--out": args.out}, read)
     write_zip(args.out)
-    print(f"{args.out}: upload it to Gradescope, {os.path.getsize(args.out) / 1e6:.2f} MB")
+    size = f"{os.path.getsize(args.out) / 1e6:.2f} MB"
+    print(f"{args.out}: upload it to Gradescope, {size}; choose 2 CPUs and 2 GB there")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import quant
-from course.problems import LARGEST, ROOT
+from course.problems import ROOT, Unreadable, read_file
 from cskv import Factors, LayerFactors, bi_branch_cache, in_bits, init_factors
 from experiments.rounded import Rounded
 from experiments.tasks import longeval
@@ -52,9 +52,10 @@ def read_plan(path: Path, model: Transformer) -> tuple[list, list]:
     no plan for this model, with what is wrong."""
     layers, d_kv = model.config.num_hidden_layers, model.config.d_kv
     try:
-        if path.is_symlink() or path.stat().st_size > LARGEST:
-            raise ValueError("a link, or very large")
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        text = read_file(path.parent, path.name)
+        if isinstance(text, Unreadable):
+            raise ValueError(text)
+        plan = json.loads(text)
         keys, values = plan["keys"], plan["values"]
         if len(keys) != layers or len(values) != layers:
             raise ValueError(f"not {layers} pairs each")

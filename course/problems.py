@@ -8,10 +8,11 @@ Everything here works on text. No file of a student is imported.
 import ast
 import functools
 import os
+import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +21,27 @@ from support.command import UserError
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # pytest brings it along
+    import tomli as tomllib
 
 COURSE = Path(__file__).resolve().parent
 ROOT = COURSE.parent
 # The files that problems are in.
 MODULES = ("quant", "model", "cskv", "train", "infer", "beyond/segments")
-LARGEST = 2**20  # bytes of a file that is read
+LARGEST = 2**18  # bytes of a file that is read
 GIVEN = COURSE / "given"  # in a student's folder: the files of `MODULES` as handed out
 # What students and the grader on Gradescope need besides.
-PROJECT = ("course", "support", "beyond", "weights/teacher", "LICENSE", "requirements.txt")
+PROJECT = ("course", "support", "beyond", "weights/teacher", "LICENSE")
 # Of the experiments, what the leaderboard measures with.
 PROJECT += ("experiments/__init__.py", "experiments/rounded.py", "experiments/tasks")
+# What a student must not find in these folders.
+LEFT_OUT = ("__pycache__", ".ipynb_checkpoints", "walkthrough.ipynb", "answers.md", "INSTRUCTOR.md")
+REQUIREMENTS = """torch==2.13.0
+numpy==2.2.6
+safetensors==0.8.0
+tokenizers==0.23.3
+tomli==2.2.1; python_version < "3.11"
+"""
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch without CUDA, which is several GB
 
 
 @dataclass(frozen=True)
@@ -79,12 +89,55 @@ class NotFound(ValueError):
     """There is no such file, it is no Python, or it has no such function."""
 
 
+class Unreadable(str):
+    """In the place of a file's text: why there is none."""
+
+
+NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)
+
+
 @functools.lru_cache(maxsize=64)
-def parse(text: str, file: str) -> ast.Module:
+def parse(text: str) -> ast.Module | None:
+    """None if the text is not Python."""
     try:
-        return ast.parse(text, file)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise NotFound(f"{file} is not Python: {error}") from None
+        return ast.parse(text)
+    except NOT_PYTHON:
+        return None
+
+
+def indentation(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def find_block(lines: list[str], path: list[str]) -> slice | None:
+    """Where a function stands in a file that is not Python as a whole: by its indentation. So a
+    mistake in one function leaves the others."""
+    place = range(len(lines))
+    for part in path:
+        kind = "def" if part == path[-1] else "class"
+        heads = [i for i in place if re.match(rf"\s*{kind}\s+{part}\b", lines[i])]
+        if not heads:
+            return None
+        head = min(reversed(heads), key=lambda i: indentation(lines[i]))
+        after = re.compile(rf"\s{{0,{indentation(lines[head])}}}[\w@]")
+        rest = range(head + 1, place.stop)
+        place = range(head, next((i for i in rest if after.match(lines[i])), place.stop))
+    start = place.start
+    while start and lines[start - 1].lstrip().startswith("@"):
+        start -= 1
+    return slice(start, place.stop)
+
+
+def parse_block(lines: list[str], place: slice, file: str) -> ast.FunctionDef:
+    """The function in these lines of a file. Raises `NotFound` with the line that is not Python."""
+    head = "if True:" if indentation(lines[place.start]) else ""
+    try:
+        tree = ast.parse("\n".join([head, *lines[place]]))
+    except NOT_PYTHON as error:
+        line = min(place.start + (getattr(error, "lineno", None) or 2) - 1, len(lines))
+        message = str(getattr(error, "msg", error)) or type(error).__name__
+        raise NotFound(f"{file}, line {line}: {message}: {lines[line - 1].strip()}") from None
+    return next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
 
 def find_function(modules: dict[str, str], name: str) -> tuple[ast.FunctionDef, list[str], slice]:
@@ -95,16 +148,22 @@ def find_function(modules: dict[str, str], name: str) -> tuple[ast.FunctionDef, 
     """
     module, *path = name.split(".")
     file = f"{module}.py"
-    if module not in modules:
-        raise NotFound(f"there is no file {file} (of text, not a link) in the folder")
-    node = parse(modules[module], file)
+    text = modules.get(module, Unreadable("is not in the folder"))
+    if isinstance(text, Unreadable):
+        raise NotFound(f"{file} {text}")
+    lines = text.split("\n")  # as Python counts them; splitlines() knows other ends
+    node = parse(text)
+    if node is None:
+        place = find_block(lines, path)
+        if place is None:
+            raise NotFound(f"{file} has no function {'.'.join(path)}")
+        return parse_block(lines, place, file), lines, place
     for part in path:
         kind = ast.FunctionDef if part == path[-1] else ast.ClassDef
         same_name = [n for n in node.body if isinstance(n, kind) and n.name == part]
         if not same_name:
             raise NotFound(f"{file} has no function {'.'.join(path)}")
         node = same_name[-1]
-    lines = modules[module].split("\n")  # as Python counts them; splitlines() knows other ends
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     return node, lines, slice(first - 1, node.end_lineno)
 
@@ -138,16 +197,49 @@ def empty_function(modules: dict[str, str], name: str, problem: str) -> dict[str
 # ---------------------------------------------------------------------------- files of a project
 
 
+def read_file(folder: Path, name: str) -> str:
+    """The text of a file that was handed in, or why there is none: a link, for example, could lead
+    to the reference. Raises `FileNotFoundError`."""
+    file = Path(os.path.realpath(folder)) / name
+    if os.path.realpath(file) != str(file):
+        return Unreadable("is a link, or in a folder that is one; hand in the file itself")
+    status = file.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        return Unreadable("is not a file")
+    if status.st_nlink > 1:
+        return Unreadable("is a hard link, one of several names; hand in a copy")
+    if status.st_size > LARGEST:
+        return Unreadable(f"has {status.st_size} bytes, more than {LARGEST}")
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        return Unreadable(f"is not in UTF-8 (byte {error.start}); save it in this encoding")
+    except OSError as error:
+        return Unreadable(f"cannot be read: {error.strerror}")
+
+
 def read_modules(folder: Path) -> dict[str, str]:
-    """The texts of those files of `MODULES` that are in a folder. Left out are damaged ones, very
-    large ones, and links: one could lead to the reference."""
-    texts, folder = {}, Path(os.path.realpath(folder))
+    """The texts of those files of `MODULES` that are in a folder."""
+    texts = {}
     for module in MODULES:
-        file = folder / f"{module}.py"
-        with suppress(OSError, ValueError):
-            if file.is_file() and file.resolve() == file and file.stat().st_size < LARGEST:
-                texts[module] = file.read_text(encoding="utf-8-sig")
+        try:
+            texts[module] = read_file(folder, f"{module}.py")
+        except (FileNotFoundError, NotADirectoryError):
+            continue
     return texts
+
+
+def find_submission(folder: Path) -> Path:
+    """The folder with the files that were handed in: this one or, if they were zipped with one, a
+    folder in it. Raises `UserError` if there is none, and for a link: it could lead anywhere."""
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link; give the folder itself")
+    folders = [path for path in folder.glob("*") if path.is_dir() and not path.is_symlink()]
+    for path in [folder, *sorted(folders)]:
+        if any(os.path.lexists(path / f"{module}.py") for module in MODULES):
+            return path
+    names = ", ".join(f"{module}.py" for module in MODULES)
+    raise UserError(f"{folder} has none of {names}; hand in these files themselves, no links")
 
 
 def write_modules(folder: Path, modules: dict[str, str]) -> None:
@@ -164,8 +256,7 @@ def copy_project(folder: Path, names: Iterable[str], modules: dict[str, str]) ->
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
-            ignore = shutil.ignore_patterns("__pycache__", "*.ipynb")
-            shutil.copytree(source, target, ignore=ignore)
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LEFT_OUT))
         else:
             shutil.copyfile(source, target)
     write_modules(folder, modules)  # these last: what was copied has the solution
@@ -217,3 +308,23 @@ def is_written(reference: Reference, name: str, student: dict[str, str]) -> bool
         return function_text(student, name) != function_text(reference.given, name)
     except NotFound:
         return True  # so that the reason is said
+
+
+def student_line(
+    files: dict[str, str], part: Part, student: dict[str, str], frames: list[tuple[str, int]]
+) -> str | None:
+    """The innermost of the calls [file, line] that is in a function of the student: its line in the
+    student's file, and what stands there. `files` are those that the part was checked with."""
+    for file, line in reversed(frames):
+        for name in [*part.names, *part.builds_on]:
+            _, _, place = find_function(files, name)
+            if file != f"{name.split('.')[0]}.py" or not place.start < line <= place.stop:
+                continue
+            try:
+                _, lines, own = find_function(student, name)
+            except NotFound:
+                continue
+            if function_text(files, name) == function_text(student, name):
+                line += own.start - place.start
+                return f"{file}, line {line}: {lines[line - 1].strip()}"
+    return None

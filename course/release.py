@@ -3,9 +3,9 @@
     python -m course.release --out DIR
 
 What is emptied stands in problems.toml, by name. Signatures and docstrings stay. DIR gets the
-model, the checks, the teaching model and a README of two commands. `course/given/` in it has the
-files to write in, as handed out: the checks put the student's functions into these, as the grader
-does.
+model, the checks, the teaching model, a README of the commands, and a workflow for GitHub
+Classroom. `course/given/` in it has the files to write in, as handed out: the checks put the
+student's functions into these, as the grader does.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -18,20 +18,56 @@ from contextlib import suppress
 from pathlib import Path
 
 from course import problems
-from course.problems import GIVEN, PROJECT, ROOT, write_modules
+from course.problems import CPU_INDEX, GIVEN, PROJECT, REQUIREMENTS, ROOT, write_modules
 from support.command import Arguments, UserError, run_command
 
 FOR_THE_INSTRUCTOR = ("course/release.py", "course/gradescope.py")
-README = """# CSKV, to be written by you
+INSTALL = f"install -q {REQUIREMENTS.split()[0]} --index-url {CPU_INDEX}"
+README = f"""# CSKV, to be written by you
 
-The hand-out is [course/README.md](course/README.md). With Python 3.10 or newer, once:
+The hand-out is [course/README.md](course/README.md). With Python 3.10 to 3.13, once, on Linux and
+macOS:
 
-    python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt
+    python3 -m venv .venv
+    .venv/bin/pip {INSTALL}
+    .venv/bin/pip install -q -r requirements.txt
 
 and after every change, to see what holds:
 
     .venv/bin/python -m course.grade --problem a
+
+The first `pip` command gets PyTorch for the CPU; with CUDA it is several GB. On Windows `py` is
+`python3`, and `.venv\\Scripts` is `.venv/bin`:
+
+    py -m venv .venv
+    .venv\\Scripts\\pip {INSTALL}
+    .venv\\Scripts\\pip install -q -r requirements.txt
+    .venv\\Scripts\\python -m course.grade --problem a
+
+Notebooks need `pip install jupyter matplotlib` besides.
 """
+WORKFLOW = f"""# For GitHub Classroom: the points of every push. It fails until all are there.
+name: points
+on: [push]
+jobs:
+  grade:
+    runs-on: ubuntu-latest
+    timeout-minutes: 20
+    steps:
+      - uses: actions/checkout@v4
+      - uses: actions/setup-python@v5
+        with:
+          python-version: "3.12"
+      - run: pip {INSTALL}
+      - run: pip install -q -r requirements.txt
+      - run: python -m course.grade
+"""
+FILES = {
+    "README.md": README,
+    "requirements.txt": REQUIREMENTS,
+    ".github/workflows/classroom.yml": WORKFLOW,
+    ".gitignore": ".venv/\n__pycache__/\n",
+}
 
 
 def write_release(folder: Path) -> None:
@@ -41,8 +77,9 @@ def write_release(folder: Path) -> None:
     for name in FOR_THE_INSTRUCTOR:
         (folder / name).unlink()
     write_modules(folder / GIVEN.relative_to(ROOT), given)
-    (folder / "README.md").write_text(README, encoding="utf-8")
-    (folder / ".gitignore").write_text(".venv/\n__pycache__/\n", encoding="utf-8")
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,11 +1,11 @@
 """The grader's side of a process that runs a student's functions (worker.py).
 
 The grader never imports a student's file. It sends tensors to the process, gets tensors back, and
-compares them itself with what they must be. So nothing that a student's code does to torch, to
-pytest or to the worker can change a verdict: only right answers make points. The limits keep one
-student's code from harming the others'.
+compares them itself with what they must be: only right answers make points. What comes back is
+bounded, and so is what a check may spend on it (`bounded`).
 """
 
+import base64
 import json
 import os
 import shutil
@@ -14,8 +14,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import suppress
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,8 +26,11 @@ from torch import Tensor
 from course import worker
 from course.problems import copy_project
 
-LARGEST_ANSWER = 2**26  # bytes
-COPIED = ("support", "beyond", "course/worker.py", "course/scenarios.py", "course/confine.py")
+LARGEST_ANSWER = 2**24  # bytes
+LARGEST_HEADER = 2**16  # of these, for the names, types and shapes of its tensors
+CHECKING = 2**29  # bytes that a check may take
+COPIED = ("support", "beyond", "course/worker.py", "course/scenarios.py")
+COPIED += ("weights/teacher",)  # what infer.py shows is checked with it
 KEPT = ("PATH", "SYSTEMROOT", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 KILLED = (-9, -24)  # the exit status after SIGKILL and SIGXCPU, which the limits send
 NOBODY = 65534  # the user that owns nothing
@@ -37,12 +42,17 @@ class Limits:
 
     cpu_seconds: int = 60
     seconds: float = 240.0  # only against a process that waits for ever: no check looks at a clock
-    memory: int = 2 * 2**30  # bytes, beyond what Python and PyTorch take (Linux only)
+    memory: int = 3 * 2**28  # bytes, beyond what Python and PyTorch take (Linux only)
     output: int = 2**20  # bytes printed
 
 
 class Failed(Exception):
-    """A check does not hold, or the student's function raised an error."""
+    """A check does not hold, or the student's function raised an error: then `frames` are the
+    [file, line] of the calls that led to it."""
+
+    def __init__(self, message: str, frames: list | None = None):
+        super().__init__(message)
+        self.frames = frames or []
 
 
 class Stopped(Exception):
@@ -61,12 +71,30 @@ def other_user() -> dict:
     return {"user": NOBODY, "group": NOBODY, "extra_groups": []}
 
 
-def protect_memory() -> None:
-    """On Linux, no process of the same user may look into this one, or change it."""
-    if sys.platform == "linux":
-        import ctypes
+@contextmanager
+def bounded(seconds: float, memory: int | None = None) -> Iterator[None]:
+    """This process may take no more time, or memory (bytes; Linux only). Raises `Stopped` or
+    MemoryError. Does nothing on Windows, where only a student's own code is checked."""
 
-        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+    def stop(*_: object) -> None:
+        raise Stopped("the time for it is over; what it returned may take too long to check")
+
+    if worker.resource is None:
+        yield
+        return
+    kind = worker.resource.RLIMIT_AS
+    before = worker.resource.getrlimit(kind)
+    handler = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
+    limit = memory and worker.memory_limit(memory)
+    try:
+        if limit:
+            worker.resource.setrlimit(kind, (limit, before[1]))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        worker.resource.setrlimit(kind, before)
 
 
 class Sandbox:
@@ -91,17 +119,22 @@ class Sandbox:
         command = [sys.executable, "-I", "-B", "-u", self.folder / "course" / "worker.py"]
         command += [str(self.limits.cpu_seconds), str(self.limits.memory), str(self.limits.output)]
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+        environment["OMP_NUM_THREADS"] = "1"
+        # PyTorch wants a folder for what it compiles when the first optimizer is made.
+        for name in ("HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR"):
+            environment[name] = str(self.folder)
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.printed,
             cwd=self.folder,
-            env={**environment, "OMP_NUM_THREADS": "1", "HOME": str(self.folder)},
+            env=environment,
             start_new_session=True,
             **other_user(),
         )
         self.late = False
+        self.deadline = time.monotonic() + self.limits.seconds
         self.timer = threading.Timer(self.limits.seconds, self.time_out)
         self.timer.daemon = True
         self.timer.start()
@@ -130,7 +163,7 @@ class Sandbox:
         self.process.wait()
 
     def output(self) -> str:
-        """The last lines that the process printed."""
+        """The last of what the process printed."""
         self.printed.seek(0)
         return printable(self.printed.read()[-8000:].decode("utf-8", "replace")[-2000:]).strip()
 
@@ -162,7 +195,7 @@ class Sandbox:
         self.kill()
         end = self.output()[-300:]
         if self.late:
-            return f"it did not end within {self.limits.seconds:g} seconds"
+            return f"it did not end within {self.limits.seconds:.3g} seconds"
         if self.flooded():
             return f"it printed {self.limits.output} bytes or more; print less"
         if status is None:
@@ -177,7 +210,8 @@ class Sandbox:
     def peak(self, function: str, tensors: dict[str, Tensor], **numbers) -> tuple[dict, int]:
         """`ask` in a fresh process of the same files, and the most memory that it held, in bytes:
         the operating system's word, not the process's."""
-        with Sandbox(self.files, self.limits) as fresh:
+        left = self.deadline - time.monotonic()
+        with Sandbox(self.files, replace(self.limits, seconds=left)) as fresh:
             return fresh.ask(function, tensors, **numbers), fresh.most_memory()
 
     def most_memory(self) -> int:
@@ -201,10 +235,15 @@ def read_answer(answer: bytes) -> dict[str, Tensor]:
     try:
         values = json.loads(answer)
         if "error" not in values:
+            header = base64.b64decode(values["tensors"][:12])[:8]
+            if int.from_bytes(header, "little") > LARGEST_HEADER:
+                raise ValueError("very many tensors")
             return worker.decode(values["tensors"])
+        frames = [(str(file), int(line)) for file, line in values["frames"]]
+        message = printable(str(values["error"])[:2000])
     except Exception:  # bytes of any kind may have come
         raise Stopped("the process wrote something else than its answer") from None
-    raise Failed(printable(str(values["error"])[:2000]))
+    raise Failed(message, frames)
 
 
 def printable(text: str) -> str:
@@ -212,12 +251,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
+def relative_errors(got: Tensor, want: Tensor) -> Tensor:
+    """The differences, in units of the largest number that is wanted, in float64."""
+    got, want = got.double(), want.double()
+    if want.numel() == 0:
+        return want
+    return (got - want).abs() / want.abs().max().clamp(min=1e-300)
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """The largest difference, in units of the largest number that is wanted, in float64."""
-    if got.numel() == 0:
-        return 0.0
-    error = (got.double() - want.double()).abs().max()
-    return float(error / want.double().abs().max().clamp(min=1e-300))
+    """The largest of the relative errors."""
+    errors = relative_errors(got, want)
+    return float(errors.max()) if errors.numel() else 0.0
 
 
 def look(answer: dict[str, Tensor], name: str, shape: tuple, dtype=None) -> Tensor:
@@ -245,10 +290,15 @@ def expect(
     """Raises `Failed` unless a tensor of an answer is `want`, within a relative tolerance, and of
     this type."""
     want = torch.as_tensor(want, dtype=torch.float64)
-    error = relative_error(look(answer, name, want.shape, dtype), want)
-    if not error <= tolerance:
+    got = look(answer, name, want.shape, dtype)
+    wrong = ~(relative_errors(got, want) <= tolerance)
+    if wrong.any():
+        first = tuple(wrong.nonzero()[0].tolist())
+        place = f" at {list(first)}" if first else ""
+        values = f"{got[first].item():.6g}{place}, {want[first].item():.6g} was expected"
+        error = f"relative error {relative_error(got, want):.2g}, at most {tolerance:g} allowed"
         reason = f"; {hint}" if hint else ""
-        raise Failed(f"{name}: relative error {error:.2g}, at most {tolerance:g} allowed{reason}")
+        raise Failed(f"{name} is {values}; {error}{reason}")
 
 
 class Draw:

@@ -1,9 +1,12 @@
 """What is done with a student's functions, each scenario in a few lines. See worker.py.
 
 A scenario gets tensors and numbers, calls the functions, and returns tensors and numbers. It
-compares nothing: the checks do, in another process. Files that take long to load are imported in
-the scenarios that need them.
+compares nothing: the checks do, in another process.
 """
+
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -13,16 +16,64 @@ import cskv
 import model
 import quant
 from beyond.segments import FastCache
+from support.factors_file import load_factors
+from support.huggingface.checkpoint import load_model, read_config
+
+TEACHER = Path(__file__).resolve().parents[1] / "weights" / "teacher"  # the embedded model
 
 
-def small_config(H: int, H_kv: int, D: int, hidden: int, **changes) -> model.Config:
-    values = dict(vocab_size=8, hidden_size=hidden, intermediate_size=4, num_hidden_layers=1)
-    values |= dict(num_attention_heads=H, num_key_value_heads=H_kv, head_dim=D, rms_norm_eps=1e-5)
-    values |= dict(rope_theta=100.0, rope_scaling=None, max_position_embeddings=10**6)
-    values |= dict(tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
-    values |= dict(sliding_window=None, eos_token_ids=())
-    values |= changes
-    return model.Config(**values)
+def small_config(H: int, H_kv: int, D: int, **changes) -> model.Config:
+    """The embedded model's, with these heads and other changes."""
+    config = replace(read_config(TEACHER), num_attention_heads=H, num_key_value_heads=H_kv)
+    return replace(config, head_dim=D, rope_theta=100.0, **changes)
+
+
+# ------------------------------------------------------------------------- the teaching model
+
+
+def teacher(dtype: str) -> tuple[model.Transformer, cskv.Factors]:
+    """The embedded model and its committed factors, as infer.py loads them."""
+    network = load_model(TEACHER, "cpu", getattr(torch, dtype))
+    return network, load_factors(TEACHER / "cskv-50.safetensors", network)
+
+
+def tell(dtype="bfloat16", bits=16, fast=False, init="", rank=0, steps=0, **prompts) -> dict:
+    """What infer.py generates after each prompt [1, T], 8 tokens. With `init` factors are new ones,
+    and with `steps` trained, both on the first prompt. Losses are returned too."""
+    import infer
+    from train import Tuner, train_layers
+
+    network, factors = teacher(dtype)
+    texts = [prompts["prompt0"]]
+    if init:
+        ranks = [rank] * len(factors.layers)
+        factors = cskv.init_factors(init, network, ranks, ranks, cskv.calibrate(network, texts))
+    factors = factors.to(network.lm_head.weight).in_bits(bits, bits)
+    result = {}
+    if steps:
+        tuner = Tuner(factors, steps, 1e-3)
+        losses = [loss.sum() for _, loss, _ in train_layers(network, [tuner], texts)]
+        result["losses"] = torch.stack(losses)
+        factors = tuner.factors
+    kind = FastCache if fast else cskv.BiBranchCache
+    for name, prompt in prompts.items():
+        cache = cskv.bi_branch_cache(network, factors, kind=kind)
+        sample = infer.make_sampler(0.0, 1.0, 0)
+        tokens = list(infer.generate(network, prompt[0].tolist(), cache, 8, sample))
+        end = network.config.eos_token_ids[0]
+        result[name] = torch.tensor(tokens + [end] * (8 - len(tokens)))
+    return result
+
+
+def teacher_bytes(prompt: Tensor, room: int) -> dict:
+    """What infer.py reports of the full cache, and of factors in 4 bits."""
+    import infer
+
+    network, factors = teacher("bfloat16")
+    cache = model.full_cache(network, room)
+    network(prompt, cache)
+    result = {"held": infer.held_bytes(cache), "full": infer.full_bytes(network, room)}
+    return {**result, "ratio": infer.nominal_ratio(network, factors.in_bits(4, 4))}
 
 
 # ------------------------------------------------------------------------------------- problem a
@@ -41,7 +92,7 @@ def cache_bytes(used: int, **buffers: Tensor) -> dict:
 def full_cache_bytes(layers: int, H_kv: int, D: int, tokens: int) -> dict:
     import infer
 
-    config = small_config(H_kv, H_kv, D, 4, num_hidden_layers=layers)
+    config = small_config(H_kv, H_kv, D, num_hidden_layers=layers)
     return {"bytes": infer.full_bytes(model.Transformer(config), tokens)}
 
 
@@ -52,9 +103,9 @@ def paper_ratio(H_kv: int, D: int, layers: list) -> dict:
     def pair(rank: int, bits: int) -> cskv.LowRank:
         return cskv.LowRank(torch.zeros(4, rank), torch.zeros(rank, H_kv * D), bits)
 
-    config = small_config(H_kv, H_kv, D, 4, num_hidden_layers=len(layers))
-    factors = cskv.Factors([cskv.LayerFactors(pair(*k), pair(*v)) for k, v in layers])
-    return {"ratio": infer.nominal_ratio(model.Transformer(config), factors)}
+    config = small_config(H_kv, H_kv, D, num_hidden_layers=len(layers))
+    factors = [cskv.LayerFactors(pair(k, b), pair(v, c)) for (k, b), (v, c) in layers]
+    return {"ratio": infer.nominal_ratio(model.Transformer(config), cskv.Factors(factors))}
 
 
 # ------------------------------------------------------------------------------- problems c and f
@@ -65,8 +116,8 @@ def make_cache(kind: type, sizes: list, window: int, sinks: int, factors: dict) 
     A_k, B_k, A_v, B_v, and k_bias and v_bias if the projections have biases."""
     H, H_kv, D, sliding = sizes
     bias = "k_bias" in factors
-    hidden = len(factors["A_v"])
-    config = small_config(H, H_kv, D, hidden, sliding_window=sliding, attention_bias=bias)
+    config = small_config(H, H_kv, D, sliding_window=sliding, attention_bias=bias)
+    config = replace(config, hidden_size=len(factors["A_v"]))
     attention = model.Attention(config).to(factors["B_v"].dtype).requires_grad_(False)
     if bias:
         attention.k_proj.bias.copy_(factors["k_bias"])
@@ -79,23 +130,13 @@ def make_cache(kind: type, sizes: list, window: int, sinks: int, factors: dict) 
 
 def prompt_and_steps(prompt: int, sizes: list, window: int, sinks: int, **tensors) -> tuple:
     """A cache, the arguments of its `prefill` with the first `prompt` tokens, and those of `decode`
-    with every other one.
-
-    tensors: x [B, T, hidden], q [B, H, T, D], k and v [B, H_kv, T, D], and the factors.
-    """
+    with every other one. tensors: x, q, k, v of all tokens, and the factors."""
     x, q, k, v = (tensors.pop(name) for name in "xqkv")
     cache, rope = make_cache(cskv.BiBranchCache, sizes, window, sinks, tensors)
     calls = []
     for tokens in [slice(prompt), *(slice(t, t + 1) for t in range(prompt, x.shape[1]))]:
         calls.append((x[:, tokens], q[:, :, tokens], k[:, :, tokens], v[:, :, tokens], rope))
     return cache, calls[0], calls[1:]
-
-
-def sequence(**text) -> dict:
-    """Prefill, then decode, token by token."""
-    cache, prompt, steps = prompt_and_steps(**text)
-    cache.prefill(*prompt)
-    return {"steps": torch.cat([cache.decode(*step) for step in steps], 2)}
 
 
 def prefill_only(**text) -> dict:
@@ -111,14 +152,15 @@ def prefill_only(**text) -> dict:
     return result
 
 
-def branches(**text) -> dict:
-    """What both branches hold after every step, and which tokens `branches` says are seen through
-    them. In the end also the length, and for how many tokens the memory behind k has room."""
+def sequence(**text) -> dict:
+    """Prefill, then decode, token by token: what every step returns, what both branches hold after
+    it, and which tokens `branches` says are seen through them. In the end also the length, and for
+    how many tokens the memory behind k has room."""
     cache, prompt, steps = prompt_and_steps(**text)
     cache.prefill(*prompt)
     result = {}
     for i, step in enumerate(steps):
-        cache.decode(*step)
+        result[f"out{i}"] = cache.decode(*step)
         result |= {f"k{i}": cache.k.clone(), f"v{i}": cache.v.clone()}
         result[f"branches{i}"] = torch.tensor(cache.branches())
     result["room"] = cache.k.untyped_storage().nbytes() // cache.k[:, :, :1].nbytes
@@ -128,26 +170,15 @@ def branches(**text) -> dict:
     return result
 
 
-def last_step(k_held: Tensor, v_held: Tensor, c_k: Tensor, c_v: Tensor, **text) -> dict:
-    """`decode` of the last token alone: the cache is given what it holds of the others."""
-    cache, _, steps = prompt_and_steps(**text)
-    cache.c_k.append(c_k)
-    cache.c_v.append(c_v)
-    cache.k = k_held
-    cache.v = v_held
-    cache.length = text["prompt"]
-    return {"out": cache.decode(*steps[0])}
-
-
 def attend(
-    first: int, old: int, sizes: list, sinks: int, segments: list, chunk: int = 0, **tensors
+    first: int, old: int, sizes: list, sinks: int, segments: list, chunk: int, **tensors
 ) -> dict:
     """`attend` alone, of a fast cache with latents c_k and c_v of the tokens from `sinks` on. q,
     before RoPE, is that of the last token; k and v are those of the full branch."""
     length = sinks + tensors["c_k"].shape[1]
     cache, rope = make_cache(FastCache, sizes, 1, sinks, tensors)
     cache.segments = tuple(map(tuple, segments))
-    cache.chunk = chunk or cache.chunk
+    cache.chunk = chunk
     cache.c_k.append(tensors["c_k"])
     cache.c_v.append(tensors["c_v"])
     cache.length = length
@@ -165,25 +196,33 @@ def old_values(p: Tensor, c_v: Tensor, begin: int, sizes: list, chunk: int, **fa
 # ------------------------------------------------------------------------------------- problem d
 
 
-def limits(x: Tensor, bits: int, dim: int, clamped: bool) -> dict:
-    scale, minimum = quant.group_limits(x, bits, quant.Grouping(dim, clamped=clamped))
+def limits(x: Tensor, bits: int, groups: list) -> dict:
+    scale, minimum = quant.group_limits(x, bits, quant.Grouping(*groups))
     return {"scale": scale, "minimum": minimum}
 
 
-def codes(x: Tensor, bits: int, dim: int, clamped: bool) -> dict:
-    q = quant.quantize(x, bits, quant.Grouping(dim, clamped=clamped))
+def codes(x: Tensor, bits: int, groups: list) -> dict:
+    before = x.clone()
+    q = quant.quantize(x, bits, quant.Grouping(*groups))
+    if not torch.equal(x, before):
+        raise ValueError("quantize has changed x")
     return {"codes": q.codes, "scale": q.scale, "minimum": q.minimum}
 
 
-def levels(codes: Tensor, scale: Tensor, minimum: Tensor, dim: int) -> dict:
+def levels(codes: Tensor, scale: Tensor, minimum: Tensor, groups: list) -> dict:
+    """Returned, and what is then in a part of a larger tensor that was given as `out`."""
     q = quant.Quantized(codes, scale, minimum)
-    return {"x": quant.dequantize(q, quant.Grouping(dim))}
+    grouping = quant.Grouping(*groups)
+    x = quant.dequantize(q, grouping)
+    larger = torch.zeros(2 * len(codes), *codes.shape[1:])
+    quant.dequantize(q, grouping, larger[: len(codes)])
+    return {"x": x, "out": larger[: len(codes)]}
 
 
-def rounded(x: Tensor, weight: Tensor, bits: int, dim: int, clamped: bool) -> dict:
+def rounded(x: Tensor, weight: Tensor, bits: int, groups: list) -> dict:
     """fake_quantize(x), and the gradient of its sum with these weights."""
     x = x.requires_grad_()
-    y = quant.fake_quantize(x, bits, quant.Grouping(dim, clamped=clamped))
+    y = quant.fake_quantize(x, bits, quant.Grouping(*groups))
     (y * weight).sum().backward()
     return {"y": y, "gradient": x.grad}
 
@@ -191,13 +230,11 @@ def rounded(x: Tensor, weight: Tensor, bits: int, dim: int, clamped: bool) -> di
 # ------------------------------------------------------------------------------------- problem e
 
 
-def loss(
-    A: Tensor, B: Tensor, x: Tensor, k: Tensor, bits=16, clamped=False, dim=-2, double=False
-) -> dict:
+def loss(A: Tensor, B: Tensor, x: Tensor, k: Tensor, dim=-2, double=False, **pair) -> dict:
     """layer_loss and its gradients."""
     from train import layer_loss
 
-    pair = cskv.LowRank(A.requires_grad_(), B.requires_grad_(), bits, clamped)
+    pair = cskv.LowRank(A.requires_grad_(), B.requires_grad_(), **pair)
     value = layer_loss(pair, x, k, dim, torch.float64) if double else layer_loss(pair, x, k, dim)
     value.backward()
     return {"loss": value, "A": A.grad, "B": B.grad}
@@ -205,23 +242,25 @@ def loss(
 
 def steps(A: Tensor, B: Tensor, gradients: Tensor, planned: int, lr: float) -> dict:
     """Steps of a `Tuner` with one layer, whose keys and values both have A [h, r] and B [r, d].
-
-    gradients [steps, 2 (h r + r d)], of keys and of values at every step. Returns all parameters
-    after every step, in the same order, the steps done, and the gradients that are left.
-    """
+    gradients [steps, 2 (h r + r d)], of keys and of values; those of another process are all 1."""
+    from support import processes
     from train import Tuner
 
     layer = cskv.LayerFactors(cskv.LowRank(A, B), cskv.LowRank(A, B))
     tuner = Tuner(cskv.Factors([layer]), planned, lr)
     sizes = [M.numel() for M in tuner.parameters]
-    after, left = [], []
+    after = []
+    left = []
     for gradient in gradients:
         for M, part in zip(tuner.parameters, gradient.split(sizes), strict=True):
             M.grad += part.view_as(M)
-        tuner.step()
-        for M in tuner.parameters:
-            if M.grad is None:
-                M.grad = torch.zeros_like(M)
+        with (
+            mock.patch.object(processes, "place", lambda: (0, 2)),
+            mock.patch.object(processes.dist, "all_reduce", lambda tensor: tensor.add_(1)),
+        ):
+            tuner.step()
+        if any(M.grad is None for M in tuner.parameters):
+            raise ValueError("a gradient is None after the step; set it to zeros")
         after.append(parameters_to_vector(tuner.parameters))
         left.append(parameters_to_vector([M.grad for M in tuner.parameters]))
     return {"after": torch.stack(after), "left": torch.stack(left), "done": tuner.steps_done}

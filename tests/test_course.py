@@ -17,7 +17,6 @@ import torch
 from course import grade, problems, sandbox, worker
 from course.problems import MODULES, function_text
 from course.sandbox import Limits, Sandbox
-from tests.helpers import LargestTensor
 from tests.wrong_solutions import WRONG
 
 PROBLEMS = {problem.id: problem for problem in problems.load_problems()}
@@ -64,12 +63,6 @@ class InThisProcess(Sandbox):
             sys.path[:] = path
             self.modules = swap_modules(before)
         return sandbox.read_answer(answer)
-
-    def peak(self, function, tensors, **numbers):
-        """With the largest tensor in the place of the process's memory."""
-        with LargestTensor([]) as largest:
-            answer = self.ask(function, tensors, **numbers)
-        return answer, largest.largest
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The course's command lines, and the processes that students' code runs in: ways to cheat."""
 
 import ast
+import csv
 import json
 import os
 import re
@@ -9,14 +10,16 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import torch
 
-from course import confine, grade, gradescope, leaderboard, problems, release
+from course import grade, gradescope, leaderboard, problems, release
 from course.checks import factors
 from course.problems import ROOT, function_text, read_modules, write_modules
-from course.sandbox import Limits, Sandbox, Stopped
+from course.sandbox import Failed, Limits, Sandbox, Stopped, expect
 from support.command import UserError
 from tests.helpers import call, tiny_model
 from tests.test_course import PARTS, PROBLEM_OF, PROBLEMS, REFERENCE, SOLVED, write_body
@@ -43,8 +46,10 @@ def command(folder, *words):
     """python -m course.grade WORDS in a folder: the points in all, and what was printed."""
     run = [sys.executable, "-m", "course.grade", *map(str, words)]
     done = subprocess.run(run, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return int(re.search(r"^total +(\d+) of ", done.stdout, re.M).group(1)), done.stdout
+    total = re.search(r"^total +(\d+) of (\d+)", done.stdout, re.M)
+    assert total, done.stdout + done.stderr
+    assert done.returncode == (total[1] != total[2]), "0 means all points, 1 that some are missing"
+    return int(total[1]), done.stdout
 
 
 def solve(folder, id):
@@ -90,6 +95,29 @@ def test_release_keeps_contracts(released):
         assert f"problem {id}: " in function_text(given, name)
         assert f"`{name.split('.', 1)[1]}`" in page, name
         assert re.search(rf"^## Problem {id}\b.*{PROBLEMS[id].points} points", page, re.M | re.I)
+
+
+def test_release_leaves_out_what_is_for_the_instructor(released, tmp_path, monkeypatch):
+    """Of a folder with all that there is: the students' notebook is theirs."""
+    names = ["README.md", "INSTRUCTOR.md", "answers.md", "student.ipynb", "walkthrough.ipynb"]
+    (tmp_path / "course").mkdir()
+    for name in names:
+        (tmp_path / "course" / name).write_text("x")
+    monkeypatch.setattr(problems, "ROOT", tmp_path)
+    problems.copy_project(tmp_path / "out", ["course"], {})
+    left = {path.name for path in (tmp_path / "out" / "course").iterdir()}
+    assert left == {"README.md", "student.ipynb"}
+    assert not (released / "course" / "gradescope.py").exists()
+
+
+def test_release_pins_what_it_needs(released):
+    """The same PyTorch as the project; the workflow installs it, and grades."""
+    pinned = (released / "requirements.txt").read_text().splitlines()
+    assert all("==" in line for line in pinned)
+    assert pinned[0] in (ROOT / "requirements.txt").read_text().splitlines()
+    workflow = (released / ".github" / "workflows" / "classroom.yml").read_text()
+    assert pinned[0] in workflow and "- run: python -m course.grade\n" in workflow
+    assert pinned[0] in gradescope.SETUP
 
 
 def test_release_is_whole_or_not_there(tmp_path, capsys, monkeypatch):
@@ -160,7 +188,8 @@ def test_the_same_seed_draws_the_same_inputs():
 
 # --------------------------------------------------------------------------------------- cheats
 
-FAST = Limits(cpu_seconds=4, seconds=12, memory=2**28)
+FORGED = "import sys; m = sys.modules['__main__']; m.answer = lambda _: {}"
+FAST = Limits(cpu_seconds=4, seconds=40, memory=2**28)  # of a machine that has other work
 CHEATS = {  # by what is said of them, if more than that the answer is wrong
     "ended the process, with status 0": {
         "the interpreter is left": "import sys; sys.exit(0)",
@@ -174,32 +203,6 @@ CHEATS = {  # by what is said of them, if more than that the answer is wrong
     },
     "MemoryError": {"all of the memory": "[bytearray(2**28) for _ in range(1000)]"},
     "crashed with signal 11": {"a crash": "import signal; signal.raise_signal(signal.SIGSEGV)"},
-    "not allowed in a graded": {
-        "a file elsewhere": "open('ELSEWHERE/x', 'w').write('100')",
-        "a file in its folder": "open('note', 'w').write('100')",
-        "the grader is stopped": "import os; os.kill(os.getppid(), 9)",
-        "another process": "import subprocess; subprocess.run(['ls'])",
-        "a copy of the process": "import os; os.fork()",
-        "the limits are lifted": "import resource as r; r.setrlimit(r.RLIMIT_CPU, (9**9, 9**9))",
-        "machine code": "import ctypes; ctypes.CDLL(None).exit(0)",
-        "the network": "import socket; socket.socket()",
-    },
-    "PermissionError": {"the reference is read": "exec(open('ROOT/cskv.py').read())"},
-    "RuntimeError: unable to open file": {
-        "the reference is read by code in C": (
-            "raw = torch.from_file('ROOT/cskv.py', size=20000, dtype=torch.uint8)\n"
-            "text = bytes(raw.tolist()).decode(errors='replace')\n"
-            "start, end = text.index('def svd_factors'), text.index('def asvd_factors')\n"
-            "names = dict(globals()); exec(text[start:end], names)\n"
-            "return names['svd_factors'](W, rank)"
-        )
-    },
-    "No module named": {
-        "the reference is imported": (
-            "import sys; sys.path.insert(0, 'ROOT'); sys.modules.pop('cskv')\n"
-            "import importlib; importlib.invalidate_caches(); import experiments"
-        )
-    },
     "times the least": {
         "torch is patched": (
             "zero = lambda *a, **k: torch.zeros(1000)\n"
@@ -246,9 +249,33 @@ CHEATS = {  # by what is said of them, if more than that the answer is wrong
         )
     },
     "bytes": {"a huge answer": "return LowRank(torch.zeros(2**25), torch.zeros(2**25))"},
+    "something else than its answer": {
+        "many tensors": "return {str(i): torch.zeros(0) for i in range(10**4)}",
+        "deep JSON": FORGED.format('"[" * 10**6'),
+        "a huge number": FORGED.format("'{\"error\": 1' + '0' * 10**7 + '}'"),
+        "an error that is none": FORGED.format("m.json.dumps({'error': 'x', 'frames': 10**9})"),
+        "a length that is none": FORGED.format(
+            "m.json.dumps({'tensors': m.base64.b64encode(b'\\xff' * 99).decode()})"
+        ),
+    },
+    "was expected": {
+        "a list": "return [W]",
+        "a long text": "return 'x' * 10**8",
+        "other shapes": "return LowRank(torch.zeros(0, 2**40), torch.zeros(0))",
+    },
+    "Error: ": {
+        "expanded": "return LowRank(torch.zeros(1).expand(10**12), W)",
+        "sparse": "return LowRank(W.to_sparse(), W)",
+        "meta": "return LowRank(W.to('meta'), W)",
+        "quantized": "return LowRank(torch.quantize_per_tensor(W.float(), 1, 0, torch.qint8), W)",
+        "a huge integer": "return 10**400",
+        "a large file": "open('x', 'wb').write(b'x' * 2**21)",
+        "a long message": "raise ValueError('x' * 10**8)",
+        "deep recursion": "return svd_factors(W, rank)",
+    },
     "not finite": {"no numbers": ZEROS.replace("torch.zeros(W", "torch.nan * torch.zeros(W")},
 }
-QUICK = ("torch is patched", "a file elsewhere")
+QUICK = ("torch is patched", "many tensors")
 ALL_CHEATS = [
     pytest.param(body, message, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
     for message, bodies in CHEATS.items()
@@ -264,14 +291,10 @@ def grade_body(body):
 
 
 @pytest.mark.parametrize("body, message", ALL_CHEATS)
-def test_cheat_has_no_points(body, message, tmp_path):
-    if "from_file" in body and not confine.version():
-        pytest.skip("no Landlock here")
-    tmp_path.chmod(0o777)  # the file could be written, were it allowed
-    verdict = grade_body(body.replace("ELSEWHERE", str(tmp_path)).replace("ROOT", str(ROOT)))
+def test_cheat_has_no_points(body, message):
+    verdict = grade_body(body)
     assert verdict.points == 0, verdict.text()
     assert message in verdict.text(), verdict.text()
-    assert not list(tmp_path.iterdir())
 
 
 def test_strange_answers_are_no_end_of_the_grader(monkeypatch):
@@ -293,30 +316,191 @@ def test_strange_answers_are_no_end_of_the_grader(monkeypatch):
             student.most_memory()
 
 
-def test_a_link_to_the_reference_is_no_solution(tmp_path):
-    """A link to a file, or to its folder."""
+LINKS = {  # how a submission leads to the reference, in its parent's folder `source`
+    "the submission": lambda folder: folder.symlink_to("../source"),
+    "a folder in it": lambda folder: (folder / "inner").symlink_to("../../source"),
+    "files": lambda folder: link_files(folder, Path.symlink_to),
+    "a chain": lambda folder: link_files(folder, link_twice),
+    "hard links": lambda folder: link_files(folder, Path.hardlink_to),
+}
+
+
+def link_files(folder, link):
     for module in problems.MODULES:
-        if "/" not in module:
-            (tmp_path / f"{module}.py").symlink_to(ROOT / f"{module}.py")
-    (tmp_path / "beyond").symlink_to(ROOT / "beyond")
-    assert read_modules(tmp_path) == {}
-    (tmp_path / "link").symlink_to(ROOT)  # the whole folder may be one
-    assert read_modules(tmp_path / "link") == SOLVED
+        file = folder / f"{module}.py"
+        file.parent.mkdir(exist_ok=True)
+        link(file, folder.parents[1] / "source" / f"{module}.py")
+
+
+def link_twice(file, target):
+    file.with_suffix(".other").symlink_to(target)
+    file.symlink_to(file.with_suffix(".other"))
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_no_link_leads_out_of_a_submission(kind, tmp_path, capsys):
+    """By the command for one student, for a class, and on Gradescope, where the submission may be
+    in a folder of the zip file."""
+    write_modules(tmp_path / "source", SOLVED)
+    student = tmp_path / "class" / "student"
+    (student if kind != "the submission" else student.parent).mkdir(parents=True)
+    LINKS[kind](student)
+    code, out, err = call(grade, capsys, student, "--problem", "a")
+    assert code in (1, 2) and " link" in out + err
+    results = grade_submission(student.parent)
+    assert results["leaderboard"][0]["value"] == 0 and " link" in json.dumps(results)
+    call(grade, capsys, "--all", student.parent, "--csv", tmp_path / "x.csv", "--problem", "a")
+    assert [row["total"] for row in csv.DictReader((tmp_path / "x.csv").open())] == ["0"]
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path):
+    for content, reason in (
+        (b"\xff\xfe", "not in UTF-8 (byte 0)"),
+        (b"#" * 2**20, "1048576 bytes"),
+    ):
+        (tmp_path / "quant.py").write_bytes(content)
+        verdict = grade.grade_problem(PROBLEMS["d"], REFERENCE, read_modules(tmp_path), 1, FAST)
+        assert "quant.py " in verdict.text() and reason in verdict.text()
+
+
+def graded_body(body, name=SVD):
+    """What is said of this body of a function, in a file that has two lines more than ours."""
+    student = write_body(SOLVED, name, body)
+    student = {module: f"#\n#\n{text}" for module, text in student.items()}
+    verdict = grade.grade_problem(PROBLEMS[PROBLEM_OF[name]], REFERENCE, student, 1, FAST)
+    return student, verdict.text()
+
+
+def test_messages_teach():
+    """The student's own line; what was got and wanted; what to do about it."""
+    student, text = graded_body("x = 1\nhelper(W)")
+    line = student["cskv"].split("\n").index("    helper(W)") + 1
+    assert f"cskv.py, line {line}: helper(W)" in text and "only the function is taken" in text
+    assert "svd_factors: returned nothing: is there a `return`?" in graded_body("x = 1")[1]
+    text = graded_body("x = 1", "quant.group_limits")[1]
+    assert "a function returned nothing: is there a `return`?" in text
+    text = graded_body("self.helper()", "model.LayerCache.nbytes")[1]
+    assert "only the function is taken" in text
+    got, want = torch.zeros(2, 3), torch.zeros(2, 3)
+    got[1, 2] = 3
+    want[0, 0] = 2
+    got[0, 0] = 2
+    with pytest.raises(Failed, match=r"x is 3 at \[1, 2\], 0 was expected; relative error 1.5"):
+        expect({"x": got}, "x", want, 0.1)
+
+
+@pytest.mark.parametrize("end", ["", "raise ValueError", "import os; os._exit(0)", "while True: 0"])
+def test_prints_are_shown(end):
+    """Without the end of a line too, and when the process ends."""
+    body = f"import sys\nprint('one', end='')\nsys.stdout.write('two')\n{end}\n{ZEROS}"
+    assert "| onetwo" in graded_body(body)[1]
+
+
+def test_one_syntax_error_costs_its_function():
+    """The other functions of the file are found by their indentation."""
+    wanted = {name: function_text(SOLVED, name) for name in PROBLEM_OF}
+    for name in wanted:
+        module = name.split(".")[0]
+        function = wanted[name]
+        line = "    " * name.count(".") + "return ("
+        broken = {**SOLVED, module: SOLVED[module].replace(function, f"{function}\n{line}")}
+        assert broken != SOLVED
+        for other in wanted.keys() - {name}:
+            assert function_text(broken, other).rstrip().startswith(wanted[other]), (name, other)
+        with pytest.raises(problems.NotFound, match=rf"{module}.py, line \d+: .*: return \("):
+            function_text(broken, name)
+
+
+def test_an_answer_costs_no_more_than_its_problem(monkeypatch):
+    """Whatever a check does with it: a long list, a long loop. The next problem is graded."""
+
+    def costly(student, draw):
+        list(range(4 * 10**7))
+
+    def endless(student, draw):
+        while True:
+            pass
+
+    student = write_body(SOLVED, SVD, ZEROS)
+    monkeypatch.setattr(factors, "svd_is_nearest", costly)
+    verdict = grade.grade_problem(PROBLEMS["b"], REFERENCE, student, 1, FAST)
+    assert "svd_is_nearest: no check of this was possible: MemoryError" in verdict.text()
+    monkeypatch.setattr(factors, "svd_is_nearest", endless)
+    limits = Limits(seconds=6)
+    verdict = grade.grade_problem(PROBLEMS["b"], REFERENCE, student, 1, limits)
+    assert verdict.points == 0 and "the time for it is over" in verdict.text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", ["10**13", "4 * 10**7"])
+def test_a_number_of_tokens_that_there_are_not(length):
+    """Costs the checks of its problem that decode, and no more."""
+    body = f"return self.attend(q, k, v, 0, {length}, rope, torch.arange(1))"
+    student = write_body(SOLVED, "cskv.BiBranchCache.decode", body)
+    verdict = grade.grade_problem(PROBLEMS["c"], REFERENCE, student, 1, Limits(seconds=60))
+    assert verdict.points == 2 and "prefill_is_exact" not in verdict.text()
+
+
+@pytest.mark.parametrize("text", ["-" * 10**5 + "1", "(" * 10**5, "x" + ".a" * 10**5, "\0"])
+def test_a_text_that_is_hard_to_parse(text):
+    """Costs its function."""
+    student = {**SOLVED, "quant": f"{SOLVED['quant']}\n\ndef pack():\n    return {text}\n"}
+    assert function_text(student, "quant.unpack") in SOLVED["quant"] + "\n"
+    with pytest.raises(problems.NotFound, match=r"quant.py, line \d+: \w+"):
+        function_text(student, "quant.pack")
+
+
+@pytest.mark.slow
+def test_problems_that_hang_share_the_time(tmp_path):
+    """The one that does not hang, among three that do, has its points. The results are there before
+    the time is over."""
+    student = REFERENCE.given
+    for name, id in PROBLEM_OF.items():
+        if id in "abe":
+            student = write_body(student, name, "import time\ntime.sleep(1000)")
+        if id == "d":
+            student = problems.put_function(student, name, function_text(SOLVED, name))
+    write_modules(tmp_path, student)
+    start = time.monotonic()
+    gradescope.grade_submission(tmp_path, tmp_path / "results.json", 90)
+    assert 15 < time.monotonic() - start < 90
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [test["score"] for test in results["tests"]] == [0, 0, 0, 20, 0, 0]
+
+
+@pytest.mark.slow
+def test_a_class(tmp_path, capsys):
+    """A line for each student, whatever was handed in."""
+    write_modules(tmp_path / "class" / "ann", SOLVED)
+    write_modules(tmp_path / "class" / "bob", write_body(SOLVED, "quant.bits_per_element", "1 / 0"))
+    (tmp_path / "class" / "cy").mkdir()
+    table = tmp_path / "points.csv"
+    words = ("--all", tmp_path / "class", "--csv", table, "--problem", "a")
+    code, _, err = call(grade, capsys, *words)
+    assert code == 0 and "3 of 3: cy, 0 points" in err
+    rows = list(csv.DictReader(table.open()))
+    assert [(row["student"], row["a"], row["total"]) for row in rows] == [
+        ("ann", "10", "10"),
+        ("bob", "7", "7"),
+        ("cy", "0", "0"),
+    ]
+    assert rows[0]["reasons"] == "" and "a: -3  short_groups_cost: Zero" in rows[1]["reasons"]
+    assert "has none of quant.py" in rows[2]["reasons"]
 
 
 @pytest.mark.slow
 def test_others_are_graded(tmp_path):
-    """A file that is no Python and files that are missing cost their own problems alone; so does a
-    function that ends the process."""
+    """Files that have nothing of a function, or are missing, cost their own problems alone; so does
+    a function that ends the process."""
     write_modules(tmp_path, write_body(SOLVED, SVD, "import os; os._exit(0)"))
     (tmp_path / "quant.py").write_text("def quantize(:\n")
     (tmp_path / "train.py").unlink()
     (tmp_path / "beyond" / "segments.py").unlink()
     verdicts = {v.problem.id: v for v in grade.grade(tmp_path, 1)}
     assert {id: v.points for id, v in verdicts.items()} == dict(a=0, b=0, c=25, d=0, e=0, f=0)
-    assert "quant.py is not Python: invalid syntax (quant.py, line 1)" in verdicts["d"].text()
-    assert "there is no file train.py" in verdicts["e"].text()
-    missing = verdicts["f"].text().count("there is no file beyond/segments.py")
+    assert "quant.py, line 1: invalid syntax: def quantize(:" in verdicts["d"].text()
+    assert "train.py is not in the folder" in verdicts["e"].text()
+    missing = verdicts["f"].text().count("beyond/segments.py is not in the folder")
     assert missing == len(PROBLEMS["f"].parts)
 
 
@@ -411,4 +595,4 @@ def test_gradescope_looks_for_the_files(tmp_path):
     assert "cskv.py, " in results["output"] and "hand in these files" in results["output"]
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "cskv.py").write_text("")
-    assert gradescope.find_files(tmp_path) == tmp_path / "inner"
+    assert problems.find_submission(tmp_path) == tmp_path / "inner"

@@ -32,13 +32,21 @@ WRONG = {
     "model.LayerCache.nbytes": {
         "only what is used": ("untyped_storage().nbytes()", "nbytes"),
         "zero": "return 0",
+        "of one tensor": (
+            "sum(t.untyped_storage().nbytes() for t in self.tensors())",
+            "self.tensors()[0].untyped_storage().nbytes()",
+        ),
     },
     "quant.bits_per_element": {
         "short groups are free": ("-(-length // size)", "length // size"),
         "no minimum": ("2 * 16", "16"),
         "one size only": "return bits + 1",
     },
-    "infer.full_bytes": {"keys only": ("2 * 2 *", "2 *")},
+    "infer.full_bytes": {
+        "keys only": ("2 * 2 *", "2 *"),
+        "one layer": ("model.config.num_hidden_layers", "1"),
+        "room for a block": ("* tokens", "* (-(-tokens // 32) * 32)"),
+    },
     "infer.nominal_ratio": {
         "bits forgotten": ("pair.rank * pair.bits", "pair.rank * 16"),
         "kept, not removed": ("return 1 - ", "return "),
@@ -47,18 +55,22 @@ WRONG = {
         "no root": ("S[:rank].sqrt()", "S[:rank]"),
         "all in A": ("* root, root[:, None] *", "* S[:rank],"),
         "the last ones": ("U[:, :rank]", "U[:, -rank:]"),
+        "in float64": ("(W, full_matrices", "(W.double(), full_matrices"),
         "zeros": ZEROS,
     },
     "cskv.asvd_factors": {
         "not scaled back": ("scaled.A / scale[:, None]", "scaled.A"),
         "alpha forgotten": ("x_abs.pow(alpha)", "x_abs"),
         "divides by zero": (" + 1e-6", ""),
+        "A in float64": ("scaled.A / scale", "scaled.A.double() / scale"),
     },
     "cskv.optimal_factors": {
         "half the ranks swapped": ("eigenvectors[:, -rank:].flip(1)", HALF),
         "svd instead": "return svd_factors(W, rank)",
         "metric forgotten": ("if metric is None:", "if True:"),
         "L on the wrong side": ("L.T @ moment", "L @ moment"),
+        "A in float64": ("LowRank(W @ V_r, V_r.T", "LowRank(W.double() @ V_r.double(), V_r.T"),
+        "in float64": ("V_r.T.contiguous())", "V_r.T.double())"),
     },
     f"{PLAIN}.decode": {
         "old tokens dropped": ("k_hat, self.k[:, :, S:]]", "k_hat * 0, self.k[:, :, S:]]"),
@@ -70,6 +82,12 @@ WRONG = {
         "zeros": "return torch.zeros_like(q)",
         "the query": "return q",
         "one head only": ("enable_gqa=True", "enable_gqa=False"),
+        "in float64": (
+            "attention(rope.rotate(q, t), keys, values,",
+            "attention(rope.rotate(q, t).double(), keys.double(), values.double(),",
+        ),
+        "rebuilt keys in float32": ("first_old).to(k.dtype)", "first_old)"),
+        "rebuilt values in float32": ("window_start).to(v.dtype)", "window_start)"),
     },
     f"{PLAIN}.branches": {
         "window too short by one": ("self.length - self.window", "self.length - self.window + 1"),
@@ -84,6 +102,7 @@ WRONG = {
     f"{PLAIN}.rebuild": {
         "sinks have latents": ("first - self.sinks, old - self.sinks", "first, old"),
         "bias forgotten": ("y + bias.float()", "y"),
+        "latents not cast": ("c.float() @ B.float()", "c @ B"),
         "channels in another order": ("(-1, self.D)).tran", "(self.D, -1)).mT.tran"),
     },
     f"{PLAIN}.remember": {
@@ -95,25 +114,58 @@ WRONG = {
         "limits rounded inwards": ("minimum = round_down(low)", "minimum = low.half()"),
         "2^bits steps": ("levels = 2**bits - 1", "levels = 2**bits"),
         "zero-point not clamped": (".round().clamp(0, levels)", ".round()"),
+        "groups of 32": (", grouping.size\n", ", 32\n"),
+        "clamped in float32": ("(-zero * scale.float()).half()", "-zero * scale.float()"),
+        "clamped scale in float32": (".clamp(min=2**-24).half()", ".clamp(min=2**-24)"),
     },
     "quant.quantize": {
         "wrong axis of codes": (", grouping)\n    n", ", Grouping(TOKENS))\n    n"),
         "missing clamp": (".round().clamp(0, 2**bits - 1)", ".round()"),
         "down, not to the nearest": (".round()", ".floor()"),
+        "groups of 32": (
+            "n = x.shape",
+            "grouping = Grouping(grouping.dim, 32, grouping.clamped)\n    n = x.shape",
+        ),
+        "x changed": ("(x.float() - low)", "x.float().sub_(low)"),
+        "codes in int16": ("torch.uint8", "torch.int16"),
     },
     "quant.dequantize": {
         "short group forgotten": ("if rest:", "if False:"),
         "minimum forgotten": ("groups.add_", "groups.clone().add_"),
+        "`out` ignored": ("if out is None:", "if True:"),
+        "`out` used as it is": (
+            "out.copy_(q.codes)",
+            "out.copy_(q.codes) if out.numel() % 7 else None",
+        ),
+        "groups of 32": ("grouping.size", "32"),
+        "in float16": ("return out", "return out.half()"),
     },
     "quant.fake_quantize": {
         "gradient beyond the levels": (STRAIGHT, "stored + (x - x.detach())"),
         "x itself": "return x * 1",
+        "in float32": (
+            "dequantize(q, grouping).to(x.dtype)",
+            "dequantize(q, grouping); x = x.float()",
+        ),
+        "groups of 32": (
+            "with torch",
+            "grouping = Grouping(grouping.dim, 32, grouping.clamped)\n    with torch",
+        ),
+        "clamped forgotten": (
+            "with torch",
+            "grouping = Grouping(grouping.dim, grouping.size)\n    with torch",
+        ),
     },
     "quant.pack": {
         "other order of tokens": ("part << (i * width)", "part << (8 - width - i * width)"),
         "not packed": "return codes",
+        "in int32": ("(-3, -2)", "(-3, -2).int()"),
     },
-    "quant.unpack": {"four bits only": "return torch.cat([packed & 15, packed >> 4], -2)"},
+    "quant.unpack": {
+        "four bits only": "return torch.cat([packed & 15, packed >> 4], -2)",
+        "in int32": ("view(torch.uint8).view", "view(torch.uint8).int().view"),
+        "one sequence only": ("*packed.shape[:TOKENS]", "packed.shape[0]"),
+    },
     "train.layer_loss": {
         "sum, not mean": ("k.to(dtype))", 'k.to(dtype), reduction="sum")'),
         "zero": "return ((x @ pair.A) @ pair.B).sum() * 0",
@@ -121,6 +173,16 @@ WRONG = {
         "clamped forgotten": ("pair.grouping(dim)", "quant.Grouping(dim)"),
         "wrong axis": ("pair.grouping(dim)", "pair.grouping(quant.CHANNELS)"),
         "in float32": ("k_hat = c", "dtype = torch.float32; k_hat = c"),
+        "the square taken apart": (
+            "return F.mse_loss(k_hat, k.to(dtype))",
+            "k = k.to(dtype)\n    return (k.square() - 2 * k * k_hat + k_hat.square()).mean()",
+        ),
+        "sums of squares": (
+            "return F.mse_loss(k_hat, k.to(dtype))",
+            "y = k.to(dtype)\n    return y.square().mean() - (2 * y * k_hat - k_hat**2).mean()",
+        ),
+        "groups of 32": ("pair.grouping(dim)", "quant.Grouping(dim, clamped=pair.clamped)"),
+        "always in float64": ("k_hat = c", "dtype = torch.float64; k_hat = c"),
     },
     "train.loss_floor": {
         "one eigenvalue too few": ("- rank]", "- rank - 1]"),
@@ -131,6 +193,9 @@ WRONG = {
         "gradients pile up": ("self.optimizer.zero_grad(set_to_none=False)", "pass"),
         "rate does not fall": ("self.rate(self.steps_done)", "self.lr"),
         "steps not counted": ("self.steps_done += 1", "pass"),
+        "other processes forgotten": ("summed(parameter.grad)", "pass"),
+        "of one parameter only": ("in self.parameters:", "in self.parameters[:1]:"),
+        "gradients are None": ("set_to_none=False", "set_to_none=True"),
     },
     "beyond/segments.damping": {
         "not damped": "return torch.ones_like(w)",
@@ -149,6 +214,7 @@ WRONG = {
         "every part as the first": ("done += part.count", "pass"),
         "every span at the same place": ("part.start - spans[0].start", "0"),
         "no scores": "out.zero_()",
+        "q in the type of B": ("self.dtype)", "torch.float64)"),
     },
     f"{FAST}.old_values": {
         "values rebuilt": VALUES,

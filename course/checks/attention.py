@@ -1,8 +1,5 @@
 """One layer's attention with the window mask written out, in float64: what problems c and f are
-checked with. Nothing here is taken from cskv.py or model.py.
-
-Shapes as in model.py.
-"""
+checked with. Nothing here is taken from cskv.py or model.py; shapes are as there."""
 
 import math
 from dataclasses import dataclass
@@ -68,7 +65,6 @@ class Layer:
 
     T: int
     sizes: list  # H, H_kv, D, and the sliding window or None
-    sliding: int | None
     window: int
     sinks: int
     tensors: dict[str, Tensor]  # x, q, k, v, A_k, B_k, A_v, B_v, perhaps k_bias, v_bias
@@ -80,16 +76,11 @@ class Layer:
 
     def seen(self, t: int) -> Tensor:
         """The positions that the token at position t sees."""
-        return torch.arange(max(0, t + 1 - (self.sliding or t + 1)), t + 1)
+        return torch.arange(max(0, t + 1 - (self.sizes[3] or t + 1)), t + 1)
 
     def is_exact(self, positions: Tensor, t: int) -> Tensor:
         """Which of these positions a decode step at position t sees exactly."""
         return (positions < self.sinks) | (positions > t - self.window)
-
-    def held(self, t: int) -> Tensor:
-        """The positions that a cache of t + 1 tokens holds exactly."""
-        positions = torch.arange(t + 1)
-        return positions[self.is_exact(positions, t)]
 
     def attend(self, t: int, k: Tensor, v: Tensor) -> Tensor:
         """What the token at position t gets from all that it sees of k and v, [B, H, 1, D]."""
@@ -124,33 +115,4 @@ def draw_layer(draw: Draw, T: int, bias=False, sliding=None, window=3, sinks=0) 
         tensors[f"B_{name}"] = draw.normal(r, H_kv * D) / math.sqrt(r)
         if bias:
             tensors[f"{name}_bias"] = draw.normal(H_kv * D)
-    return Layer(T, [H, H_kv, D, sliding], sliding, window, sinks, tensors)
-
-
-def draw_attend(
-    draw: Draw, n: int, bias: bool, sinks: int, segments: tuple
-) -> tuple[dict[str, Tensor], dict, Tensor, str]:
-    """Tensors and numbers for the scenario `attend`, what it must return, and a description. n
-    tokens are attended through the compressed branch. Some before them may be behind the sliding
-    window."""
-    first = sinks + draw.integer(0, 15)
-    old = first + n
-    layer = draw_layer(draw, draw.integer(1, 6), bias, sinks=sinks)
-    B, H, _, D = layer.tensors["q"].shape
-    # Latents of all tokens from `sinks` on, newer ones than `old` too, as in a real cache.
-    held = old - sinks + draw.integer(1, 4)
-    tensors = layer.tensors
-    tensors["q"] = draw.normal(B, H, 1, D)
-    for name in "kv":
-        tensors[f"c_{name}"] = draw.normal(B, held, len(tensors[f"B_{name}"]))
-    del tensors["x"]
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    layer.tensors = {name: tensor.double() for name, tensor in tensors.items()}
-    start, stop = first - sinks, old - sinks
-    k, v = (layer.rebuilt(name, layer.tensors[f"c_{name}"][:, start:stop]) for name in "kv")
-    k = torch.cat([rotate_in_segments(k, start, stop, sinks, segments), layer.tensors["k"]], 2)
-    v = torch.cat([v, layer.tensors["v"]], 2)
-    q = rotate(layer.tensors["q"], torch.tensor([sinks + held - 1]))
-    numbers = {"first": first, "old": old, "sizes": layer.sizes, "sinks": sinks}
-    at = f"first {first}, old {old}, sinks {sinks}, biases {bias}"
-    return tensors, numbers, softmax_attention(q, k, v), at
+    return Layer(T, [H, H_kv, D, sliding], window, sinks, tensors)

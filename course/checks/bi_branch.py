@@ -1,24 +1,19 @@
-"""Problem c: the bi-branch cache, against attention with the window mask written out.
-
-Tolerances are those of latents in 32 bits and of RoPE's table, which is in float32.
-"""
+"""Problem c: the bi-branch cache, against attention with the window mask written out."""
 
 from collections.abc import Iterator
 
 import torch
 
-from course.checks.attention import Layer, draw_layer, rotate
+from course.checks.attention import draw_layer, rotate
+from course.checks.telling import finds_numbers
 from course.sandbox import Draw, Failed, Sandbox, expect, look
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # latents have 32 bits, and RoPE's table is in float32
 
 
-def run_texts(
-    student: Sandbox, draw: Draw, scenario: str, last=False
-) -> Iterator[tuple[Layer, int, dict, str]]:
+def run_texts(student: Sandbox, draw: Draw, scenario: str) -> Iterator[tuple]:
     """Layers with the windows, sinks, biases and sliding windows that any right cache must manage,
-    the length of each prompt, what a scenario returned for them, and a description. With `last` the
-    prompt is all but the last token, and the scenario gets what a cache holds of it."""
+    the length of each prompt, what a scenario returned for them, and a description."""
     settings = [
         {"window": 1},
         {"window": draw.integer(2, 4), "bias": True},
@@ -29,20 +24,9 @@ def run_texts(
     # The last prompt is shorter than its sinks.
     for choice, most in zip(settings, (15, 15, 15, 15, 1), strict=True):
         layer = draw_layer(draw, draw.integer(20, 30), **choice)
-        tensors = dict(layer.tensors)
-        prompt = draw.integer(1, most)
-        if last:
-            prompt = layer.T - 1
-            held = layer.held(prompt - 1)
-            tensors["k_held"] = rotate(tensors["k"][:, :, held], held)
-            tensors["v_held"] = tensors["v"][:, :, held]
-            for name in "kv":
-                x = tensors["x"][:, layer.sinks : prompt]
-                tensors[f"c_{name}"] = x @ tensors[f"A_{name}"]
-        numbers = {"window": layer.window, "sinks": layer.sinks, "prompt": prompt}
-        answer = student.ask(scenario, tensors, sizes=layer.sizes, **numbers)
-        at = f"prompt {prompt}, window {layer.window}, sinks {layer.sinks}"
-        yield layer, prompt, answer, f"{at}, sliding window {layer.sliding}"
+        numbers = {"window": layer.window, "sinks": layer.sinks, "prompt": draw.integer(1, most)}
+        answer = student.ask(scenario, layer.tensors, sizes=layer.sizes, **numbers)
+        yield layer, numbers["prompt"], answer, f"{numbers}, sliding window {layer.sizes[3]}"
 
 
 def prefill_is_exact(student: Sandbox, draw: Draw) -> None:
@@ -63,7 +47,7 @@ def prefill_is_exact(student: Sandbox, draw: Draw) -> None:
 def latents_of_all_but_sinks(student: Sandbox, draw: Draw) -> None:
     """After a prompt and further tokens, c_k and c_v hold x A of every token but the sinks, in
     order, before RoPE. The memory behind k is that of the sinks and the window, and no more."""
-    for layer, _, answer, at in run_texts(student, draw, "scenarios.branches"):
+    for layer, _, answer, at in run_texts(student, draw, "scenarios.sequence"):
         x = layer.tensors["x"][:, layer.sinks :]
         expect(answer, "c_k", x @ layer.tensors["A_k"], 1e-5, at)
         expect(answer, "c_v", x @ layer.tensors["A_v"], 1e-5, at)
@@ -75,12 +59,12 @@ def latents_of_all_but_sinks(student: Sandbox, draw: Draw) -> None:
 
 def each_token_one_branch(student: Sandbox, draw: Draw) -> None:
     """After every step k and v are the exact, rotated keys and the exact values of the sinks and of
-    the newest `window` others, in the order of the text. `branches` returns four positions:
-    first_sink .. S - 1 are the sinks that are seen, first_old .. window_start - 1 are seen through
-    latents, and all from `window_start` on are the window."""
-    for layer, prompt, answer, at in run_texts(student, draw, "scenarios.branches"):
+    the newest `window` others. `branches` returns four positions: first_sink .. S - 1 are the sinks
+    that are seen, first_old .. window_start - 1 are seen through latents, the others exactly."""
+    for layer, prompt, answer, at in run_texts(student, draw, "scenarios.sequence"):
         for i, t in enumerate(range(prompt, layer.T)):
-            held = layer.held(t)
+            held = torch.arange(t + 1)
+            held = held[layer.is_exact(held, t)]
             k = rotate(layer.tensors["k"][:, :, held], held)
             expect(answer, f"k{i}", k, TOLERANCE, f"step {t}; {at}")
             expect(answer, f"v{i}", layer.tensors["v"][:, :, held], TOLERANCE, f"step {t}; {at}")
@@ -94,16 +78,15 @@ def each_token_one_branch(student: Sandbox, draw: Draw) -> None:
                 raise Failed(f"step {t}: branches returned {got}, {want} was expected; {at}")
 
 
-def decode_is_one_softmax(student: Sandbox, draw: Draw) -> None:
-    """One step of `decode`, with a cache that holds all it must: the new token is added, keys and
-    values of the tokens first .. old - 1 are rebuilt, biases included, the keys turned to their
-    positions, and one softmax goes over them, the sinks that are seen, and the window."""
-    for layer, t, answer, at in run_texts(student, draw, "scenarios.last_step", last=True):
-        expect(answer, "out", layer.step(t), TOLERANCE, at)
-
-
 def decode_step_by_step(student: Sandbox, draw: Draw) -> None:
-    """All together: every decode step equals attention with the window mask written out."""
+    """Every decode step is one softmax over the sinks that are seen, the keys and values of the
+    tokens first .. old - 1, rebuilt with their biases, and the window."""
     for layer, prompt, answer, at in run_texts(student, draw, "scenarios.sequence"):
-        want = torch.cat([layer.step(t) for t in range(prompt, layer.T)], 2)
-        expect(answer, "steps", want, TOLERANCE, at)
+        for i, t in enumerate(range(prompt, layer.T)):
+            expect(answer, f"out{i}", layer.step(t), TOLERANCE, f"step {t}; {at}")
+
+
+def the_cache_tells(student: Sandbox, draw: Draw) -> None:
+    """`infer.py --cache cskv-plain` finds numbers in a text, in float32 and in bfloat16."""
+    finds_numbers(student, draw, dtype="float32")
+    finds_numbers(student, draw)

@@ -1,52 +1,71 @@
-"""Problem d: groups, codes, gradients and bytes, each written out in another way.
+"""Problem d: groups, codes, gradients and bytes, each written out in another way."""
 
-Groups are drawn so that scale and minimum are exact in 16 bits where a value is compared.
-"""
-
+from collections.abc import Iterator
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from course.checks.telling import finds_numbers
 from course.sandbox import Draw, Failed, Sandbox, expect, look
 
-GROUP = 32
 DIMS = (-2, -1)  # tokens, channels
+SIZES = (32, 16, 128)  # numbers of a group
 
 
-def per_group(x: Tensor, dim: int, reduce=Tensor.amin) -> Tensor:
-    """A number for every group of neighbours along `dim`: its least one, or as `reduce` says."""
-    return torch.cat([reduce(part, dim, keepdim=True) for part in x.split(GROUP, dim)], dim)
+class Groups(NamedTuple):
+    """The arguments of a quant.Grouping."""
+
+    dim: int
+    size: int
+    clamped: bool
 
 
-def spread(numbers: Tensor, dim: int, n: int) -> Tensor:
-    """Each of n elements along `dim` gets the number of its group, in float64."""
-    return numbers.double().repeat_interleave(GROUP, dim).narrow(dim, 0, n)
+def settings(draw: Draw, widths: tuple, clamped=(False,)) -> Iterator[tuple[int, Groups, str]]:
+    """Bits and groups that are checked, and a description."""
+    for bits, dim, clamp in product(widths, DIMS, clamped):
+        groups = Groups(dim, draw.choose(SIZES), clamp)
+        yield bits, groups, f"{bits} bits, {groups}"
 
 
-def draw_shape(draw: Draw, dim: int, last: tuple = (1, 7, 31, 32)) -> list[int]:
-    """[B, T, C]; along `dim` some whole groups and one of a size in `last`."""
+def per_group(x: Tensor, groups: Groups, reduce=Tensor.amin) -> Tensor:
+    """A number for every group: its least one, or as `reduce` says."""
+    parts = x.split(groups.size, groups.dim)
+    return torch.cat([reduce(part, groups.dim, keepdim=True) for part in parts], groups.dim)
+
+
+def spread(numbers: Tensor, groups: Groups, x: Tensor) -> Tensor:
+    """Each element of x gets the number of its group, in float64."""
+    each = numbers.double().repeat_interleave(groups.size, groups.dim)
+    return each.narrow(groups.dim, 0, x.shape[groups.dim])
+
+
+def draw_shape(draw: Draw, groups: Groups, least=1) -> list[int]:
+    """[B, T, C]; along `dim` some whole groups and one that may be short, of `least` or more."""
     shape = [draw.integer(1, 2), draw.integer(2, 5), draw.integer(2, 5)]
-    shape[dim] = GROUP * draw.integer(0, 2) + draw.choose(last)
+    size = groups.size
+    shape[groups.dim] = size * draw.integer(0, 2) + draw.choose([least, 7, size - 1, size])
     return shape
 
 
-def draw_codes(draw: Draw, bits: int, shape: list | tuple) -> Tensor:
-    return draw.whole(0, 2**bits - 1, *shape).to(torch.uint8)
+def draw_far(draw: Draw, groups: Groups) -> Tensor:
+    """x [B, T, C] that may be far from 0."""
+    x = draw.normal(*draw_shape(draw, groups))
+    return (2 * x + draw.choose([0, 10, -30])).float()
 
 
 def limits_hold_the_group(student: Sandbox, draw: Draw) -> None:
-    """Scale and minimum are 16-bit, one for each 32 neighbours along `dim`; minimum and
+    """Scale and minimum are 16-bit, one for each `size` neighbours along `dim`; minimum and
     minimum + (2^bits - 1) scale hold all of the group, and hardly more."""
-    for bits, dim in product((2, 3, 4, 8), DIMS):
-        x = draw.normal(*draw_shape(draw, dim)) * 2 + draw.choose([0, 10, -30])
-        x = x.float()
-        answer = student.ask("scenarios.limits", {"x": x}, bits=bits, dim=dim, clamped=False)
-        low, high = per_group(x, dim).double(), per_group(x, dim, Tensor.amax).double()
+    for bits, groups, at in settings(draw, (2, 3, 4, 8)):
+        x = draw_far(draw, groups)
+        answer = student.ask("scenarios.limits", {"x": x}, bits=bits, groups=groups)
+        low = per_group(x, groups).double()
+        high = per_group(x, groups, Tensor.amax).double()
         step = look(answer, "scale", low.shape, torch.float16).double()
         least = look(answer, "minimum", low.shape, torch.float16).double()
         most = least + step * (2**bits - 1)
-        at = f"{bits} bits, dim {dim}, {x.shape[dim]} elements"
         if (least > low).any() or (most < high).any():
             raise Failed(f"{at}: a group reaches beyond its limits; round outwards")
         slack = 0.01 * (high - low) + 0.005 * torch.maximum(low.abs(), high.abs()) + 1e-4
@@ -57,75 +76,73 @@ def limits_hold_the_group(student: Sandbox, draw: Draw) -> None:
 def clamped_limits(student: Sandbox, draw: Draw) -> None:
     """`clamped`: scale = (max - min) / (2^bits - 1), the whole-number zero-point -min / scale is
     forced into 0 .. 2^bits - 1, and the minimum is that of the levels that are left."""
-    for bits, dim in product((2, 4, 8), DIMS):
-        x, _, step, least = draw_exact(draw, bits, dim)
-        answer = student.ask("scenarios.limits", {"x": x.float()}, bits=bits, dim=dim, clamped=True)
+    for bits, groups, at in settings(draw, (2, 4, 8), (True,)):
+        x, _, step, least = draw_exact(draw, bits, groups)
+        answer = student.ask("scenarios.limits", {"x": x.float()}, bits=bits, groups=groups)
         want = -step * (-least / step).clamp(0, 2**bits - 1)
-        expect(answer, "scale", step, 1e-3, f"{bits} bits, dim {dim}")
-        got = look(answer, "minimum", want.shape).double()
-        if ((got - want).abs() > 1e-3 * want.abs() + 1e-6).any():
-            raise Failed(f"{bits} bits, dim {dim}: minimum {got.flatten()[0]:g} and others")
+        expect(answer, "scale", step, 1e-3, at, torch.float16)
+        expect(answer, "minimum", want, 1e-3, at, torch.float16)
 
 
-def draw_exact(draw: Draw, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw_exact(draw: Draw, bits: int, groups: Groups) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, its codes, and scale and minimum of every group, all exact in 16 bits.
 
     x = minimum + scale * (code + u), |u| < 0.4; the least and the largest code occur in each group,
     with u = 0.
     """
-    shape = draw_shape(draw, dim, (7, 31, 32))
-    levels, n = 2**bits - 1, shape[dim]
+    shape = draw_shape(draw, groups, least=2)
+    levels = 2**bits - 1
     codes = draw.whole(0, levels, *shape)
-    for part in codes.split(GROUP, dim):
-        part.narrow(dim, 0, 1).fill_(0)
-        part.narrow(dim, 1, 1).fill_(levels)
-    groups = per_group(codes, dim).shape
-    step = 2.0 ** draw.whole(-3, 1, *groups).double()
-    least = step * draw.whole(-2 * levels, levels, *groups).double()
+    for part in codes.split(groups.size, groups.dim):
+        part.narrow(groups.dim, 0, 1).fill_(0)
+        part.narrow(groups.dim, 1, 1).fill_(levels)
+    each = per_group(codes, groups).shape
+    step = 2.0 ** draw.whole(-3, 1, *each).double()
+    least = step * draw.whole(-2 * levels, levels, *each).double()
     u = 0.8 * (draw.uniform(*shape) - 0.5) * (codes > 0) * (codes < levels)
-    x = spread(least, dim, n) + spread(step, dim, n) * (codes + u)
+    x = spread(least, groups, codes) + spread(step, groups, codes) * (codes + u)
     return x, codes, step, least
 
 
 def nearest_codes(student: Sandbox, draw: Draw) -> None:
     """Codes are whole numbers 0 .. 2^bits - 1 in uint8, and each is the nearest to its x among the
     levels minimum + scale * code that were chosen; also for `clamped`, where x may lie beyond."""
-    for bits, dim, clamped in product((2, 3, 4, 8), DIMS, (False, True)):
-        x = draw.normal(*draw_shape(draw, dim)) * 2 + draw.choose([0, 3, -20])
-        x = x.float()
-        answer = student.ask("scenarios.codes", {"x": x}, bits=bits, dim=dim, clamped=clamped)
+    for bits, groups, at in settings(draw, (2, 3, 4, 8), (False, True)):
+        x = draw_far(draw, groups)
+        answer = student.ask("scenarios.codes", {"x": x}, bits=bits, groups=groups)
         codes = look(answer, "codes", x.shape, torch.uint8).double()
-        groups = per_group(x, dim).shape
-        step = spread(look(answer, "scale", groups, torch.float16), dim, x.shape[dim])
-        least = spread(look(answer, "minimum", groups, torch.float16), dim, x.shape[dim])
-        at = f"{bits} bits, dim {dim}, clamped {clamped}"
+        each = per_group(x, groups).shape
+        step = spread(look(answer, "scale", each, torch.float16), groups, x)
+        least = spread(look(answer, "minimum", each, torch.float16), groups, x)
         if (codes > 2**bits - 1).any():
             raise Failed(f"{at}: a code of {int(codes.max())}")
         error = (x - least - step * codes).abs()
-        every = torch.arange(2**bits, dtype=torch.float64)
-        best = ((x - least)[..., None] - step[..., None] * every).abs().amin(-1)
+        best = torch.stack([(x - least - step * code).abs() for code in range(2**bits)]).amin(0)
         if (error > best + 1e-3 * step + 1e-6).any():
             raise Failed(f"{at}: another level is nearer")
 
 
 def levels_come_back(student: Sandbox, draw: Draw) -> None:
-    """minimum + scale * code, in float32, for every group along `dim`, the short last one too."""
-    for bits, dim in product((2, 4, 8), DIMS):
-        shape = draw_shape(draw, dim)
-        codes = draw_codes(draw, bits, shape)
-        groups = per_group(codes, dim).shape
-        scale, minimum = draw.uniform(*groups).half(), draw.normal(*groups).half()
+    """minimum + scale * code, in float32, for every group along `dim`, the short last one too;
+    written to `out` where that is given."""
+    for bits, groups, at in settings(draw, (2, 4, 8)):
+        codes = draw.whole(0, 2**bits - 1, *draw_shape(draw, groups)).byte()
+        each = per_group(codes, groups).shape
+        scale = draw.uniform(*each).half()
+        minimum = draw.normal(*each).half()
         tensors = {"codes": codes, "scale": scale, "minimum": minimum}
-        answer = student.ask("scenarios.levels", tensors, dim=dim)
-        want = spread(minimum, dim, shape[dim]) + spread(scale, dim, shape[dim]) * codes
-        expect(answer, "x", want, 1e-6, f"dim {dim}, shape {shape}", torch.float32)
+        answer = student.ask("scenarios.levels", tensors, groups=groups)
+        want = spread(minimum, groups, codes) + spread(scale, groups, codes) * codes
+        expect(answer, "x", want, 1e-6, at, torch.float32)
+        expect(answer, "out", want, 1e-6, f"`out` was given; {at}")
 
 
-def draw_rounded(draw: Draw, bits: int, dim: int, clamped: bool) -> tuple[Tensor, Tensor, Tensor]:
+def draw_rounded(draw: Draw, bits: int, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
     """x, and what storage makes of it, and which elements lie within their group's levels."""
-    x, codes, step, least = draw_exact(draw, bits, dim)
-    step, least = spread(step, dim, x.shape[dim]), spread(least, dim, x.shape[dim])
-    if not clamped:
+    x, codes, step, least = draw_exact(draw, bits, groups)
+    step = spread(step, groups, x)
+    least = spread(least, groups, x)
+    if not groups.clamped:
         return x, least + step * codes, torch.ones(x.shape)
     levels = 2**bits - 1
     zero = (-least / step).clamp(0, levels)  # the only levels are (0 .. levels - zero) * scale
@@ -134,27 +151,17 @@ def draw_rounded(draw: Draw, bits: int, dim: int, clamped: bool) -> tuple[Tensor
     return x, (nearest - zero) * step, inside.double()
 
 
-def rounded_values(student: Sandbox, draw: Draw) -> None:
-    """fake_quantize returns minimum + scale * code, in the type of x."""
-    for bits, dim in product((2, 3, 4), DIMS):
-        x, want, _ = draw_rounded(draw, bits, dim, False)
-        x = x.to(draw.choose([torch.float32, torch.float64]))
-        tensors = {"x": x, "weight": torch.ones_like(x)}
-        answer = student.ask("scenarios.rounded", tensors, bits=bits, dim=dim, clamped=False)
-        expect(answer, "y", want, 1e-5, f"{bits} bits, dim {dim}", x.dtype)
-
-
 def straight_through(student: Sandbox, draw: Draw) -> None:
-    """The gradient passes as if nothing was rounded, but for an x beyond the levels of its group,
-    which `clamped` can have: there it is 0."""
-    for bits, dim, clamped in product((2, 4), DIMS, (False, True)):
-        x, y, inside = draw_rounded(draw, bits, dim, clamped)
-        weight = draw.normal(*x.shape)
+    """fake_quantize returns minimum + scale * code, in the type of x. The gradient passes as if
+    nothing was rounded, but for an x beyond its group's levels (`clamped`): there it is 0."""
+    for bits, groups, at in settings(draw, (2, 3, 4), (False, True)):
+        x, want, inside = draw_rounded(draw, bits, groups)
+        x = x.to(draw.choose([torch.float32, torch.float64]))
+        weight = draw.normal(*x.shape).to(x.dtype)
         tensors = {"x": x, "weight": weight}
-        answer = student.ask("scenarios.rounded", tensors, bits=bits, dim=dim, clamped=clamped)
-        at = f"{bits} bits, dim {dim}, clamped {clamped}"
-        expect(answer, "y", y, 1e-5, at)
-        expect(answer, "gradient", weight * inside, 1e-9, at)
+        answer = student.ask("scenarios.rounded", tensors, bits=bits, groups=groups)
+        expect(answer, "y", want, 1e-5, at, x.dtype)
+        expect(answer, "gradient", weight * inside, 1e-6, at)
 
 
 def pack_slowly(codes: Tensor, bits: int) -> Tensor:
@@ -171,8 +178,8 @@ def pack_slowly(codes: Tensor, bits: int) -> Tensor:
 
 def draw_packed(draw: Draw, bits: int) -> tuple[Tensor, Tensor]:
     """Codes of one or two blocks of 32 tokens, and their bytes."""
-    shape = [draw.integer(1, 2), 32 * draw.integer(1, 2), draw.integer(1, 4)]
-    codes = draw_codes(draw, bits, shape)
+    B, T, C = draw.integer(1, 2), 32 * draw.integer(1, 2), draw.integer(1, 4)
+    codes = draw.whole(0, 2**bits - 1, B, T, C).byte()
     return codes, pack_slowly(codes, bits)
 
 
@@ -190,3 +197,8 @@ def unpacked_codes(student: Sandbox, draw: Draw) -> None:
         want, packed = draw_packed(draw, bits)
         answer = student.ask("quant.unpack", {"packed": packed}, bits=bits)
         expect(answer, "unpack", want, 0, f"{bits} bits, shape {list(want.shape)}", torch.uint8)
+
+
+def four_bits_tell(student: Sandbox, draw: Draw) -> None:
+    """`infer.py --cache cskv-plain --bits 4` finds numbers in a text."""
+    finds_numbers(student, draw, bits=4)

@@ -1,5 +1,7 @@
 """Problem a: bytes."""
 
+from math import prod
+
 import torch
 
 from course.sandbox import Draw, Sandbox, expect
@@ -34,13 +36,10 @@ def short_groups_cost(student: Sandbox, draw: Draw) -> None:
 def a_full_cache(student: Sandbox, draw: Draw) -> None:
     """A key and a value of every channel, layer and token, each of two bytes."""
     for _ in range(3):
-        layers, H_kv, D = draw.integer(1, 4), draw.integer(1, 4), 2 * draw.integer(1, 8)
-        tokens = draw.integer(1, 5000)
-        keys = torch.zeros(layers, tokens, H_kv, D, dtype=torch.float16)
-        answer = student.ask(
-            "scenarios.full_cache_bytes", {}, layers=layers, H_kv=H_kv, D=D, tokens=tokens
-        )
-        expect(answer, "bytes", 2 * keys.numel() * keys.element_size(), 0)
+        sizes = {"layers": draw.integer(1, 4), "H_kv": draw.integer(1, 4)}
+        sizes |= {"D": 2 * draw.integer(1, 8), "tokens": draw.integer(1, 5000)}
+        answer = student.ask("scenarios.full_cache_bytes", {}, **sizes)
+        expect(answer, "bytes", 2 * 2 * prod(sizes.values()), 0)
 
 
 def what_the_paper_counts(student: Sandbox, draw: Draw) -> None:
@@ -54,3 +53,15 @@ def what_the_paper_counts(student: Sandbox, draw: Draw) -> None:
         layers = torch.stack([ranks, bits], 2).tolist()  # [layers, K and V, rank and bits]
         answer = student.ask("scenarios.paper_ratio", {}, H_kv=H_kv, D=D, layers=layers)
         expect(answer, "ratio", want, 1e-9, f"rank and bits {layers}")
+
+
+def what_infer_reports(student: Sandbox, draw: Draw) -> None:
+    """The bytes that infer.py reports for the teaching model, of 4 layers with 64 channels, and the
+    nominal ratio of its factors of rank 32 in 4 bits."""
+    room = draw.integer(900, 2000)
+    answer = student.ask(
+        "scenarios.teacher_bytes", {"prompt": draw.whole(0, 999, 1, 40)}, room=room
+    )
+    expect(answer, "held", 2 * 4 * 64 * 2 * room, 0, "of a full cache")
+    expect(answer, "full", 2 * 4 * 64 * 2 * room, 0)
+    expect(answer, "ratio", 1 - 4 * 32 / (16 * 64), 1e-9)
