@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -206,28 +206,6 @@ class Sandbox:
         if status < 0:
             return f"it crashed with signal {-status}: {end}"
         return f"it ended the process, with status {status}: {end}"
-
-    def peak(self, function: str, tensors: dict[str, Tensor], **numbers) -> tuple[dict, int]:
-        """`ask` in a fresh process of the same files, and the most memory that it held, in bytes:
-        the operating system's word, not the process's."""
-        left = self.deadline - time.monotonic()
-        with Sandbox(self.files, replace(self.limits, seconds=left)) as fresh:
-            return fresh.ask(function, tensors, **numbers), fresh.most_memory()
-
-    def most_memory(self) -> int:
-        """The most bytes of memory that the process has held. It may end by this."""
-        if sys.platform == "linux":
-            try:
-                text = Path(f"/proc/{self.process.pid}/status").read_text()
-                return 1024 * int(text.split("VmHWM:")[1].split()[0])
-            except (OSError, IndexError):  # it has ended, or is about to
-                raise Stopped(self.why_it_ended()) from None
-        if sys.platform != "darwin":
-            raise Failed("this system does not say how much memory was used; the grader's does")
-        self.process.stdin.close()
-        _, status, usage = os.wait4(self.process.pid, 0)
-        self.process.returncode = os.waitstatus_to_exitcode(status)
-        return usage.ru_maxrss
 
 
 def read_answer(answer: bytes) -> dict[str, Tensor]:
