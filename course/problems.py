@@ -224,7 +224,7 @@ def read_modules(folder: Path) -> dict[str, str]:
     for module in MODULES:
         try:
             texts[module] = read_file(folder, f"{module}.py")
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:  # there is none, or the folder is a link to itself
             continue
     return texts
 
