@@ -8,8 +8,7 @@ the grader ends before Gradescope's own limit of 10, after which a submission ha
 The zip has this project's files, `setup.sh`, which installs what they need, and `run_autograder`,
 which writes zero points to results/results.json first. So there is a result after a crash too; each
 problem's points are added when they are known.
-Students hand in cskv.py, infer.py, model.py, quant.py, train.py and beyond/segments.py, and perhaps
-a plan.json, for the leaderboard.
+Students hand in cskv.py, infer.py, model.py, quant.py, train.py and beyond/segments.py,.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -19,14 +18,12 @@ import json
 import os
 import secrets
 import shutil
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from course import leaderboard, problems
+from course import problems
 from course.grade import Verdict, grade
 from course.problems import CPU_INDEX, MODULES, PROJECT, REQUIREMENTS, ROOT
-from course.sandbox import Stopped, bounded
 from support.command import Arguments, UserError, check_files, replacing, run_command
 
 SETUP = f"""#!/usr/bin/env bash
@@ -43,7 +40,6 @@ fi
 """
 
 SECONDS = 8 * 60
-PLAN = 0.25  # of these
 RUN = """#!/usr/bin/env bash
 # Gradescope runs this for every submission.
 home=${AUTOGRADER:-/autograder}
@@ -59,9 +55,8 @@ timeout 580 "$python" -m course.gradescope --grade "$home"
 """
 
 
-def results(verdicts: list[Verdict], message: str, score: leaderboard.Score | None = None) -> dict:
-    """results.json: the verdicts so far, and zero points for the other problems; `score` is that of
-    a plan, problem g."""
+def results(verdicts: list[Verdict], message: str) -> dict:
+    """results.json: the verdicts so far, and zero points for the other problems."""
     missing = "not graded: the grader ended before. Submit again, or ask the instructor."
     points = {verdict.problem.id: verdict.points for verdict in verdicts}
     texts = {verdict.problem.id: verdict.text() for verdict in verdicts}
@@ -76,8 +71,6 @@ def results(verdicts: list[Verdict], message: str, score: leaderboard.Score | No
         }
         tests.append(test)
     board = [{"name": "points", "value": sum(points.values()), "order": "desc"}]
-    if score and score.share <= leaderboard.BUDGET:
-        board.append({"name": leaderboard.NAME, "value": round(score.nats, 4), "order": "asc"})
     return {"output": message, "tests": tests, "leaderboard": board}
 
 
@@ -87,29 +80,19 @@ def write_results(path: Path, content: dict) -> None:
 
 
 def grade_submission(submission: Path, path: Path, seconds: float = SECONDS) -> None:
-    """Writes results.json anew after every problem, the last time before the seconds are over. A
-    plan has its part of them. Raises `UserError` if it cannot be written."""
-    end = time.monotonic() + seconds
+    """Writes results.json anew after every problem, the last time before the seconds are over.
+    Raises `UserError` if it cannot be written."""
     seed = secrets.randbelow(2**31)
     verdicts = []
     message = f"seed {seed}"
-    score = None
     try:
         folder = problems.find_submission(submission)
-        plan = folder / "plan.json"
-        has_plan = os.path.lexists(plan)
-        for verdict in grade(folder, seed, seconds=seconds - PLAN * has_plan * seconds):
+        for verdict in grade(folder, seed, seconds=seconds):
             verdicts.append(verdict)
             write_results(path, results(verdicts, message))
-        if has_plan:
-            with bounded(end - time.monotonic()):
-                score = leaderboard.measure(plan)
-            message += f"; problem g, plan.json: {leaderboard.judge(score)}"
     except UserError as error:
         message = str(error)
-    except Stopped:
-        message += "; problem g: not measured in the time that was left"
-    write_results(path, results(verdicts, message, score))
+    write_results(path, results(verdicts, message))
 
 
 def write_zip(path: Path) -> None:

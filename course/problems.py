@@ -31,8 +31,7 @@ LARGEST = 2**18  # bytes of a file that is read
 GIVEN = COURSE / "given"  # in a student's folder: the files of `MODULES` as handed out
 # What students and the grader on Gradescope need besides.
 PROJECT = ("course", "support", "beyond", "weights/teacher", "LICENSE")
-# Of the experiments, what the leaderboard measures with.
-PROJECT += ("experiments/__init__.py", "experiments/rounded.py", "experiments/tasks")
+PROJECT += ("experiments/__init__.py", "experiments/tasks")  # the checks' texts
 # What a student must not find in these folders.
 LEFT_OUT = ("__pycache__", ".ipynb_checkpoints", "walkthrough.ipynb", "answers.md", "INSTRUCTOR.md")
 REQUIREMENTS = """torch==2.13.0

@@ -16,12 +16,11 @@ from zipfile import ZipFile
 import pytest
 import torch
 
-from course import grade, gradescope, leaderboard, problems, release
+from course import grade, gradescope, problems, release
 from course.checks import factors
 from course.problems import ROOT, function_text, read_modules, write_modules
 from course.sandbox import Failed, Limits, Sandbox, expect
-from support.command import UserError
-from tests.helpers import call, tiny_model
+from tests.helpers import call
 from tests.test_course import PARTS, PROBLEM_OF, PROBLEMS, REFERENCE, SOLVED, write_body
 from tests.wrong_solutions import ZEROS
 
@@ -162,14 +161,6 @@ def test_reference_and_empty_release(released):
     assert command(ROOT, ROOT)[0] == 100
     assert time.time() - start < 180
     assert command(ROOT, released)[0] == 0
-
-
-@pytest.mark.slow
-def test_the_students_leaderboard(released, tmp_path):
-    """Starts in the released folder: all that it imports is there."""
-    run = [sys.executable, "-m", "course.leaderboard", tmp_path]
-    done = subprocess.run(run, cwd=released, capture_output=True, text=True)
-    assert done.returncode == 2 and "no plan" in done.stderr, done.stderr
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
@@ -555,34 +546,6 @@ def test_gradescope_has_results_after_a_crash(image, more):
 def grade_submission(folder):
     gradescope.grade_submission(folder, folder / "results.json")
     return json.loads((folder / "results.json").read_text())
-
-
-@pytest.mark.slow
-def test_gradescope_measures_a_plan(tmp_path):
-    """Within the budget it is on the leaderboard, beyond it it is not, with a reason."""
-    config = json.loads((ROOT / "weights" / "teacher" / "config.json").read_text())
-    (tmp_path / "cskv.py").write_text("")
-    for pair, message, rows in (([4, 2], "nats a digit", 2), ([60, 16], "does not count", 1)):
-        side = [pair] * config["num_hidden_layers"]
-        (tmp_path / "plan.json").write_text(json.dumps({"keys": side, "values": side}))
-        results = grade_submission(tmp_path)
-        assert message in results["output"], results["output"]
-        assert len(results["leaderboard"]) == rows
-
-
-def plan(pair):
-    return json.dumps({"keys": [pair] * 2, "values": [[1, 4]] * 2})
-
-
-NO_PLANS = ["", "[]", '{"keys": []}', '{"keys": [[1, 4]], "values": [[1, 4]]}', "1e999"]
-NO_PLANS += ["[" * 10**5, plan([0, 4]), plan([1, 5]), plan([13, 4])]
-
-
-@pytest.mark.parametrize("text", NO_PLANS)
-def test_a_plan_that_is_none(tmp_path, text):
-    (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(UserError, match="is no plan"):
-        leaderboard.read_plan(tmp_path / "plan.json", tiny_model())
 
 
 def test_gradescope_looks_for_the_files(tmp_path):
