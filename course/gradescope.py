@@ -5,9 +5,9 @@
 It needs 2 CPUs and 2 GB (Gradescope: Settings, Container Specifications), and at most 9 minutes:
 the grader ends before Gradescope's own limit of 10, after which a submission has no result.
 
-The zip has this project's files, `setup.sh`, which installs what they need, and `run_autograder`,
-which writes zero points to results/results.json first. So there is a result after a crash too; each
-problem's points are added when they are known.
+The zip has this project's files, `setup.sh` and `run_autograder`, which writes zero points to
+results/results.json first, so there is a result after a crash too. Each problem's points are added
+when they are known.
 Students hand in cskv.py, infer.py, model.py, quant.py, train.py and beyond/segments.py,.
 """
 
@@ -22,9 +22,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from course import problems
-from course.grade import Verdict, grade
-from course.problems import CPU_INDEX, MODULES, PROJECT, REQUIREMENTS, ROOT
-from support.command import Arguments, UserError, check_files, replacing, run_command
+from course.grade import SECONDS, Verdict, grade
+from course.problems import CPU_INDEX, PROJECT, REQUIREMENTS
+from support.command import Arguments, UserError, check_writable, replacing, run_command
 
 SETUP = f"""#!/usr/bin/env bash
 # Gradescope runs this once, to make the image.
@@ -38,8 +38,6 @@ fi
 "$home/venv/bin/pip" install -q {REQUIREMENTS.split()[0]} --index-url {CPU_INDEX}
 "$home/venv/bin/pip" install -q -r "$home/source/requirements.txt"
 """
-
-SECONDS = 8 * 60
 RUN = """#!/usr/bin/env bash
 # Gradescope runs this for every submission.
 home=${AUTOGRADER:-/autograder}
@@ -58,19 +56,20 @@ timeout 580 "$python" -m course.gradescope --grade "$home"
 def results(verdicts: list[Verdict], message: str) -> dict:
     """results.json: the verdicts so far, and zero points for the other problems."""
     missing = "not graded: the grader ended before. Submit again, or ask the instructor."
-    points = {verdict.problem.id: verdict.points for verdict in verdicts}
-    texts = {verdict.problem.id: verdict.text() for verdict in verdicts}
+    known = {verdict.problem.id: verdict for verdict in verdicts}
     tests = []
     for problem in problems.load_problems():
+        verdict = known.get(problem.id, Verdict(problem, lost=[missing]))
         test = {
             "name": f"{problem.id}  {problem.title}",
-            "score": points.get(problem.id, 0),
+            "score": verdict.points,
             "max_score": problem.points,
-            "output": texts.get(problem.id, missing),
+            "output": verdict.text(),
             "visibility": "visible",
         }
         tests.append(test)
-    board = [{"name": "points", "value": sum(points.values()), "order": "desc"}]
+    total = sum(test["score"] for test in tests)
+    board = [{"name": "points", "value": total, "order": "desc"}]
     return {"output": message, "tests": tests, "leaderboard": board}
 
 
@@ -115,11 +114,9 @@ def run(args: argparse.Namespace) -> None:
     if args.grade is not None:
         grade_submission(args.grade / "submission", args.grade / "results" / "results.json")
         return
-    read = {}
-    for name in (*PROJECT, *[f"{module}.py" for module in MODULES]):
-        for file in (ROOT / name, *(ROOT / name).rglob("*")):
-            read[str(file)] = file
-    check_files({"--out": args.out}, read)
+    if args.out.suffix != ".zip":  # so that it is no file of the project
+        raise UserError(f"{args.out} is no zip file; name it autograder.zip")
+    check_writable(args.out)
     write_zip(args.out)
     size = f"{os.path.getsize(args.out) / 1e6:.2f} MB"
     print(f"{args.out}: upload it to Gradescope, {size}; choose 2 CPUs and 2 GB there")

@@ -36,8 +36,7 @@ and after every change, to see what holds:
 
     .venv/bin/python -m course.grade --problem a
 
-The first `pip` command gets PyTorch for the CPU; with CUDA it is several GB. On Windows `py` is
-`python3`, and `.venv\\Scripts` is `.venv/bin`:
+The first `pip` command gets PyTorch for the CPU; with CUDA it is several GB. On Windows:
 
     py -m venv .venv
     .venv\\Scripts\\pip {INSTALL}
@@ -87,8 +86,6 @@ def run(args: argparse.Namespace) -> None:
     out = args.out
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is there and not an empty folder; choose another name")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"no folder {out.parent} to make {out.name} in; make it first")
     temporary = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}-"))
     try:
         write_release(temporary)

@@ -186,7 +186,7 @@ CHEATS = {  # by what is said of them, if more than that the answer is wrong
         "the interpreter is left": "import sys; sys.exit(0)",
         "the process is left": "import os; os._exit(0)",
     },
-    "at most 4 seconds": {"an endless loop": "while True: pass"},
+    "over 4 seconds": {"an endless loop": "while True: pass"},
     "did not end within": {"sleep": "import time; time.sleep(1000)"},
     "it printed": {
         "a print flood": "while True: print('x' * 1000)",
@@ -229,7 +229,8 @@ CHEATS = {  # by what is said of them, if more than that the answer is wrong
         "the answer is forged": (
             "import sys; m = sys.modules['__main__']\n"
             "m.answer = lambda _: m.json.dumps({'points': 100, 'tensors': m.encode({})})"
-        )
+        ),
+        "many tensors": "return {str(i): torch.zeros(0) for i in range(10**4)}",
     },
     "": {
         "points are written to the grader": (
@@ -241,7 +242,6 @@ CHEATS = {  # by what is said of them, if more than that the answer is wrong
     },
     "bytes": {"a huge answer": "return LowRank(torch.zeros(2**25), torch.zeros(2**25))"},
     "something else than its answer": {
-        "many tensors": "return {str(i): torch.zeros(0) for i in range(10**4)}",
         "deep JSON": FORGED.format('"[" * 10**6'),
         "a huge number": FORGED.format("'{\"error\": 1' + '0' * 10**7 + '}'"),
         "an error that is none": FORGED.format("m.json.dumps({'error': 'x', 'frames': 10**9})"),
@@ -414,7 +414,7 @@ def test_an_answer_costs_no_more_than_its_problem(monkeypatch):
     monkeypatch.setattr(factors, "svd_is_nearest", endless)
     limits = Limits(seconds=6)
     verdict = grade.grade_problem(PROBLEMS["b"], REFERENCE, student, 1, limits)
-    assert verdict.points == 0 and "the time for it is over" in verdict.text()
+    assert verdict.points == 0 and "did not end within" in verdict.text()
 
 
 @pytest.mark.slow
