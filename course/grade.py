@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,10 +88,7 @@ def check_part(
         raise NotFound(f"not written yet: {', '.join(part.names)}")
     module = importlib.import_module(f"course.checks.{verdict.problem.checks_in}")
     names = part.names if reference.solved else [*part.names, *part.builds_on]
-
-    def place(frames: list) -> str | None:
-        return problems.student_line(files, names, student, frames)
-
+    place = partial(problems.student_line, files, names, student)
     with Sandbox(files, limits) as sandbox, bounded(limits.seconds):
         try:
             for name, points in part.checks.items():
@@ -122,9 +120,7 @@ def grade_problem(
     return verdict
 
 
-def grade(
-    folder: Path, seed: int, ids: list[str] | None = None, seconds: float = SECONDS
-) -> Iterator[Verdict]:
+def grade(folder: Path, seed: int, ids: list | None = None, seconds=SECONDS) -> Iterator[Verdict]:
     """The verdicts on a student's folder, problem by problem, each when it is known. Every problem
     has its share of the seconds that are left. Raises `UserError` if there is nothing to grade."""
     end = time.monotonic() + seconds
@@ -167,7 +163,7 @@ def grade_class(folder: Path, table: Path, seed: int, ids: list[str]) -> None:
                 writer.writeheader()
                 writer.writerows(rows)
         progress = f"{i + 1} of {len(students)}: {student.name}, {rows[-1]['total']} points"
-        print(progress, file=sys.stderr, flush=True)
+        print(progress, file=sys.stderr)
     print(f"{table}: {len(rows)} students, seed {seed}")
 
 
@@ -190,8 +186,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"{'total':50} {points:3} of {most}")
     if points < most:
         if GIVEN.exists() and folder == ROOT:
-            print("Functions of earlier problems are yours here: a check may fail for one of them.")
-            print("The instructor's grader takes its own.")
+            print(
+                "Earlier problems' functions are yours here; the instructor's grader has its own."
+            )
         sys.exit(1)
 
 
@@ -201,8 +198,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, nargs="?", help="of a student (this one)")
     problem = comma_list(one_of(ids, "problem"))
     parser.add_argument("--problem", type=problem, help="check only this one, such as b or b,c")
-    repeat = "repeat a run with the inputs that it had (new ones at every run)"
-    parser.add_argument("--seed", type=number(int, 0), help=repeat)
+    parser.add_argument("--seed", type=number(int, 0), help="repeat a run, with the inputs it had")
     parser.add_argument("--all", type=Path, help="grade a class: this has a folder a student")
     parser.add_argument("--csv", type=Path, help="table of a class to write")
     args = parser.parse_args(argv)

@@ -2,20 +2,16 @@
 
     python -m course.gradescope --out autograder.zip
 
-It needs 2 CPUs and 2 GB (Gradescope: Settings, Container Specifications), and at most 9 minutes:
-the grader ends before Gradescope's own limit of 10, after which a submission has no result.
-
-The zip has this project's files, `setup.sh` and `run_autograder`, which writes zero points to
-results/results.json first, so there is a result after a crash too. Each problem's points are added
-when they are known.
-Students hand in cskv.py, infer.py, model.py, quant.py, train.py and beyond/segments.py,.
+It needs 2 CPUs and 2 GB (Gradescope: Settings, Container Specifications). The grader ends before
+Gradescope's limit of 10 minutes, after which a submission has no result, and `run_autograder`
+writes zero points first. Each problem's points are added when they are known. Students hand in
+cskv.py, infer.py, model.py, quant.py, train.py and beyond/segments.py.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
 
 import argparse
 import json
-import os
 import secrets
 import shutil
 from pathlib import Path
@@ -24,16 +20,14 @@ from tempfile import TemporaryDirectory
 from course import problems
 from course.grade import SECONDS, Verdict, grade
 from course.problems import CPU_INDEX, PROJECT, REQUIREMENTS
-from support.command import Arguments, UserError, check_writable, replacing, run_command
+from support.command import Arguments, UserError, replacing, run_command
 
 SETUP = f"""#!/usr/bin/env bash
 # Gradescope runs this once, to make the image.
 set -euo pipefail
 home=${{AUTOGRADER:-/autograder}}
-if ! python3 -m venv "$home/venv"; then  # a bare Ubuntu lacks the package
-    apt-get update && apt-get install -y python3-venv
-    python3 -m venv "$home/venv"
-fi
+apt-get update && apt-get install -y python3-venv
+python3 -m venv "$home/venv"
 # PyTorch for the CPU: with CUDA it is several GB.
 "$home/venv/bin/pip" install -q {REQUIREMENTS.split()[0]} --index-url {CPU_INDEX}
 "$home/venv/bin/pip" install -q -r "$home/source/requirements.txt"
@@ -53,7 +47,7 @@ timeout 580 "$python" -m course.gradescope --grade "$home"
 """
 
 
-def results(verdicts: list[Verdict], message: str) -> dict:
+def write_results(path: Path, verdicts: list[Verdict], message: str) -> None:
     """results.json: the verdicts so far, and zero points for the other problems."""
     missing = "not graded: the grader ended before. Submit again, or ask the instructor."
     known = {verdict.problem.id: verdict for verdict in verdicts}
@@ -70,10 +64,7 @@ def results(verdicts: list[Verdict], message: str) -> dict:
         tests.append(test)
     total = sum(test["score"] for test in tests)
     board = [{"name": "points", "value": total, "order": "desc"}]
-    return {"output": message, "tests": tests, "leaderboard": board}
-
-
-def write_results(path: Path, content: dict) -> None:
+    content = {"output": message, "tests": tests, "leaderboard": board}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -85,13 +76,12 @@ def grade_submission(submission: Path, path: Path, seconds: float = SECONDS) -> 
     verdicts = []
     message = f"seed {seed}"
     try:
-        folder = problems.find_submission(submission)
-        for verdict in grade(folder, seed, seconds=seconds):
+        for verdict in grade(submission, seed, seconds=seconds):
             verdicts.append(verdict)
-            write_results(path, results(verdicts, message))
+            write_results(path, verdicts, message)
     except UserError as error:
         message = str(error)
-    write_results(path, results(verdicts, message))
+    write_results(path, verdicts, message)
 
 
 def write_zip(path: Path) -> None:
@@ -100,10 +90,9 @@ def write_zip(path: Path) -> None:
     with replacing(path) as temporary, TemporaryDirectory() as work:
         folder = Path(work) / "source"
         problems.copy_project(folder, PROJECT, reference.solved)
-        no_points = results([], "the grader did not come to an end")
-        write_results(folder / "no_points.json", no_points)
-        (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
-        for name, text in (("setup.sh", SETUP), ("run_autograder", RUN)):
+        write_results(folder / "no_points.json", [], "the grader did not come to an end")
+        texts = {"requirements.txt": REQUIREMENTS, "setup.sh": SETUP, "run_autograder": RUN}
+        for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
             (folder / name).chmod(0o755)
         shutil.move(shutil.make_archive(f"{work}/autograder", "zip", folder), temporary)
@@ -116,10 +105,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.out.suffix != ".zip":  # so that it is no file of the project
         raise UserError(f"{args.out} is no zip file; name it autograder.zip")
-    check_writable(args.out)
     write_zip(args.out)
-    size = f"{os.path.getsize(args.out) / 1e6:.2f} MB"
-    print(f"{args.out}: upload it to Gradescope, {size}; choose 2 CPUs and 2 GB there")
+    print(f"{args.out}: upload it to Gradescope; choose 2 CPUs and 2 GB there")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

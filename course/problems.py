@@ -22,17 +22,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-COURSE = Path(__file__).resolve().parent
-ROOT = COURSE.parent
-# The files that problems are in.
-MODULES = ("quant", "model", "cskv", "train", "infer", "beyond/segments")
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = ("quant", "model", "cskv", "train", "infer", "beyond/segments")  # of problems
 LARGEST = 2**18  # bytes of a file that is read
-GIVEN = COURSE / "given"  # in a student's folder: the files of `MODULES` as handed out
+GIVEN = ROOT / "course" / "given"  # in a student's folder: the files of `MODULES` as handed out
 # What students and the grader on Gradescope need besides.
 PROJECT = ("course", "support", "beyond", "weights/teacher", "LICENSE")
 PROJECT += ("experiments/__init__.py", "experiments/tasks")  # the checks' texts
 # What a student must not find in these folders.
-LEFT_OUT = ("__pycache__", ".ipynb_checkpoints", "walkthrough.ipynb", "answers.md", "INSTRUCTOR.md")
+LEFT_OUT = ("__pycache__", ".ipynb_checkpoints", "release.py")
+LEFT_OUT += ("walkthrough.ipynb", "answers.md", "INSTRUCTOR.md")
 REQUIREMENTS = """torch==2.13.0
 numpy==2.2.6
 safetensors==0.8.0
@@ -72,7 +71,7 @@ class Problem:
 
 
 def load_problems() -> list[Problem]:
-    text = (COURSE / "problems.toml").read_text(encoding="utf-8")
+    text = (ROOT / "course" / "problems.toml").read_text(encoding="utf-8")
     problems = []
     for entry in tomllib.loads(text)["problem"]:
         parts = [Part(**part) for part in entry["part"]]
@@ -91,19 +90,19 @@ class Unreadable(str):
     """In the place of a file's text: why there is none."""
 
 
-def indentation(line: str) -> int:
-    return len(line) - len(line.lstrip())
-
-
 def find_block(lines: list[str], place: range, kind: str, name: str) -> range:
     """Of these lines, those of a function (`kind` "def") or class: up to the next word that is
     indented no more. So a mistake in another function costs that one only. Of several it is the
     last, as in Python. Empty if there is none."""
-    heads = [i for i in place if re.match(rf"\s*{kind}\s+{name}\b", lines[i])]
+    heads = {}
+    for i in place:
+        match = re.match(rf"(\s*){kind}\s+{name}\b", lines[i])
+        if match:
+            heads[i] = len(match[1])
     if not heads:
         return range(0)
-    head = min(reversed(heads), key=lambda i: indentation(lines[i]))
-    after = re.compile(rf"\s{{0,{indentation(lines[head])}}}[\w@]")
+    head = min(reversed(heads), key=heads.get)
+    after = re.compile(rf"\s{{0,{heads[head]}}}[\w@]")
     ends = [i for i in range(head + 1, place.stop) if after.match(lines[i])]
     return range(head, min(ends, default=place.stop))
 
@@ -126,7 +125,7 @@ def find_function(modules: dict[str, str], name: str) -> tuple[ast.FunctionDef, 
     start = place.start
     while start and lines[start - 1].lstrip().startswith("@"):
         start -= 1
-    head = "if True:" if indentation(lines[start]) else ""
+    head = "if True:" if lines[start][0].isspace() else ""
     try:
         tree = ast.parse("\n".join([head, *lines[start : place.stop]]))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -251,8 +250,7 @@ def load_reference(problems: Iterable[Problem]) -> Reference:
 
 
 def assemble(reference: Reference, part: Part, student: dict[str, str]) -> dict[str, str]:
-    """The files to check a part with. Raises `NotFound` for a function that the student's
-    files do not have."""
+    """The files to check a part with. Raises `NotFound` if the student's files lack a function."""
     files = reference.given
     for name in part.builds_on:
         files = put_function(files, name, function_text(reference.solved or student, name))

@@ -1,8 +1,7 @@
 """The grader's side of a process that runs a student's functions (worker.py).
 
 The grader never imports a student's file. It sends tensors to the process, gets tensors back, and
-compares them itself with what they must be: only right answers make points. What comes back is
-bounded, and so is what a check may spend on it (`bounded`).
+compares them itself with what they must be. What comes back has a bound, and so has a check.
 """
 
 import json
@@ -25,8 +24,7 @@ from course.problems import copy_project
 
 LARGEST_ANSWER = 2**24  # bytes
 CHECKING = 2**29  # bytes that a check may take
-COPIED = ("support", "beyond", "course/worker.py", "course/scenarios.py")
-COPIED += ("weights/teacher",)  # what infer.py shows is checked with it
+COPIED = ("support", "beyond", "course/worker.py", "course/scenarios.py", "weights/teacher")
 KEPT = ("PATH", "SYSTEMROOT", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 KILLED = (-9, -24)  # the exit status after SIGKILL and SIGXCPU, which the limits send
 NOBODY = 65534  # the user that owns nothing
@@ -43,12 +41,9 @@ class Limits:
 
 
 class Failed(Exception):
-    """A check does not hold, or the student's function raised an error: then `frames` are the
-    [file, line] of the calls that led to it."""
+    """A check does not hold, or the student's function raised an error."""
 
-    def __init__(self, message: str, frames: list | None = None):
-        super().__init__(message)
-        self.frames = frames or []
+    frames = ()  # [file, line] of the calls that led to an error
 
 
 class Stopped(Exception):
@@ -56,8 +51,7 @@ class Stopped(Exception):
 
 
 def other_user() -> dict:
-    """For `subprocess.Popen`: as root, run as a user that may change nothing, if every user may run
-    this Python."""
+    """For `Popen`: as root, run as a user that owns nothing, if every user may run this Python."""
     if os.name != "posix" or os.geteuid() != 0:
         return {}
     python = Path(sys.executable)
@@ -93,8 +87,7 @@ def bounded(seconds: float) -> Iterator[None]:
 
 
 class Sandbox:
-    """Student's functions in a process of their own. A context manager. `files` are the texts of
-    all files of `MODULES`, by module."""
+    """Student's functions in a process of their own; `files` are the texts of all `MODULES`."""
 
     def __init__(self, files: dict[str, str], limits: Limits):
         self.files = files
@@ -151,9 +144,7 @@ class Sandbox:
     def ask(self, function: str, tensors: dict[str, Tensor], **numbers) -> dict[str, Tensor]:
         """What a function, such as "quant.pack" or "scenarios.attend", makes of these tensors and
         numbers, as tensors: those of its result's names or, for a single one, of its own name.
-
-        Raises `Failed` if the student's function raised an error, `Stopped` if the process ended.
-        """
+        Raises `Failed` if the student's function raised an error, `Stopped` if it ended."""
         tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         request = {"function": function, "numbers": numbers, "tensors": worker.encode(tensors)}
         answer = b""
@@ -161,22 +152,17 @@ class Sandbox:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
             answer = self.process.stdout.readline(LARGEST_ANSWER)
-        if not answer.endswith(b"\n") or self.flooded():
+        if not answer.endswith(b"\n"):
             raise Stopped(self.why_it_ended())
         return read_answer(answer)
-
-    def flooded(self) -> bool:
-        return os.fstat(self.printed.fileno()).st_size >= self.limits.output
 
     def why_it_ended(self) -> str:
         """Why there is no answer, in a sentence."""
         with suppress(subprocess.TimeoutExpired):  # it has closed its answers, but still runs
-            self.process.wait(0 if self.flooded() else 5)
+            self.process.wait(5)
         status = self.process.poll()
         self.kill()
         end = self.output()[-300:]
-        if self.flooded():
-            return f"it printed {self.limits.output} bytes or more; print less"
         if status is None:
             return f"it closed the way to the grader, or sent over {LARGEST_ANSWER} bytes"
         if status in KILLED:
@@ -196,7 +182,9 @@ def read_answer(answer: bytes) -> dict[str, Tensor]:
         message = str(values["error"])[:2000]
     except Exception:  # bytes of any kind may have come
         raise Stopped("the process wrote something else than its answer") from None
-    raise Failed(message, frames)
+    failed = Failed(message)
+    failed.frames = frames
+    raise failed
 
 
 def look(answer: dict[str, Tensor], name: str, shape: tuple, dtype=None) -> Tensor:
@@ -216,8 +204,7 @@ def look(answer: dict[str, Tensor], name: str, shape: tuple, dtype=None) -> Tens
 def expect(
     answer: dict, name: str, want: Tensor | float, tolerance: float, hint="", dtype=None
 ) -> None:
-    """Raises `Failed` unless a tensor of an answer is `want`, within a relative tolerance, and of
-    this type."""
+    """Raises `Failed` unless a tensor of an answer is `want`, within a relative tolerance."""
     want = torch.as_tensor(want, dtype=torch.float64)
     got = look(answer, name, want.shape, dtype)
     if want.numel() == 0:

@@ -122,7 +122,7 @@ def test_release_pins_what_it_needs(released):
 def test_release_is_whole_or_not_there(tmp_path, capsys, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
-    for out, message in (("full", "not an empty folder"), ("no/x", "make it")):
+    for out, message in (("full", "is there already"), ("no/x", "check where it is")):
         code, _, err = call(release, capsys, "--out", tmp_path / out)
         assert code == 2 and message in err and err.count("\n") == 1
     monkeypatch.setattr(release, "write_modules", lambda folder, given: 1 / 0)
@@ -188,10 +188,7 @@ CHEATS = {  # by what is said of them, if more than that the answer is wrong
     },
     "over 4 seconds": {"an endless loop": "while True: pass"},
     "did not end within": {"sleep": "import time; time.sleep(1000)"},
-    "it printed": {
-        "a print flood": "while True: print('x' * 1000)",
-        "a quiet flood": ("try:\n    while True: print('x' * 1000)\nexcept OSError: pass"),
-    },
+    "File too large": {"a print flood": "while True: print('x' * 1000)"},
     "MemoryError": {"all of the memory": "[bytearray(2**28) for _ in range(1000)]"},
     "crashed with signal 11": {"a crash": "import signal; signal.raise_signal(signal.SIGSEGV)"},
     "times the least": {
@@ -233,12 +230,13 @@ CHEATS = {  # by what is said of them, if more than that the answer is wrong
         "many tensors": "return {str(i): torch.zeros(0) for i in range(10**4)}",
     },
     "": {
+        "a quiet flood": "try:\n    while True: print('x' * 1000)\nexcept OSError: pass",
         "points are written to the grader": (
             "import os\n"
             "for stream in range(3, 20):\n"
             "    try: os.write(stream, b'total 100 of 100' * 100)\n"
             "    except OSError: pass"
-        )
+        ),
     },
     "bytes": {"a huge answer": "return LowRank(torch.zeros(2**25), torch.zeros(2**25))"},
     "something else than its answer": {
@@ -362,7 +360,7 @@ def test_messages_teach():
     student, text = graded_body("x = 1\nhelper(W)")
     line = student["cskv"].split("\n").index("    helper(W)") + 1
     assert f"cskv.py, line {line}: helper(W)" in text and "only the function is taken" in text
-    assert "svd_factors: returned nothing: is there a `return`?" in graded_body("x = 1")[1]
+    assert "a function returned nothing: is there a `return`?" in graded_body("x = 1")[1]
     text = graded_body("x = 1", "quant.group_limits")[1]
     assert "a function returned nothing: is there a `return`?" in text
     text = graded_body("self.helper()", "model.LayerCache.nbytes")[1]
@@ -375,7 +373,10 @@ def test_messages_teach():
         expect({"x": got}, "x", want, 0.1)
 
 
-@pytest.mark.parametrize("end", ["", "raise ValueError", "import os; os._exit(0)", "while True: 0"])
+ENDS = [pytest.param(e, marks=pytest.mark.slow) for e in ("", "raise ValueError", "while True: 0")]
+
+
+@pytest.mark.parametrize("end", ["import os; os._exit(0)", *ENDS])
 def test_prints_are_shown(end):
     """Without the end of a line too, and when the process ends."""
     body = f"import sys\nprint('one', end='')\nsys.stdout.write('two')\n{end}\n{ZEROS}"
