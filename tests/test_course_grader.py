@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -167,8 +168,9 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     for words in ([tmp_path], [tmp_path / "none"], [], [ROOT, "--problem", "x"]):
         code, _, err = call(grade, capsys, *words)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
-    code, _, err = call(gradescope, capsys)
-    assert code == 2 and "--out" in err and err.count("\n") == 1
+    for words, message in (([], "--out"), (["--out", tmp_path / "x.py"], "is no zip file")):
+        code, _, err = call(gradescope, capsys, *words)
+        assert code == 2 and message in err and err.count("\n") == 1
 
 
 def test_the_same_seed_draws_the_same_inputs():
@@ -272,16 +274,19 @@ ALL_CHEATS = [
 ]
 
 
-def grade_body(body):
-    """The verdict on a student's files with nothing but this body, in the place of svd_factors. It
-    goes on with a wrong answer."""
-    student = write_body(REFERENCE.given, SVD, f"{body}\n{ZEROS}")
-    return grade.grade_problem(PROBLEMS["b"], REFERENCE, student, 1, FAST)
+def graded_body(body, name=SVD, limits=FAST):
+    """A student's files with nothing but this body of a function, two lines further down than ours,
+    and the verdict on the part that has the function."""
+    student = write_body(REFERENCE.given, name, body)
+    student = {module: f"#\n#\n{text}" for module, text in student.items()}
+    problem = PROBLEMS[PROBLEM_OF[name]]
+    problem = replace(problem, parts=[part for part in problem.parts if name in part.names])
+    return student, grade.grade_problem(problem, REFERENCE, student, 1, limits)
 
 
 @pytest.mark.parametrize("body, message", ALL_CHEATS)
 def test_cheat_has_no_points(body, message):
-    verdict = grade_body(body)
+    verdict = graded_body(f"{body}\n{ZEROS}")[1]  # it goes on with a wrong answer
     assert verdict.points == 0, verdict.text()
     assert message in verdict.text(), verdict.text()
 
@@ -293,7 +298,7 @@ def test_strange_answers_are_no_end_of_the_grader(monkeypatch):
         raise ValueError("strange")
 
     monkeypatch.setattr(factors, "svd_is_nearest", strange)
-    verdict = grade_body("print('printed'); return 0")
+    verdict = graded_body("print('printed'); return 0")[1]
     assert verdict.points == 0 and "no check of this was possible: strange" in verdict.text()
     assert "| printed" in verdict.text()
     with Sandbox(REFERENCE.given, FAST) as student:
@@ -347,29 +352,22 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path):
         assert "quant.py " in verdict.text() and reason in verdict.text()
 
 
-def graded_body(body, name=SVD):
-    """What is said of this body of a function, in a file that has two lines more than ours."""
-    student = write_body(SOLVED, name, body)
-    student = {module: f"#\n#\n{text}" for module, text in student.items()}
-    verdict = grade.grade_problem(PROBLEMS[PROBLEM_OF[name]], REFERENCE, student, 1, FAST)
-    return student, verdict.text()
-
-
 def test_messages_teach():
     """The student's own line; what was got and wanted; what to do about it."""
-    student, text = graded_body("x = 1\nhelper(W)")
+    student, verdict = graded_body("x = 1\nhelper(W)")
     line = student["cskv"].split("\n").index("    helper(W)") + 1
-    assert f"cskv.py, line {line}: helper(W)" in text and "only the function is taken" in text
-    assert "a function returned nothing: is there a `return`?" in graded_body("x = 1")[1]
-    text = graded_body("x = 1", "quant.group_limits")[1]
-    assert "a function returned nothing: is there a `return`?" in text
-    text = graded_body("self.helper()", "model.LayerCache.nbytes")[1]
-    assert "only the function is taken" in text
-    got, want = torch.zeros(2, 3), torch.zeros(2, 3)
-    got[1, 2] = 3
-    want[0, 0] = 2
-    got[0, 0] = 2
-    with pytest.raises(Failed, match=r"x is 3 at \[1, 2\], 0 was expected; relative error 1.5"):
+    only = "only the function is taken"
+    nothing = "returned nothing: is there a `return`?"
+    assert f"cskv.py, line {line}: helper(W)" in verdict.text() and only in verdict.text()
+    for body, name, message in (
+        ("x = 1", SVD, nothing),
+        ("x = 1", "quant.group_limits", nothing),
+        ("self.helper()", "model.LayerCache.nbytes", only),
+    ):
+        assert message in graded_body(body, name)[1].text()
+    got = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    want = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    with pytest.raises(Failed, match=r"x is 3 at \[1, 1\], 0 was expected; relative error 1.5"):
         expect({"x": got}, "x", want, 0.1)
 
 
@@ -380,7 +378,7 @@ ENDS = [pytest.param(e, marks=pytest.mark.slow) for e in ("", "raise ValueError"
 def test_prints_are_shown(end):
     """Without the end of a line too, and when the process ends."""
     body = f"import sys\nprint('one', end='')\nsys.stdout.write('two')\n{end}\n{ZEROS}"
-    assert "| onetwo" in graded_body(body)[1]
+    assert "| onetwo" in graded_body(body)[1].text()
 
 
 def test_one_syntax_error_costs_its_function():
@@ -408,13 +406,11 @@ def test_an_answer_costs_no_more_than_its_problem(monkeypatch):
         while True:
             pass
 
-    student = write_body(SOLVED, SVD, ZEROS)
     monkeypatch.setattr(factors, "svd_is_nearest", costly)
-    verdict = grade.grade_problem(PROBLEMS["b"], REFERENCE, student, 1, FAST)
-    assert "svd_is_nearest: no check of this was possible: MemoryError" in verdict.text()
+    text = graded_body(ZEROS)[1].text()
+    assert "svd_is_nearest: no check of this was possible: MemoryError" in text
     monkeypatch.setattr(factors, "svd_is_nearest", endless)
-    limits = Limits(seconds=6)
-    verdict = grade.grade_problem(PROBLEMS["b"], REFERENCE, student, 1, limits)
+    verdict = graded_body(ZEROS, limits=Limits(seconds=6))[1]
     assert verdict.points == 0 and "did not end within" in verdict.text()
 
 
