@@ -2,48 +2,36 @@
 
     python -m course.gradescope --out autograder.zip
 
-It needs 2 CPUs and 2 GB (Gradescope: Settings, Container Specifications), and at most 9 minutes:
-the grader ends before Gradescope's own limit of 10, after which a submission has no result.
-
-The zip has this project's files, `setup.sh`, which installs what they need, and `run_autograder`,
-which writes zero points to results/results.json first. So there is a result after a crash too; each
-problem's points are added when they are known.
-Students hand in cskv.py, infer.py, model.py, quant.py, train.py and beyond/segments.py, and perhaps
-a plan.json, for the leaderboard.
+It needs 2 CPUs and 2 GB (Gradescope: Settings, Container Specifications). The grader ends before
+Gradescope's limit of 10 minutes, after which a submission has no result, and `run_autograder`
+writes zero points first. Each problem's points are added when they are known. Students hand in
+cskv.py, infer.py, model.py, quant.py, train.py and beyond/segments.py.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
 
 import argparse
 import json
-import os
 import secrets
 import shutil
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from course import leaderboard, problems
-from course.grade import Verdict, grade
-from course.problems import CPU_INDEX, MODULES, PROJECT, REQUIREMENTS, ROOT
-from course.sandbox import Stopped, bounded
-from support.command import Arguments, UserError, check_files, replacing, run_command
+from course import problems
+from course.grade import SECONDS, Verdict, grade
+from course.problems import CPU_INDEX, PROJECT, REQUIREMENTS
+from support.command import Arguments, UserError, replacing, run_command
 
 SETUP = f"""#!/usr/bin/env bash
 # Gradescope runs this once, to make the image.
 set -euo pipefail
 home=${{AUTOGRADER:-/autograder}}
-if ! python3 -m venv "$home/venv"; then  # a bare Ubuntu lacks the package
-    apt-get update && apt-get install -y python3-venv
-    python3 -m venv "$home/venv"
-fi
+apt-get update && apt-get install -y python3-venv
+python3 -m venv "$home/venv"
 # PyTorch for the CPU: with CUDA it is several GB.
 "$home/venv/bin/pip" install -q {REQUIREMENTS.split()[0]} --index-url {CPU_INDEX}
 "$home/venv/bin/pip" install -q -r "$home/source/requirements.txt"
 """
-
-SECONDS = 8 * 60
-PLAN = 0.25  # of these
 RUN = """#!/usr/bin/env bash
 # Gradescope runs this for every submission.
 home=${AUTOGRADER:-/autograder}
@@ -59,57 +47,41 @@ timeout 580 "$python" -m course.gradescope --grade "$home"
 """
 
 
-def results(verdicts: list[Verdict], message: str, score: leaderboard.Score | None = None) -> dict:
-    """results.json: the verdicts so far, and zero points for the other problems; `score` is that of
-    a plan, problem g."""
+def write_results(path: Path, verdicts: list[Verdict], message: str) -> None:
+    """results.json: the verdicts so far, and zero points for the other problems."""
     missing = "not graded: the grader ended before. Submit again, or ask the instructor."
-    points = {verdict.problem.id: verdict.points for verdict in verdicts}
-    texts = {verdict.problem.id: verdict.text() for verdict in verdicts}
+    known = {verdict.problem.id: verdict for verdict in verdicts}
     tests = []
     for problem in problems.load_problems():
+        verdict = known.get(problem.id, Verdict(problem, lost=[missing]))
         test = {
             "name": f"{problem.id}  {problem.title}",
-            "score": points.get(problem.id, 0),
+            "score": verdict.points,
             "max_score": problem.points,
-            "output": texts.get(problem.id, missing),
+            "output": verdict.text(),
             "visibility": "visible",
         }
         tests.append(test)
-    board = [{"name": "points", "value": sum(points.values()), "order": "desc"}]
-    if score and score.share <= leaderboard.BUDGET:
-        board.append({"name": leaderboard.NAME, "value": round(score.nats, 4), "order": "asc"})
-    return {"output": message, "tests": tests, "leaderboard": board}
-
-
-def write_results(path: Path, content: dict) -> None:
+    total = sum(test["score"] for test in tests)
+    board = [{"name": "points", "value": total, "order": "desc"}]
+    content = {"output": message, "tests": tests, "leaderboard": board}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def grade_submission(submission: Path, path: Path, seconds: float = SECONDS) -> None:
-    """Writes results.json anew after every problem, the last time before the seconds are over. A
-    plan has its part of them. Raises `UserError` if it cannot be written."""
-    end = time.monotonic() + seconds
+    """Writes results.json anew after every problem, the last time before the seconds are over.
+    Raises `UserError` if it cannot be written."""
     seed = secrets.randbelow(2**31)
     verdicts = []
     message = f"seed {seed}"
-    score = None
     try:
-        folder = problems.find_submission(submission)
-        plan = folder / "plan.json"
-        has_plan = os.path.lexists(plan)
-        for verdict in grade(folder, seed, seconds=seconds - PLAN * has_plan * seconds):
+        for verdict in grade(submission, seed, seconds=seconds):
             verdicts.append(verdict)
-            write_results(path, results(verdicts, message))
-        if has_plan:
-            with bounded(end - time.monotonic()):
-                score = leaderboard.measure(plan)
-            message += f"; problem g, plan.json: {leaderboard.judge(score)}"
+            write_results(path, verdicts, message)
     except UserError as error:
         message = str(error)
-    except Stopped:
-        message += "; problem g: not measured in the time that was left"
-    write_results(path, results(verdicts, message, score))
+    write_results(path, verdicts, message)
 
 
 def write_zip(path: Path) -> None:
@@ -118,10 +90,9 @@ def write_zip(path: Path) -> None:
     with replacing(path) as temporary, TemporaryDirectory() as work:
         folder = Path(work) / "source"
         problems.copy_project(folder, PROJECT, reference.solved)
-        no_points = results([], "the grader did not come to an end")
-        write_results(folder / "no_points.json", no_points)
-        (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
-        for name, text in (("setup.sh", SETUP), ("run_autograder", RUN)):
+        write_results(folder / "no_points.json", [], "the grader did not come to an end")
+        texts = {"requirements.txt": REQUIREMENTS, "setup.sh": SETUP, "run_autograder": RUN}
+        for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
             (folder / name).chmod(0o755)
         shutil.move(shutil.make_archive(f"{work}/autograder", "zip", folder), temporary)
@@ -132,14 +103,10 @@ def run(args: argparse.Namespace) -> None:
     if args.grade is not None:
         grade_submission(args.grade / "submission", args.grade / "results" / "results.json")
         return
-    read = {}
-    for name in (*PROJECT, *[f"{module}.py" for module in MODULES]):
-        for file in (ROOT / name, *(ROOT / name).rglob("*")):
-            read[str(file)] = file
-    check_files({"--out": args.out}, read)
+    if args.out.suffix != ".zip":  # so that it is no file of the project
+        raise UserError(f"{args.out} is no zip file; name it autograder.zip")
     write_zip(args.out)
-    size = f"{os.path.getsize(args.out) / 1e6:.2f} MB"
-    print(f"{args.out}: upload it to Gradescope, {size}; choose 2 CPUs and 2 GB there")
+    print(f"{args.out}: upload it to Gradescope; choose 2 CPUs and 2 GB there")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -6,7 +6,6 @@ Everything here works on text. No file of a student is imported.
 """
 
 import ast
-import functools
 import os
 import re
 import shutil
@@ -23,18 +22,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-COURSE = Path(__file__).resolve().parent
-ROOT = COURSE.parent
-# The files that problems are in.
-MODULES = ("quant", "model", "cskv", "train", "infer", "beyond/segments")
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = ("quant", "model", "cskv", "train", "infer", "beyond/segments")  # of problems
 LARGEST = 2**18  # bytes of a file that is read
-GIVEN = COURSE / "given"  # in a student's folder: the files of `MODULES` as handed out
+GIVEN = ROOT / "course" / "given"  # in a student's folder: the files of `MODULES` as handed out
 # What students and the grader on Gradescope need besides.
 PROJECT = ("course", "support", "beyond", "weights/teacher", "LICENSE")
-# Of the experiments, what the leaderboard measures with.
-PROJECT += ("experiments/__init__.py", "experiments/rounded.py", "experiments/tasks")
+PROJECT += ("experiments/__init__.py", "experiments/tasks")  # the checks' texts
 # What a student must not find in these folders.
-LEFT_OUT = ("__pycache__", ".ipynb_checkpoints", "walkthrough.ipynb", "answers.md", "INSTRUCTOR.md")
+LEFT_OUT = ("__pycache__", ".ipynb_checkpoints", "release.py")
+LEFT_OUT += ("walkthrough.ipynb", "answers.md", "INSTRUCTOR.md")
 REQUIREMENTS = """torch==2.13.0
 numpy==2.2.6
 safetensors==0.8.0
@@ -74,7 +71,7 @@ class Problem:
 
 
 def load_problems() -> list[Problem]:
-    text = (COURSE / "problems.toml").read_text(encoding="utf-8")
+    text = (ROOT / "course" / "problems.toml").read_text(encoding="utf-8")
     problems = []
     for entry in tomllib.loads(text)["problem"]:
         parts = [Part(**part) for part in entry["part"]]
@@ -93,79 +90,51 @@ class Unreadable(str):
     """In the place of a file's text: why there is none."""
 
 
-NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)
-
-
-@functools.lru_cache(maxsize=64)
-def parse(text: str) -> ast.Module | None:
-    """None if the text is not Python."""
-    try:
-        return ast.parse(text)
-    except NOT_PYTHON:
-        return None
-
-
-def indentation(line: str) -> int:
-    return len(line) - len(line.lstrip())
-
-
-def find_block(lines: list[str], path: list[str]) -> slice | None:
-    """Where a function stands in a file that is not Python as a whole: by its indentation. So a
-    mistake in one function leaves the others."""
-    place = range(len(lines))
-    for part in path:
-        kind = "def" if part == path[-1] else "class"
-        heads = [i for i in place if re.match(rf"\s*{kind}\s+{part}\b", lines[i])]
-        if not heads:
-            return None
-        head = min(reversed(heads), key=lambda i: indentation(lines[i]))
-        after = re.compile(rf"\s{{0,{indentation(lines[head])}}}[\w@]")
-        rest = range(head + 1, place.stop)
-        place = range(head, next((i for i in rest if after.match(lines[i])), place.stop))
-    start = place.start
-    while start and lines[start - 1].lstrip().startswith("@"):
-        start -= 1
-    return slice(start, place.stop)
-
-
-def parse_block(lines: list[str], place: slice, file: str) -> ast.FunctionDef:
-    """The function in these lines of a file. Raises `NotFound` with the line that is not Python."""
-    head = "if True:" if indentation(lines[place.start]) else ""
-    try:
-        tree = ast.parse("\n".join([head, *lines[place]]))
-    except NOT_PYTHON as error:
-        line = min(place.start + (getattr(error, "lineno", None) or 2) - 1, len(lines))
-        message = str(getattr(error, "msg", error)) or type(error).__name__
-        raise NotFound(f"{file}, line {line}: {message}: {lines[line - 1].strip()}") from None
-    return next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+def find_block(lines: list[str], place: range, kind: str, name: str) -> range:
+    """Of these lines, those of a function (`kind` "def") or class: up to the next word that is
+    indented no more. So a mistake in another function costs that one only. Of several it is the
+    last, as in Python. Empty if there is none."""
+    heads = {}
+    for i in place:
+        match = re.match(rf"(\s*){kind}\s+{name}\b", lines[i])
+        if match:
+            heads[i] = len(match[1])
+    if not heads:
+        return range(0)
+    head = min(reversed(heads), key=heads.get)
+    after = re.compile(rf"\s{{0,{heads[head]}}}[\w@]")
+    ends = [i for i in range(head + 1, place.stop) if after.match(lines[i])]
+    return range(head, min(ends, default=place.stop))
 
 
 def find_function(modules: dict[str, str], name: str) -> tuple[ast.FunctionDef, list[str], slice]:
     """The definition of `name`, such as "cskv.BiBranchCache.decode", all lines of its file, and
-    which of them it has, decorators included.
-
-    Of several definitions it is the last, as in Python. Raises `NotFound`.
-    """
+    which of them it has, decorators included. Raises `NotFound`."""
     module, *path = name.split(".")
     file = f"{module}.py"
     text = modules.get(module, Unreadable("is not in the folder"))
     if isinstance(text, Unreadable):
         raise NotFound(f"{file} {text}")
     lines = text.split("\n")  # as Python counts them; splitlines() knows other ends
-    node = parse(text)
-    if node is None:
-        place = find_block(lines, path)
-        if place is None:
-            raise NotFound(f"{file} has no function {'.'.join(path)}")
-        return parse_block(lines, place, file), lines, place
+    place = range(len(lines))
     for part in path:
-        kind = ast.FunctionDef if part == path[-1] else ast.ClassDef
-        same_name = [n for n in node.body if isinstance(n, kind) and n.name == part]
-        if not same_name:
-            raise NotFound(f"{file} has no function {'.'.join(path)}")
-        node = same_name[-1]
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    return node, lines, slice(first - 1, node.end_lineno)
+        kind = "def" if part == path[-1] else "class"
+        place = find_block(lines, place, kind, part)
+    if not place:
+        raise NotFound(f"{file} has no function {'.'.join(path)}")
+    start = place.start
+    while start and lines[start - 1].lstrip().startswith("@"):
+        start -= 1
+    head = "if True:" if lines[start][0].isspace() else ""
+    try:
+        tree = ast.parse("\n".join([head, *lines[start : place.stop]]))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = min(start + (getattr(error, "lineno", None) or 2) - 1, len(lines))
+        message = getattr(error, "msg", None) or str(error) or type(error).__name__
+        raise NotFound(f"{file}, line {line}: {message}: {lines[line - 1].strip()}") from None
+    ast.increment_lineno(tree, start - 1)
+    node = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    return node, lines, slice(start, node.end_lineno)
 
 
 def function_text(modules: dict[str, str], name: str) -> str:
@@ -182,8 +151,8 @@ def put_function(modules: dict[str, str], name: str, function: str) -> dict[str,
 
 
 def empty_function(modules: dict[str, str], name: str, problem: str) -> dict[str, str]:
-    """The files with this function's signature and docstring left, and a body that says what to do.
-    It must say what it returns. Raises `NotFound`."""
+    """The files with this function's signature (it must say what is returned) and docstring left,
+    and a body that says what to do. Raises `NotFound`."""
     node, lines, place = find_function(modules, name)
     last = node.body[0] if ast.get_docstring(node) else node.returns
     head = lines[place.start : last.end_lineno]
@@ -197,17 +166,15 @@ def empty_function(modules: dict[str, str], name: str, problem: str) -> dict[str
 # ---------------------------------------------------------------------------- files of a project
 
 
-def read_file(folder: Path, name: str) -> str:
+def read_file(folder: str, name: str) -> str:
     """The text of a file that was handed in, or why there is none: a link, for example, could lead
-    to the reference. Raises `FileNotFoundError`."""
-    file = Path(os.path.realpath(folder)) / name
+    to the reference. `folder` has no link in its own path."""
+    file = Path(folder, name)
     if os.path.realpath(file) != str(file):
         return Unreadable("is a link, or in a folder that is one; hand in the file itself")
     status = file.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        return Unreadable("is not a file")
-    if status.st_nlink > 1:
-        return Unreadable("is a hard link, one of several names; hand in a copy")
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        return Unreadable("is a hard link, or no file; hand in a copy")
     if status.st_size > LARGEST:
         return Unreadable(f"has {status.st_size} bytes, more than {LARGEST}")
     try:
@@ -220,13 +187,9 @@ def read_file(folder: Path, name: str) -> str:
 
 def read_modules(folder: Path) -> dict[str, str]:
     """The texts of those files of `MODULES` that are in a folder."""
-    texts = {}
-    for module in MODULES:
-        try:
-            texts[module] = read_file(folder, f"{module}.py")
-        except OSError:  # there is none, or the folder is a link to itself
-            continue
-    return texts
+    real = os.path.realpath(folder)
+    there = [module for module in MODULES if os.path.lexists(folder / f"{module}.py")]
+    return {module: read_file(real, f"{module}.py") for module in there}
 
 
 def find_submission(folder: Path) -> Path:
@@ -264,13 +227,8 @@ def copy_project(folder: Path, names: Iterable[str], modules: dict[str, str]) ->
 
 @dataclass(frozen=True)
 class Reference:
-    """What students' functions are put into.
-
-    Args:
-        given: the files with all functions of problems emptied.
-        solved: the files that functions of `builds_on` come from. None where this is a student's
-            folder: there is no reference then, and they come from the student as well.
-    """
+    """What students' functions are put into: files with all functions emptied, and those with the
+    solutions that a part builds on. A student's folder has none of these: there it is their own."""
 
     given: dict[str, str]
     solved: dict[str, str] | None
@@ -292,8 +250,7 @@ def load_reference(problems: Iterable[Problem]) -> Reference:
 
 
 def assemble(reference: Reference, part: Part, student: dict[str, str]) -> dict[str, str]:
-    """The files to check a part with. Raises `NotFound` for a function that the student's
-    files do not have."""
+    """The files to check a part with. Raises `NotFound` if the student's files lack a function."""
     files = reference.given
     for name in part.builds_on:
         files = put_function(files, name, function_text(reference.solved or student, name))
@@ -302,29 +259,16 @@ def assemble(reference: Reference, part: Part, student: dict[str, str]) -> dict[
     return files
 
 
-def is_written(reference: Reference, name: str, student: dict[str, str]) -> bool:
-    """Whether a student's function is another one than was handed out."""
-    try:
-        return function_text(student, name) != function_text(reference.given, name)
-    except NotFound:
-        return True  # so that the reason is said
-
-
 def student_line(
-    files: dict[str, str], part: Part, student: dict[str, str], frames: list[tuple[str, int]]
+    files: dict[str, str], names: list[str], student: dict[str, str], frames: list[tuple[str, int]]
 ) -> str | None:
-    """The innermost of the calls [file, line] that is in a function of the student: its line in the
-    student's file, and what stands there. `files` are those that the part was checked with."""
+    """The innermost of the calls [file, line] that is in one of these functions of the student: its
+    line in the student's file, and what stands there. `files` are those that were checked."""
     for file, line in reversed(frames):
-        for name in [*part.names, *part.builds_on]:
+        for name in names:
             _, _, place = find_function(files, name)
-            if file != f"{name.split('.')[0]}.py" or not place.start < line <= place.stop:
-                continue
-            try:
+            if file == f"{name.split('.')[0]}.py" and place.start < line <= place.stop:
                 _, lines, own = find_function(student, name)
-            except NotFound:
-                continue
-            if function_text(files, name) == function_text(student, name):
                 line += own.start - place.start
                 return f"{file}, line {line}: {lines[line - 1].strip()}"
     return None

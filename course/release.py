@@ -2,10 +2,9 @@
 
     python -m course.release --out DIR
 
-What is emptied stands in problems.toml, by name. Signatures and docstrings stay. DIR gets the
-model, the checks, the teaching model, a README of the commands, and a workflow for GitHub
-Classroom. `course/given/` in it has the files to write in, as handed out: the checks put the
-student's functions into these, as the grader does.
+What is emptied stands in problems.toml, by name. DIR gets the model, the checks, the teaching
+model, a README of the commands, and a workflow for GitHub Classroom. `course/given/` in it has the
+files to write in, as handed out: the checks put the student's functions into these.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -14,19 +13,16 @@ import argparse
 import os
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from course import problems
 from course.problems import CPU_INDEX, GIVEN, PROJECT, REQUIREMENTS, ROOT, write_modules
 from support.command import Arguments, UserError, run_command
 
-FOR_THE_INSTRUCTOR = ("course/release.py", "course/gradescope.py")
 INSTALL = f"install -q {REQUIREMENTS.split()[0]} --index-url {CPU_INDEX}"
 README = f"""# CSKV, to be written by you
 
-The hand-out is [course/README.md](course/README.md). With Python 3.10 to 3.13, once, on Linux and
-macOS:
+The hand-out is [course/README.md](course/README.md). With Python 3.10 to 3.13, once:
 
     python3 -m venv .venv
     .venv/bin/pip {INSTALL}
@@ -36,8 +32,7 @@ and after every change, to see what holds:
 
     .venv/bin/python -m course.grade --problem a
 
-The first `pip` command gets PyTorch for the CPU; with CUDA it is several GB. On Windows `py` is
-`python3`, and `.venv\\Scripts` is `.venv/bin`:
+The first `pip` command gets PyTorch for the CPU; with CUDA it is several GB. On Windows:
 
     py -m venv .venv
     .venv\\Scripts\\pip {INSTALL}
@@ -52,7 +47,6 @@ on: [push]
 jobs:
   grade:
     runs-on: ubuntu-latest
-    timeout-minutes: 20
     steps:
       - uses: actions/checkout@v4
       - uses: actions/setup-python@v5
@@ -71,11 +65,10 @@ FILES = {
 
 
 def write_release(folder: Path) -> None:
-    """Fills an empty folder. Raises `UserError` where problems.toml names what there is not."""
+    """Fills a folder. Raises `UserError` where problems.toml names what there is not."""
     given = problems.load_reference(problems.load_problems()).given
     problems.copy_project(folder, PROJECT, given)
-    for name in FOR_THE_INSTRUCTOR:
-        (folder / name).unlink()
+    (folder / "course" / "gradescope.py").unlink()
     write_modules(folder / GIVEN.relative_to(ROOT), given)
     for name, text in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -85,16 +78,12 @@ def write_release(folder: Path) -> None:
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     out = args.out
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} is there and not an empty folder; choose another name")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"no folder {out.parent} to make {out.name} in; make it first")
+    if os.path.lexists(out):
+        raise UserError(f"{out} is there already; choose another name")
     temporary = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}-"))
     try:
         write_release(temporary)
         temporary.chmod(0o755)
-        with suppress(FileNotFoundError):
-            out.rmdir()
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
