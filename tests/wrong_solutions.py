@@ -107,6 +107,10 @@ WRONG = {
     },
     f"{PLAIN}.remember": {
         "sinks have latents": ("x[:, self.sinks :]", "x"),
+        "kept before the length is known": (
+            "self.length = x.shape[1]\n        self.keep(rope.rotate(k, 0), v)",
+            "self.keep(rope.rotate(k, 0), v)\n        self.length = x.shape[1]",
+        ),
         "the prompt's keys changed": ("rope.rotate(k, 0)", "k.copy_(rope.rotate(k, 0))"),
     },
     "quant.group_limits": {

@@ -87,6 +87,6 @@ def decode_step_by_step(student: Sandbox, draw: Draw) -> None:
 
 
 def the_cache_tells(student: Sandbox, draw: Draw) -> None:
-    """`infer.py --cache cskv-plain` finds numbers in a text, in float32 and in bfloat16."""
-    finds_numbers(student, draw, dtype="float32")
+    """`infer.py` finds numbers in a text, with the plain cache in bfloat16 and with the fast one."""
     finds_numbers(student, draw)
+    finds_numbers(student, draw, dtype="float32", fast=True)
