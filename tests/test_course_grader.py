@@ -308,6 +308,7 @@ def test_strange_answers_are_no_end_of_the_grader(monkeypatch):
 LINKS = {  # how a submission leads to the reference, in its parent's folder `source`
     "the submission": lambda folder: folder.symlink_to("../source"),
     "a folder in it": lambda folder: (folder / "inner").symlink_to("../../source"),
+    "the folder beyond": lambda folder: (folder / "beyond").symlink_to("../../source/beyond"),
     "files": lambda folder: link_files(folder, Path.symlink_to),
     "a chain": lambda folder: link_files(folder, link_twice),
     "hard links": lambda folder: link_files(folder, Path.hardlink_to),
@@ -334,11 +335,11 @@ def test_no_link_leads_out_of_a_submission(kind, tmp_path, capsys):
     student = tmp_path / "class" / "student"
     (student if kind != "the submission" else student.parent).mkdir(parents=True)
     LINKS[kind](student)
-    code, out, err = call(grade, capsys, student, "--problem", "a")
+    code, out, err = call(grade, capsys, student, "--problem", "a,f")
     assert code in (1, 2) and " link" in out + err
     results = grade_submission(student.parent)
     assert results["leaderboard"][0]["value"] == 0 and " link" in json.dumps(results)
-    call(grade, capsys, "--all", student.parent, "--csv", tmp_path / "x.csv", "--problem", "a")
+    call(grade, capsys, "--all", student.parent, "--csv", tmp_path / "x.csv", "--problem", "a,f")
     assert [row["total"] for row in csv.DictReader((tmp_path / "x.csv").open())] == ["0"]
 
 
