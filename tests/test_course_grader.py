@@ -465,10 +465,10 @@ def test_a_class(tmp_path, capsys):
     rows = list(csv.DictReader(table.open()))
     assert [(row["student"], row["a"], row["total"]) for row in rows] == [
         ("ann", "10", "10"),
-        ("bob", "7", "7"),
+        ("bob", "8", "8"),
         ("cy", "0", "0"),
     ]
-    assert rows[0]["reasons"] == "" and "a: -3  short_groups_cost: Zero" in rows[1]["reasons"]
+    assert rows[0]["reasons"] == "" and "a: -2  short_groups_cost: Zero" in rows[1]["reasons"]
     assert "has none of quant.py" in rows[2]["reasons"]
 
 
