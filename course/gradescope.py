@@ -19,8 +19,8 @@ from tempfile import TemporaryDirectory
 
 from course import problems
 from course.grade import SECONDS, Verdict, grade
-from course.problems import CPU_INDEX, PROJECT, REQUIREMENTS
-from support.command import Arguments, UserError, replacing, run_command
+from course.problems import CPU_INDEX, PROJECT, REQUIREMENTS, ROOT
+from support.command import Arguments, UserError, check_files, replacing, run_command
 
 SETUP = f"""#!/usr/bin/env bash
 # Gradescope runs this once, to make the image.
@@ -103,8 +103,9 @@ def run(args: argparse.Namespace) -> None:
     if args.grade is not None:
         grade_submission(args.grade / "submission", args.grade / "results" / "results.json")
         return
-    if args.out.suffix != ".zip":  # so that it is no file of the project
-        raise UserError(f"{args.out} is no zip file; name it autograder.zip")
+    names = (*PROJECT, *ROOT.glob("*.py"))
+    read = {str(file): file for name in names for file in (ROOT / name, *(ROOT / name).rglob("*"))}
+    check_files({"--out": args.out}, read)
     write_zip(args.out)
     print(f"{args.out}: upload it to Gradescope; choose 2 CPUs and 2 GB there")
 

@@ -91,13 +91,10 @@ def write_texts(model: Transformer, begun: list[list[int]], length: int, generat
     return tokens
 
 
-def beginnings(tokenizer: Tokenizer, vocab_size: int, count: int, generator) -> list[list[int]]:
-    """Tokens that `count` texts begin with: one at random, and one of `BEGINNINGS`, in turns."""
-    random = torch.randint(vocab_size, (count,), generator=generator).tolist()
-    begun = [[token] for token in random]
-    for n in range(1, count, 2):
+def begin_some(begun: list[list[int]], tokenizer: Tokenizer) -> None:
+    """Gives every second text one of `BEGINNINGS` in the place of its own."""
+    for n in range(1, len(begun), 2):
         begun[n] = tokenizer.encode(BEGINNINGS[n // 2 % len(BEGINNINGS)]) or begun[n]
-    return begun
 
 
 def run(args: argparse.Namespace) -> None:
@@ -113,7 +110,10 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--seq-len {args.seq_len} exceeds the context of {limit}")
         others = sample_tokens(args.data, tokenizer, args.samples, args.seq_len, seed=0)
         generator = torch.Generator().manual_seed(0)
-        begun = beginnings(tokenizer, model.config.vocab_size, args.samples, generator)
+        vocab_size = model.config.vocab_size
+        begun = torch.randint(vocab_size, (args.samples, 1), generator=generator).tolist()
+        if not args.no_beginnings:
+            begin_some(begun, tokenizer)
         own = write_texts(model, begun, args.seq_len, generator)
     texts = [tokenizer.decode(ids.flatten().tolist()) for ids in (*own, *others)]
     with replacing(args.out) as temporary:
@@ -128,6 +128,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="take the other half from this text")
     add("--samples", type=number(int, 1), default=32, help="write so many, take as many (32)")
     add("--seq-len", type=number(int, 2), default=1024, help="write so many tokens each (1024)")
+    add("--no-beginnings", action="store_true", help="begin all texts with a token at random")
     add("--out", type=Path, required=True, help="write this file, .jsonl")
     return parser.parse_args(argv)
 

@@ -168,7 +168,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     for words in ([tmp_path], [tmp_path / "none"], [], [ROOT, "--problem", "x"]):
         code, _, err = call(grade, capsys, *words)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
-    for words, message in (([], "--out"), (["--out", tmp_path / "x.py"], "is no zip file")):
+    for words, message in (([], "--out"), (["--out", ROOT / "cskv.py"], "are both")):
         code, _, err = call(gradescope, capsys, *words)
         assert code == 2 and message in err and err.count("\n") == 1
 
