@@ -151,7 +151,7 @@ def test_the_student_has_no_reference(student):
     """A function that builds on one of another problem: named there, and right for the grader."""
     solve(student, "e")
     points, out = command(student, "--problem", "e")
-    assert points == 13 and "problem d: fake_quantize is to be written" in out
+    assert points == 11 and "problem d: fake_quantize is to be written" in out
     assert command(ROOT, student, "--problem", "e")[0] == 15
 
 
@@ -308,6 +308,7 @@ def test_strange_answers_are_no_end_of_the_grader(monkeypatch):
 LINKS = {  # how a submission leads to the reference, in its parent's folder `source`
     "the submission": lambda folder: folder.symlink_to("../source"),
     "a folder in it": lambda folder: (folder / "inner").symlink_to("../../source"),
+    "the folder beyond": lambda folder: (folder / "beyond").symlink_to("../../source/beyond"),
     "files": lambda folder: link_files(folder, Path.symlink_to),
     "a chain": lambda folder: link_files(folder, link_twice),
     "hard links": lambda folder: link_files(folder, Path.hardlink_to),
@@ -334,11 +335,11 @@ def test_no_link_leads_out_of_a_submission(kind, tmp_path, capsys):
     student = tmp_path / "class" / "student"
     (student if kind != "the submission" else student.parent).mkdir(parents=True)
     LINKS[kind](student)
-    code, out, err = call(grade, capsys, student, "--problem", "a")
+    code, out, err = call(grade, capsys, student, "--problem", "a,f")
     assert code in (1, 2) and " link" in out + err
     results = grade_submission(student.parent)
     assert results["leaderboard"][0]["value"] == 0 and " link" in json.dumps(results)
-    call(grade, capsys, "--all", student.parent, "--csv", tmp_path / "x.csv", "--problem", "a")
+    call(grade, capsys, "--all", student.parent, "--csv", tmp_path / "x.csv", "--problem", "a,f")
     assert [row["total"] for row in csv.DictReader((tmp_path / "x.csv").open())] == ["0"]
 
 
@@ -464,10 +465,10 @@ def test_a_class(tmp_path, capsys):
     rows = list(csv.DictReader(table.open()))
     assert [(row["student"], row["a"], row["total"]) for row in rows] == [
         ("ann", "10", "10"),
-        ("bob", "7", "7"),
+        ("bob", "8", "8"),
         ("cy", "0", "0"),
     ]
-    assert rows[0]["reasons"] == "" and "a: -3  short_groups_cost: Zero" in rows[1]["reasons"]
+    assert rows[0]["reasons"] == "" and "a: -2  short_groups_cost: Zero" in rows[1]["reasons"]
     assert "has none of quant.py" in rows[2]["reasons"]
 
 
