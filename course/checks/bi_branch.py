@@ -87,6 +87,6 @@ def decode_step_by_step(student: Sandbox, draw: Draw) -> None:
 
 
 def the_cache_tells(student: Sandbox, draw: Draw) -> None:
-    """`infer.py` finds numbers in a text, with the plain cache in bfloat16 and with the fast one."""
+    """`infer.py` finds numbers in a text, with the plain cache in bfloat16, and the fast one."""
     finds_numbers(student, draw)
     finds_numbers(student, draw, dtype="float32", fast=True)
