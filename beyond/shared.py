@@ -110,16 +110,10 @@ class Part:
         return getattr(self.total.latents, name)
 
 
-def shared_cache(
-    model: Transformer,
-    factors: Factors,
-    window: int = 32,
-    expected: int = 0,
-    kind: type[BiBranchCache] = BiBranchCache,
-    sinks: int = 0,
-) -> list[LayerCache]:
-    """`cskv.bi_branch_cache`, also for factors with layers that share latents."""
-    cache = bi_branch_cache(model, replace(factors, together=()), window, expected, kind, sinks)
+def shared_cache(model: Transformer, factors: Factors, *args, **settings) -> list[LayerCache]:
+    """`cskv.bi_branch_cache`, whose arguments these are, also for factors with layers that share
+    latents."""
+    cache = bi_branch_cache(model, replace(factors, together=()), *args, **settings)
     connect(cache, factors)
     return cache
 
@@ -239,8 +233,4 @@ def shared_pairs(
 
 def metric_of(model: Transformer, i: int, side: str, seen: Statistics) -> Tensor:
     """What an error of the keys or values of layer i costs in the layer's own output."""
-    if side == "v":
-        return output_metric(model.model.layers[i].self_attn)
-    if seen.k_metric is None:
-        return torch.eye(len(seen.k_moment)).to(seen.k_moment)
-    return seen.k_metric
+    return output_metric(model.model.layers[i].self_attn) if side == "v" else seen.k_metric
