@@ -27,6 +27,8 @@ measured:
    Layers that share latents (beyond/shared.py) are one side, probed together.
 3. Spend: every side begins with its least choice; then again and again the step is taken
    that lowers the sum of costs most for a byte. That costs add up is assumed, not known.
+4. Probe again, around that plan: a side at ranks near its own, all others as planned. What
+   it costs more than an exact side is spent on as before.
 """
 
 from dataclasses import dataclass, field, replace
@@ -36,8 +38,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import quant
 from beyond.probes import SIDES, Probe
-from beyond.shared import metric_of, shared_pairs
+from beyond.shared import metric_of, shared_basis, shared_pairs
 from cskv import (
     Factors,
     LayerFactors,
@@ -53,6 +56,7 @@ from model import Transformer
 
 SHARES = (1 / 24, 1 / 3, 2 / 3, 1)  # of the channels, probed in each of the widths
 SHARES_TOGETHER = (1 / 48, 1 / 24, 1 / 12, 1 / 6, 1 / 3, 2 / 3, 1)  # of those of a group of layers
+NEAR = (0.6, 0.8, 1.25, 1.6)  # of a planned rank, probed around it
 STEP = 4  # ranks to choose from are its multiples
 
 # ------------------------------------------------------------------------------------ 2. probe
@@ -94,12 +98,14 @@ class Fitted:
         seen: statistics of all layers.
         moments: of the groups of layers that share latents.
         group: tokens of a channel that share a scale; None is as in KIVI.
+        bases: found so far, for eigenvectors take long.
     """
 
     model: Transformer
     seen: list[Statistics]
     moments: dict[Together, Tensor] = field(default_factory=dict)
     group: int | None = None
+    bases: dict[Together, LowRank] = field(default_factory=dict)
 
     def pairs(self, side: Together, rank: int, weights: list[float]) -> list[LowRank]:
         """Of all layers of a side, in float32; `weights` are those of `layer_weights`."""
@@ -107,8 +113,11 @@ class Fitted:
             seen = self.seen[side.first]
             whole = [init_pair("attention", self.model, side.first, side.side, rank, seen)]
         else:
-            moment = self.moments[side]
-            whole = shared_pairs(self.model, side, rank, moment, self.seen, weights)
+            if side not in self.bases:
+                moment = self.moments[side]
+                basis = shared_basis(self.model, side, moment, self.seen, weights)
+                self.bases[side] = basis
+            whole = shared_pairs(self.model, side, self.bases[side], rank)
         return [replace(pair, group=self.group) for pair in whole]
 
 
@@ -122,7 +131,7 @@ def layer_weights(probe: Probe, fitted: Fitted, side: Together) -> list[float]:
     weights = []
     for n, i in enumerate(side.layers):
         own = slice(n * d_kv, (n + 1) * d_kv)
-        moment = fitted.moments[side][own, own]
+        moment = fitted.moments[side][own, own].double()
         metric = metric_of(probe.model, i, side.side, fitted.seen[i])
         W = getattr(probe.model.model.layers[i].self_attn, f"{side.side}_proj").weight.T.float()
         pair = optimal_factors(W, rank, moment, metric)
@@ -139,33 +148,33 @@ def like_model(pair: LowRank, model: Transformer) -> LowRank:
 
 
 def probe_side(probe: Probe, fitted: Fitted, side: Together, widths: list[int]) -> dict:
-    """The `weights` of a side's layers, and its `costs`: for each of the widths in bits a list, for
-    each of `probed_ranks`."""
-    ranks = probed_ranks(probe.model, side.count)
+    """The `weights` of a side's layers, and its `costs` at all of `probed_ranks`."""
     weights = layer_weights(probe, fitted, side)
+    ranks = probed_ranks(probe.model, side.count)
+    return {"weights": weights, "costs": side_costs(probe, fitted, side, weights, ranks, widths)}
+
+
+def side_costs(
+    probe: Probe,
+    fitted: Fitted,
+    side: Together,
+    weights: list[float],
+    ranks: list[int],
+    widths: list[int],
+) -> list[list[float]]:
+    """What a side costs more than an exact one: for each of the widths in bits a list, for each of
+    the ranks."""
     whole = fitted.pairs(side, ranks[-1], weights)
     whole = [like_model(pair, probe.model) for pair in whole]
+    exact = probe.cost(side.first, *[{side.side: None}] * side.count)
     costs = []
     for bits in widths:
         of_ranks = []
         for rank in ranks:
             layers = [{side.side: cut(pair, side.side, rank, bits)} for pair in whole]
-            of_ranks.append(probe.cost(side.first, *layers, together=(side,)))
+            of_ranks.append(probe.cost(side.first, *layers, together=(side,)) - exact)
         costs.append(of_ranks)
-    return {"weights": weights, "costs": costs}
-
-
-def plan_factors(
-    fitted: Fitted, sides: list[Together], plan: list["Choice"], weights: list[list[float]]
-) -> Factors:
-    """The factors of a plan, which has a choice for each of the sides, as `weights` has."""
-    layers: list[dict] = [{} for _ in fitted.model.model.layers]
-    for side, choice, of_layers in zip(sides, plan, weights, strict=True):
-        whole = fitted.pairs(side, choice.rank, of_layers)
-        for i, pair in zip(side.layers, whole, strict=True):
-            layers[i][side.side] = cut(pair, side.side, choice.rank, choice.bits)
-    together = tuple(side for side in sides if side.count > 1)
-    return Factors([LayerFactors(**pairs) for pairs in layers], {"trained": "none"}, together)
+    return costs
 
 
 # ------------------------------------------------------------------------------------ 3. spend
@@ -269,4 +278,92 @@ def sizes(
     least, *_, most = probed_ranks(model, side.count)
     kinds = [(rank, bits) for rank in (*range(least, most, STEP), most) for bits in widths]
     kinds.append((most, 16))
-    return {kind: latent_bytes(*kind, side.side, tokens, window, group) for kind in kinds}
+    settings = side.side, tokens, window, group
+    if group is None and SIDES[side.side] == quant.CHANNELS:
+        return {kind: latent_bytes(*kind, *settings) for kind in kinds}
+    # In groups along tokens all channels are alike.
+    channel = {bits: latent_bytes(1, bits, *settings) for bits in (*widths, 16)}
+    return {(rank, bits): rank * channel[bits] for rank, bits in kinds}
+
+
+# ------------------------------------------------------------------------------- 4. probe again
+
+
+def near_ranks(model: Transformer, side: Together, rank: int) -> list[int]:
+    """The ranks that are probed around a planned one."""
+    least, *_, most = probed_ranks(model, side.count)
+    ranks = {STEP * round(share * rank / STEP) for share in NEAR}
+    return sorted({min(max(near, least), most) for near in ranks} | {rank})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice for each side, after which `costs` at which `ranks`, and its factors.
+
+    Args:
+        probe: the texts, read through the factors.
+        cost: of the whole plan, measured, in nats.
+    """
+
+    choices: list[Choice]
+    ranks: list[list[int]]
+    costs: list[list[list[float]]]
+    factors: Factors
+    probe: Probe
+    cost: float
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes plans from costs.
+
+    Args:
+        nbytes: of each side, the bytes of each (rank, bits) to choose from.
+        weights: of each side, those of `layer_weights`.
+    """
+
+    probe: Probe
+    fitted: Fitted
+    sides: list[Together]
+    nbytes: list[dict[tuple[int, int], int]]
+    widths: list[int]
+    weights: list[list[float]]
+
+    def plan(self, ranks: list[list[int]], costs: list[list[list[float]]], room: float) -> Plan:
+        """The best plan of at most `room` bytes, of ranks between those that were probed."""
+        all_choices = []
+        for probed, of_side, nbytes in zip(ranks, costs, self.nbytes, strict=True):
+            between = {}
+            for (rank, bits), size in nbytes.items():
+                if probed[0] <= rank <= probed[-1] or bits not in self.widths:
+                    between[rank, bits] = size
+            all_choices.append(choices(of_side, between, probed, self.widths))
+        plan = spend(all_choices, room)
+        factors = plan_factors(self.fitted, self.sides, plan, self.weights)
+        like = self.probe.model.lm_head.weight
+        probe = self.probe.around(factors.to(like), self.sides)
+        return Plan(plan, ranks, costs, factors, probe, probe.cost(0))
+
+    def costs_around(self, plan: Plan, ranks: list[list[int]], n: int) -> dict:
+        """The `costs` of the n-th side, of these ranks, with all others as planned."""
+        settings = self.sides[n], self.weights[n], ranks[n], self.widths
+        return {"costs": side_costs(plan.probe, self.fitted, *settings)}
+
+    def near(self, plan: Plan) -> list[list[int]]:
+        """The ranks to probe around a plan."""
+        model = self.probe.model
+        sides = zip(self.sides, plan.choices, strict=True)
+        return [near_ranks(model, side, choice.rank) for side, choice in sides]
+
+
+def plan_factors(
+    fitted: Fitted, sides: list[Together], plan: list["Choice"], weights: list[list[float]]
+) -> Factors:
+    """The factors of a plan, which has a choice for each of the sides, as `weights` has."""
+    layers: list[dict] = [{} for _ in fitted.model.model.layers]
+    for side, choice, of_layers in zip(sides, plan, weights, strict=True):
+        whole = fitted.pairs(side, choice.rank, of_layers)
+        for i, pair in zip(side.layers, whole, strict=True):
+            layers[i][side.side] = cut(pair, side.side, choice.rank, choice.bits)
+    together = tuple(side for side in sides if side.count > 1)
+    return Factors([LayerFactors(**pairs) for pairs in layers], {"trained": "none"}, together)

@@ -5,12 +5,15 @@ or some neighbours, at a time (`Probe`): a text is read exactly once, and the in
 each layer is kept.
 """
 
+from copy import copy
+from dataclasses import dataclass, replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import quant
-from cskv import LowRank, is_exact
+from cskv import Factors, LowRank, Together, is_exact
 from model import Attention, LayerCache, Rope, Transformer, seen_by
 from support.command import UserError
 
@@ -58,9 +61,9 @@ class DecodeMode(LayerCache):
 
     def rebuild(self, side: str, x: Tensor, y: Tensor) -> Tensor:
         """Keys or values y [B, H_kv, T, D] of x [B, T, hidden], through the pair of their side."""
-        if side not in self.pairs:
+        pair = self.pairs.get(side)
+        if pair is None:
             return y
-        pair = self.pairs[side]
         bias = getattr(self.attention, f"{side}_proj").bias
         c = self.latents[side].clone() if side in self.latents else x @ pair.A  # [B, T, r]
         if pair.bits < 16:
@@ -71,7 +74,9 @@ class DecodeMode(LayerCache):
 
 
 class Probe:
-    """Texts, and what it costs to read them with one layer in decode mode.
+    """Texts, and what it costs to read them with some layers in decode mode.
+
+    All other layers are exact, or read through the factors of `around`.
 
     Args:
         texts: token ids [1, T].
@@ -92,64 +97,98 @@ class Probe:
         self.model = model
         self.window = window
         self.sinks = sinks
-        self.inputs: list[list[Tensor]] = []  # of each text: of every layer, [1, T, hidden]
-        self.at = []
-        self.exact = []
+        self.pairs: list[dict[str, LowRank]] = [{} for _ in model.model.layers]
+        self.texts = []
         device = model.lm_head.weight.device
-        for text in texts:
-            T = text.shape[1]
+        lengths = sorted({text.shape[1] for text in texts})
+        for T in lengths:
             first = min(sinks + window, T - 1)  # the first token that meets a rebuilt one
             first = max(first, T - (spread or T))
             at = torch.linspace(first, T - 1, min(predictions, T - first)).long().to(device)
-            x = model.model.embed_tokens(text.to(device))
-            inputs = []
-            for layer in model.model.layers:
-                inputs.append(x)
-                x = layer(x, model.rope, None)
-            self.inputs.append(inputs)
-            self.at.append(at)
-            self.exact.append(self.log_probabilities(x, at))
+            tokens = torch.cat([text for text in texts if text.shape[1] == T]).to(device)
+            x = model.model.embed_tokens(tokens)
+            inputs, x = self.read(x, self.pairs, self.pairs)
+            exact = self.log_probabilities(x, at)
+            self.texts.append(Texts(at, exact, inputs, inputs, self.pairs))
+
+    def read(
+        self, x: Tensor, pairs: list[dict], latents: list[dict]
+    ) -> tuple[list[Tensor], Tensor]:
+        """The last layers of the model, as many as `pairs`: the input of each, and the output of
+        the last, [B, T, hidden]."""
+        inputs = []
+        layers = self.model.model.layers[-len(pairs) :]
+        for layer, own, shared in zip(layers, pairs, latents, strict=True):
+            inputs.append(x)
+            cache = None
+            if own:
+                cache = DecodeMode(layer.self_attn, own, self.window, self.sinks, shared)
+            x = layer(x, self.model.rope, cache)
+        return inputs, x
 
     def log_probabilities(self, x: Tensor, at: Tensor) -> Tensor:
-        """Of the token after each of those `at`, from the last layer's output: [n, vocab]."""
-        logits = self.model.lm_head(self.model.model.norm(x[0, at]))
+        """Of the token after each of those `at`, from the last layer's output: [B, n, vocab]."""
+        logits = self.model.lm_head(self.model.model.norm(x[:, at]))
         return logits.float().log_softmax(-1)
 
     @torch.no_grad()
-    def cost(self, i: int, *pairs: dict[str, LowRank], together: tuple = ()) -> float:
+    def around(self, factors: Factors, sides: list[Together]) -> "Probe":
+        """The same texts, with all layers reading through `factors`, which have these sides."""
+        other = copy(self)
+        other.pairs = [dict(vars(layer)) for layer in factors.layers]
+        other.texts = []
+        for text in self.texts:
+            latents = self.shared_latents(text, 0, other.pairs, sides)
+            inputs, _ = self.read(text.exact_inputs[0], other.pairs, latents)
+            other.texts.append(replace(text, inputs=inputs, latents=latents))
+        return other
+
+    @torch.no_grad()
+    def cost(self, i: int, *pairs: dict[str, LowRank | None], together: tuple = ()) -> float:
         """KL divergence in nats, a mean over all predictions, with `pairs` in layer i, and in the
-        next ones if there are more. `together` are the groups of these that share latents.
+        next ones if there are more; None makes a side exact. `together` are the groups of these
+        that share latents.
 
         Raises `UserError` if it is not finite: no comparison may take a NaN for the best cost.
         """
-        layers = self.model.model.layers[i:]
         divergences = []
-        for inputs, at, exact in zip(self.inputs, self.at, self.exact, strict=True):
-            shared = self.shared_latents(inputs, i, pairs, together)
-            x = inputs[i]
-            for n, layer in enumerate(layers):
-                cache = None
-                if n < len(pairs):
-                    settings = self.window, self.sinks, shared[n]
-                    cache = DecodeMode(layer.self_attn, pairs[n], *settings)
-                x = layer(x, self.model.rope, cache)
-            rebuilt = self.log_probabilities(x, at)
-            divergences.append((exact.exp() * (exact - rebuilt)).sum(-1))
+        for text in self.texts:
+            read = [dict(own) for own in self.pairs[i:]]
+            latents = [dict(own) for own in text.latents[i:]]
+            shared = self.shared_latents(text, i, pairs, together)
+            for n, own in enumerate(pairs):
+                read[n].update(own)
+                latents[n].update(shared[n])
+            _, x = self.read(text.inputs[i], read, latents)
+            rebuilt = self.log_probabilities(x, text.at)
+            divergence = (text.exact.exp() * (text.exact - rebuilt)).sum(-1)  # [B, n]
+            divergences.append(divergence.flatten())
         divergences = torch.cat(divergences)
         if not divergences.isfinite().all():
             names = " and ".join(NAMES[side] for side in pairs[0])
             raise UserError(f"layer {i}, {names}: the cost is not finite; try another --dtype")
         return max(0.0, divergences.mean().item())  # below 0 by rounding alone
 
-    def shared_latents(self, inputs: list[Tensor], i: int, pairs, together) -> list[dict]:
+    def shared_latents(self, text: "Texts", i: int, pairs, together) -> list[dict]:
         """For each of `pairs`, from layer i on, the latents that it shares, by their side: of the
         exact inputs, as those of a prompt are."""
         latents: list[dict] = [{} for _ in pairs]
         for group in together:
             z = 0
             for n in group.layers:
-                x = self.model.model.layers[n].input_layernorm(inputs[n])
+                x = self.model.model.layers[n].input_layernorm(text.exact_inputs[n])
                 z = z + x @ pairs[n - i][group.side].A
             for n in group.layers:
                 latents[n - i][group.side] = z
         return latents
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts of one length, as a `Probe` keeps them, with inputs of all layers, [B, T, hidden]."""
+
+    at: Tensor  # the positions that are predicted from
+    exact: Tensor  # log-probabilities of the exact model there, [B, n, vocab]
+    exact_inputs: list[Tensor]
+    inputs: list[Tensor]  # where layers read through factors
+    latents: list[dict[str, Tensor]]  # that a layer then shares, by their side

@@ -103,11 +103,17 @@ def damping(w: Tensor, length: int) -> Tensor:
 # Angles are made in float64: at position 131,072 one of float32 is off by up to 0.004.
 
 
+@lru_cache(maxsize=8)  # a GPU waits for what comes from the processor
+def frequencies(rope: Rope, device: torch.device) -> Tensor:
+    """RoPE's w [D/2], in float64."""
+    return rope.frequencies.to(device, torch.float64)
+
+
 @lru_cache(maxsize=8)  # the same for some steps
 def middles(rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.device) -> tuple:
     """RoPE's frequencies w [D/2], and of each segment a exp(-i t0 w) [M, D/2]: it turns back by
     the middle t0, and damps."""
-    w = rope.frequencies.to(device, torch.float64)
+    w = frequencies(rope, device)
     turns = []
     for span in spans:
         segment = torch.arange(span.count, dtype=torch.float64, device=device)

@@ -191,25 +191,50 @@ class GroupObserver(OutputObserver):
 def calibrate_groups(
     model: Transformer, samples: list[Tensor], groups: list[Together], window: int, sinks: int
 ) -> tuple[list[Statistics], dict[Together, Tensor]]:
-    """`calibrate_outputs`, and the moments of groups of layers."""
-    moments = {group: Moments(group, model) for group in groups}
-    of_layer: list[dict] = [{} for _ in model.model.layers]
+    """`calibrate_outputs`, and the moments of groups of layers, in float32.
+
+    The samples are read as often as it takes to have no more bytes of sums at a time than the
+    model's weights have.
+    """
+    result = {}
+    for some in passes(model, groups):
+        moments = {group: Moments(group, model) for group in some}
+        of_layer: list[dict] = [{} for _ in model.model.layers]
+        for group in some:
+            for i in group.layers:
+                of_layer[i][group.side] = moments[group]
+        layers = iter(of_layer)
+
+        def observe(*settings) -> GroupObserver:
+            return GroupObserver(*settings, next(layers))  # noqa: B023 (called in this pass)
+
+        seen = calibrate_outputs(model, samples, window, sinks, observe)
+        for group in some:
+            result[group] = moments.pop(group).finish().float()
+    return seen, result
+
+
+def passes(model: Transformer, groups: list[Together]) -> list[list[Together]]:
+    """The groups in parts, whose moments together have fewer bytes than the model, if any part of
+    several groups has."""
+    weights = sum(weight.nbytes for weight in model.parameters())
+    parts: list[list[Together]] = []
+    left = 0
     for group in groups:
-        for i in group.layers:
-            of_layer[i][group.side] = moments[group]
-    layers = iter(of_layer)
-
-    def observe(*settings) -> GroupObserver:
-        return GroupObserver(*settings, next(layers))
-
-    seen = calibrate_outputs(model, samples, window, sinks, observe)
-    return seen, {group: some.finish() for group, some in moments.items()}
+        size = 2 * 8 * (group.count * model.config.d_kv) ** 2
+        if size > left:
+            parts.append([])
+            left = weights
+        parts[-1].append(group)
+        left -= size
+    return parts
 
 
-def shared_pairs(
-    model: Transformer, group: Together, rank: int, moment: Tensor, seen: list[Statistics], weights
-) -> list[LowRank]:
-    """A and B of each layer of a group, with one latent for all, in float32.
+def shared_basis(
+    model: Transformer, group: Together, moment: Tensor, seen: list[Statistics], weights
+) -> LowRank:
+    """C [g d_kv, g d_kv] and B of a group, for z = sum_l k_l C_l and k_l ~ z B_l, in float32: a
+    rank keeps the first columns and rows.
 
     Args:
         moment: of the layers' keys or values side by side, [g d_kv, g d_kv].
@@ -219,15 +244,19 @@ def shared_pairs(
     metrics = []
     for i, weight in zip(group.layers, weights, strict=True):
         metrics.append(weight * metric_of(model, i, group.side, seen[i]))
-    # The keys k themselves take the place of the inputs x: z = sum_l k_l C_l, with k_l = x_l W_l.
+    # The keys k themselves take the place of the inputs x, and the identity that of W.
     identity = torch.eye(len(moment), device=moment.device)
-    whole = optimal_factors(identity, rank, moment, torch.block_diag(*metrics))
+    return optimal_factors(identity, len(moment), moment, torch.block_diag(*metrics))
+
+
+def shared_pairs(model: Transformer, group: Together, basis: LowRank, rank: int) -> list[LowRank]:
+    """A and B of each layer of a group, with one latent for all, in float32."""
     pairs = []
-    C = whole.A.chunk(group.count)  # [d_kv, r] each
-    B = whole.B.chunk(group.count, dim=1)  # [r, d_kv] each
+    C = basis.A[:, :rank].chunk(group.count)  # [d_kv, r] each
+    B = basis.B[:rank].chunk(group.count, dim=1)  # [r, d_kv] each
     for n, i in enumerate(group.layers):
         W = getattr(model.model.layers[i].self_attn, f"{group.side}_proj").weight.T.float()
-        pairs.append(LowRank(W @ C[n], B[n].contiguous()))
+        pairs.append(LowRank(W @ C[n], B[n].contiguous()))  # k_l = x_l W_l
     return pairs
 
 

@@ -10,8 +10,9 @@ be looked up, and a model that copies reads its cache in layers where plain text
 import support.interrupt  # isort: skip # noqa: F401
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -20,8 +21,8 @@ import quant
 from beyond.budget import (
     Choice,
     Fitted,
-    choices,
-    plan_factors,
+    Plan,
+    Planner,
     probe_side,
     probed_ranks,
     sides_of,
@@ -31,13 +32,11 @@ from beyond.budget import (
 from beyond.outputs import calibrate_outputs
 from beyond.probes import NAMES, Probe
 from beyond.shared import calibrate_groups
-from cskv import Factors, Together
 from experiments import figures
 from experiments.notes import all_that_counts, delete_notes, own_notes, run_all
 from experiments.pictures import pyplot
 from experiments.tables import write_json
 from infer import full_bytes
-from model import Transformer
 from support.command import (
     DTYPES,
     Arguments,
@@ -56,23 +55,16 @@ from support.processes import calibrate_together, place, processes, say
 from support.text import sample_tokens, with_copies
 
 
-def write_plan(
-    out: Path,
-    sides: list[Together],
-    plan: list[Choice],
-    factors: Factors,
-    model: Transformer,
-    costs: list,
-    widths: list,
-) -> None:
+def write_plan(out: Path, planner: Planner, plan: Plan) -> None:
     """Beside each other: the factors of a plan; its choices and the probed costs as JSON; and a
     picture of the choices."""
-    save_factors(out, factors, model)
+    save_factors(out, plan.factors, planner.fitted.model)
     rows = []
-    for side, choice, of_side in zip(sides, plan, costs, strict=True):
+    columns = planner.sides, plan.choices, plan.ranks, plan.costs
+    for side, choice, ranks, costs in zip(*columns, strict=True):
         row = {"layer": side.first, "layers": side.count, "of": NAMES[side.side], **asdict(choice)}
-        row["probed_ranks"] = probed_ranks(model, side.count)
-        for bits, of_ranks in zip(widths, of_side, strict=True):
+        row["probed_ranks"] = ranks
+        for bits, of_ranks in zip(planner.widths, costs, strict=True):
             row[f"costs_{bits}_bits"] = of_ranks
         rows.append(row)
     write_json(out.with_suffix(".json"), rows)
@@ -154,34 +146,43 @@ def run(args: argparse.Namespace) -> None:
         spread = args.spread or args.probe_len // 2
         probe = Probe(model, texts, args.window, args.sinks, args.predictions, spread)
 
-        def probed(keys: list[tuple[int, int]]) -> Iterator[dict]:
-            for n, _ in keys:
-                yield probe_side(probe, fitted, sides[n], args.widths)
+        counted = all_that_counts({**vars(args), "out": None}, model, args.model)
 
-        counted = {**vars(args), "remove": None, "out": None, "length": None}
-        counted = all_that_counts(counted, model, args.model)
-        keys = [(n, 0) for n in range(len(sides))]
-        done = run_all([[key] for key in keys], probed, args.out[0], counted, "side")
-        if place()[0]:
-            return
-        costs = [done[key]["costs"] for key in keys]
-        weights = [done[key]["weights"] for key in keys]
-        all_choices = []
-        for side, of_side, of_widths in zip(sides, nbytes, costs, strict=True):
-            ranks = probed_ranks(model, side.count)
-            all_choices.append(choices(of_widths, of_side, ranks, args.widths))
+        def shared_out(probed: Callable[[int], dict], stage: int) -> list[dict]:
+            """What is probed of each side, by its number, by all processes together."""
+
+            def some(keys: list[tuple[int, int]]) -> Iterator[dict]:
+                return (probed(n) for n, _ in keys)
+
+            keys = [(n, stage) for n in range(len(sides))]
+            done = run_all([[key] for key in keys], some, args.out[0], counted, "side")
+            return [done[key] for key in keys]
+
+        found = shared_out(lambda n: probe_side(probe, fitted, sides[n], args.widths), 0)
+        weights = [of_side["weights"] for of_side in found]
+        planner = Planner(probe, fitted, sides, nbytes, args.widths, weights)
+        ranks = [probed_ranks(model, side.count) for side in sides]
+        costs = [of_side["costs"] for of_side in found]
+        stage = 0
         for remove, room, out in zip(args.remove, rooms, args.out, strict=True):
-            plan = spend(all_choices, room)
-            factors = plan_factors(fitted, sides, plan, weights)
+            plan = planner.plan(ranks, costs, room)
+            for _ in range(args.again):
+                stage += 1
+                near = planner.near(plan)
+                found = shared_out(partial(planner.costs_around, plan, near), stage)
+                other = planner.plan(near, [of_side["costs"] for of_side in found], room)
+                if other.cost < plan.cost:
+                    plan = other
             if args.window_bits == 8:
-                factors.info["window_bits"] = "8"
+                plan.factors.info["window_bits"] = "8"
             bought = f"{1 - remove:g} of a full cache's bytes at {args.length} tokens"
-            factors.info.update(init=args.init, data=args.data.name, budget=bought)
-            write_plan(out, sides, plan, factors, model, costs, args.widths)
-            removed = 1 - (exact + sum(choice.nbytes for choice in plan)) / full
-            cost = sum(choice.cost for choice in plan)
-            say(f"{out}: {removed:.1%} of the bytes removed, {cost:.3g} nats in all")
-        delete_notes(args.out[0])
+            plan.factors.info.update(init=args.init, data=args.data.name, budget=bought)
+            if place()[0] == 0:
+                write_plan(out, planner, plan)
+            held = exact + sum(choice.nbytes for choice in plan.choices)
+            say(f"{out}: {1 - held / full:.1%} of the bytes removed, {plan.cost:.3g} nats in all")
+        if place()[0] == 0:
+            delete_notes(args.out[0])
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -202,6 +203,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--probe-len", type=count, default=256, help="probe with their last tokens, so many (256)")
     add("--predictions", type=count, default=96, help="compare so many predictions of each (96)")
     add("--spread", type=count, help="spread them over so many last tokens (half of --probe-len)")
+    again = "probe so often around the plan, and spend anew (1)"
+    add("--again", type=number(int, 0), default=1, help=again)
     add("--no-copies", action="store_true", help="leave every second text as it is")
     init = "keep the attention's output, or keys and values; see beyond/outputs.py (outputs)"
     add("--init", choices=("outputs", "attention"), default="outputs", help=init)

@@ -29,6 +29,7 @@ from support.command import (
     number,
     replacing,
     run_command,
+    use_device,
     user_values,
 )
 from support.huggingface.checkpoint import load_model
@@ -38,37 +39,45 @@ from support.text import check_finite, sample_tokens
 # Of many kinds, so that a model goes on in many.
 BEGINNINGS = (
     "#include <stdio.h>\n\n/* ",
-    "#ifndef _LIST_H\n#define _LIST_H 1\n\n/* ",
     "import os\nimport sys\n\n\nclass ",
-    "def main():\n    ",
-    "package main\n\nimport (",
-    "public class Account {\n    private ",
-    "function render(items) {\n  const ",
-    "SELECT name, count(*) FROM ",
-    "#!/bin/sh\nset -e\n",
-    "<!DOCTYPE html>\n<html>\n<head>",
-    '{"id": 1, "name": "',
-    "name,age,city\n",
-    "| Year | Country | Population |\n| --- | --- | --- |\n|",
-    "2024-03-01 08:15:02 INFO  server started on port ",
-    "[section]\nkey = ",
-    "\\begin{theorem}\nLet $x$ be ",
-    "Question: A train leaves at 9:40 and arrives at 12:15. ",
     "Dear Anna,\n\nthank you for your letter. ",
-    "From: Peter\nTo: the team\nSubject: ",
+    "#ifndef _LIST_H\n#define _LIST_H 1\n\n/* ",
+    "| Year | Country | Population |\n| --- | --- | --- |\n|",
+    "package main\n\nimport (",
     '"Where have you been?" she asked.\n\n"',
-    "Chapter 1\n\nIt was late in the evening when ",
-    "JULIET. O ",
-    "Ingredients:\n- 200 g flour\n- ",
-    "Terms and Conditions\n\n1. The Licensee shall ",
-    "LONDON (Reuters) - ",
-    "Abstract. We study ",
-    "Patient history: a 54-year-old ",
-    "The Battle of ",
+    "from __future__ import annotations\n\nimport math\n\n\ndef ",
     "Il était une fois ",
+    "public class Account {\n    private ",
+    "Question: A train leaves at 9:40 and arrives at 12:15. ",
+    "import torch\nfrom torch import nn\n\n\nclass Block(nn.Module):\n    ",
+    "function render(items) {\n  const ",
+    "Chapter 1\n\nIt was late in the evening when ",
+    "SELECT name, count(*) FROM ",
+    "Abstract. We study ",
+    "#!/bin/sh\nset -e\n",
     "Die Stadt liegt ",
-    "El presidente ",
+    '{"id": 1, "name": "',
+    "Terms and Conditions\n\n1. The Licensee shall ",
+    "template <typename T>\nclass Vector {\n public:\n  ",
     "User: How do I ",
+    "import unittest\n\n\nclass TestParser(unittest.TestCase):\n    def ",
+    "<!DOCTYPE html>\n<html>\n<head>",
+    "LONDON (Reuters) - ",
+    'def main():\n    """',
+    "2024-03-01 08:15:02 INFO  server started on port ",
+    "El presidente ",
+    "use std::collections::HashMap;\n\npub fn ",
+    "\\begin{theorem}\nLet $x$ be ",
+    "Ingredients:\n- 200 g flour\n- ",
+    "static int read_line(struct buffer *b)\n{\n    ",
+    "The Battle of ",
+    "name,age,city\n",
+    "From: Peter\nTo: the team\nSubject: ",
+    "/**\n * Returns the ",
+    "JULIET. O ",
+    "[section]\nkey = ",
+    "Patient history: a 54-year-old ",
+    ">>> import numpy as np\n>>> x = np.",
 )
 
 
@@ -77,7 +86,7 @@ def write_texts(model: Transformer, begun: list[list[int]], length: int, generat
     """Texts of the model's own that begin with these tokens, [texts, length] token ids, without an
     end of text; `generator` draws them."""
     first = [text[0] for text in begun]
-    tokens = torch.tensor(first)[:, None]
+    tokens = torch.tensor(first, device=model.lm_head.weight.device)[:, None]
     cache = full_cache(model, length)
     for t in tqdm(range(1, length), "writing", unit="token", leave=False):
         logits = model(tokens[:, -1:], cache)[:, -1].float()  # [texts, vocab]
@@ -103,15 +112,17 @@ def run(args: argparse.Namespace) -> None:
     if args.out.suffix != ".jsonl":
         raise UserError(f"--out {args.out} must end in .jsonl, the kind of file that is written")
     with user_values():
-        model = load_model(args.model)
+        use_device(args.device)
+        model = load_model(args.model, args.device)
         tokenizer = load_tokenizer(args.model, model.config.vocab_size)
         limit = model.config.context_length
         if args.seq_len > limit:
             raise UserError(f"--seq-len {args.seq_len} exceeds the context of {limit}")
         others = sample_tokens(args.data, tokenizer, args.samples, args.seq_len, seed=0)
-        generator = torch.Generator().manual_seed(0)
-        vocab_size = model.config.vocab_size
-        begun = torch.randint(vocab_size, (args.samples, 1), generator=generator).tolist()
+        generator = torch.Generator(args.device).manual_seed(0)
+        size = (args.samples, 1)
+        settings = {"generator": generator, "device": args.device}
+        begun = torch.randint(model.config.vocab_size, size, **settings).tolist()
         if not args.no_beginnings:
             begin_some(begun, tokenizer)
         own = write_texts(model, begun, args.seq_len, generator)
@@ -129,6 +140,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--samples", type=number(int, 1), default=32, help="write so many, take as many (32)")
     add("--seq-len", type=number(int, 2), default=1024, help="write so many tokens each (1024)")
     add("--no-beginnings", action="store_true", help="begin all texts with a token at random")
+    add("--device", default="cpu", help="compute on cpu (default), cuda, cuda:1, ...")
     add("--out", type=Path, required=True, help="write this file, .jsonl")
     return parser.parse_args(argv)
 

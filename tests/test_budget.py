@@ -16,7 +16,7 @@ import quant
 from beyond.budget import Choice, convex_hull, spend
 from beyond.outputs import calibrate_outputs
 from beyond.probes import DecodeMode, Probe
-from beyond.shared import shared_cache
+from beyond.shared import calibrate_groups, shared_cache
 from cskv import Factors, Together, bi_branch_cache, calibrate, init_factors
 from experiments import budget
 from infer import full_bytes, held_bytes
@@ -28,7 +28,15 @@ from support.huggingface.tokenizer import load_tokenizer
 from tests import helpers
 from tests.drawn import bits, groups, quick, ranks, shapes, sinks, windows
 from tests.evaluating import notes_beside, torchrun
-from tests.helpers import call, decode_all, in_bits, make_factors, tiny_model, tiny_tokens
+from tests.helpers import (
+    call,
+    decode_all,
+    in_bits,
+    layer_inputs,
+    make_factors,
+    tiny_model,
+    tiny_tokens,
+)
 
 # --------------------------------------------------------------------------------- decode mode
 
@@ -98,7 +106,55 @@ def test_predictions_are_spread_to_the_last_token():
     positions = {None: [7, 17, 28, 39], 99: [7, 17, 28, 39], 30: [10, 19, 29, 39]}
     for spread, at in {**positions, 4: [36, 37, 38, 39]}.items():
         probe = Probe(tiny_model(), [tiny_tokens(tiny_model(), 1, 40)], 5, 2, 4, spread)
-        assert probe.at[0].tolist() == at and probe.cost(0, {}) < 1e-6
+        assert probe.texts[0].at.tolist() == at and probe.cost(0, {}) < 1e-6
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_around_a_plan_all_layers_read_through_it(count):
+    """Against the whole run, with latents of the exact inputs; and with the values of the second
+    layer in other bits, or exact."""
+    model = tiny_model()
+    texts = [tiny_tokens(model, 1, T, seed=T) for T in (40, 29, 40)]
+    factors = in_bits(make_factors(model, 5, 5), 4, 4, 32)
+    together = ()
+    if count == 2:  # of one A: then both layers' latents are one sum
+        layers = [replace(layer, v=factors.layers[0].v) for layer in factors.layers]
+        factors, together = replace(factors, layers=layers), (Together("v", 0, 2),)
+    sides = [*together, *(side for side in algorithm.sides_of(2) if side.side == "k")]
+    if count == 1:
+        sides = algorithm.sides_of(2)
+    probe = Probe(model, texts, 5, 2, predictions=1000)
+    around = probe.around(factors, sides)
+
+    def expected(v):
+        """With the pairs v for the values of the last `count` layers."""
+        divergences = []
+        for tokens in texts:
+            inputs = [x.float() for x, _, _ in layer_inputs(model, tokens)]
+            caches = []
+            for i, layer in enumerate(factors.layers):
+                own = {"k": layer.k, "v": layer.v if i < 2 - count else v[i + count - 2]}
+                latents = {"k": inputs[i] @ layer.k.A}
+                if own["v"]:
+                    latents["v"] = inputs[i] @ own["v"].A
+                    if count == 2:
+                        latents["v"] = sum(x @ own["v"].A for x in inputs)
+                attention = model.model.layers[i].self_attn
+                caches.append(DecodeMode(attention, own, 5, 2, latents))
+            exact, other = (model(tokens, cache)[0, 7:].double() for cache in (None, caches))
+            exact, other = exact.log_softmax(-1), other.log_softmax(-1)
+            divergences.append((exact.exp() * (exact - other)).sum(-1))
+        return torch.cat(divergences).mean().item()
+
+    planned = [layer.v for layer in factors.layers[2 - count :]]
+    few = [replace(pair, A=pair.A[:, :3], B=pair.B[:3], bits=2) for pair in planned]
+    assert around.cost(0) == pytest.approx(expected(planned), rel=1e-3)
+    group = (Together("v", 2 - count, count),)
+    found = around.cost(2 - count, *[{"v": pair} for pair in few], together=group)
+    assert found == pytest.approx(expected(few), rel=1e-3)
+    found = around.cost(2 - count, *[{"v": None}] * count)
+    assert found == pytest.approx(expected([None] * count), rel=1e-3)
+    assert len({around.cost(0), found, probe.cost(0)}) == 3
 
 
 # ---------------------------------------------------------------------------------------- bytes
@@ -116,6 +172,17 @@ def test_bytes_are_what_a_cache_holds(T, rank, window, first, k_bits, v_bits, gr
     for b, side in ((k_bits, "k"), (v_bits, "v")):
         latents += algorithm.latent_bytes(rank, b, side, T - min(T, first), window, group)
     assert held_bytes(cache) == 2 * latents + full_bytes(model, min(T, window + first))
+
+
+@pytest.mark.parametrize("group", [None, 64])
+@pytest.mark.parametrize("side", [Together("v", 1, 1), Together("k", 0, 2)])
+def test_sizes_are_the_bytes_of_each_choice(side, group):
+    model = tiny_model()
+    found = algorithm.sizes(model, side, 200, 4, [2, 3], group)
+    most = 12 * side.count
+    assert len(found) > 8 and (most, 16) in found
+    for (rank, b), size in found.items():
+        assert size == algorithm.latent_bytes(rank, b, side.side, 200, 4, group)
 
 
 # ------------------------------------------------------------------------------------- spending
@@ -188,6 +255,40 @@ def test_costs_between_the_probed_ranks_lie_on_a_line_of_their_logarithm():
         assert found[rank, b].cost == pytest.approx(cost)
         assert found[rank, b].nbytes == rank * b
     assert found[6, 16].cost == 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_plan_around_a_plan(count):
+    """It has ranks near the first one's, and its cost is that of all sides together."""
+    model = tiny_model()
+    texts = [tiny_tokens(model, 1, 60, seed=n) for n in range(3)]
+    seen, moments = calibrate_groups(model, texts, algorithm.sides_of(2, count), 4, 2)
+    fitted = algorithm.Fitted(model, seen, moments, 32)
+    sides, bits_of = algorithm.sides_of(2, count), [2, 3, 4]
+    probe = Probe(model, texts, 4, 2)
+    probed = [algorithm.probe_side(probe, fitted, side, bits_of) for side in sides]
+    nbytes = [algorithm.sizes(model, side, 200, 4, bits_of, 32) for side in sides]
+    weights = [found["weights"] for found in probed]
+    planner = algorithm.Planner(probe, fitted, sides, nbytes, bits_of, weights)
+    ranks = [algorithm.probed_ranks(model, side.count) for side in sides]
+    plan = planner.plan(ranks, [found["costs"] for found in probed], 2500)
+    near = planner.near(plan)
+    costs = [planner.costs_around(plan, near, n)["costs"] for n in range(len(sides))]
+    other = planner.plan(near, costs, 2500)
+    for made in (plan, other):
+        assert total(made.choices, "nbytes") <= 2500
+        whole = probe.around(made.factors, sides).cost(0)
+        assert made.cost == pytest.approx(whole) and made.cost > 0
+        assert [p.rank for p in made.factors.stored] == [choice.rank for choice in made.choices]
+    for choice, kept, of_side, side in zip(plan.choices, near, costs, sides, strict=True):
+        assert (choice.rank in kept and kept[0] <= 0.8 * choice.rank) or choice.rank <= 4
+        again = kept.index(choice.rank)
+        if choice.bits < 16:  # the plan's own choice costs what it does in the plan
+            exact = plan.probe.cost(side.first, *[{side.side: None}] * side.count)
+            own = of_side[bits_of.index(choice.bits)][again]
+            assert own == pytest.approx(plan.cost - exact, abs=1e-5)
+    fives = planner.plan([[5]] * len(sides), [[[1.0]] * 3] * len(sides), 2500)
+    assert {choice.rank for choice in fives.choices} == {5}  # not one that was not probed
 
 
 # -------------------------------------------------------------------------------------- command
@@ -287,14 +388,17 @@ def test_factors_keep_what_is_asked_for(everything, tmp_path, planned, monkeypat
     class Noted(Probe):
         def __init__(self, *args):
             super().__init__(*args)
-            probes.append((args[1], self.at))
+            probes.append((args[1], [text.at for text in self.texts]))
 
-        def cost(self, i, pairs, together):
-            probed.extend((i, s, p.rank, p.bits, p.group) for s, p in pairs.items())
-            return super().cost(i, pairs, together=together)
+        def cost(self, i, *pairs, together=()):
+            for side, pair in [item for own in pairs for item in own.items()]:
+                if pair is not None:
+                    probed.append((i, side, pair.rank, pair.bits, pair.group))
+            return super().cost(i, *pairs, together=together)
 
     monkeypatch.setattr(budget, "Probe", Noted)
     group = {} if copies else {"group": 0}
+    group["again"] = 0
     arguments = flags(everything, *outs, init=init, passages=2, probe_len=30, **group)
     planned(*arguments, *["--no-copies"] * (not copies))
     model = load_model(everything / "model")
@@ -309,7 +413,7 @@ def test_factors_keep_what_is_asked_for(everything, tmp_path, planned, monkeypat
         samples, (one, two) = text.with_copies(samples), text.with_copies([one, two])
     ((texts, at),) = probes
     assert torch.equal(texts[0], one) and torch.equal(texts[1], two)
-    assert [own.tolist() for own in at] == [list(range(15, 30))] * 2
+    assert [own.tolist() for own in at] == [list(range(15, 30))]
     seen = calibrate(model, samples, 2)
     if init == "outputs":
         seen = calibrate_outputs(model, samples, 4, 2)

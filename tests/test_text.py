@@ -158,12 +158,12 @@ def test_own_words_are_drawn_from_the_models_distribution():
 
 def test_every_second_text_begins_as_one_of_many_kinds(everything):
     tokenizer = load_tokenizer(everything / "model")
-    begun = [[n] for n in range(70)]
+    begun = [[n] for n in range(90)]
     own_words.begin_some(begun, tokenizer)
-    assert begun[::2] == [[n] for n in range(0, 70, 2)]
+    assert begun[::2] == [[n] for n in range(0, 90, 2)]
     kinds = [tokenizer.encode(text) for text in own_words.BEGINNINGS]
-    expected = [kinds[n % 32] or [2 * n + 1] for n in range(35)]
-    assert begun[1::2] == expected and len(kinds) == 32
+    expected = [kinds[n % 40] or [2 * n + 1] for n in range(45)]
+    assert begun[1::2] == expected and len(kinds) == 40
 
 
 def test_own_words_stand_beside_as_much_other_text(everything, tmp_path, capsys):
