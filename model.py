@@ -241,30 +241,24 @@ class FullCache(LayerCache):
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_decode(q)
-        t = self.length
-        self.append(k, v, rope)
-        start = max(0, self.length - (self.sliding_window or self.length))
-        k, v = self.k[:, :, start : self.length], self.v[:, :, start : self.length]
-        return F.scaled_dot_product_attention(rope.rotate(q, t), k, v, enable_gqa=True)
+        return self.extend(x, q, k, v, rope)
 
     def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_extend()
-        t = self.length
-        self.append(k, v, rope)
-        j = torch.arange(self.length, device=k.device)
-        mask = seen_by(j[t:], j, self.sliding_window)
-        k, v = self.k[:, :, : self.length], self.v[:, :, : self.length]
-        q = rope.rotate(q, t)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-    def append(self, k: Tensor, v: Tensor, rope: Rope) -> None:
-        """k, before RoPE, and v of the next tokens."""
         t = self.length
         self.length = t + k.shape[2]
         self.k = reserve(self.k, self.length)
         self.v = reserve(self.v, self.length)
         self.k[:, :, t : self.length] = rope.rotate(k, t)
         self.v[:, :, t : self.length] = v
+        first = max(0, t + 1 - (self.sliding_window or t + 1))  # that the first new token sees
+        mask = None  # one new token sees all from there on
+        if self.length > t + 1:
+            j = torch.arange(first, self.length, device=k.device)
+            mask = seen_by(j[t - first :], j, self.sliding_window)
+        k, v = self.k[:, :, first : self.length], self.v[:, :, first : self.length]
+        q = rope.rotate(q, t)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
     def tensors(self) -> list[Tensor]:
         return [self.k, self.v] if self.length else []
