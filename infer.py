@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,8 +115,7 @@ def full_bytes(model: Transformer, tokens: int) -> int:
     return 2 * 2 * model.config.num_hidden_layers * model.config.d_kv * tokens
 
 
-def stream(text: str) -> None:
-    print(text, end="", flush=True)
+stream = partial(print, end="", flush=True)
 
 
 def silent(text: str) -> None:
@@ -129,16 +129,16 @@ def answer(
     cache: list[LayerCache],
     max_new_tokens: int,
     sample: Callable[[Tensor], int],
-    write: Callable[[str], None] = silent,
-    stopped: Callable[[], bool] = lambda: False,
+    write: Callable[[str], None],
+    interrupt: Postponed | None = None,
 ) -> dict:
     """Generates from `cache`, streams the text through `write`, and measures bytes and seconds.
-    It ends early once it is `stopped`."""
+    It ends early after an `interrupt`."""
     tokens, seconds = [], []
     written = ""
     for token in generate(model, prompt, cache, max_new_tokens, sample, seconds):
         tokens.append(token)
-        if stopped():
+        if interrupt and interrupt.asked:
             break
         settled = tokenizer.settled(tokens)
         if len(settled) > len(written):
@@ -268,7 +268,7 @@ def converse(
                     min(most, limit - length),
                     talk.sample,
                     silent if as_json else stream,
-                    stopped=lambda interrupt=interrupt: interrupt.asked,
+                    interrupt,
                 )
             conversation.add_answer(result["tokens"], result["text"])
             result |= {"prompt_tokens": length, "nominal_ratio": talk.nominal_ratio}
