@@ -79,17 +79,16 @@ class LayerFactors:
     v: LowRank
 
 
+@dataclass(eq=False)
 class Latents:
-    """Latents [B, n, r] of n tokens, of type `dtype`. `quant.Packed` holds those of fewer bits by
-    the same three calls."""
+    """Latents of n tokens. `quant.Packed` holds those of fewer bits by the same three calls."""
+
+    dtype: torch.dtype
+    expected: int = 0  # tokens in the end, which a subclass may make room for
 
     length = 0  # n
     packed = 0  # of them
-    c: Tensor | None = None
-
-    def __init__(self, dtype: torch.dtype, expected: int = 0):
-        self.dtype = dtype
-        self.expected = expected  # tokens in the end, which a subclass may make room for
+    c = None  # [B, n, r], when there are some
 
     def append(self, c: Tensor) -> None:
         """c [B, m, r], the latents of the next m tokens."""

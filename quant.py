@@ -197,6 +197,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return low.view(torch.uint8).view(*packed.shape[:TOKENS], rows * 8 // bits, C)
 
 
+@dataclass(eq=False)
 class Packed:
     """Tokens [B, T, C] of a sequence in b bits. It grows.
 
@@ -207,35 +208,23 @@ class Packed:
         residual 4, 70 tokens held     0 .. 31 | 32 .. 63 | 64 65   66 67 68 69
                                         packed |  packed  | wait    the residual
 
-    Args:
-        bits: 2, 3, 4 or 8.
-        grouping: which numbers share a scale; its size is a multiple of 32.
-        residual: newest tokens that are not packed.
-        expected: final number of tokens, if known; memory is then taken once.
-        dtype: of the tokens that wait. None: as they come.
+    Raises `ValueError` for groups that are no multiple of 32.
     """
+
+    bits: int  # 2, 3, 4 or 8
+    grouping: Grouping
+    residual: int = 0  # newest tokens that are not packed
+    expected: int = 0  # final number of tokens, if known; memory is then taken once
+    dtype: torch.dtype | None = None  # of the tokens that wait; None: as they come
 
     length = packed = 0  # tokens held, and how many of these are packed
     grow = 256  # tokens to make room for when there is none left
 
-    def __init__(
-        self,
-        bits: int,
-        grouping: Grouping,
-        residual: int = 0,
-        expected: int = 0,
-        dtype: torch.dtype | None = None,
-    ):
-        if grouping.size % BLOCK:
-            raise ValueError(
-                f"groups of {grouping.size} cannot be packed, only multiples of {BLOCK}"
-            )
-        self.bits = bits
-        self.grouping = grouping
-        self.residual = residual
-        self.dtype = dtype
-        self.block = grouping.size
-        self.room = max(0, expected - residual) // self.block
+    def __post_init__(self):
+        self.block = self.grouping.size
+        if self.block % BLOCK:
+            raise ValueError(f"groups of {self.block} cannot be packed, only multiples of {BLOCK}")
+        self.room = max(0, self.expected - self.residual) // self.block
         # Codes, scales and minima, [B, blocks or more, rows of one block, their channels] each.
         self.buffers: list[Tensor] = []
 

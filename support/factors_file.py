@@ -96,12 +96,13 @@ def save_factors(
         **factors.info,
         "format": FORMAT,
         "version": VERSION,
-        "k_ranks": json.dumps([layer.k.rank for layer in factors.layers]),
-        "v_ranks": json.dumps([layer.v.rank for layer in factors.layers]),
-        "k_bits": one_or_all([layer.k.bits for layer in factors.layers]),
-        "v_bits": one_or_all([layer.v.bits for layer in factors.layers]),
         "fingerprint": json.dumps(fingerprint(model)),
     }
+    for side in ("k", "v"):
+        pairs = [getattr(layer, side) for layer in factors.layers]
+        bits = [pair.bits for pair in pairs]
+        metadata[f"{side}_ranks"] = json.dumps([pair.rank for pair in pairs])
+        metadata[f"{side}_bits"] = json.dumps(bits[0] if len(set(bits)) == 1 else bits)
     if any(pair.clamped for pair in factors.pairs):
         metadata["quantizer"] = CLAMPED
     groups = {pair.group for pair in factors.pairs}
@@ -257,13 +258,9 @@ def read_together(groups: list, layers: int) -> tuple[Together, ...]:
     return together
 
 
-def one_or_all(values: list[int]) -> str:
-    """A list of equal numbers as one number, any other as it is, in JSON."""
-    return json.dumps(values[0] if len(set(values)) == 1 else values)
-
-
 def for_each(text: str, count: int) -> list[int]:
-    """What `one_or_all` wrote, as a list again. Raises `ValueError` if it is anything else."""
+    """The bits of each layer: a list, or one number for all. Raises `ValueError` for anything
+    else."""
     value = json.loads(text)
     values = value if isinstance(value, list) else [value] * count
     if len(values) != count or not all(bits in (2, 3, 4, 8, 16, 32) for bits in values):

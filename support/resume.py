@@ -84,23 +84,22 @@ class Losses:
 STATE = ("bases", "initial", "seconds", "logged", "step", "parameters", "optimizer")
 
 
+@dataclass(eq=False)
 class Journal:
     """The checkpoint, the log and the progress bar of one training. Only the first process writes.
 
-    Args:
-        checkpoint: its file; written every `every` steps, after the last one, and when Ctrl-C or
-            SIGTERM ends the training after the step that it is in.
-        log: JSON lines, one a step and a summary; None for no log.
-        plan: arguments that must be the same to go on.
+    The checkpoint is written every `every` steps, after the last one, and when Ctrl-C or SIGTERM
+    ends the training after the step that it is in.
     """
 
-    def __init__(self, checkpoint: Path, every: int, log: Path | None, plan: dict):
-        self.checkpoint = checkpoint
-        self.every = every
-        self.log = log
-        self.plan = plan
+    checkpoint: Path
+    every: int
+    log: Path | None  # JSON lines, one a step and a summary
+    plan: dict  # arguments that must be the same to go on
+    seconds: float = 0.0
+
+    def __post_init__(self):
         self.first = place()[0] == 0
-        self.seconds = 0.0
         self.logged = hashlib.sha256()  # of the log's lines so far
 
     def load(self, device: str) -> dict | None:

@@ -7,6 +7,7 @@ stands which of the files beside them change it, and what of that we refuse.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
@@ -37,26 +38,20 @@ def library(problem: str, mend: str) -> Iterator[None]:
         raise UserError(f"{problem} ({first_line(error)}); {mend}") from None
 
 
+@dataclass(eq=False)
 class Tokenizer:
     """Text to token ids and back, and an instruct model's chat template."""
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        special: dict[str, str],
-        template: object,
-        source: str = "this model",
-        clean_up: bool = False,
-        vocabulary: int | None = None,
-    ):
-        backend.no_truncation()  # settings that some files carry over from training
-        backend.no_padding()
-        self.backend = backend
-        self.special = special  # texts by name, such as bos_token
-        self.template = template  # jinja source, None for a model that does not chat
-        self.source = source  # where the template stands
-        self.clean_up = clean_up  # no spaces before punctuation in decoded text
-        self.vocabulary = vocabulary  # tokens that the model has; None: not known
+    backend: tokenizers.Tokenizer
+    special: dict[str, str]  # texts by name, such as bos_token
+    template: object  # jinja source, None for a model that does not chat
+    source: str = "this model"  # where the template stands
+    clean_up: bool = False  # no spaces before punctuation in decoded text
+    vocabulary: int | None = None  # tokens that the model has; None: not known
+
+    def __post_init__(self):
+        self.backend.no_truncation()  # settings that some files carry over from training
+        self.backend.no_padding()
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; `special` adds what the model wants around a text, such as <s>. Raises
