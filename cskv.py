@@ -210,10 +210,6 @@ class BiBranchCache(LayerCache):
         values = torch.cat([self.v[:, :, first_sink:S], v_hat, self.v[:, :, S:]], dim=2)
         return F.scaled_dot_product_attention(rope.rotate(q, t), keys, values, enable_gqa=True)
 
-    def at_once(self) -> int:
-        """One: several new tokens come one by one. beyond/segments.py takes them together."""
-        return 1
-
     def keep(self, k: Tensor, v: Tensor) -> None:
         """Of rotated keys and of values [B, H_kv, n, D] what the full-precision branch holds."""
         self.k = self.sinks_and_window(k)

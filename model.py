@@ -137,7 +137,7 @@ def seen_by(i: Tensor, j: Tensor, sliding_window: int | None = None) -> Tensor:
     return seen
 
 
-PIECE = 128  # new tokens that caches take at once
+PIECE = 128  # new tokens that caches take at once, if they take several: it bounds their memory
 
 
 class LayerCache:
@@ -170,17 +170,12 @@ class LayerCache:
         raise NotImplementedError
 
     def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """T new tokens, at most `at_once()`, after a prefill: the same as T times `decode`, in
-        fewer computations if a cache has a way."""
-        outs = []
-        for t in range(x.shape[1]):
-            new = (y[:, :, t : t + 1] for y in (q, k, v))
-            outs.append(self.decode(x[:, t : t + 1], *new, rope))
-        return torch.cat(outs, dim=2)
+        """T new tokens, at most `at_once()`, after a prefill: the same as T times `decode`."""
+        return self.decode(x, q, k, v, rope)
 
     def at_once(self) -> int:
-        """How many of the next tokens `extend` takes: what bounds its memory."""
-        return PIECE
+        """How many of the next tokens `extend` takes: more than one if a cache has a way."""
+        return 1
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that this layer keeps for the sequence."""
@@ -242,6 +237,9 @@ class FullCache(LayerCache):
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_decode(q)
         return self.extend(x, q, k, v, rope)
+
+    def at_once(self) -> int:
+        return PIECE
 
     def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_extend()
