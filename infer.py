@@ -42,7 +42,7 @@ from support.huggingface.conversation import Conversation
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.interrupt import Postponed
 from support.processes import say
-from support.text import UTF_8, check_finite, check_prompt, read_file, readable
+from support.text import UTF_8, check_finite, read_file, readable
 
 KINDS = {"cskv": FastCache, "cskv-plain": BiBranchCache}
 TEACHER = Path(__file__).resolve().parent / "weights" / "teacher"  # embedded, for retrieval only
@@ -321,7 +321,11 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, config.vocab_size)
     prompt = tokenizer.encode_prompt(text, args.chat)
-    check_prompt(prompt, config.context_length)  # before the weights are read
+    if len(prompt) >= config.context_length:  # known before the weights are read
+        problem = (
+            f"the prompt has {len(prompt)} tokens, the model's context {config.context_length}"
+        )
+        raise UserError(f"{problem}; shorten it")
     model = load_model(folder, args.device, DTYPES[args.dtype])
     ignored = generation_settings(folder)
     if ignored:

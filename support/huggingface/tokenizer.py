@@ -167,7 +167,7 @@ def open_json(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokeniz
     with library(f"{file} is damaged", "fetch it again"):
         backend = tokenizers.Tokenizer.from_file(str(file))
     in_file = backend.get_added_tokens_decoder()
-    declared = Declared(file.parent, settings, in_file=in_file, control=None)
+    declared = Declared(file.parent, settings, in_file)
     if kind:
         backend = pieces.rebuild(backend, kind, settings, file.parent / CONFIG)
     return backend, declared.add_to(backend, DEFAULTS.get(kind, {}))
@@ -181,9 +181,7 @@ def open_model(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokeni
         for piece in proto.pieces
         if piece.type in (CONTROL, USER_DEFINED)  # these SentencePiece keeps whole
     ]
-    declared = Declared(file.parent, settings, in_file={}, control=control)
-    if not kind:
-        declared.match_raw_text()
+    declared = Declared(file.parent, settings, control=control, raw=not kind)
     special = declared.add_to(backend, DEFAULTS[LLAMA])
     if not any((file.parent / name).is_file() for name in (CONFIG, "config.json")):
         # Nobody asks for <s> in a folder without any settings, but the models are trained with it.
