@@ -321,10 +321,9 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, config.vocab_size)
     prompt = tokenizer.encode_prompt(text, args.chat)
-    if len(prompt) >= config.context_length:  # known before the weights are read
-        problem = (
-            f"the prompt has {len(prompt)} tokens, the model's context {config.context_length}"
-        )
+    limit = config.context_length
+    if len(prompt) >= limit:  # known before the weights are read
+        problem = f"the prompt has {len(prompt)} tokens, the model's context {limit}"
         raise UserError(f"{problem}; shorten it")
     model = load_model(folder, args.device, DTYPES[args.dtype])
     ignored = generation_settings(folder)
@@ -355,7 +354,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if hint:
         say(hint)
-    new_tokens = min(most, model.config.context_length - len(prompt))
+    new_tokens = min(most, limit - len(prompt))
     if new_tokens < most:
         say(f"only {new_tokens} new tokens fit into the context")
     expected = len(prompt) + new_tokens - 1  # the last new token is never fed back

@@ -116,7 +116,8 @@ def dequantize(q: Quantized, grouping: Grouping, out: Tensor | None = None) -> T
     if out is None:
         out = torch.empty_like(q.codes, dtype=torch.float32)
     out.copy_(q.codes)
-    scale, minimum = q.scale.float(), q.minimum.float()
+    scale = q.scale.float()
+    minimum = q.minimum.float()
     whole, rest = divmod(out.shape[dim], size)
     # In place on views: a decode step does this to the whole cache, and repeating takes longer.
     groups = out.narrow(dim, 0, whole * size).unflatten(dim, (whole, size))
@@ -191,10 +192,9 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         field = field >> shifts(width, packed.device)  # [T / 32, 8 / width, width * C]
         field &= 0x01010101 * (2**width - 1)
         codes.append(field.view(-1, BLOCK // 4 * C))
-    low, *high = codes
-    for field in high:
-        low.add_(field, alpha=4)
-    return low.view(torch.uint8).view(*packed.shape[:TOKENS], rows * 8 // bits, C)
+    if bits == 3:
+        codes[0].add_(codes[1], alpha=4)
+    return codes[0].view(torch.uint8).view(*packed.shape[:TOKENS], rows * 8 // bits, C)
 
 
 @dataclass(eq=False)
@@ -273,7 +273,8 @@ class Packed:
 
     def read(self, start: int, stop: int) -> Tensor:
         """The tokens from `start` to `stop` - 1 again, [B, stop - start, C] in float32."""
-        start, stop = max(0, start), max(0, stop)
+        start = max(0, start)
+        stop = max(0, stop)
         end = self.packed
         if start >= end:
             return self.waiting[:, start - end : stop - end].float()
@@ -296,8 +297,8 @@ class Packed:
         """
         first = start // self.block
         count = stop // self.block - first
-        packed, scale, minimum = (buffer.narrow(1, first, count) for buffer in self.buffers)
-        return unpack(packed, self.bits), scale, minimum
+        codes, scale, minimum = [buffer.narrow(1, first, count) for buffer in self.buffers]
+        return unpack(codes, self.bits), scale, minimum
 
     def tensors(self) -> list[Tensor]:
         return [*self.buffers, self.waiting] if self.length else []
