@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quant
-from model import PIECE, Attention, LayerCache, Rope, Transformer, causal_attention, seen_by
+from model import Attention, LayerCache, Rope, Transformer, causal_attention
 
 # ------------------------------------------- section 2.1: inference with two branches
 
@@ -79,17 +79,16 @@ class LayerFactors:
     v: LowRank
 
 
+@dataclass(eq=False)
 class Latents:
-    """Latents [B, n, r] of n tokens, of type `dtype`. `quant.Packed` holds those of fewer bits by
-    the same three calls."""
+    """Latents of n tokens. `quant.Packed` holds those of fewer bits by the same three calls."""
+
+    dtype: torch.dtype
+    expected: int = 0  # tokens in the end, which a subclass may make room for
 
     length = 0  # n
     packed = 0  # of them
-    c: Tensor | None = None
-
-    def __init__(self, dtype: torch.dtype, expected: int = 0):
-        self.dtype = dtype
-        self.expected = expected  # tokens in the end, which a subclass may make room for
+    c = None  # [B, n, r], when there are some
 
     def append(self, c: Tensor) -> None:
         """c [B, m, r], the latents of the next m tokens."""
@@ -98,10 +97,6 @@ class Latents:
             c = torch.cat([self.c, c], dim=1)
         self.c = c
         self.length = c.shape[1]
-
-    def at_once(self) -> int:
-        """As many as you like: see `quant.Packed`."""
-        return PIECE
 
     def read(self, start: int, stop: int) -> Tensor:
         """The latents [B, stop - start, r] of the tokens from `start` to `stop` - 1."""
@@ -214,76 +209,6 @@ class BiBranchCache(LayerCache):
         keys = torch.cat([self.k[:, :, first_sink:S], k_hat, self.k[:, :, S:]], dim=2)
         values = torch.cat([self.v[:, :, first_sink:S], v_hat, self.v[:, :, S:]], dim=2)
         return F.scaled_dot_product_attention(rope.rotate(q, t), keys, values, enable_gqa=True)
-
-    def at_once(self) -> int:
-        """How many of the next tokens read the same latents, packed or waiting."""
-        return min(PIECE, self.c_k.at_once(), self.c_v.at_once())
-
-    def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """n new tokens, at positions t .. t + n - 1; each attends as if they had come one by one.
-
-        sinks 1, window 4, tokens 10, 11 and 12 arrive
-
-                         sink    full precision        compressed
-        10 attends to     0       7  8  9 10            1 .. 6
-        11                0          8  9 10 11         1 .. 7
-        12                0             9 10 11 12      1 .. 8
-        """
-        self.check_extend()
-        t = self.length
-        n = x.shape[1]
-        # 1. Compressed branch: append the new tokens' latents, unless they are sinks.
-        sinks = max(0, self.sinks - t)
-        self.c_k.append(x[:, sinks:] @ self.A_k)  # [B, n - sinks, r_k]
-        self.c_v.append(x[:, sinks:] @ self.A_v)  # [B, n - sinks, r_v]
-        # 2. Full-precision branch: the new tokens stand behind the window. None leaves it yet: the
-        #    first new one still sees all of it but one.
-        _, S, _, window_start = self.branches()
-        held_k, held_v = self.kept()
-        k = torch.cat([held_k, rope.rotate(k, t)], dim=2)
-        v = torch.cat([held_v, v], dim=2)
-        positions = torch.arange(t + n, device=x.device)
-        positions = torch.cat([positions[:S], positions[window_start:]])  # of k and v
-        # 3. From the oldest token that the first new one sees compressed to the newest of the last.
-        self.length = t + 1
-        first_old = max(self.sinks, self.branches()[2])
-        self.length = t + n
-        window_start = self.branches()[3]
-        first_old = min(first_old, window_start)  # there is none yet
-        # 4. Attention: what left the window of one new token is still in that of another.
-        q = rope.rotate(q, t)
-        out = self.attend(q, k, v, first_old, window_start, rope, positions)
-        # 5. Only now the window moves.
-        self.keep(k, v)
-        return out
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, first: int, old: int, rope: Rope, positions: Tensor
-    ) -> Tensor:
-        """The newest tokens' q [B, H, n, D], rotated, attend to k and v, which stand in full
-        precision at `positions`, and to the rebuilt tokens first .. old - 1."""
-        k_hat = self.rebuild(self.c_k, self.B_k, self.k_bias, first, old)
-        k_hat = rope.rotate(k_hat, first).to(k.dtype)  # [B, H_kv, old - first, D]
-        v_hat = self.rebuild(self.c_v, self.B_v, self.v_bias, first, old).to(v.dtype)
-        # A token may be here twice, exact and rebuilt. Each query sees it through one branch.
-        mask = self.mask(q.shape[2], positions, first, old)
-        keys = torch.cat([k_hat, k], dim=2)
-        values = torch.cat([v_hat, v], dim=2)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
-
-    def mask(self, n: int, positions: Tensor, first: int, old: int) -> Tensor:
-        """Which keys the newest n tokens see: the rebuilt first .. old - 1, then exact ones at
-        `positions`."""
-        i = torch.arange(self.length - n, self.length, device=positions.device)
-        j = torch.arange(first, old, device=positions.device)
-        seen = seen_by(i, torch.cat([j, positions]), self.sliding_window)
-        through = [~is_exact(i, j, self.window, self.sinks)]
-        through.append(is_exact(i, positions, self.window, self.sinks))
-        return seen & torch.cat(through, dim=1)
-
-    def kept(self) -> tuple[Tensor, Tensor]:
-        """k and v of the full-precision branch, in the order of the text."""
-        return self.k, self.v
 
     def keep(self, k: Tensor, v: Tensor) -> None:
         """Of rotated keys and of values [B, H_kv, n, D] what the full-precision branch holds."""

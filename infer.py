@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ from support.huggingface.conversation import Conversation
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.interrupt import Postponed
 from support.processes import say
-from support.text import UTF_8, check_finite, check_prompt, read_file, readable
+from support.text import UTF_8, check_finite, read_file, readable
 
 KINDS = {"cskv": FastCache, "cskv-plain": BiBranchCache}
 TEACHER = Path(__file__).resolve().parent / "weights" / "teacher"  # embedded, for retrieval only
@@ -114,8 +115,7 @@ def full_bytes(model: Transformer, tokens: int) -> int:
     return 2 * 2 * model.config.num_hidden_layers * model.config.d_kv * tokens
 
 
-def stream(text: str) -> None:
-    print(text, end="", flush=True)
+stream = partial(print, end="", flush=True)
 
 
 def silent(text: str) -> None:
@@ -129,16 +129,16 @@ def answer(
     cache: list[LayerCache],
     max_new_tokens: int,
     sample: Callable[[Tensor], int],
-    write: Callable[[str], None] = silent,
-    stopped: Callable[[], bool] = lambda: False,
+    write: Callable[[str], None],
+    interrupt: Postponed | None = None,
 ) -> dict:
     """Generates from `cache`, streams the text through `write`, and measures bytes and seconds.
-    It ends early once it is `stopped`."""
+    It ends early after an `interrupt`."""
     tokens, seconds = [], []
     written = ""
     for token in generate(model, prompt, cache, max_new_tokens, sample, seconds):
         tokens.append(token)
-        if stopped():
+        if interrupt and interrupt.asked:
             break
         settled = tokenizer.settled(tokens)
         if len(settled) > len(written):
@@ -268,7 +268,7 @@ def converse(
                     min(most, limit - length),
                     talk.sample,
                     silent if as_json else stream,
-                    stopped=lambda interrupt=interrupt: interrupt.asked,
+                    interrupt,
                 )
             conversation.add_answer(result["tokens"], result["text"])
             result |= {"prompt_tokens": length, "nominal_ratio": talk.nominal_ratio}
@@ -321,7 +321,10 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, config.vocab_size)
     prompt = tokenizer.encode_prompt(text, args.chat)
-    check_prompt(prompt, config.context_length)  # before the weights are read
+    limit = config.context_length
+    if len(prompt) >= limit:  # known before the weights are read
+        problem = f"the prompt has {len(prompt)} tokens, the model's context {limit}"
+        raise UserError(f"{problem}; shorten it")
     model = load_model(folder, args.device, DTYPES[args.dtype])
     ignored = generation_settings(folder)
     if ignored:
@@ -351,7 +354,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if hint:
         say(hint)
-    new_tokens = min(most, model.config.context_length - len(prompt))
+    new_tokens = min(most, limit - len(prompt))
     if new_tokens < most:
         say(f"only {new_tokens} new tokens fit into the context")
     expected = len(prompt) + new_tokens - 1  # the last new token is never fed back

@@ -137,7 +137,7 @@ def seen_by(i: Tensor, j: Tensor, sliding_window: int | None = None) -> Tensor:
     return seen
 
 
-PIECE = 128  # new tokens that caches take at once
+PIECE = 128  # new tokens that caches take at once, if they take several: it bounds their memory
 
 
 class LayerCache:
@@ -170,17 +170,12 @@ class LayerCache:
         raise NotImplementedError
 
     def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """T new tokens, at most `at_once()`, after a prefill: the same as T times `decode`, in
-        fewer computations if a cache has a way."""
-        outs = []
-        for t in range(x.shape[1]):
-            new = (y[:, :, t : t + 1] for y in (q, k, v))
-            outs.append(self.decode(x[:, t : t + 1], *new, rope))
-        return torch.cat(outs, dim=2)
+        """T new tokens, at most `at_once()`, after a prefill: the same as T times `decode`."""
+        return self.decode(x, q, k, v, rope)
 
     def at_once(self) -> int:
-        """How many of the next tokens `extend` takes: what bounds its memory."""
-        return PIECE
+        """How many of the next tokens `extend` takes: more than one if a cache has a way."""
+        return 1
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that this layer keeps for the sequence."""
@@ -241,30 +236,27 @@ class FullCache(LayerCache):
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_decode(q)
-        t = self.length
-        self.append(k, v, rope)
-        start = max(0, self.length - (self.sliding_window or self.length))
-        k, v = self.k[:, :, start : self.length], self.v[:, :, start : self.length]
-        return F.scaled_dot_product_attention(rope.rotate(q, t), k, v, enable_gqa=True)
+        return self.extend(x, q, k, v, rope)
+
+    def at_once(self) -> int:
+        return PIECE
 
     def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_extend()
-        t = self.length
-        self.append(k, v, rope)
-        j = torch.arange(self.length, device=k.device)
-        mask = seen_by(j[t:], j, self.sliding_window)
-        k, v = self.k[:, :, : self.length], self.v[:, :, : self.length]
-        q = rope.rotate(q, t)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-    def append(self, k: Tensor, v: Tensor, rope: Rope) -> None:
-        """k, before RoPE, and v of the next tokens."""
         t = self.length
         self.length = t + k.shape[2]
         self.k = reserve(self.k, self.length)
         self.v = reserve(self.v, self.length)
         self.k[:, :, t : self.length] = rope.rotate(k, t)
         self.v[:, :, t : self.length] = v
+        first = max(0, t + 1 - (self.sliding_window or t + 1))  # that the first new token sees
+        mask = None  # one new token sees all from there on
+        if self.length > t + 1:
+            j = torch.arange(first, self.length, device=k.device)
+            mask = seen_by(j[t - first :], j, self.sliding_window)
+        k, v = self.k[:, :, first : self.length], self.v[:, :, first : self.length]
+        q = rope.rotate(q, t)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
     def tensors(self) -> list[Tensor]:
         return [self.k, self.v] if self.length else []

@@ -116,7 +116,8 @@ def dequantize(q: Quantized, grouping: Grouping, out: Tensor | None = None) -> T
     if out is None:
         out = torch.empty_like(q.codes, dtype=torch.float32)
     out.copy_(q.codes)
-    scale, minimum = q.scale.float(), q.minimum.float()
+    scale = q.scale.float()
+    minimum = q.minimum.float()
     whole, rest = divmod(out.shape[dim], size)
     # In place on views: a decode step does this to the whole cache, and repeating takes longer.
     groups = out.narrow(dim, 0, whole * size).unflatten(dim, (whole, size))
@@ -191,12 +192,12 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         field = field >> shifts(width, packed.device)  # [T / 32, 8 / width, width * C]
         field &= 0x01010101 * (2**width - 1)
         codes.append(field.view(-1, BLOCK // 4 * C))
-    low, *high = codes
-    for field in high:
-        low.add_(field, alpha=4)
-    return low.view(torch.uint8).view(*packed.shape[:TOKENS], rows * 8 // bits, C)
+    if bits == 3:
+        codes[0].add_(codes[1], alpha=4)
+    return codes[0].view(torch.uint8).view(*packed.shape[:TOKENS], rows * 8 // bits, C)
 
 
+@dataclass(eq=False)
 class Packed:
     """Tokens [B, T, C] of a sequence in b bits. It grows.
 
@@ -207,35 +208,23 @@ class Packed:
         residual 4, 70 tokens held     0 .. 31 | 32 .. 63 | 64 65   66 67 68 69
                                         packed |  packed  | wait    the residual
 
-    Args:
-        bits: 2, 3, 4 or 8.
-        grouping: which numbers share a scale; its size is a multiple of 32.
-        residual: newest tokens that are not packed.
-        expected: final number of tokens, if known; memory is then taken once.
-        dtype: of the tokens that wait. None: as they come.
+    Raises `ValueError` for groups that are no multiple of 32.
     """
+
+    bits: int  # 2, 3, 4 or 8
+    grouping: Grouping
+    residual: int = 0  # newest tokens that are not packed
+    expected: int = 0  # final number of tokens, if known; memory is then taken once
+    dtype: torch.dtype | None = None  # of the tokens that wait; None: as they come
 
     length = packed = 0  # tokens held, and how many of these are packed
     grow = 256  # tokens to make room for when there is none left
 
-    def __init__(
-        self,
-        bits: int,
-        grouping: Grouping,
-        residual: int = 0,
-        expected: int = 0,
-        dtype: torch.dtype | None = None,
-    ):
-        if grouping.size % BLOCK:
-            raise ValueError(
-                f"groups of {grouping.size} cannot be packed, only multiples of {BLOCK}"
-            )
-        self.bits = bits
-        self.grouping = grouping
-        self.residual = residual
-        self.dtype = dtype
-        self.block = grouping.size
-        self.room = max(0, expected - residual) // self.block
+    def __post_init__(self):
+        self.block = self.grouping.size
+        if self.block % BLOCK:
+            raise ValueError(f"groups of {self.block} cannot be packed, only multiples of {BLOCK}")
+        self.room = max(0, self.expected - self.residual) // self.block
         # Codes, scales and minima, [B, blocks or more, rows of one block, their channels] each.
         self.buffers: list[Tensor] = []
 
@@ -284,7 +273,8 @@ class Packed:
 
     def read(self, start: int, stop: int) -> Tensor:
         """The tokens from `start` to `stop` - 1 again, [B, stop - start, C] in float32."""
-        start, stop = max(0, start), max(0, stop)
+        start = max(0, start)
+        stop = max(0, stop)
         end = self.packed
         if start >= end:
             return self.waiting[:, start - end : stop - end].float()
@@ -296,10 +286,7 @@ class Packed:
         x = self.waiting.new_empty(B, packed + waiting, C, dtype=torch.float32)
         codes, scale, minimum = self.quantized(first, last)
         blocks = x[:, :packed].view(codes.shape)  # [B, blocks, tokens of one, C]
-        if self.grouping.dim == TOKENS:  # a scale and a minimum for each block and channel
-            blocks.copy_(codes).mul_(scale).add_(minimum)
-        else:
-            dequantize(Quantized(codes, scale, minimum), self.grouping, blocks)
+        dequantize(Quantized(codes, scale, minimum), self.grouping, blocks)
         if waiting:
             x[:, packed:] = self.waiting[:, :waiting]
         return x[:, start - first : stop - first]
@@ -310,8 +297,8 @@ class Packed:
         """
         first = start // self.block
         count = stop // self.block - first
-        packed, scale, minimum = (buffer.narrow(1, first, count) for buffer in self.buffers)
-        return unpack(packed, self.bits), scale, minimum
+        codes, scale, minimum = [buffer.narrow(1, first, count) for buffer in self.buffers]
+        return unpack(codes, self.bits), scale, minimum
 
     def tensors(self) -> list[Tensor]:
         return [*self.buffers, self.waiting] if self.length else []

@@ -158,21 +158,18 @@ def run_layers(
     all_tokens = count_tokens(samples, sinks)
     losses = torch.zeros(len(tuners), len(model.model.layers), dtype=torch.float64, device=device)
 
-    def loss_of(pair: LowRank, x: Tensor, y: Tensor, dim: int) -> Tensor:
-        share = x.shape[:2].numel() / all_tokens  # this sample's part of the mean
-        if train:
-            with torch.enable_grad():
-                loss = layer_loss(pair, x, y, dim) * share
-                loss.backward()  # at once: the graph ends here
-            if moments is None:
-                return loss.detach()
-        return layer_loss(pair, x, y, dim, torch.float64) * share
-
     def see(i: int, x: Tensor, k: Tensor, v: Tensor) -> None:
+        share = x.shape[:2].numel() / all_tokens  # this sample's part of the mean
         for n, tuner in enumerate(tuners):
             layer = tuner.factors.layers[i]
-            losses[n, i] += loss_of(layer.k, x, k, quant.TOKENS)
-            losses[n, i] += loss_of(layer.v, x, v, quant.CHANNELS)
+            for pair, y, dim in ((layer.k, k, quant.TOKENS), (layer.v, v, quant.CHANNELS)):
+                if train:
+                    with torch.enable_grad():
+                        loss = layer_loss(pair, x, y, dim) * share
+                        loss.backward()  # at once: the graph ends here
+                if not train or moments is not None:
+                    loss = layer_loss(pair, x, y, dim, torch.float64) * share
+                losses[n, i] += loss.detach()
         if moments is not None:
             for total, y in zip(moments[i], (k, v), strict=True):
                 y = y.flatten(0, 1).double()  # [B * T, d_kv]
@@ -317,8 +314,9 @@ def run(args: argparse.Namespace) -> None:
         if reading:
             tokenizer = load_tokenizer(args.model, model.config.vocab_size)
             length = min(args.seq_len, model.config.context_length)
-            drawn = args.samples, length, args.seed, args.sinks
-            samples = sample_tokens(args.data, tokenizer, *drawn)
+            samples = sample_tokens(
+                args.data, tokenizer, args.samples, length, args.seed, args.sinks
+            )
             say(f"{len(samples)} samples, {sum(sample.numel() for sample in samples)} tokens")
         steps = args.epochs * -(-len(samples) // args.batch_size)
         if steps and args.batch_size % place()[1]:

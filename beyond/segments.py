@@ -48,8 +48,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quant
-from cskv import BiBranchCache, Latents, LayerFactors
-from model import Attention, Rope, reserve
+from cskv import BiBranchCache, Latents, LayerFactors, is_exact
+from model import PIECE, Attention, Rope, reserve, seen_by
 
 # Lengths of segments, the newest first, and how many old tokens lie in such. Each length is a
 # multiple of the one before; the last holds for all tokens that are left.
@@ -155,6 +155,10 @@ class GrowingLatents(Latents):
         self.c = reserve(self.c, self.length)
         self.c[:, start : self.length] = c
 
+    def at_once(self) -> int:
+        """As many as you like: see `quant.Packed`."""
+        return PIECE
+
 
 class Ring:
     """Keys or values of the full-precision branch in slots, [B, H_kv, slots, D]. In 8 bits a head
@@ -241,6 +245,7 @@ class FastCache(BiBranchCache):
         self.written = self.length
 
     def kept(self) -> tuple[Tensor, Tensor]:
+        """k and v of the full-precision branch, in the order of the text."""
         slots = [self.slot(t) for t in self.held_positions()]
         return self.k.read(slots), self.v.read(slots)
 
@@ -258,9 +263,10 @@ class FastCache(BiBranchCache):
         return t if t < self.sinks else self.sinks + (t - self.sinks) % self.window
 
     def at_once(self) -> int:
-        """How many of the next tokens see the same segments, too: `cut` puts a border between two
-        lengths at a multiple of the longer one, and moves it in such steps."""
-        n = super().at_once()
+        """How many of the next tokens read the same latents, packed or waiting, in the same
+        segments: `cut` puts a border between two lengths at a multiple of the longer one, and
+        moves it in such steps."""
+        n = min(PIECE, self.c_k.at_once(), self.c_v.at_once())
         first = max(0, self.length + 1 - self.window - self.sinks)  # where its old tokens end
         for (_, tokens), (longer, _) in pairwise(self.segments):
             n = min(n, longer - (first - tokens) % longer)
@@ -288,6 +294,52 @@ class FastCache(BiBranchCache):
         k, v = self.k.read(full), self.v.read(full)
         return self.attend(q, k, v, first_old, window_start, rope)
 
+    def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        """n new tokens, at positions t .. t + n - 1; each attends as if they had come one by one.
+
+        sinks 1, window 4, tokens 10, 11 and 12 arrive
+
+                         sink    full precision        compressed
+        10 attends to     0       7  8  9 10            1 .. 6
+        11                0          8  9 10 11         1 .. 7
+        12                0             9 10 11 12      1 .. 8
+        """
+        self.check_extend()
+        t = self.length
+        n = x.shape[1]
+        # 1. Compressed branch: append the new tokens' latents, unless they are sinks.
+        sinks = max(0, self.sinks - t)
+        self.c_k.append(x[:, sinks:] @ self.A_k)  # [B, n - sinks, r_k]
+        self.c_v.append(x[:, sinks:] @ self.A_v)  # [B, n - sinks, r_v]
+        # 2. Full-precision branch: the new tokens stand behind the window. None leaves it yet: the
+        #    first new one still sees all of it but one.
+        positions = [*self.held_positions(), *range(t, t + n)]
+        held_k, held_v = self.kept()
+        k = torch.cat([held_k, rope.rotate(k, t)], dim=2)
+        v = torch.cat([held_v, v], dim=2)
+        # 3. From the oldest token that the first new one sees compressed to the newest of the last.
+        first_old = max(self.sinks, t + 1 - (self.sliding_window or t + 1))
+        self.length = t + n
+        window_start = self.branches()[3]
+        first_old = min(first_old, window_start)  # there is none yet
+        # 4. Attention: what left the window of one new token is still in that of another.
+        q = rope.rotate(q, t)
+        at = torch.tensor(positions, device=x.device)
+        out = self.attend(q, k, v, first_old, window_start, rope, at)
+        # 5. Only now the window moves.
+        self.keep(k, v)
+        return out
+
+    def mask(self, n: int, positions: Tensor, first: int, old: int) -> Tensor:
+        """Which keys the newest n tokens see: the compressed first .. old - 1, then exact ones at
+        `positions`. A token may be in both, and each query sees it through one."""
+        i = torch.arange(self.length - n, self.length, device=positions.device)
+        j = torch.arange(first, old, device=positions.device)
+        compressed = ~is_exact(i, j, self.window, self.sinks)
+        exact = is_exact(i, positions, self.window, self.sinks)
+        seen = seen_by(i, torch.cat([j, positions]), self.sliding_window)
+        return seen & torch.cat([compressed, exact], dim=1)
+
     def attend(
         self,
         q: Tensor,
@@ -298,7 +350,9 @@ class FastCache(BiBranchCache):
         rope: Rope,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """As in `BiBranchCache`; `positions` None: of one token, which sees all of k and v."""
+        """The newest tokens' q [B, H, n, D], rotated, attend to k and v, which stand in full
+        precision at `positions`, and to the compressed tokens first .. old - 1. `positions` None:
+        of one token, which sees all of k and v."""
         B, H, T, D = q.shape
         # Queries of a group share a key head, G T rows; all products are of [batch * heads, rows,
         # columns].

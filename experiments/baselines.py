@@ -452,8 +452,3 @@ class LowRankCache(BiBranchCache):
         """One new token; its k and v are replaced."""
         k, v = self.project(x)
         return super().decode(x, q, k, v, rope)
-
-    def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """Several new tokens; their k and v are replaced."""
-        k, v = self.project(x)
-        return super().extend(x, q, k, v, rope)

@@ -1,7 +1,6 @@
 """What command lines share: how a mistake is said, how numbers are read and files written."""
 
 import argparse
-import json
 import math
 import os
 import re
@@ -200,12 +199,6 @@ def check_writable(path: Path | None) -> None:
                 raise UserError(f"{path} is not a regular file to replace; choose another place")
         with NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp"):
             pass
-
-
-def append_line(path: Path, row: dict) -> None:
-    """Appends a JSON object to a file of lines. Raises `UserError` if that cannot be."""
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def make_folder(path: Path) -> None:

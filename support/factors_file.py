@@ -23,11 +23,9 @@ from support.command import UserError, first_line, replacing
 
 FORMAT, VERSION = "cskv-factors", "1"
 CLAMPED = "clamped zero-point"  # the quantizer of factors that were trained for it; see quant.py
-DESCRIBED = ("format", "version", "k_ranks", "v_ranks", "k_bits", "v_bits", "quantizer", "group")
-DESCRIBED += (
-    "fingerprint",
-    "together",
-)  # metadata that follow from factors and model; the rest is `info`
+# Metadata that follow from factors and model; the rest is `info`.
+ALWAYS = ("format", "version", "k_ranks", "v_ranks", "k_bits", "v_bits", "fingerprint")
+SOMETIMES = ("quantizer", "group", "together")
 
 
 @torch.no_grad()
@@ -70,48 +68,48 @@ def save_factors(
     The file is in float32 if `dtype` cannot hold some number. Raises `UserError` for numbers that
     are not finite, and if the file cannot be written.
     """
-    exact = {}
     shared = {(i, group.side) for group in factors.together for i in group.layers}
+    exact = {}
     for i, layer in enumerate(factors.layers):
-        for side, pair in (("k", layer.k), ("v", layer.v)):
+        for side, pair in vars(layer).items():
             prefix = f"model.layers.{i}.self_attn.{side}_proj"
-            A, B = on_cpu(pair)
+            A = pair.A.detach().to("cpu", torch.float32)
+            B = pair.B.detach().to("cpu", torch.float32)
             metric = None
             if (i, side) in shared:  # a sum is the latent, so its parts have one scale
                 metric = metric_between(A, B, model.model.layers[i].self_attn, side, dtype)
             else:
                 A, B = balanced(A, B)
-            exact[f"{prefix}.B"] = B
+            exact[f"{prefix}.B"] = B.contiguous()
             if metric is None:
-                exact[f"{prefix}.A"] = A
+                exact[f"{prefix}.A"] = A.contiguous()
             else:
                 exact[f"{prefix}.metric"] = metric
+    tensors = {}
     for name, tensor in exact.items():
         if not tensor.isfinite().all():
             raise UserError(f"{name} has numbers that are not finite; make the factors again")
-    tensors = {}
-    for name, tensor in exact.items():
-        kind = torch.float32 if name.endswith(".metric") else dtype
-        tensors[name] = tensor.to(kind).contiguous()
+        tensors[name] = tensor if name.endswith(".metric") else tensor.to(dtype)
     if not all(holds(tensors[name], tensor) for name, tensor in exact.items()):
         tensors = exact
     metadata = {
         **factors.info,
         "format": FORMAT,
         "version": VERSION,
-        "k_ranks": json.dumps([layer.k.rank for layer in factors.layers]),
-        "v_ranks": json.dumps([layer.v.rank for layer in factors.layers]),
-        "k_bits": one_or_all([layer.k.bits for layer in factors.layers]),
-        "v_bits": one_or_all([layer.v.bits for layer in factors.layers]),
         "fingerprint": json.dumps(fingerprint(model)),
     }
+    for side in ("k", "v"):
+        pairs = [getattr(layer, side) for layer in factors.layers]
+        bits = [pair.bits for pair in pairs]
+        metadata[f"{side}_ranks"] = json.dumps([pair.rank for pair in pairs])
+        metadata[f"{side}_bits"] = json.dumps(bits[0] if len(set(bits)) == 1 else bits)
     if any(pair.clamped for pair in factors.pairs):
         metadata["quantizer"] = CLAMPED
     groups = {pair.group for pair in factors.pairs}
     if len(groups) > 1:
         raise UserError(f"factors with groups of {groups} tokens in one file; give all the same")
-    if (group := groups.pop()) is not None:
-        metadata["group"] = str(group)
+    if groups != {None}:
+        metadata["group"] = str(groups.pop())
     if factors.together:
         metadata["together"] = json.dumps([[*vars(some).values()] for some in factors.together])
     data = save(tensors, metadata)
@@ -121,11 +119,6 @@ def save_factors(
     header = header.encode() + b" " * (-len(header.encode()) % 8)
     with replacing(path) as temporary:
         temporary.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
-
-
-def on_cpu(pair: LowRank) -> tuple[Tensor, Tensor]:
-    """A and B in float32."""
-    return tuple(M.detach().to("cpu", torch.float32).contiguous() for M in (pair.A, pair.B))
 
 
 def balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,14 +195,15 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
             f"{path} has format version {info.get('version')}, this code reads {VERSION}; make it "
             "again with train.py"
         )
-    layers = len(model.model.layers)
+    count = len(model.model.layers)
     try:
         theirs = json.loads(info["fingerprint"])
-        k_bits, v_bits = (for_each(json.loads(info[name]), layers) for name in ("k_bits", "v_bits"))
+        k_bits = for_each(info["k_bits"], count)
+        v_bits = for_each(info["v_bits"], count)
         group = int(info["group"]) if "group" in info else None
         if group is not None and (group < 1 or group % quant.BLOCK):
             raise ValueError(f"group {group} is no multiple of {quant.BLOCK}")
-        together = read_together(json.loads(info.get("together", "[]")), layers)
+        together = read_together(json.loads(info.get("together", "[]")), count)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged (metadata: {error}); make it again") from None
 
@@ -219,18 +213,16 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
 
     clamped = info.get("quantizer") == CLAMPED
 
-    def pair(i: int, name: str, bits: int) -> LowRank:
-        prefix = f"model.layers.{i}.self_attn.{name}"
+    def read_pair(i: int, side: str, bits: int) -> LowRank:
+        prefix = f"model.layers.{i}.self_attn.{side}_proj"
         B = tensors[f"{prefix}.B"]
-        if f"{prefix}.metric" in tensors:
-            side = name[0]
-            attention = model.model.layers[i].self_attn
-            metric = tensors[f"{prefix}.metric"]
-            if B.dim() != 2 or metric.numel() != (B.shape[1] if side == "k" else 1):
-                raise UserError(f"{path}: {prefix} has a metric of another size; make it again")
-            A = shrinking(B, attention, side, metric).float()
-        else:
+        metric = tensors.get(f"{prefix}.metric")
+        if metric is None:
             A = tensors[f"{prefix}.A"]
+        elif B.dim() != 2 or metric.numel() != (B.shape[1] if side == "k" else 1):
+            raise UserError(f"{path}: {prefix} has a metric of another size; make it again")
+        else:
+            A = shrinking(B, model.model.layers[i].self_attn, side, metric).float()
         if A.shape != (model.config.hidden_size, len(B)) or B.shape[1] != model.config.d_kv:
             raise UserError(
                 f"{path}: {prefix} has A {tuple(A.shape)} and B {tuple(B.shape)}, which do not fit "
@@ -238,19 +230,20 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
             )
         return LowRank(A, B, bits, clamped, group)
 
+    layers = []
     try:
-        pairs = [
-            LayerFactors(pair(i, "k_proj", k_bits[i]), pair(i, "v_proj", v_bits[i]))
-            for i in range(layers)
-        ]
+        for i in range(count):
+            k = read_pair(i, "k", k_bits[i])
+            v = read_pair(i, "v", v_bits[i])
+            layers.append(LayerFactors(k, v))
     except KeyError as error:
         raise UserError(f"{path} lacks {error}; make it again with train.py") from None
-    info = {name: value for name, value in info.items() if name not in DESCRIBED}
     for some in together:
-        kept = {(p.rank, p.bits) for p in (getattr(pairs[i], some.side) for i in some.layers)}
+        kept = {(p.rank, p.bits) for p in (getattr(layers[i], some.side) for i in some.layers)}
         if len(kept) > 1 or group is None:
             raise UserError(f"{path} is damaged (layers together of ranks and bits {kept})")
-    return Factors(pairs, info, together).to(model.lm_head.weight)
+    info = {name: value for name, value in info.items() if name not in ALWAYS + SOMETIMES}
+    return Factors(layers, info, together).to(model.lm_head.weight)
 
 
 def read_together(groups: list, layers: int) -> tuple[Together, ...]:
@@ -265,13 +258,10 @@ def read_together(groups: list, layers: int) -> tuple[Together, ...]:
     return together
 
 
-def one_or_all(values: list[int]) -> str:
-    """A list of equal numbers as one number, any other as it is, in JSON."""
-    return json.dumps(values[0] if len(set(values)) == 1 else values)
-
-
-def for_each(value: int | list[int], count: int) -> list[int]:
-    """What `one_or_all` wrote, as a list again. Raises `ValueError` if it is anything else."""
+def for_each(text: str, count: int) -> list[int]:
+    """The bits of each layer: a list, or one number for all. Raises `ValueError` for anything
+    else."""
+    value = json.loads(text)
     values = value if isinstance(value, list) else [value] * count
     if len(values) != count or not all(bits in (2, 3, 4, 8, 16, 32) for bits in values):
         raise ValueError(f"{value} is no number of bits for {count} layers")

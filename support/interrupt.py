@@ -9,21 +9,25 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Postponed:
-    """Within it Ctrl-C sets `asked`, for the work to end at a good place; a second one raises."""
+    """Within it the first of the `signals` sets `asked`, for the work to end at a good place; a
+    second one does what it did before."""
 
     asked = False
 
+    def __init__(self, *signals: int):
+        self.signals = signals or (signal.SIGINT,)
+
     def __enter__(self) -> "Postponed":
-        self.before = signal.signal(signal.SIGINT, self.ask)
+        self.before = {number: signal.signal(number, self.ask) for number in self.signals}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def ask(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
         self.asked = True
+        signal.signal(number, self.before[number])
 
 
 def stop(number: int, frame: object) -> None:

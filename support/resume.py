@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import Transformer
-from support.command import UserError, append_line, first_line, replacing
+from support.command import UserError, first_line, replacing, writing
 from support.factors_file import fingerprint
+from support.interrupt import Postponed
 from support.processes import place, say, summed
 
 
@@ -70,23 +71,6 @@ def make_plan(arguments: dict, model: Transformer, samples: list[Tensor]) -> dic
     return plan | {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Yields a list that Ctrl-C and SIGTERM add to, so that a step can end; a second one kills."""
-    signals: list[int] = []
-
-    def handler(number: int, frame: object) -> None:
-        signals.append(number)
-        signal.signal(number, before[number])
-
-    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
 @dataclass(frozen=True)
 class Losses:
     """Losses of factors on some text, [layers] each, in the units of equation 2 (train.py)."""
@@ -100,23 +84,22 @@ class Losses:
 STATE = ("bases", "initial", "seconds", "logged", "step", "parameters", "optimizer")
 
 
+@dataclass(eq=False)
 class Journal:
     """The checkpoint, the log and the progress bar of one training. Only the first process writes.
 
-    Args:
-        checkpoint: its file; written every `every` steps, after the last one, and when Ctrl-C or
-            SIGTERM ends the training after the step that it is in.
-        log: JSON lines, one a step and a summary; None for no log.
-        plan: arguments that must be the same to go on.
+    The checkpoint is written every `every` steps, after the last one, and when Ctrl-C or SIGTERM
+    ends the training after the step that it is in.
     """
 
-    def __init__(self, checkpoint: Path, every: int, log: Path | None, plan: dict):
-        self.checkpoint = checkpoint
-        self.every = every
-        self.log = log
-        self.plan = plan
+    checkpoint: Path
+    every: int
+    log: Path | None  # JSON lines, one a step and a summary
+    plan: dict  # arguments that must be the same to go on
+    seconds: float = 0.0
+
+    def __post_init__(self):
         self.first = place()[0] == 0
-        self.seconds = 0.0
         self.logged = hashlib.sha256()  # of the log's lines so far
 
     def load(self, device: str) -> dict | None:
@@ -142,7 +125,7 @@ class Journal:
             self.keep_lines(done)
         quiet = not self.first or not steps
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=quiet)
-        with self.bar, interruptible() as self.signals:
+        with self.bar, Postponed(signal.SIGINT, signal.SIGTERM) as self.interrupt:
             yield
 
     def keep_lines(self, done: int) -> None:
@@ -187,7 +170,7 @@ class Journal:
         self.bar.set_postfix_str(progress, refresh=False)
         self.bar.update()
         # A signal may reach one process a step before another, but they must stop together.
-        stopped = summed(columns["loss"].new_tensor(len(self.signals))).item() > 0
+        stopped = summed(columns["loss"].new_tensor(self.interrupt.asked)).item() > 0
         due = self.done == self.steps or self.done % self.every == 0
         if self.first and (stopped or due):
             journal = {"plan": self.plan, "seconds": self.seconds}
@@ -219,9 +202,10 @@ class Journal:
         sums = {name: column.sum().item() for name, column in columns.items()}
         by_layer = torch.stack(list(columns.values()), dim=1).tolist()
         layers = [dict(zip(columns, losses, strict=True)) for losses in by_layer]
-        row = {**row, "seconds": self.seconds, **sums, "layers": layers}
-        append_line(self.log, row)
-        self.logged.update(json.dumps(row).encode())
+        line = json.dumps({**row, "seconds": self.seconds, **sums, "layers": layers})
+        with writing(self.log), self.log.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self.logged.update(line.encode())
 
     def forget(self) -> None:
         """Removes the checkpoint."""

@@ -153,12 +153,3 @@ def check_finite(finite: bool, mend: str = WIDER) -> None:
     if not finite:
         problem = "the model's output is not finite: some number is too large for its type"
         raise UserError(f"{problem}; try {mend}")
-
-
-def check_prompt(prompt: list[int], limit: int) -> None:
-    """Raises `UserError` for a prompt of no tokens, or of more than a context of `limit`."""
-    if not prompt:
-        raise UserError("the prompt has no token; give other text")
-    if len(prompt) >= limit:
-        problem = f"the prompt has {len(prompt)} tokens, the model's context {limit}"
-        raise UserError(f"{problem}; shorten it")

@@ -25,10 +25,11 @@ class Declared:
     as bos_token (None where the files say that there is none), `extra` further special tokens.
 
     `in_file` are a tokenizer.json's added tokens by id; `control` the list of a tokenizer.model's,
-    which stand in for `extra` where that is not declared. Raises `UserError` for what is no token.
+    which stand in for `extra` where that is not declared. With `raw`, those `by_id` are
+    found in the text as it is, not normalized. Raises `UserError` for what is no token.
     """
 
-    def __init__(self, folder: Path, settings: dict, in_file: dict, control: list | None):
+    def __init__(self, folder: Path, settings: dict, in_file=None, control=None, raw=False):
         file = folder / CONFIG
         settings = dict(settings)
         if OLDER_EXTRA in settings and not settings.get(EXTRA):
@@ -45,10 +46,12 @@ class Declared:
             tokens = settings[BY_ID]
             if not isinstance(tokens, dict) or not all(index.isdecimal() for index in tokens):
                 raise wrong(file, f"{BY_ID} is no object of tokens by their ids")
-            self.by_id = {int(index): read_token(token, file) for index, token in tokens.items()}
+            self.by_id = {
+                int(index): read_token(token, file, raw) for index, token in tokens.items()
+            }
         else:
             special = {*self.texts().values(), *(token.content for token in self.extra)}
-            self.by_id = read_added(folder / "added_tokens.json", special) | in_file
+            self.by_id = read_added(folder / "added_tokens.json", special, raw) | (in_file or {})
         if EXTRA not in settings:
             older = read_list(settings.get(OLDER_EXTRA), file)
             self.extra = older if control is None else control
@@ -56,12 +59,6 @@ class Declared:
     def texts(self) -> dict[str, str]:
         """The special tokens by their names."""
         return {name: token.content for name, token in self.named.items() if token is not None}
-
-    def match_raw_text(self) -> None:
-        """Finds the tokens of `by_id` in the text as it is, not as the vocabulary normalizes it."""
-        for index, token in self.by_id.items():
-            flags = {**{name: getattr(token, name) for name in FLAGS}, "normalized": False}
-            self.by_id[index] = AddedToken(token.content, **flags)
 
     def add_to(self, backend: Tokenizer, defaults: dict[str, str]) -> dict[str, str]:
         """Adds all tokens, in the order of their ids, then of `NAMES`, and by `defaults` those of a
@@ -123,7 +120,7 @@ def read_special_map(file: Path, settings: dict) -> None:
             settings[name] = read_token(token, file)
 
 
-def read_added(file: Path, special: set[str]) -> dict[int, AddedToken]:
+def read_added(file: Path, special: set[str], raw: bool) -> dict[int, AddedToken]:
     """The tokens of an added_tokens.json, which has their ids by their texts."""
     by_id = {}
     for text, index in read_settings(file).items():
@@ -131,7 +128,7 @@ def read_added(file: Path, special: set[str]) -> dict[int, AddedToken]:
             raise wrong(file, f"{text!r} has the id {index!r}")
         known = text in special
         token = {"content": text, "normalized": not known, "special": known}
-        by_id[index] = read_token(token, file)
+        by_id[index] = read_token(token, file, raw)
     return by_id
 
 
@@ -141,7 +138,7 @@ def read_list(tokens: object, file: Path) -> list[AddedToken]:
     return [read_token(token, file) for token in tokens or []]
 
 
-def read_token(token: object, file: Path) -> AddedToken:
+def read_token(token: object, file: Path, raw: bool = False) -> AddedToken:
     """A token as the files write it: a text, or {"content": text} with flags."""
     if isinstance(token, AddedToken):
         return token
@@ -150,6 +147,8 @@ def read_token(token: object, file: Path) -> AddedToken:
         if not isinstance(entry["content"], str):
             raise TypeError
         flags = {name: entry[name] for name in FLAGS if name in entry}
+        if raw:
+            flags["normalized"] = False
         return AddedToken(entry["content"], **flags)
     except (TypeError, KeyError, UnicodeEncodeError):
         problem = f"the token {token!r} is neither a text nor an object with a `content` and flags"

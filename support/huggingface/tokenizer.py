@@ -7,6 +7,7 @@ stands which of the files beside them change it, and what of that we refuse.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
@@ -37,26 +38,20 @@ def library(problem: str, mend: str) -> Iterator[None]:
         raise UserError(f"{problem} ({first_line(error)}); {mend}") from None
 
 
+@dataclass(eq=False)
 class Tokenizer:
     """Text to token ids and back, and an instruct model's chat template."""
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        special: dict[str, str],
-        template: object,
-        source: str = "this model",
-        clean_up: bool = False,
-        vocabulary: int | None = None,
-    ):
-        backend.no_truncation()  # settings that some files carry over from training
-        backend.no_padding()
-        self.backend = backend
-        self.special = special  # texts by name, such as bos_token
-        self.template = template  # jinja source, None for a model that does not chat
-        self.source = source  # where the template stands
-        self.clean_up = clean_up  # no spaces before punctuation in decoded text
-        self.vocabulary = vocabulary  # tokens that the model has; None: not known
+    backend: tokenizers.Tokenizer
+    special: dict[str, str]  # texts by name, such as bos_token
+    template: object  # jinja source, None for a model that does not chat
+    source: str = "this model"  # where the template stands
+    clean_up: bool = False  # no spaces before punctuation in decoded text
+    vocabulary: int | None = None  # tokens that the model has; None: not known
+
+    def __post_init__(self):
+        self.backend.no_truncation()  # settings that some files carry over from training
+        self.backend.no_padding()
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; `special` adds what the model wants around a text, such as <s>. Raises
@@ -172,7 +167,7 @@ def open_json(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokeniz
     with library(f"{file} is damaged", "fetch it again"):
         backend = tokenizers.Tokenizer.from_file(str(file))
     in_file = backend.get_added_tokens_decoder()
-    declared = Declared(file.parent, settings, in_file=in_file, control=None)
+    declared = Declared(file.parent, settings, in_file)
     if kind:
         backend = pieces.rebuild(backend, kind, settings, file.parent / CONFIG)
     return backend, declared.add_to(backend, DEFAULTS.get(kind, {}))
@@ -186,9 +181,7 @@ def open_model(file: Path, kind: str, settings: dict) -> tuple[tokenizers.Tokeni
         for piece in proto.pieces
         if piece.type in (CONTROL, USER_DEFINED)  # these SentencePiece keeps whole
     ]
-    declared = Declared(file.parent, settings, in_file={}, control=control)
-    if not kind:
-        declared.match_raw_text()
+    declared = Declared(file.parent, settings, control=control, raw=not kind)
     special = declared.add_to(backend, DEFAULTS[LLAMA])
     if not any((file.parent / name).is_file() for name in (CONFIG, "config.json")):
         # Nobody asks for <s> in a folder without any settings, but the models are trained with it.
