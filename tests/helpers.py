@@ -209,6 +209,17 @@ def decode_all(model, tokens, prompt, cache):
     return torch.cat([model(step, cache) for step in steps], dim=1)
 
 
+def feed(cache, prompt, x, q, k, v, rope):
+    """Gives a layer a prompt, then token by token the rest of x [B, T, hidden], q, k and v. Yields
+    the position of each of these, and the output for it [B, H, D]."""
+    cache.prefill(x[:, :prompt], q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt], rope)
+    for t in range(prompt, x.shape[1]):
+        new = slice(t, t + 1)
+        out = cache.decode(x[:, new], q[:, :, new], k[:, :, new], v[:, :, new], rope)
+        assert out.shape[2] == 1 and cache.length == t + 1
+        yield t, out[:, :, 0]
+
+
 def layer_inputs(model, tokens):
     """(x, k, v) [B, T, ...] of every layer, before RoPE and without biases, in float64, from the
     model's own modules."""

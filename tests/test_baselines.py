@@ -1,6 +1,8 @@
 """The baselines: each against a naive computation of its own, token by token, in float64."""
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cskv import init_factors
+from cskv import bi_branch_cache, init_factors
 from experiments import baselines
 from experiments.baselines import (
     LEVELS,
@@ -21,18 +23,18 @@ from experiments.baselines import (
 from model import Config, LayerCache, Rope, full_cache
 from quant import CHANNELS, TOKENS, Grouping, bits_per_element, fake_quantize
 from support.command import UserError
-from tests.drawn import quick, shapes
+from tests.drawn import bits, quick, shapes, sinks
 from tests.helpers import (
     LargestTensor,
+    OneToken,
     decode_all,
+    feed,
     naive_frequencies,
     naive_rotate,
     tiny_config,
     tiny_model,
     tiny_tokens,
 )
-
-torch.set_grad_enabled(False)
 
 heads = st.sampled_from([1, 2, 4])  # key/value heads, of 4 query heads
 prompts, steps = st.integers(1, 20), st.integers(1, 12)
@@ -60,18 +62,8 @@ class Sequence:
         self.q = 2 * torch.randn(batch, H, N, D, generator=g)
         self.k, self.v = torch.randn(2, batch, H_kv, N, D, generator=g).unbind(0)
 
-    def part(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Rope]:
-        q, k, v = (y[:, :, start:stop] for y in (self.q, self.k, self.v))
-        return self.x[:, start:stop], q, k, v, self.rope
-
-    def prefill(self, cache: LayerCache, prompt: int) -> Tensor:
-        return cache.prefill(*self.part(0, prompt))
-
-    def decode(self, cache: LayerCache, t: int) -> Tensor:
-        """The output for token t, [B, H, D]."""
-        out = cache.decode(*self.part(t, t + 1))
-        assert out.shape == (*self.q.shape[:2], 1, self.q.shape[3]) and cache.length == t + 1
-        return out[:, :, 0]
+    def feed(self, cache: LayerCache, prompt: int) -> Iterator[tuple[int, Tensor]]:
+        return feed(cache, prompt, self.x, self.q, self.k, self.v, self.rope)
 
     def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [T, D] in float64, token i turned to positions[i]."""
@@ -91,20 +83,6 @@ def assert_near(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=2e-5)
 
 
-# --------------------------------------------------------------------------------- exact prefill
-
-
-@quick
-@given(heads, st.booleans(), st.sampled_from([None, 7]), st.integers(1, 80), st.floats(0, 0.99))
-def test_prefill_is_bit_equal_to_the_model(H_kv, bias, window, T, ratio):
-    model = tiny_model(num_key_value_heads=H_kv, attention_bias=bias, sliding_window=window)
-    tokens = tiny_tokens(model, 2, T)
-    kinds = [StreamingCache] if window else [StreamingCache, HeavyHitterCache]
-    caches = [caches_of(kind, model, ratio) for kind in kinds]
-    for cache in [*caches, caches_of(KiviCache, model, 2, 9, T + 20)]:
-        assert torch.equal(model(tokens, cache), model(tokens))
-
-
 # ------------------------------------------------------------------------- budgets of token pruning
 
 
@@ -119,14 +97,12 @@ def test_the_budget_is_a_share_of_the_prompt_and_fixed_after_it(T, steps, ratio,
         budget = min(max(least, round((1 - ratio) * T)), window or 1000)
         cache = kind(sequence.config, ratio)
         assert cache.nbytes() == 0
-        sequence.prefill(cache, T)
-        for t in range(T, T + steps):
+        token_bytes = 2 * 4 * 6 + extra  # key and value of 6 channels, and H2O's score
+        for t, _ in sequence.feed(cache, T):
             for held in cache.tensors():
-                assert held.shape[2] == min(t, budget)
-            token_bytes = 2 * 4 * 6 + extra  # key and value of 6 channels, and H2O's score
+                assert held.shape[2] == min(t + 1, budget)
             assert cache.nbytes() == 2 * 2 * token_bytes * cache.k.shape[2]
-            sequence.decode(cache, t)
-        assert cache.budget == budget and cache.k.shape[2] <= budget
+        assert cache.budget == budget
 
 
 @quick
@@ -143,27 +119,21 @@ def test_a_budget_for_all_tokens_equals_the_full_cache(H_kv, prompt, steps, more
         assert cache[0].k.shape[2] == prompt + steps  # no memory for the rest of the budget
 
 
-@pytest.mark.parametrize(
-    "kind, settings, message",
-    [
-        *((k, {"ratio": r}, "compression ratio") for k in (StreamingCache, HeavyHitterCache)
-          for r in (-0.1, 1.0, math.nan)),
-        (StreamingCache, {"budget": 1}, "budget of 1 tokens"),
-        (HeavyHitterCache, {"budget": 1}, "budget of 1 tokens"),
-        (KiviCache, {"bits": 16}, "in 16 bits"),
-        (KiviCache, {"residual": 0}, "residual 0"),
-    ],
-)  # fmt: skip
-def test_bad_settings(kind, settings, message):
+BAD = [
+    (KiviCache, {}, {"bits": 16}, "in 16 bits"),
+    (KiviCache, {}, {"residual": 0}, "residual 0"),
+    (StreamingCache, {"sliding_window": 4}, {}, "sliding window of 4"),
+    (HeavyHitterCache, {"sliding_window": 9}, {}, "sees the last 9 only"),
+]
+for kind in (StreamingCache, HeavyHitterCache):
+    BAD.append((kind, {}, {"budget": 1}, "budget of 1 tokens"))
+    BAD += [(kind, {}, {"ratio": ratio}, "compression ratio") for ratio in (-0.1, 1.0, math.nan)]
+
+
+@pytest.mark.parametrize("kind, shape, settings, message", BAD)
+def test_bad_settings(kind, shape, settings, message):
     with pytest.raises(UserError, match=message):
-        kind(tiny_config(), **settings)
-
-
-def test_a_sliding_window_without_room_is_refused():
-    with pytest.raises(UserError, match="sliding window of 4"):
-        StreamingCache(tiny_config(sliding_window=4))
-    with pytest.raises(UserError, match="sees the last 9 only"):
-        HeavyHitterCache(tiny_config(sliding_window=9))
+        kind(tiny_config(**shape), **settings)
 
 
 # --------------------------------------------------------------------------------- StreamingLLM
@@ -177,22 +147,18 @@ def test_streaming_renumbers_the_positions_of_what_it_keeps(
     config = tiny_config(num_key_value_heads=H_kv, sliding_window=window)
     sequence = Sequence(config, prompt + steps, seed)
     cache = StreamingCache(config, budget=budget)
-    sequence.prefill(cache, prompt)
-    kept = []
-    for t in range(prompt + steps):
-        if len(kept) == min(budget, window or budget):
-            del kept[4]  # the oldest token that is no sink
+    budget = min(budget, window or budget)
+    kept = list(range(prompt))
+    for t, ours in sequence.feed(cache, prompt):
         kept.append(t)
-        if t < prompt:
-            continue
-        ours, positions = sequence.decode(cache, t), torch.arange(len(kept))
-        for b in range(2):
-            for h in range(4):
-                k, v = (y[b, sequence.kv_head(h), kept] for y in (sequence.k, sequence.v))
-                q = sequence.rotated(sequence.q[b, h, t : t + 1], positions[-1:])[0]
-                expected, _ = naive_attention(q, sequence.rotated(k, positions), v)
-                assert_near(ours[b, h], expected)
-        assert all(held.shape[2] <= cache.budget for held in cache.tensors())
+        while len(kept) > budget:
+            del kept[4]  # the oldest token that is no sink
+        positions = torch.arange(len(kept))
+        for b, h in itertools.product(range(2), range(4)):
+            k, v = (y[b, sequence.kv_head(h), kept] for y in (sequence.k, sequence.v))
+            q = sequence.rotated(sequence.q[b, h, t : t + 1], positions[-1:])[0]
+            expected, _ = naive_attention(q, sequence.rotated(k, positions), v)
+            assert_near(ours[b, h], expected)
 
 
 # ------------------------------------------------------------------------------------------ H2O
@@ -205,13 +171,11 @@ def test_heavy_hitters_equal_a_naive_computation(H_kv, prompt, steps, budget, se
     config = tiny_config(num_key_value_heads=H_kv)
     sequence = Sequence(config, prompt + steps, seed)
     cache = HeavyHitterCache(config, budget=budget)
-    queries, baselines.QUERIES = baselines.QUERIES, 7  # so that a short prompt makes chunks
-    sequence.prefill(cache, prompt)
-    baselines.QUERIES = queries
     N, recent = prompt + steps, budget - budget // 2
     positions = torch.arange(N)
-    ours = {t: sequence.decode(cache, t) for t in range(prompt, N)}
-    assert all(held.shape[2] <= budget for held in cache.tensors())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "QUERIES", 7)  # so that a short prompt makes chunks
+        ours = dict(sequence.feed(cache, prompt))
     for b in range(2):
         for group in range(H_kv):
             k, v = sequence.rotated(sequence.k[b, group], positions), sequence.v[b, group]
@@ -263,12 +227,7 @@ def packed_tokens(length: int, residual: int) -> int:
     return 32 * sum(1 for last in range(31, length - residual, 32))
 
 
-few, residuals, first = (
-    st.sampled_from([2, 3, 4, 8]),
-    st.integers(1, 50),
-    st.sampled_from([0, 1, 4]),
-)
-kivis = st.fixed_dictionaries({"bits": few, "residual": residuals, "sinks": first})
+kivis = st.fixed_dictionaries({"bits": bits, "residual": st.integers(1, 50), "sinks": sinks})
 
 
 @quick
@@ -278,37 +237,33 @@ def test_kivi_attends_to_quantized_keys_and_values(kivi, H_kv, prompt, steps, wi
     config = tiny_config(num_key_value_heads=H_kv, sliding_window=window, head_dim=D)
     sequence = Sequence(config, prompt + steps, seed)
     cache = KiviCache(config, **kivi, expected=seed % 200)
-    sequence.prefill(cache, prompt)
-    cache.chunk = 32  # so that a few tokens make several chunks
     # Rotated in float32 as the cache does: in other digits, some number might round another way.
     k, q, v = sequence.rope.rotate(sequence.k, 0), sequence.rope.rotate(sequence.q, 0), sequence.v
-    for t in range(prompt, prompt + steps):
+    for t, ours in sequence.feed(cache, prompt):
+        cache.chunk = 32  # so that a few tokens make several chunks
         S = min(kivi["sinks"], t + 1)
-        old, ours = S + packed_tokens(t + 1 - S, kivi["residual"]), sequence.decode(cache, t)
+        old = S + packed_tokens(t + 1 - S, kivi["residual"])
         seen = slice(max(0, t + 1 - (window or t + 1)), t + 1)
         k_hat, v_hat = k.clone(), v.clone()
         if old > S:
             k_hat[:, :, S:old] = fake_quantize(k[:, :, S:old], kivi["bits"], Grouping(TOKENS))
             v_hat[:, :, S:old] = fake_quantize(v[:, :, S:old], kivi["bits"], Grouping(CHANNELS))
-        for b in range(2):
-            for h in range(4):
-                keys, values = (y[b, sequence.kv_head(h), seen] for y in (k_hat, v_hat))
-                assert_near(ours[b, h], naive_attention(q[b, h, t], keys, values)[0])
+        for b, h in itertools.product(range(2), range(4)):
+            keys, values = (y[b, sequence.kv_head(h), seen] for y in (k_hat, v_hat))
+            assert_near(ours[b, h], naive_attention(q[b, h, t], keys, values)[0])
 
 
 @quick
 @given(kivis, prompts, st.integers(1, 300), st.integers(0, 400), st.sampled_from([6, 32, 40]))
 def test_kivi_takes_the_bytes_of_its_formula(kivi, prompt, steps, expected, D):
-    config, bits = tiny_config(head_dim=D, max_position_embeddings=1000), kivi["bits"]
+    config = tiny_config(head_dim=D, max_position_embeddings=1000)
     sequence = Sequence(config, prompt + steps, 0)
     cache = KiviCache(config, **kivi, expected=expected)
     assert cache.nbytes() == 0
-    sequence.prefill(cache, prompt)
-    sinks = kivi["sinks"]
+    bits, sinks = kivi["bits"], kivi["sinks"]
     room = packed_tokens(max(prompt, expected) - sinks, kivi["residual"])
-    for length in range(prompt, prompt + steps + 1):
-        if length > prompt:
-            sequence.decode(cache, length - 1)
+    for t, _ in sequence.feed(cache, prompt):
+        length = t + 1
         old = packed_tokens(length - sinks, kivi["residual"])
         if room < old:
             room += 256 if room else 32  # an empty store starts with what it is given
@@ -323,14 +278,15 @@ def test_kivi_takes_the_bytes_of_its_formula(kivi, prompt, steps, expected, D):
 def test_kivi_unpacks_in_chunks():
     config = tiny_config(num_attention_heads=1, num_key_value_heads=1, head_dim=32)
     for T in (1000, 4000):
-        sequence = Sequence(config, T + 1, 0, batch=1)
-        cache = KiviCache(config, 4, expected=T + 1)
-        sequence.prefill(cache, T)
+        sequence = Sequence(config, T + 2, 0, batch=1)
+        cache = KiviCache(config, 4, expected=T + 2)
+        steps = sequence.feed(cache, T)
+        next(steps)
         cache.chunk = 64
         inputs = [sequence.x, sequence.q, sequence.k, sequence.v]
         with LargestTensor([*cache.tensors(), *inputs, *vars(sequence.rope).values()]) as seen:
-            sequence.decode(cache, T)
-        assert seen.largest <= 4 * max(T + 1, 64 * 32)  # the scores, or one chunk, in float32
+            next(steps)
+        assert seen.largest <= 4 * max(T + 2, 64 * 32)  # the scores, or one chunk, in float32
 
 
 # ----------------------------------------------------------------------------- channel shrinking
@@ -348,8 +304,6 @@ def test_low_rank_equals_a_model_of_low_rank(H_kv, prompt, steps, rank, bias, wi
     tokens = tiny_tokens(model, 2, prompt + steps)
     expected = decode_all(changed, tokens, prompt, full_cache(changed))
     cache = low_rank_cache(model, factors, bits=32)
-    for layer in cache:
-        layer.chunk = 3
     ours = decode_all(model, tokens, prompt, cache)
     torch.testing.assert_close(ours, expected, atol=2e-4, rtol=2e-4)
 
@@ -371,6 +325,8 @@ def all_caches(model):
         caches_of(HeavyHitterCache, model, budget=40),
         caches_of(KiviCache, model, 8, residual=4),
         low_rank_cache(model, factors.to(model.lm_head.weight)),
+        bi_branch_cache(model, factors.to(model.lm_head.weight), 4),
+        bi_branch_cache(model, factors.to(model.lm_head.weight), 4, kind=OneToken),
     ]
 
 
@@ -389,26 +345,6 @@ def test_a_sixteen_bit_model_decodes_closely(dtype):
         scores = isinstance(cache[0], HeavyHitterCache)
         limits = {torch.float16} if isinstance(cache[0], KiviCache) else set()
         assert floats == {dtype} | limits | ({torch.float32} if scores else set())
-
-
-def test_prefill_twice_and_decode_first_are_errors():
-    model = tiny_model()
-    tokens, sequence = tiny_tokens(model, 1, 5), Sequence(model.config, 3, 0)
-    for cache in all_caches(model):
-        with pytest.raises(ValueError, match="decode on an empty cache"):
-            sequence.decode(cache[0], 0)
-        model(tokens, cache)
-        with pytest.raises(ValueError, match="prefill on a cache that holds 5 tokens"):
-            cache[0].prefill(*sequence.part(0, 2))
-        with pytest.raises(ValueError, match="one token a step, got 2"):
-            cache[0].decode(*sequence.part(0, 2))
-
-
-def test_low_rank_is_lossy_in_the_prompt_already():
-    """The difference from CSKV: the first token after the prompt is not exact either."""
-    model = tiny_model()
-    tokens, factors = tiny_tokens(model, 1, 10), init_factors("svd", model, [3, 3], [3, 3])
-    assert not torch.allclose(model(tokens, low_rank_cache(model, factors)), model(tokens))
 
 
 # ----------------------------------------------------------------------------------- TurboQuant
@@ -446,14 +382,11 @@ def test_turboquant_attends_to_what_it_keeps(shape, prompt, n, bits):
     sequence = Sequence(config, prompt + n, seed=0)
     k = sequence.rope.rotate(sequence.k, 0)
     q = sequence.rope.rotate(sequence.q, 0)
-    sequence.prefill(cache, prompt)
     shared = config.num_attention_heads // config.num_key_value_heads
-    for t in range(prompt, prompt + n):
-        ours = sequence.decode(cache, t)
+    for t, ours in sequence.feed(cache, prompt):
         seen = slice(max(0, t + 1 - (config.sliding_window or t + 1)), t + 1)
         kept = [cache.rebuild(*cache.encode(y), y)[:, :, seen] for y in (k, sequence.v)]
         k_hat, v_hat = (y.repeat_interleave(shared, 1) for y in kept)
         scores = q[:, :, t : t + 1] @ k_hat.mT / math.sqrt(config.head_dim)
         expected = (scores.softmax(-1) @ v_hat)[:, :, 0]
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
-    assert cache.nbytes() == sum(part.nbytes for part in cache.tensors())

@@ -68,9 +68,10 @@ def test_values_are_rotated_once_and_only_for_groups_of_channels():
 def test_bad_initializations():
     model = tiny_model()
     for name, ranks, message in (
-        *((name, [1, 1], "no initialization") for name in ("best", "SVD", "")),
+        ("SVD", [1, 1], "no initialization"),
         ("optimal", [1, 1], "needs calibration"),
-        *(("svd", ranks, "not in 1") for ranks in ([0, 1], [1, 13], [-1, 1])),
+        ("svd", [0, 1], "not in 1"),
+        ("svd", [1, 13], "not in 1"),
         ("svd", [1], "ranks for 2 layers"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -129,9 +130,11 @@ def random_problem(hidden, d_kv, tokens, seed):
 
 def disturbed(pair, size, generator):
     """A step away from a pair, as training takes."""
-    noise = [torch.randn(M.shape, generator=generator, dtype=M.dtype) for M in (pair.A, pair.B)]
-    moved = [M + size * M.std() * e for M, e in zip((pair.A, pair.B), noise, strict=True)]
-    return LowRank(*moved)
+
+    def moved(M):
+        return M + size * M.std() * torch.randn(M.shape, generator=generator, dtype=M.dtype)
+
+    return LowRank(moved(pair.A), moved(pair.B))
 
 
 @quick
@@ -145,11 +148,9 @@ def test_optimal_loses_the_dropped_eigenvalues_and_nothing_goes_below(problem, d
     optimum = cskv.optimal_factors(W, rank, moment)
     best = loss(x, W, optimum)
     assert abs(best - dropped) < 1e-10 * scale
-    random = cskv.random_factors(W, rank, torch.Generator().manual_seed(0))
-    others = [disturbed(optimum, size, g) for size in (1e-3, 1e-1)]
     svd = cskv.svd_factors(W, rank)
+    others = [disturbed(optimum, size, g) for size in (1e-3, 1e-1)]
     others += [svd, cskv.asvd_factors(W, rank, x.abs().mean(0))]
-    others += [LowRank(random.A.double(), random.B.double()), LowRank(optimum.A * 1.001, optimum.B)]
     for other in others:
         assert loss(x, W, other) >= best - 1e-10 * scale
     # And svd is the best for the weight alone.
@@ -282,42 +283,32 @@ def test_factors_fit_the_same_model_in_other_bits_and_no_other(tmp_path):
             load_factors(path, other)
 
 
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_factors_that_are_not_finite_are_not_saved(tmp_path, value):
-    model = tiny_model()
+def test_what_a_file_cannot_hold_is_not_saved(tmp_path):
+    model, path = tiny_model(), tmp_path / "f"
     factors = make_factors(model, 3, 5)
-    factors.layers[0].k.A[0, 0] = value
-    with pytest.raises(UserError, match=r"k_proj\.A has numbers that are not finite"):
-        save_factors(tmp_path / "f", factors, model)
-    assert list(tmp_path.iterdir()) == []
+    mixed = [replace(layer, k=replace(layer.k, group=64)) for layer in factors.layers]
+    with pytest.raises(UserError, match="in one file; give all the same"):
+        save_factors(path, Factors(mixed, factors.info), model)
+    for value in (math.inf, math.nan):
+        factors.layers[0].k.A[0, 0] = value
+        with pytest.raises(UserError, match=r"k_proj\.A has numbers that are not finite"):
+            save_factors(path, factors, model)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e-30, 1e-7, 1e-4, 1.0, 1e6])
-@pytest.mark.parametrize("side", ["A", "B", "both"])
-def test_numbers_beyond_the_type_of_the_file_lose_nothing(tmp_path, side, scale, dtype):
+@pytest.mark.parametrize("sides", ["A", "B", "AB"])
+def test_numbers_beyond_the_type_of_the_file_lose_nothing(tmp_path, sides, scale, dtype):
     """k_proj times 1e-7 lost 40% in float16 in silence."""
     model = tiny_model()
     factors = make_factors(model, 3, 5)
     expected = []
     for pair in factors.pairs:
-        expected.append(pair.A.double() @ pair.B.double())
-        if side in ("A", "both"):
-            pair.A.mul_(scale)
-            expected[-1] *= scale
-        if side in ("B", "both"):
-            pair.B.mul_(scale)
-            expected[-1] *= scale
+        expected.append(pair.A.double() @ pair.B.double() * scale ** len(sides))
+        for side in sides:
+            getattr(pair, side).mul_(scale)
     save_factors(tmp_path / "f", factors, model, dtype)
     for pair, product in zip(load_factors(tmp_path / "f", model).pairs, expected, strict=True):
         error = (pair.A.double() @ pair.B.double() - product).norm() / product.norm()
         assert error < 0.01
-
-
-def test_factors_of_several_groups_are_not_saved(tmp_path):
-    model, path = tiny_model(), tmp_path / "f.safetensors"
-    factors = make_factors(model, 3, 5)
-    mixed = [replace(layer, k=replace(layer.k, group=64)) for layer in factors.layers]
-    with pytest.raises(UserError, match="in one file; give all the same"):
-        save_factors(path, Factors(mixed, factors.info), model)
-    assert list(tmp_path.iterdir()) == []

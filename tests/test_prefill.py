@@ -1,7 +1,5 @@
 """Prefill equals the original model, bit for bit; decode equals independent computations."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +8,7 @@ from hypothesis import strategies as st
 
 import cskv
 import quant
-from cskv import BiBranchCache, LowRank, bi_branch_cache, init_factors
+from cskv import BiBranchCache, bi_branch_cache, init_factors
 from model import full_cache
 from tests import helpers
 from tests.drawn import groups, kinds, prompts, quick, ranks, shapes, sinks, steps, widths, windows
@@ -36,10 +34,12 @@ def test_prefill_is_bit_equal_to_the_model(shape, T, window, first, rank, batch,
 
 
 @quick
-@given(shapes, prompts, steps, windows, sinks, ranks, kinds)
-def test_decode_equals_one_parallel_computation(shape, prompt, steps, window, first, rank, kind):
+@given(shapes, prompts, steps, windows, sinks, ranks, kinds, st.sampled_from(["svd", "optimal"]))
+def test_decode_equals_one_parallel_computation(
+    shape, prompt, steps, window, first, rank, kind, init
+):
     model = tiny_model(**shape)
-    factors = make_factors(model, rank, rank + 1)
+    factors = make_factors(model, rank, rank + 1, init)
     tokens = tiny_tokens(model, 2, prompt + steps)
     cache = bi_branch_cache(model, factors.in_bits(32, 32), window, kind=kind, sinks=first)
     for layer in cache:
@@ -81,29 +81,11 @@ def test_full_rank_or_a_window_of_the_whole_length_equals_the_full_cache(
         rank, window = 1, length + window - 1
     seen = cskv.calibrate(model, [tiny_tokens(model, 2, 40)])
     factors = init_factors(init, model, [rank] * 2, [rank] * 2, seen).in_bits(32, 32)
-    tokens, cache = (
-        tiny_tokens(model, 2, length),
-        bi_branch_cache(model, factors, window, sinks=first),
-    )
+    tokens = tiny_tokens(model, 2, length)
+    cache = bi_branch_cache(model, factors, window, sinks=first)
     ours = decode_all(model, tokens, prompt, cache)
     full = decode_all(model, tokens, prompt, full_cache(model))
     torch.testing.assert_close(ours, full, atol=2e-4, rtol=2e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_sixteen_bit_model_decodes_closely(dtype, bias):
-    """As on a GPU: latents, ring and factors in the model's own 16-bit type."""
-    model = tiny_model(scale=0.1, attention_bias=bias)
-    factors, tokens = init_factors("svd", model, [12, 12], [12, 12]), tiny_tokens(model, 2, 24)
-    exact = decode_all(model, tokens, 8, full_cache(model))
-    small = model.to(dtype)
-    factors = factors.to(small.lm_head.weight)
-    assert {M.dtype for pair in factors.pairs for M in (pair.A, pair.B)} == {dtype}
-    cache = bi_branch_cache(small, factors, 4)
-    ours = decode_all(small, tokens, 8, cache)
-    assert {t.dtype for t in cache[0].tensors()} == {dtype}
-    assert (ours.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
 @pytest.mark.parametrize("group", [None, 32, 64])
@@ -124,12 +106,7 @@ def test_decode_in_bits_equals_decode_with_fake_quantized_latents(
 
     q, k, v = (heads(p(x)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
     cache = bi_branch_cache(model, factors, window, sinks=first)[0]
-    cache.chunk = 40  # not a multiple of 32
-    cache.prefill(x[:, :prompt], *(y[:, :, :prompt] for y in (q, k, v)), model.rope)
-    for t in range(prompt, T):
-        now = slice(t, t + 1)
-        out = cache.decode(x[:, now], *(y[:, :, now] for y in (q, k, v)), model.rope)
-
+    *_, (_, out) = helpers.feed(cache, prompt, x, q, k, v, model.rope)
     ring = min(window, config.sliding_window or window)
     S = min(first, T)
     old = max(S, T - ring)  # S .. old - 1 come through latents
@@ -151,34 +128,6 @@ def test_decode_in_bits_equals_decode_with_fake_quantized_latents(
     seen = max(0, T - (config.sliding_window or T))
     k_all, v_all = model.rope.rotate(rebuilt[0], 0)[:, :, seen:], rebuilt[1][:, :, seen:]
     q_last = model.rope.rotate(q[:, :, -1:], T - 1)
-    expected = F.scaled_dot_product_attention(q_last, k_all, v_all, enable_gqa=True)
+    expected = F.scaled_dot_product_attention(q_last, k_all, v_all, enable_gqa=True)[:, :, 0]
     # A latent that sits between two 16-bit numbers, or two levels, may round to either.
     torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
-
-
-@quick
-@given(prompts, windows, st.integers(0, 1000))
-def test_only_the_product_counts(rank, window, seed):
-    """A M and M^-1 B give the same cache as A and B."""
-    model = tiny_model()
-    factors = make_factors(model, rank, rank).in_bits(32, 32)
-    g = torch.Generator().manual_seed(seed)
-
-    def mix(pair):
-        r = pair.rank
-        M = torch.eye(r) + 0.3 * torch.randn(r, r, generator=g) / math.sqrt(r)
-        return LowRank(pair.A @ M, torch.linalg.solve(M, pair.B), bits=32)
-
-    caches = [bi_branch_cache(model, some, window) for some in (factors, factors.map(mix))]
-    outs = [decode_all(model, tiny_tokens(model, 1, 20), 8, cache) for cache in caches]
-    torch.testing.assert_close(*outs, atol=2e-3, rtol=2e-3)
-
-
-@quick
-@given(st.integers(1, 30), st.integers(0, 200), st.integers(1, 11))
-def test_reconstruction_loss_is_the_same_after_rope(T, start, seed):
-    model = tiny_model()
-    k, k_hat = torch.randn(2, 2, T, 6, generator=torch.Generator().manual_seed(seed)).unbind(0)
-    before = (k - k_hat).square().sum()
-    after = (model.rope.rotate(k, start) - model.rope.rotate(k_hat, start)).square().sum()
-    torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-5)

@@ -90,17 +90,6 @@ def test_resume_of_nothing_and_of_a_finished_training(tmp_path, trained, monkeyp
     assert before != written(tmp_path)
 
 
-def test_resume_of_a_finished_training_with_other_arguments(everything, tmp_path, trained, refused):
-    """The file was "finished" whatever was asked for, another model included."""
-    trained("f", "--samples", 2)
-    save_checkpoint(tiny_model(seed=1), tmp_path / "model")
-    args = arguments(everything, tmp_path / "f", "--samples", 2, "--resume")
-    for name, value in OTHERS.items():
-        error = refused(train, *args, f"--{name}", value, notes=True)
-        assert f"made with another --{name};" in error
-    assert "another model" in refused(train, *args, "--model", tmp_path / "model", notes=True)
-
-
 def test_resume_with_the_log_of_another_training_is_refused(interrupted, tmp_path, capsys):
     """Its first lines would be kept as ours."""
     _, args = interrupted(3)
@@ -112,19 +101,26 @@ def test_resume_with_the_log_of_another_training_is_refused(interrupted, tmp_pat
 
 
 OTHERS = {"lr": 1e-3, "k-bits": 8, "v-ratio": 0.75, "samples": 9, "init": "asvd", "seed": 1}
-OTHERS |= {"batch-size": 2, "epochs": 2}
+OTHERS |= {"batch-size": 2, "epochs": 2, "data": "text.jsonl", "model": "model"}
 
 
-def test_resume_with_other_arguments_is_refused(interrupted, everything, tmp_path, refused, capsys):
+def test_resume_with_other_arguments_is_refused(
+    interrupted, everything, tmp_path, refused, monkeypatch, capsys
+):
+    """From a checkpoint, and of a file: it was "finished" whatever was asked for."""
     _, args = interrupted(3)
+    monkeypatch.chdir(tmp_path)
     text = (everything / "text.jsonl").read_text()
-    (tmp_path / "text.jsonl").write_text(text.replace("t1 ", "t2 "))
+    Path("text.jsonl").write_text(text.replace("t1 ", "t2 "))
     save_checkpoint(tiny_model(seed=1), tmp_path / "model")
-    others = {**OTHERS, "data": tmp_path / "text.jsonl", "model": tmp_path / "model"}
-    for name, value in others.items():
+    for name, value in OTHERS.items():
         error = refused(train, *args, f"--{name}", value, notes=True)
         assert f"was made with another --{name};" in error
     assert call(train, capsys, *args, "--checkpoint-every", 9)[0] == 0  # no matter
+    for name, value in OTHERS.items():
+        error = refused(train, *args, f"--{name}", value, notes=True)
+        expected = "another model" if name == "model" else f"made with another --{name};"
+        assert expected in error
 
 
 def test_a_damaged_checkpoint_is_refused(interrupted, tmp_path, refused):
