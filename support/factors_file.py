@@ -80,16 +80,22 @@ def save_factors(
                 metric = metric_between(A, B, model.model.layers[i].self_attn, side, dtype)
             else:
                 A, B = balanced(A, B)
-            exact[f"{prefix}.B"] = B.contiguous()
             if metric is None:
                 exact[f"{prefix}.A"] = A.contiguous()
+                exact[f"{prefix}.B"] = B.contiguous()
+                continue
+            exact[f"{prefix}.metric"] = metric
+            if pair.bits < 8:  # latents are rounded far more
+                for name, tensor in in_8_bits(B).items():
+                    exact[f"{prefix}.{name}"] = tensor
             else:
-                exact[f"{prefix}.metric"] = metric
+                exact[f"{prefix}.B"] = B.contiguous()
     tensors = {}
     for name, tensor in exact.items():
         if not tensor.isfinite().all():
             raise UserError(f"{name} has numbers that are not finite; make the factors again")
-        tensors[name] = tensor if name.endswith(".metric") else tensor.to(dtype)
+        rounded = name.endswith((".A", ".B")) and tensor.is_floating_point()
+        tensors[name] = tensor.to(dtype) if rounded else tensor
     if not all(holds(tensors[name], tensor) for name, tensor in exact.items()):
         tensors = exact
     metadata = {
@@ -167,6 +173,14 @@ def shrinking(B: Tensor, attention: Attention, side: str, metric: Tensor) -> Ten
     return W @ (M @ B.double().cpu().T)
 
 
+def in_8_bits(B: Tensor) -> dict[str, Tensor]:
+    """B [r, d_kv] as int8 with a scale for each row and for each column: B, rows [r, 1] and columns
+    [d_kv], whose product it is. Columns that matter are small, for their errors count much."""
+    columns = B.square().mean(0).sqrt().clamp(min=1e-30)
+    rows = (B / columns).abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    return {"B": (B / columns / rows).round().to(torch.int8), "rows": rows, "columns": columns}
+
+
 def holds(rounded: Tensor, exact: Tensor) -> bool:
     """Whether rounding to another type lost nothing but digits."""
     error = (rounded.float() - exact).abs().max()
@@ -216,6 +230,11 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
     def read_pair(i: int, side: str, bits: int) -> LowRank:
         prefix = f"model.layers.{i}.self_attn.{side}_proj"
         B = tensors[f"{prefix}.B"]
+        if B.dtype == torch.int8:
+            rows, columns = tensors[f"{prefix}.rows"], tensors[f"{prefix}.columns"]
+            if B.dim() != 2 or rows.shape != (len(B), 1) or columns.shape != B.shape[1:]:
+                raise UserError(f"{path}: {prefix} has scales of another size; make it again")
+            B = B * rows * columns
         metric = tensors.get(f"{prefix}.metric")
         if metric is None:
             A = tensors[f"{prefix}.A"]
