@@ -129,6 +129,7 @@ def test_a_token_waits_for_the_gpu_once(name):
     prompt, greedy = tokens[0, :T].tolist(), infer.make_sampler(0.0, 1.0, 0)
     stream = infer.generate(model, prompt, cache, STEPS, greedy)
     next(stream)  # the prompt
+    next(stream)  # the first step makes what the next ones share
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as waits:
@@ -136,7 +137,7 @@ def test_a_token_waits_for_the_gpu_once(name):
             count = len(list(stream))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert count == STEPS - 1 and len(waits) <= count
+    assert count == STEPS - 2 and len(waits) <= count
 
 
 # ----------------------------------------------------------------------------- on any device
