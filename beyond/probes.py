@@ -19,6 +19,7 @@ from support.command import UserError
 
 SIDES = {"k": quant.TOKENS, "v": quant.CHANNELS}  # of a layer, and how their latents are grouped
 NAMES = {"k": "keys", "v": "values"}
+AT_ONCE = 2**13  # tokens that a probe reads at once: many small texts together take less time
 
 
 class DecodeMode(LayerCache):
@@ -106,10 +107,11 @@ class Probe:
             first = max(first, T - (spread or T))
             at = torch.linspace(first, T - 1, min(predictions, T - first)).long().to(device)
             tokens = torch.cat([text for text in texts if text.shape[1] == T]).to(device)
-            x = model.model.embed_tokens(tokens)
-            inputs, x = self.read(x, self.pairs, self.pairs)
-            exact = self.log_probabilities(x, at)
-            self.texts.append(Texts(at, exact, inputs, inputs, self.pairs))
+            for some in tokens.split(max(1, AT_ONCE // T)):
+                x = model.model.embed_tokens(some)
+                inputs, x = self.read(x, self.pairs, self.pairs)
+                exact = self.log_probabilities(x, at)
+                self.texts.append(Texts(at, exact, inputs, inputs, self.pairs))
 
     def read(
         self, x: Tensor, pairs: list[dict], latents: list[dict]
