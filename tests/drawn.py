@@ -3,6 +3,7 @@
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from beyond.segments import SEGMENTS
 from cskv import BiBranchCache
 from tests.helpers import OneToken
 
@@ -26,3 +27,6 @@ bits = st.sampled_from([2, 3, 4, 8])
 bits_or_16 = st.sampled_from([2, 3, 4, 8, 16])
 widths = st.sampled_from([2, 3, 4, 8, 16, 32])  # of latents, packed or not
 groups = st.sampled_from([None, 32, 64])  # of latents; see LowRank
+schedules = st.sampled_from(  # of segments
+    [SEGMENTS, ((1, 0),), ((7, 0),), ((32, 0),), ((2, 9), (4, 0)), ((1, 5), (8, 20), (64, 0))]
+)

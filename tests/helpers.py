@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -273,6 +274,14 @@ def arguments(everything, out, *more):
     base = ["--model", everything / "model", "--data", everything / "text.jsonl", "--out", out]
     base += ["--init", "svd", "--k-ratio", 0.5, "--v-ratio", 0.67, "--lr", 1e-2]  # ranks 6 and 4
     return [str(a) for a in (*base, *more)]
+
+
+def wait_for_lines(log, lines, process):
+    """Until a process that writes a log has written so many lines."""
+    deadline = time.monotonic() + 60
+    while not log.exists() or log.read_text().count("\n") < lines:
+        assert process.poll() is None and time.monotonic() < deadline, "it never came that far"
+        time.sleep(0.001)
 
 
 def rows_of(log):

@@ -8,17 +8,9 @@ from hypothesis import strategies as st
 from beyond.segments import SEGMENTS
 from experiments.caches import CACHES, CHANNELS, make_cache, make_row
 from infer import held_bytes
-from tests.drawn import groups, quick, sinks, widths, windows
+from tests.drawn import groups, quick, schedules, shapes, sinks, widths, windows
 from tests.helpers import in_bits, make_factors, tiny_model, tiny_tokens
 
-SCHEDULES = [SEGMENTS, ((1, 0),), ((7, 0),), ((2, 9), (4, 0)), ((1, 5), (8, 20), (64, 0))]
-shapes = st.fixed_dictionaries(
-    {
-        "num_key_value_heads": st.sampled_from([1, 2, 4]),
-        "attention_bias": st.booleans(),
-        "sliding_window": st.sampled_from([None, None, 7, 50]),
-    }
-)
 # The first piece is the prompt.
 pieces = st.lists(st.sampled_from([1, 2, 3, 17, 40, 70]), min_size=2, max_size=4)
 
@@ -41,13 +33,13 @@ def caches_for(name, model, window, first, factors, schedule):
 
 @pytest.mark.parametrize("name", CACHES)
 @settings(quick, max_examples=15)
-@given(shapes, pieces, windows, sinks, widths, widths, groups, st.sampled_from(SCHEDULES))
+@given(shapes, pieces, windows, sinks, widths, widths, groups, schedules)
 def test_pieces_equal_token_by_token(
     name, shape, lengths, window, first, k_bits, v_bits, group, schedule
 ):
     """Logits within rounding, and the bytes, for a text in pieces of any lengths. Of the prompt
     they are those of the model to the last bit, but for a cache of low-rank keys and values."""
-    if name == "h2o":
+    if name == "h2o" or (name == "streaming" and shape["sliding_window"] == 3):
         shape = {**shape, "sliding_window": None}
     # One layer, in float64: numbers beside the border of two codes do not fall to either side.
     model = tiny_model(num_hidden_layers=1, scale=0.3, **shape).double()

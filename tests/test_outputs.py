@@ -64,9 +64,3 @@ def test_moment_and_metric_are_the_sums_written_out(shape, window, first, length
     torch.testing.assert_close(seen.v_moment, values / mass, rtol=1e-3, atol=1e-5)
     metric = (queries / queries.mean()).flatten().clamp(min=1e-3).diag()
     torch.testing.assert_close(seen.k_metric, metric, rtol=1e-3, atol=1e-5)
-
-
-def test_a_text_that_never_leaves_the_window_is_refused():
-    model = tiny_model()
-    with pytest.raises(UserError, match="longer text"):
-        calibrate_outputs(model, [tiny_tokens(model, 1, 12)], 8, 4)

@@ -5,7 +5,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,15 @@ from support import processes
 from support.command import UserError
 from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model
-from tests.helpers import arguments, call, rows_of, save_checkpoint, tiny_model, written
+from tests.helpers import (
+    arguments,
+    call,
+    rows_of,
+    save_checkpoint,
+    tiny_model,
+    wait_for_lines,
+    written,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,13 +173,6 @@ def test_the_first_process_has_a_second_to_speak(monkeypatch, rank):
                 raise error
         assert caught.value is error if rank == "0" else caught.value.code == code
     assert slept == ([] if rank == "0" else [1, 1]) and ended == [1, 1]
-
-
-def wait_for_lines(log, lines, process):
-    deadline = time.monotonic() + 60
-    while not log.exists() or log.read_text().count("\n") < lines:
-        assert process.poll() is None and time.monotonic() < deadline, "it never came that far"
-        time.sleep(0.001)
 
 
 def test_killed_at_a_random_step_resume_is_exact(everything, tmp_path, trained):

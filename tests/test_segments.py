@@ -23,7 +23,7 @@ from cskv import Latents, LayerFactors, LowRank, bi_branch_cache, init_factors
 from experiments.segments import log_probabilities, parse_segments, segment_lengths, text_of
 from model import Attention, Rope, full_cache
 from tests import helpers
-from tests.drawn import bits, groups, quick, sinks, widths, windows
+from tests.drawn import bits, groups, quick, schedules, sinks, widths, windows
 from tests.helpers import decode_all, in_bits, make_factors, tiny_config, tiny_model, tiny_tokens
 
 shapes = st.fixed_dictionaries(
@@ -38,10 +38,6 @@ shapes = st.fixed_dictionaries(
         ),
     }
 )
-schedules = st.sampled_from(
-    [SEGMENTS, ((1, 0),), ((7, 0),), ((32, 0),), ((2, 9), (4, 0)), ((1, 5), (8, 20), (64, 0))]
-)
-
 chunks = st.sampled_from([1, 17, 32, 1000])
 
 # ------------------------------------------------------------------------------------- segments
@@ -69,11 +65,10 @@ def test_each_token_is_in_one_segment(start, n, schedule):
     spans = cut(start, stop, schedule)
     starts = [span.start + i * span.length for span in spans for i in range(span.count)]
     lengths = [span.length for span in spans for _ in range(span.count)]
+    ends = [s + length for s, length in zip(starts, lengths, strict=True)]
     assert all(s % length == 0 for s, length in zip(starts, lengths, strict=True))
     assert cut(start, start, schedule) == ()
-    assert starts[0] <= start < starts[0] + lengths[0]
-    assert starts[-1] < stop <= starts[-1] + lengths[-1]
-    ends = [s + length for s, length in zip(starts, lengths, strict=True)]
+    assert starts[0] <= start < ends[0] and starts[-1] < stop <= ends[-1]
     assert starts[1:] == ends[:-1]
     assert lengths == sorted(lengths, reverse=True)
     for length, tokens in schedule[:-1]:  # so many of the newest are in segments no longer

@@ -5,7 +5,6 @@ import random
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from experiments.tasks import longeval
 from support.command import UserError
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
+from tests.helpers import wait_for_lines
 from weights import check_teacher, train_teacher
 from weights.train_teacher import EOS, LEVELS, Plan, Trainer, build_tokenizer, draw_batch
 
@@ -64,10 +64,10 @@ def test_a_key_has_the_same_tokens_in_record_and_question():
                 assert pieces in places, (key, text, tokens)
 
 
-@pytest.mark.parametrize("lines", [1, 2, 3, 40, 500])
+@pytest.mark.parametrize("lines", [1, 3, 40, 500])
 def test_made_up_records(lines):
     """Distinct keys of two words each, none of which is in a list whole, with fair numbers."""
-    for seed in range(20 if lines < 100 else 3):
+    for seed in range(3):
         record = train_teacher.draw_record(random.Random(seed), lines, True)
         assert len(record) == lines
         for key, number in record.items():
@@ -101,10 +101,11 @@ def test_questions_come_in_any_words_but_those_kept_for_the_test():
 
 
 def test_batches_depend_on_seed_and_step_only():
-    first = draw_batch(0, 7, LEVELS[2], TOKENIZER, 512)[1]
-    draw_batch(0, 8, LEVELS[2], TOKENIZER, 512)
-    assert torch.equal(first.tokens, draw_batch(0, 7, LEVELS[2], TOKENIZER, 512)[1].tokens)
-    assert not torch.equal(first.tokens, draw_batch(1, 7, LEVELS[2], TOKENIZER, 512)[1].tokens)
+    drawn = []
+    for seed, step in ((0, 7), (0, 8), (0, 7), (1, 7)):
+        drawn.append(draw_batch(seed, step, LEVELS[2], TOKENIZER, 512)[1].tokens)
+    first, _, again, other = drawn
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_numbers_count_only_when_whole():
@@ -144,10 +145,7 @@ def test_resume_after_kill_is_exact(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     curve = killed / "curve.jsonl"
     steps = random.randint(1, 20)
-    deadline = time.monotonic() + 60
-    while not curve.exists() or curve.read_text().count("\n") < steps:
-        assert process.poll() is None and time.monotonic() < deadline, "it never came that far"
-        time.sleep(0.001)
+    wait_for_lines(curve, steps, process)
     process.kill()
     process.wait()
     assert not any((killed / "out").iterdir())
