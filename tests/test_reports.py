@@ -14,7 +14,7 @@ from beyond.probes import Probe
 from beyond.segments import FastCache
 from cskv import BiBranchCache, bi_branch_cache, calibrate, init_factors, output_metric
 from experiments import budget
-from experiments.rounded import Rounded
+from experiments.caches import Rounded
 from model import full_cache
 from support.command import UserError
 from support.factors_file import load_factors, save_factors
