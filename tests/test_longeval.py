@@ -85,12 +85,12 @@ def test_passkey():
         ("no idea", None),
         ("²٣", None),  # digits to Python's \d or isdigit, not to LongEval
         ("12345 is " + "0" * 9000, 0),  # where int() of the text itself would raise
-        ("9" * 5000, 10**5000 - 1),
     ],
 )
 def test_scoring(output, number):
     assert read_answer(output) == number
     assert is_correct(output, 12345) == (number == 12345)
+    assert read_answer("9" * 5000) == 10**5000 - 1
 
 
 def test_a_passkey_is_the_first_number():
