@@ -141,7 +141,7 @@ class Question(Case):
 def greedy_answer(
     model: Transformer, logits: Tensor, question: list[int], cache: list[LayerCache], most: int
 ) -> list[int]:
-    """Up to `most` tokens behind those of `question`; `logits` [1, 1, vocab] are those before it."""
+    """Up to `most` tokens behind the `question`; `logits` [1, 1, vocab] are those before it."""
     if question:
         tokens = torch.tensor([question], device=logits.device)
         logits = model(tokens, cache, logits_to_keep=1)
