@@ -1,7 +1,4 @@
-"""The figures of experiments/: which points of a table's rows they show (pictures.py draws).
-
-Each function gets the rows of a table, or what a figure needs, and writes one PNG.
-"""
+"""The figures of experiments/: which points of a table's rows they show (pictures.py draws)."""
 
 from pathlib import Path
 from statistics import fmean
@@ -38,11 +35,10 @@ def score_point(row: dict, panel: str, label: str, x: float, colour: str | None,
 
 
 def factors_point(row: dict, panel: str, x: float, marks: str, protocol: str = "") -> dict:
-    """A row of CSKV as a point of `draw`, named and coloured by its factors."""
-    label = f"cskv, {row['factors']}"
-    if protocol:
-        label += f", {protocol}"
-    return score_point(row, panel, label, x, COLOURS[row["factors"].split(",")[0]], marks)
+    """The same for a row of CSKV, named and coloured by its factors."""
+    parts = ["cskv", row["factors"], protocol]
+    colour = COLOURS[row["factors"].split(",")[0]]
+    return score_point(row, panel, ", ".join(filter(None, parts)), x, colour, marks)
 
 
 def with_paper(points: list[dict], rows: list[dict], label: str) -> list[dict]:
