@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cskv import BiBranchCache, LayerFactors
-from model import PIECE, Attention, Config, LayerCache, Rope, reserve, seen_by
+from model import Attention, Config, LayerCache, Rope, reserve
 from quant import BITS, BLOCK, CHANNELS, TOKENS, Grouping, Packed, pack, unpack
 from support.command import UserError
 
@@ -264,46 +264,34 @@ class KiviCache(LayerCache):
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_decode(q)
-        return self.extend(x, q, k, v, rope)
-
-    def at_once(self) -> int:
-        """How many of the next tokens read the same groups."""
-        return min(PIECE, self.k.at_once())
-
-    def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        self.check_extend()
-        B, H_kv, T, D = k.shape
+        B, H_kv, _, D = k.shape
         t = self.length
-        self.length = t + T
-        # 1. New tokens join those that wait; a group older than the residual is packed.
+        self.length = t + 1
+        # 1. The new token joins those that wait; a group older than the residual is packed.
         k = rope.rotate(k, t)
-        sinks = max(0, self.sinks - t)
-        if sinks:
-            self.first_k = torch.cat([self.first_k, k[:, :, :sinks]], dim=2)
-            self.first_v = torch.cat([self.first_v, v[:, :, :sinks]], dim=2)
-        self.k.append(k[:, :, sinks:].flatten(0, 1))
-        self.v.append(v[:, :, sinks:].flatten(0, 1))
+        if t < self.sinks:
+            self.first_k = torch.cat([self.first_k, k], dim=2)
+            self.first_v = torch.cat([self.first_v, v], dim=2)
+        else:
+            self.k.append(k.flatten(0, 1))
+            self.v.append(v.flatten(0, 1))
         # 2. Attended are the tokens from `seen` on, in chunks: the working memory is one chunk,
         #    however long the sequence is.
         seen = max(0, t + 1 - (self.sliding_window or t + 1))
         chunks = self.chunks(seen)
-        # 3. Scores. Queries of a group share a key head, G T rows.
-        q = rope.rotate(q, t).reshape(B, H_kv, -1, D).float() / math.sqrt(D)
+        # 3. Scores. Queries of a group share a key head.
+        q = rope.rotate(q, t).view(B, H_kv, -1, D).float() / math.sqrt(D)  # [B, H_kv, G, D]
         scores = q.new_empty(B, H_kv, q.shape[2], self.length - seen)
         for start, stop in chunks:
             k_hat = self.read(self.first_k, self.k, start, stop)  # [B, H_kv, n, D]
             scores[..., start - seen : stop - seen] = q @ k_hat.transpose(-1, -2)
-        if T > 1:
-            j = torch.arange(seen, self.length, device=k.device)
-            mask = seen_by(j[-T:], j, self.sliding_window)
-            scores.unflatten(2, (-1, T)).masked_fill_(~mask, -math.inf)
         # 4. One softmax over all of them; values are unpacked in the same chunks.
-        p = scores.softmax(-1)  # [B, H_kv, G T, length - seen]
+        p = scores.softmax(-1)  # [B, H_kv, G, length - seen]
         out = torch.zeros_like(q)
         for start, stop in chunks:
             v_hat = self.read(self.first_v, self.v, start, stop)  # [B, H_kv, n, D]
             out += p[..., start - seen : stop - seen] @ v_hat
-        return out.to(v.dtype).view(B, -1, T, D)
+        return out.to(v.dtype).view(B, -1, 1, D)
 
     def chunks(self, seen: int) -> list[tuple[int, int]]:
         """The tokens seen .. length - 1: sinks, packed ones `chunk` at a time, the others."""

@@ -1,8 +1,7 @@
 """The registry of caches that are compared, and the rows of a table that they fill.
 
-To add a cache, write its class (baselines.py has examples) and give it a line in `CACHES`: that
-is all; experiments/README.md, "Add a cache", does it. All hold 16-bit numbers unless told
-otherwise, in whatever precision the model computes, so that their bytes compare.
+To add a cache, write its class and give it a line in `CACHES`: experiments/README.md, "Add a
+cache". All can hold 16-bit numbers, in whatever precision the model computes: bytes compare.
 """
 
 import argparse
@@ -37,11 +36,8 @@ TOKENS, CHANNELS = "tokens", "channels"  # what a compression ratio removes
 
 @dataclass(frozen=True)
 class Kind:
-    """How a cache is made for one layer, what makes it smaller, and its colour in figures.
-
-    `make` gets the settings of a `Row` as attributes, with the layer's own `factors`, its
-    `attention` and the model's `config`, and the `expected` tokens in the end.
-    """
+    """How a cache is made, and shown. `make` gets the settings of a `Row` as attributes, with the
+    layer's own `factors`, its `attention`, the model's `config`, and the `expected` tokens."""
 
     make: Callable[[SimpleNamespace], LayerCache]
     shrinks: str | None = None  # TOKENS, or CHANNELS, which takes factors
@@ -151,8 +147,7 @@ class Rounded(LayerCache):
     """`cache`, given numbers of `dtype` and so holding such, in a model that computes in others.
 
     A CPU without instructions for 16-bit floats multiplies them several times slower than 32-bit
-    ones; so only what the cache does, attention above all, works in `dtype`. A prefill is exact
-    then as one of the other caches is, with the same output for all of them, but rounded.
+    ones; so only what the cache does, attention above all, works in `dtype`.
     """
 
     def __init__(self, cache: LayerCache, dtype: torch.dtype):
@@ -238,8 +233,8 @@ def layer_bytes(model: Transformer, row: Row, tokens: int) -> int:
 def largest_size(
     model: Transformer, ratio: float, tokens: int, of_size: Callable[[int], Row], most: int
 ) -> int:
-    """The largest size in 1 .. `most` whose row `of_size(size)` holds no more than 1 - `ratio` of a
-    full cache's bytes, both after `tokens`. 0 if none does, or if even `most` holds far less."""
+    """The largest size in 1 .. `most` whose row holds no more than 1 - `ratio` of a full cache's
+    bytes, both after `tokens`. 0 if none does, or if even `most` holds far less."""
     limit = (1 - ratio) * full_bytes(model, tokens) / len(model.model.layers)
 
     def nbytes(size: int) -> int:

@@ -39,7 +39,7 @@ from experiments.tables import table, write_json
 from experiments.tasks import longbench, lveval
 from experiments.tasks.longeval import PUBLISHED, RetrievalCase, make_cases, read_cases, samples
 from experiments.tasks.prompts import read_prompt
-from experiments.tasks.records import prompt_ids, read_records
+from experiments.tasks.records import choose, prompt_ids, read_records
 from experiments.tasks.scores import is_correct
 from infer import generate, make_sampler
 from model import LayerCache, Transformer
@@ -180,12 +180,8 @@ def retrieval_cases(
     seed: int = 0,
     data: Path | None = None,
 ) -> list[Question]:
-    """`count` LongEval or passkey cases of every length; the score is 1 for a right answer, else 0.
-
-    `data` is a folder with LongEval's own files, to take the first `count` of each length from.
-    A passkey prompt is a text to continue, so it goes into no chat template. Raises `UserError` for
-    a case that leaves no room for a number in the model's context.
-    """
+    """`count` LongEval or passkey cases of every length, of LongEval's own in a folder `data` the
+    first ones. A passkey prompt is a text to continue, so it goes into no chat template."""
     limit = model.config.context_length
     most, room = ANSWER_TOKENS[task], ANSWER_ROOM[task]
     passkey = task == "passkey"
@@ -222,7 +218,7 @@ def benchmark_cases(
     module = BENCHMARKS[benchmark]
     limit = model.config.context_length
     questions = []
-    for task in module.select(list(names or module.TASKS)):
+    for task in choose(names or list(module.TASKS), module.TASKS):
         new = task.max_new_tokens
         # Room for the answer, and for what the seam and a chat template may add.
         most = max(2, min(module.MAX_LENGTH, limit - new - 64))

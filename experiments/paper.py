@@ -308,8 +308,8 @@ def figure4(e: Experiment) -> None:
     figures.loss_curves(curves, e.out.with_suffix(".png"))
 
 
-TABLES = (table1, table2, table3, table4, table5, budget)
-COMMANDS = {f.__name__: f for f in (*TABLES, figure3, figure4)}
+COMMANDS = {f.__name__: f for f in (table1, table2, table3, table4, table5, budget)}
+COMMANDS |= {f.__name__: f for f in (figure3, figure4)}
 
 
 def run(args: argparse.Namespace) -> None:
