@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cskv import BiBranchCache, LayerFactors
-from model import PIECE, Attention, Config, LayerCache, Rope, reserve, seen_by
+from model import Attention, Config, LayerCache, Rope, reserve
 from quant import BITS, BLOCK, CHANNELS, TOKENS, Grouping, Packed, pack, unpack
 from support.command import UserError
 
@@ -42,14 +42,9 @@ from support.command import UserError
 class PrunedCache(LayerCache):
     """What the two token-pruning caches share: a budget of tokens; the rest is gone.
 
-    The budget is max(least, round((1 - ratio) * T)), of the prompt's length T, and fixed then:
-    each new token evicts an old one before it attends, so that no step attends to more than
-    `budget` tokens, itself included. `length` still counts all tokens seen.
-
-    Args:
-        config: the model's.
-        ratio: compression ratio, in [0, 1).
-        budget: tokens to keep, instead of a ratio; it may be above T.
+    The budget is `budget`, or max(least, round((1 - ratio) * T)) of the prompt's length T, and
+    fixed then: each new token evicts an old one before it attends, so that no step attends to more
+    tokens, itself included. `length` still counts all tokens seen.
     """
 
     least = 1  # tokens without which the method makes no sense
@@ -66,7 +61,6 @@ class PrunedCache(LayerCache):
         self.sliding_window = config.sliding_window
 
     def set_budget(self, T: int) -> None:
-        """From a ratio to tokens, now that the prompt's length T is known."""
         if self.budget is None:
             self.budget = max(self.least, round((1 - self.ratio) * T))
 
@@ -81,9 +75,8 @@ class StreamingCache(PrunedCache):
         tokens before       0 1 2 3 | 7 8 9
         tokens attended     0 1 2 3 | 8 9 10
 
-    The budget is at least 5, the sinks and the new token. A sliding window caps it: then all
-    that is kept lies in the window by its position in the cache, and the sinks are seen for
-    ever, where the model itself would lose them.
+    The budget is at least 5, the sinks and the new token. A sliding window caps it: all that is
+    kept lies in the window by its position in the cache, so the sinks are never lost.
     """
 
     sinks = 4
@@ -98,7 +91,6 @@ class StreamingCache(PrunedCache):
             )
 
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
-        """The sinks, and as many of the newest tokens as the budget leaves."""
         self.length = k.shape[2]
         self.set_budget(self.length)
         if self.sliding_window is not None:
@@ -107,7 +99,6 @@ class StreamingCache(PrunedCache):
         self.v = self.within_budget(v)
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """One new token: the oldest one behind the sinks makes way for it."""
         self.check_decode(q)
         self.length += 1
         # 1. Append the new token, evict the oldest behind the sinks.
@@ -132,11 +123,8 @@ QUERIES = 64  # of a prompt whose attention probabilities are in memory at once
 
 
 def attention_received(q: Tensor, k: Tensor) -> Tensor:
-    """The sum of the probabilities with which all queries of a prompt attend to each key.
-
-    q [B, H, T, D] and k [B, H_kv, T, D], both rotated -> [B, H_kv, T, 1] in float32. The
-    query heads of a group are summed too: they share the key.
-    """
+    """The sum of the probabilities with which all queries of a prompt, of all heads that share the
+    key, attend to each key: q [B, H, T, D] and k [B, H_kv, T, D], rotated -> [B, H_kv, T, 1]."""
     B, H_kv, T, D = k.shape
     q = q.view(B, H_kv, -1, T, D) / math.sqrt(D)  # [B, H_kv, G, T, D]
     k = k.float().transpose(-1, -2)  # [B, H_kv, D, T]
@@ -156,22 +144,20 @@ def attention_received(q: Tensor, k: Tensor) -> Tensor:
 class HeavyHitterCache(PrunedCache):
     """H2O [2, section 4]: half of the budget for the most attended tokens, half for the newest.
 
-    A token's score is the sum of the attention probabilities it has received, over all
-    queries of the prompt and all decode steps since; each KV head has its own scores and
-    keeps its own tokens. When a new token arrives, the oldest of the recent tokens stands
-    against the heavy ones; the lowest score of these is dropped for good. Keys stay rotated
-    at their original positions.
+    A token's score is the sum of the attention probabilities it has received, over all queries of
+    the prompt and all decode steps since; each KV head keeps its own tokens. When a new token
+    arrives, the lowest score of the heavy tokens and the oldest recent one is dropped for good.
+    Keys stay rotated at their original positions.
 
-    Slots 0 .. heavy - 1 hold the heavy tokens in no order, the others the recent ones in
-    order of age. Budget 5 = 2 heavy + 3 recent, token 10 arrives:
+    Slots 0 .. heavy - 1 hold the heavy tokens in no order, the others the recent ones in order of
+    age. Budget 5 = 2 heavy + 3 recent, token 10 arrives:
 
         slots              0 1 | 2 3 4
         tokens before      0 6 | 7 8 9      scores of 0, 6 and 7: say 5, 1 and 2
         tokens attended    0 7 | 8 9 10     6 is dropped
 
-    (H2O's own code evicts after the new token has attended, so that it sees one more than the
-    budget.) A model with a sliding window is refused: heavy tokens may be of any age, but it
-    would not see those beyond its window.
+    (In H2O's own code the new token attends before one is evicted: to one more than the budget.)
+    A model with a sliding window would not see heavy tokens beyond it, and is refused.
     """
 
     least = 2
@@ -185,7 +171,6 @@ class HeavyHitterCache(PrunedCache):
             )
 
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
-        """The tokens that the prompt attends to most, and the newest."""
         T = k.shape[2]
         self.length = T
         self.set_budget(T)
@@ -203,7 +188,6 @@ class HeavyHitterCache(PrunedCache):
         self.keep(kept)
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """One new token, at position t."""
         self.check_decode(q)
         B, H, _, D = q.shape
         H_kv = k.shape[1]
@@ -247,15 +231,9 @@ class KiviCache(LayerCache):
         length 95     tokens  0 .. 31 packed | 32 .. 94 in full precision, 63 of them
         length 96     tokens  0 .. 63 packed | 64 .. 95 in full precision, 32 of them
 
-    An element of a packed key takes quant.bits_per_element(bits) bits, of a packed value
-    bits_per_element(bits, length=D). Under a sliding window old tokens are kept, but not attended.
-
-    Args:
-        config: the model's.
-        bits: of keys and values, one of quant.BITS; KIVI has 4 and 2.
-        residual: newest tokens in full precision, at least 1.
-        expected: final length in tokens if known; memory for packed tokens is taken once.
-        sinks: first tokens in full precision too. KIVI has none; CSKV has.
+    Under a sliding window old tokens are kept, but not attended. The first `sinks` tokens are in
+    full precision too (KIVI has none, CSKV has). `expected` is the final length, if it is known:
+    memory for packed tokens is taken once.
     """
 
     def __init__(self, config: Config, bits: int = 4, residual=32, expected: int = 0, sinks=0):
@@ -270,7 +248,6 @@ class KiviCache(LayerCache):
         self.sliding_window = config.sliding_window
 
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
-        """Groups older than the residual, packed; the rest waits for it."""
         self.length = k.shape[2]
         # A CPU unpacks 2 MB of keys at once, in 32 bits; a GPU wants few, large steps.
         self.chunk = 8192
@@ -286,49 +263,35 @@ class KiviCache(LayerCache):
         self.v.append(v[:, :, self.sinks :].flatten(0, 1))
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """One new token, at position t."""
         self.check_decode(q)
-        return self.extend(x, q, k, v, rope)
-
-    def at_once(self) -> int:
-        """How many of the next tokens read the same groups."""
-        return min(PIECE, self.k.at_once())
-
-    def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """T new tokens, from position t on; one, at a decode step."""
-        self.check_extend()
-        B, H_kv, T, D = k.shape
+        B, H_kv, _, D = k.shape
         t = self.length
-        self.length = t + T
-        # 1. New tokens join those that wait; a group older than the residual is packed.
+        self.length = t + 1
+        # 1. The new token joins those that wait; a group older than the residual is packed.
         k = rope.rotate(k, t)
-        sinks = max(0, self.sinks - t)
-        if sinks:
-            self.first_k = torch.cat([self.first_k, k[:, :, :sinks]], dim=2)
-            self.first_v = torch.cat([self.first_v, v[:, :, :sinks]], dim=2)
-        self.k.append(k[:, :, sinks:].flatten(0, 1))
-        self.v.append(v[:, :, sinks:].flatten(0, 1))
+        if t < self.sinks:
+            self.first_k = torch.cat([self.first_k, k], dim=2)
+            self.first_v = torch.cat([self.first_v, v], dim=2)
+        else:
+            self.k.append(k.flatten(0, 1))
+            self.v.append(v.flatten(0, 1))
         # 2. Attended are the tokens from `seen` on, in chunks: the working memory is one chunk,
         #    however long the sequence is.
         seen = max(0, t + 1 - (self.sliding_window or t + 1))
         chunks = self.chunks(seen)
-        # 3. Scores. Queries of a group share a key head, G T rows.
-        q = rope.rotate(q, t).reshape(B, H_kv, -1, D).float() / math.sqrt(D)
+        # 3. Scores. Queries of a group share a key head.
+        q = rope.rotate(q, t).view(B, H_kv, -1, D).float() / math.sqrt(D)  # [B, H_kv, G, D]
         scores = q.new_empty(B, H_kv, q.shape[2], self.length - seen)
         for start, stop in chunks:
             k_hat = self.read(self.first_k, self.k, start, stop)  # [B, H_kv, n, D]
             scores[..., start - seen : stop - seen] = q @ k_hat.transpose(-1, -2)
-        if T > 1:
-            j = torch.arange(seen, self.length, device=k.device)
-            mask = seen_by(j[-T:], j, self.sliding_window)
-            scores.unflatten(2, (-1, T)).masked_fill_(~mask, -math.inf)
         # 4. One softmax over all of them; values are unpacked in the same chunks.
-        p = scores.softmax(-1)  # [B, H_kv, G T, length - seen]
+        p = scores.softmax(-1)  # [B, H_kv, G, length - seen]
         out = torch.zeros_like(q)
         for start, stop in chunks:
             v_hat = self.read(self.first_v, self.v, start, stop)  # [B, H_kv, n, D]
             out += p[..., start - seen : stop - seen] @ v_hat
-        return out.to(v.dtype).view(B, -1, T, D)
+        return out.to(v.dtype).view(B, -1, 1, D)
 
     def chunks(self, seen: int) -> list[tuple[int, int]]:
         """The tokens seen .. length - 1: sinks, packed ones `chunk` at a time, the others."""
@@ -420,10 +383,9 @@ def turboquant_tables(D: int, bits: int, device: torch.device) -> tuple[Tensor, 
 class LowRankCache(BiBranchCache):
     """Channel shrinking alone, as Table 1's ASVD: W_K and W_V replaced by A B [4].
 
-    Every token, of the prompt too, attends and is attended with k = x A_k B_k and
-    v = x A_v B_v, plus biases. That is the bi-branch cache fed with these instead of the exact
-    ones: its window makes no difference then, so it has the least, one token. `bits` is 16, or
-    32 for tests.
+    Every token, of the prompt too, attends and is attended with k = x A_k B_k and v = x A_v B_v,
+    plus biases. That is the bi-branch cache fed with these instead of the exact ones: its window
+    makes no difference then, so it has the least, one token.
     """
 
     def __init__(
@@ -444,11 +406,9 @@ class LowRankCache(BiBranchCache):
         return kv
 
     def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """The whole prompt, not exactly: k and v are replaced."""
         k, v = self.project(x)
         return super().prefill(x, q, k, v, rope)
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """One new token; its k and v are replaced."""
         k, v = self.project(x)
         return super().decode(x, q, k, v, rope)

@@ -1,8 +1,7 @@
 """The registry of caches that are compared, and the rows of a table that they fill.
 
-To add a cache, write its class (baselines.py has examples) and give it a line in `CACHES`: that
-is all; experiments/README.md, "Add a cache", does it. All hold 16-bit numbers unless told
-otherwise, in whatever precision the model computes, so that their bytes compare.
+To add a cache, write its class and give it a line in `CACHES`: experiments/README.md, "Add a
+cache". All can hold 16-bit numbers, in whatever precision the model computes: bytes compare.
 """
 
 import argparse
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 import quant
 from beyond.segments import FastCache, SmallWindowCache
@@ -26,9 +26,8 @@ from experiments.baselines import (
     StreamingCache,
     TurboQuantCache,
 )
-from experiments.rounded import Rounded
 from infer import full_bytes, nominal_ratio
-from model import FullCache, LayerCache, Transformer
+from model import FullCache, LayerCache, Rope, Transformer
 from support.command import UserError, comma_list, number, one_of
 from support.processes import say
 
@@ -37,11 +36,8 @@ TOKENS, CHANNELS = "tokens", "channels"  # what a compression ratio removes
 
 @dataclass(frozen=True)
 class Kind:
-    """How a cache is made for one layer, what makes it smaller, and its colour in figures.
-
-    `make` gets the settings of a `Row` as attributes, with the layer's own `factors`, its
-    `attention` and the model's `config`, and the `expected` tokens in the end.
-    """
+    """How a cache is made, and shown. `make` gets the settings of a `Row` as attributes, with the
+    layer's own `factors`, its `attention`, the model's `config`, and the `expected` tokens."""
 
     make: Callable[[SimpleNamespace], LayerCache]
     shrinks: str | None = None  # TOKENS, or CHANNELS, which takes factors
@@ -147,6 +143,40 @@ def mean_bits(pairs: list[LowRank]) -> float:
     return sum(pair.bits for pair in pairs) / len(pairs)
 
 
+class Rounded(LayerCache):
+    """`cache`, given numbers of `dtype` and so holding such, in a model that computes in others.
+
+    A CPU without instructions for 16-bit floats multiplies them several times slower than 32-bit
+    ones; so only what the cache does, attention above all, works in `dtype`.
+    """
+
+    def __init__(self, cache: LayerCache, dtype: torch.dtype):
+        self.cache = cache
+        self.dtype = dtype
+        self.at_once = cache.at_once
+        self.tensors = cache.tensors
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    def call(self, method: Callable, inputs: list[Tensor], rope: Rope) -> Tensor:
+        out = method(*[y.to(self.dtype) for y in inputs], rope)
+        return out.to(inputs[0].dtype)
+
+    def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        return self.call(self.cache.prefill, [x, q, k, v], rope)
+
+    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
+        self.cache.remember(*[y.to(self.dtype) for y in (x, q, k, v)], rope)
+
+    def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        return self.call(self.cache.decode, [x, q, k, v], rope)
+
+    def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        return self.call(self.cache.extend, [x, q, k, v], rope)
+
+
 def make_row(
     model: Transformer,
     cache: str,
@@ -203,8 +233,8 @@ def layer_bytes(model: Transformer, row: Row, tokens: int) -> int:
 def largest_size(
     model: Transformer, ratio: float, tokens: int, of_size: Callable[[int], Row], most: int
 ) -> int:
-    """The largest size in 1 .. `most` whose row `of_size(size)` holds no more than 1 - `ratio` of a
-    full cache's bytes, both after `tokens`. 0 if none does, or if even `most` holds far less."""
+    """The largest size in 1 .. `most` whose row holds no more than 1 - `ratio` of a full cache's
+    bytes, both after `tokens`. 0 if none does, or if even `most` holds far less."""
     limit = (1 - ratio) * full_bytes(model, tokens) / len(model.model.layers)
 
     def nbytes(size: int) -> int:
@@ -229,7 +259,6 @@ def make_rows(
     files: Sequence[tuple[str, Factors]] = (),
     inits: Sequence[str] = (),
     bits: list[int] | None = None,
-    clamped: bool = False,
     group: int | None = None,
     window: int = 32,
     sinks: int = 0,
@@ -241,7 +270,7 @@ def make_rows(
     Args:
         make_factors: gives factors for one of the `inits` and a rank.
         files: further factors and their names; they have ranks of their own.
-        bits: of cskv's latents; None takes those of the factors. `clamped`: see quant.py.
+        bits: of cskv's latents; None takes those of the factors.
         group: tokens that share a scale, for factors that are made here; None: KIVI's groups.
         equal: a number of tokens, at which `ratios` are of bytes really held: the size of each
             cache, tokens kept or rank, is the largest that holds no more.
@@ -265,7 +294,7 @@ def make_rows(
     def channel_row(name: str, ratio: float, init: str, width: int | None) -> Row | None:
         def in_bits(factors: Factors) -> Row:
             factors = factors.map(lambda pair: replace(pair, group=group))
-            factors = factors.in_bits(width, width, clamped)
+            factors = factors.in_bits(width, width)
             return row(name, ratio, factors=factors, origin=init)
 
         config = model.config
@@ -293,7 +322,7 @@ def make_rows(
             rows += [channel_row(name, ratio, "asvd", 16) for ratio in ratios]
         else:
             for (file, factors), width in product(files, widths):
-                factors = factors.in_bits(width, width, clamped)
+                factors = factors.in_bits(width, width)
                 rows.append(row(name, factors=factors, origin=file))
             for ratio, init, width in product(ratios, inits, widths):
                 rows.append(channel_row(name, ratio, init, width))

@@ -9,13 +9,11 @@
 
 Perplexity is measured in decode mode: the first `--context` tokens of a passage are prefilled, then
 the next `--steps` are predicted while they go through the cache one by one, and only these count.
-(The first of them still comes from the prefill. One forward pass would measure nothing: prefill is
-exact for nearly every cache here.)
+(One forward pass would measure nothing: prefill is exact for nearly every cache here.)
 
 Retrieval (`longeval`, `passkey`) has two protocols. In the paper's, `--question prefill`, the whole
-prompt is prefilled, so that the first digit is read with exact keys and values. In the harder one,
-`--question decode`, the cache is extended by the question: the context was compressed before anyone
-knew what would be asked.
+prompt is prefilled, so that the first digit is read with exact keys and values. In `--question
+decode` the context was compressed before the cache is extended by the question.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -41,7 +39,7 @@ from experiments.tables import table, write_json
 from experiments.tasks import longbench, lveval
 from experiments.tasks.longeval import PUBLISHED, RetrievalCase, make_cases, read_cases, samples
 from experiments.tasks.prompts import read_prompt
-from experiments.tasks.records import prompt_ids, read_records
+from experiments.tasks.records import choose, prompt_ids, read_records
 from experiments.tasks.scores import is_correct
 from infer import generate, make_sampler
 from model import LayerCache, Transformer
@@ -107,10 +105,10 @@ def perplexity_cases(
     model: Transformer,
     tokenizer: Tokenizer,
     text: Path,
-    context: int = 1024,
-    steps: int = 256,
-    count: int = 16,
-    batch: int = 8,
+    context: int,
+    steps: int,
+    count: int,
+    batch: int,
 ) -> list[Passages]:
     """`count` passages of a text, `batch` of them a case: `context` tokens, then `steps`."""
     length = context + steps
@@ -143,8 +141,7 @@ class Question(Case):
 def greedy_answer(
     model: Transformer, logits: Tensor, question: list[int], cache: list[LayerCache], most: int
 ) -> list[int]:
-    """Up to `most` tokens, after the cache was extended by the tokens of `question`. `logits`
-    [1, 1, vocab] are those of the token before the question."""
+    """Up to `most` tokens behind the `question`; `logits` [1, 1, vocab] are those before it."""
     if question:
         tokens = torch.tensor([question], device=logits.device)
         logits = model(tokens, cache, logits_to_keep=1)
@@ -183,12 +180,8 @@ def retrieval_cases(
     seed: int = 0,
     data: Path | None = None,
 ) -> list[Question]:
-    """`count` LongEval or passkey cases of every length; the score is 1 for a right answer, else 0.
-
-    `data` is a folder with LongEval's own files, to take the first `count` of each length from.
-    A passkey prompt is a text to continue, so it goes into no chat template. Raises `UserError` for
-    a case that leaves no room for a number in the model's context.
-    """
+    """`count` LongEval or passkey cases of every length, of LongEval's own in a folder `data` the
+    first ones. A passkey prompt is a text to continue, so it goes into no chat template."""
     limit = model.config.context_length
     most, room = ANSWER_TOKENS[task], ANSWER_ROOM[task]
     passkey = task == "passkey"
@@ -217,19 +210,18 @@ def benchmark_cases(
     model: Transformer,
     tokenizer: Tokenizer,
     benchmark: str,
-    names: list[str] | None = None,
-    folder: Path | None = None,
-    count: int | None = None,
-    max_length: int | None = None,
+    names: list[str] | None,
+    folder: Path | None,
+    count: int | None,
 ) -> list[Question]:
     """The first `count` records of each set; a case's score is its task's, from 0 to 1."""
     module = BENCHMARKS[benchmark]
     limit = model.config.context_length
     questions = []
-    for task in module.select(list(names or module.TASKS)):
+    for task in choose(names or list(module.TASKS), module.TASKS):
         new = task.max_new_tokens
         # Room for the answer, and for what the seam and a chat template may add.
-        most = max(2, min(max_length or module.MAX_LENGTH, limit - new - 64))
+        most = max(2, min(module.MAX_LENGTH, limit - new - 64))
         records = read_records(task, folder)[:count]
         for record in tqdm(records, f"reading {task.name}", leave=False, disable=place()[0] > 0):
             ids = prompt_ids(task, record, tokenizer, most, tokenizer.template is not None)
@@ -237,7 +229,7 @@ def benchmark_cases(
             if length > limit:
                 raise UserError(
                     f"{task.name}: a prompt of {len(ids)} tokens and an answer of {new} do not fit "
-                    f"into a context of {limit}; choose other --sets, or a lower --max-length"
+                    f"into a context of {limit}; choose other --sets"
                 )
             columns = {"set": task.name, "bucket": task.bucket(record)}
             prompt, judge = torch.tensor([ids]), partial(task.score, record=record)
@@ -252,15 +244,10 @@ def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     with processes(args.device) as device:
         written = {"--json": args.json, "the notes of --json": own_notes(args.json)}
-        data = getattr(args, "data", None)
-        read = {
-            "--text": getattr(args, "text", None),
-            "--calibrate": args.calibrate,
-            "--data": data,
-        }
+        read = {"--text": args.text, "--calibrate": args.calibrate, "--data": args.data}
         read |= {f"--factors {file}": file for file in args.factors}
-        if data:  # the sets of a benchmark may lie one folder below
-            read |= {str(file): file for file in data.glob("*/*.jsonl")}
+        if args.data:  # the sets of a benchmark may lie one folder below
+            read |= {str(file): file for file in args.data.glob("*/*.jsonl")}
         check_files(written, read, args.model)
         model = load_model(args.model, device, DTYPES[args.dtype])
         tokenizer = load_tokenizer(args.model, model.config.vocab_size)
@@ -271,10 +258,10 @@ def run(args: argparse.Namespace) -> None:
             sizes = {"count": args.passages, "batch": args.batch, "steps": args.steps}
             cases = perplexity_cases(model, tokenizer, args.text, args.context, **sizes)
         elif args.what in BENCHMARKS:
-            sizes = {"count": args.cases, "max_length": args.max_length}
-            cases = benchmark_cases(model, tokenizer, args.what, args.sets, args.data, **sizes)
+            sets, count = args.sets, args.cases
+            cases = benchmark_cases(model, tokenizer, args.what, sets, args.data, count)
         else:
-            drawn = {"count": args.cases, "seed": args.seed, "data": data}
+            drawn = {"count": args.cases, "seed": args.seed, "data": args.data}
             protocols, lines = args.question, args.lines
             cases = retrieval_cases(model, tokenizer, args.what, protocols, lines, **drawn)
         if args.equal and args.equal > limit:
@@ -308,7 +295,6 @@ def run(args: argparse.Namespace) -> None:
                 files=[(file.stem, load_factors(file, model)) for file in args.factors],
                 inits=args.inits or ([] if args.factors else ["attention"]),
                 bits=args.bits,
-                clamped=args.clamped_zero_point,
                 window=args.window,
                 sinks=args.sinks,
                 dtype=DTYPES[args.cache_dtype],
@@ -331,7 +317,6 @@ def shared_options() -> Arguments:
     count = number(int, 1)
     add("--model", required=True, help="measure this checkpoint, a folder or a hub name")
     add("--inits", type=comma_list(init), help="make such factors (without --factors: attention)")
-    add("--clamped-zero-point", action="store_true", help="quantize as the paper's code does")
     help = "take --ratios as measured ones, of a full cache of so many tokens: each cache gets the "
     help += "size, tokens kept or rank, at which it holds that much less"
     add("--equal", type=count, metavar="TOKENS", help=help)
@@ -351,6 +336,7 @@ def shared_options() -> Arguments:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     shared = shared_options()
     parser = Arguments(description=__doc__)
+    parser.set_defaults(text=None, data=None)
     commands = parser.add_subparsers(dest="what", required=True, parser_class=Arguments)
     count = number(int, 1)
 
@@ -376,11 +362,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         add("--sets", type=comma_list(str), help=f"ask these of {', '.join(module.TASKS)}")
         add("--data", type=Path, help="read the benchmark in this folder, not from the hub")
         add("--cases", type=count, help="ask the first so many of each set (default: all)")
-        add("--max-length", type=number(int, 2), help="cut the middle out of longer prompts")
 
     args = parser.parse_args(argv)
     if args.what in ANSWER_TOKENS and args.lines is None:
-        args.lines = PUBLISHED if getattr(args, "data", None) else [50]
+        args.lines = PUBLISHED if args.data else [50]
     return args
 
 

@@ -1,8 +1,7 @@
 """Factors for the paper's experiments: trained once and together, kept for all commands.
 
-A `Recipe` says how factors are made, a `FactorStore` makes and keeps them. All that are missing
-share one pass of the frozen model over the samples, since no gradient passes from one set to
-another.
+All that are missing share one pass of the frozen model over the samples, since no gradient passes
+from one set to another.
 """
 
 import functools
@@ -53,13 +52,8 @@ class Recipe:
 
 
 class FactorStore:
-    """A model, text to fit factors on, and a folder with the factors made so far.
-
-    Args:
-        samples: token ids [1, T], to calibrate and to train on.
-        measured: how many of them, the first, losses are measured on.
-        epochs, lr, seed: of the training.
-    """
+    """A model, `samples` [1, T] to calibrate and to train on, and a folder with the factors made so
+    far. Losses are measured on the first `measured` samples."""
 
     def __init__(
         self,
@@ -67,16 +61,16 @@ class FactorStore:
         samples: list[Tensor],
         folder: Path,
         measured: int = 32,
-        epochs: int = 1,
         lr: float = 5e-3,
-        seed: int = 0,
     ):
-        self.model, self.samples, self.folder = model, samples, folder
-        self.measured, self.epochs, self.lr, self.seed = measured, epochs, lr, seed
+        self.model = model
+        self.samples = samples
+        self.folder = folder
+        self.measured = samples[:measured]
+        self.lr = lr
         # A digest of all that factors depend on, besides their recipe.
         dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-        parts = [fingerprint(model), [sample.tolist() for sample in samples]]
-        parts += [epochs, seed, dtype, measured]
+        parts = [fingerprint(model), [sample.tolist() for sample in samples], dtype, measured]
         self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     @functools.cached_property
@@ -88,7 +82,7 @@ class FactorStore:
         statistics = self.statistics if recipe.init in CALIBRATED else None
         with user_values():
             ranks = recipe.ranks(self.model)
-            factors = init_factors(recipe.init, self.model, *ranks, statistics, self.seed)
+            factors = init_factors(recipe.init, self.model, *ranks, statistics)
         return factors.in_bits(recipe.bits, recipe.bits, recipe.clamped)
 
     def factors(self, *recipes: Recipe) -> list[Factors]:
@@ -96,9 +90,10 @@ class FactorStore:
         missing = [r for r in dict.fromkeys(recipes) if r.trained and not self.file(r).exists()]
         if missing:
             self.train(missing)
-        return [
-            load_factors(self.file(r), self.model) if r.trained else self.start(r) for r in recipes
-        ]
+        made = []
+        for r in recipes:
+            made.append(load_factors(self.file(r), self.model) if r.trained else self.start(r))
+        return made
 
     def file(self, recipe: Recipe) -> Path:
         return self.folder / f"{recipe.name}-lr{recipe.lr or self.lr:g}-{self.key}.safetensors"
@@ -111,7 +106,7 @@ class FactorStore:
 
     def train(self, recipes: list[Recipe]) -> None:
         """The paper's training (train.py) for all recipes at once, in one pass over the samples."""
-        steps, measured = self.epochs * len(self.samples), self.samples[: self.measured]
+        steps = len(self.samples)
         tuners = [Tuner(self.start(r), steps, r.lr or self.lr) for r in recipes]
         names = json.dumps([self.file(r).name for r in recipes])
         checkpoint = self.folder / f"training-{hashlib.sha256(names.encode()).hexdigest()[:12]}.pt"
@@ -120,14 +115,15 @@ class FactorStore:
             for tuner, mine in zip(tuners, state.pop("tuners"), strict=True):
                 tuner.restore(mine)
         else:
-            initial = run_layers(self.model, measured, tuners).sum(1).tolist()
+            initial = run_layers(self.model, self.measured, tuners).sum(1).tolist()
             state = {"plan": {}, "losses": [], "seconds": 0.0, "initial": initial}
-        began, losses = time.monotonic() - state["seconds"], state["losses"]
+        began = time.monotonic() - state["seconds"]
+        losses = state["losses"]
         # Every process has all tuners, and writes the same files, each whole or not at all.
-        name, quiet = f"training {len(recipes)}", place()[0] > 0
-        training = train_layers(self.model, tuners, self.samples, seed=self.seed)
-        todo = steps - len(losses)
-        for step, of_step, _ in tqdm(training, name, total=todo, disable=quiet):
+        training = train_layers(self.model, tuners, self.samples)
+        left = steps - len(losses)
+        quiet = place()[0] > 0
+        for step, of_step, _ in tqdm(training, "training", total=left, disable=quiet):
             losses.append(of_step.sum(1).tolist())
             for recipe, loss in zip(recipes, losses[-1], strict=True):
                 if not math.isfinite(loss):
@@ -135,12 +131,17 @@ class FactorStore:
             state["seconds"] = time.monotonic() - began
             if (step + 1) % 64 == 0 and step + 1 < steps:
                 save_state(checkpoint, {**state, "tuners": [tuner.state() for tuner in tuners]})
-        finals = run_layers(self.model, measured, tuners).sum(1).tolist()
+        finals = run_layers(self.model, self.measured, tuners).sum(1).tolist()
         moments = self.moments()
         for i, (recipe, tuner) in enumerate(zip(recipes, tuners, strict=True)):
-            history = {"initial": state["initial"][i], "final": finals[i]}
-            history |= {"floor": self.floor(moments, recipe), "losses": [x[i] for x in losses]}
-            history |= {"seconds": state["seconds"], "trained_together": len(recipes)}
+            history = {
+                "initial": state["initial"][i],
+                "final": finals[i],
+                "floor": self.floor(moments, recipe),
+                "losses": [of_step[i] for of_step in losses],
+                "seconds": state["seconds"],
+                "trained_together": len(recipes),
+            }
             write_json(self.file(recipe).with_suffix(".json"), history)
             tuner.factors.info["trained"] = f"{steps} steps, lr {tuner.lr:g}, batch 1"
             save_factors(self.file(recipe), tuner.factors, self.model, torch.float32)
@@ -148,10 +149,9 @@ class FactorStore:
 
     def moments(self) -> Tensor:
         """Mean k k^T and v v^T over the tokens that are measured, [layers, 2, d_kv, d_kv]."""
-        samples = self.samples[: self.measured]
         moments = new_moments(self.model)
-        run_layers(self.model, samples, [], moments=moments)
-        return moments / count_tokens(samples, 0)
+        run_layers(self.model, self.measured, [], moments=moments)
+        return moments / count_tokens(self.measured, 0)
 
     def floor(self, moments: Tensor, recipe: Recipe) -> float:
         """The least loss (equation 2) that factors of these ranks can have on those samples."""

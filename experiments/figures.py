@@ -1,7 +1,4 @@
-"""The figures of experiments/: which points of a table's rows they show (pictures.py draws).
-
-Each function gets the rows of a table, or what a figure needs, and writes one PNG.
-"""
+"""The figures of experiments/: which points of a table's rows they show (pictures.py draws)."""
 
 from pathlib import Path
 from statistics import fmean
@@ -31,28 +28,20 @@ def score_name(row: dict) -> str:
     return "perplexity" if "perplexity" in row else "accuracy"
 
 
-def score_point(row: dict, panel: str, label: str, x: float, colour: str | None, marks: str):
-    """A row as a point of `draw`: its score against `x`."""
-    y = row[score_name(row)]
+def point(panel: str, label: str, x: float, y: float, colour: str | None, marks: str) -> dict:
+    """A point of `draw`."""
     return {"panel": panel, "label": label, "x": x, "y": y, "colour": colour, "marks": marks}
 
 
-def factors_point(row: dict, panel: str, x: float, marks: str, protocol: str = "") -> dict:
-    """A row of CSKV as a point of `draw`, named and coloured by its factors."""
-    label = f"cskv, {row['factors']}"
-    if protocol:
-        label += f", {protocol}"
-    return score_point(row, panel, label, x, COLOURS[row["factors"].split(",")[0]], marks)
-
-
-def with_paper(points: list[dict], rows: list[dict], label: str) -> list[dict]:
-    """The points, and beside each the paper's accuracy, where its row has one."""
-    theirs = []
-    for point, row in zip(points, rows, strict=True):
-        if row.get("paper") and score_name(row) == "accuracy":
-            paper = {"panel": point["panel"], "label": label, "colour": "black", "marks": ":"}
-            theirs.append({**paper, "x": point["x"], "y": float(row["paper"])})
-    return points + theirs
+def cskv_points(row: dict, panel: str, x: float, marks: str, protocol: str, paper: str) -> list:
+    """A row of CSKV, named and coloured by its factors, and beside it the paper's, if there is one:
+    the label `paper`."""
+    name = score_name(row)
+    label = ", ".join(filter(None, ("cskv", row["factors"], protocol)))
+    points = [point(panel, label, x, row[name], COLOURS[row["factors"].split(",")[0]], marks)]
+    if row.get("paper") and name == "accuracy":
+        points.append(point(panel, paper, x, float(row["paper"]), "black", ":"))
+    return points
 
 
 def accuracy_against_bytes(rows: list[dict], colours: dict, path: Path) -> None:
@@ -62,7 +51,7 @@ def accuracy_against_bytes(rows: list[dict], colours: dict, path: Path) -> None:
     for group in grouped(rows, "question", "cache", "factors", "ratio", "bits", "sinks").values():
         row = group[0]
         score = score_name(row)
-        mean = {score: fmean(one[score] for one in group)}  # over the lengths
+        mean = fmean(one[score] for one in group)  # over the lengths
         removed = fmean(one["measured_ratio"] for one in group)
         kind = row["factors"].replace(" in 4 bits", "")
         label = f"{row['cache']}, {kind}" if kind else row["cache"]
@@ -72,7 +61,7 @@ def accuracy_against_bytes(rows: list[dict], colours: dict, path: Path) -> None:
         marks = "s" if row["cache"] == "asvd" else "o"
         marks += "--" if "optimal" in kind else "-"
         panel = PROTOCOL[row.get("question", "")]
-        points.append(score_point(mean, panel, label, removed, colour, marks))
+        points.append(point(panel, label, removed, mean, colour, marks))
     xlabel = "measured compression ratio, means over the lengths"
     draw(points, path, xlabel=xlabel, ylabel=LABELS[score])
 
@@ -91,7 +80,8 @@ def perplexity_against_bytes(rows: list[dict], colours: dict, path: Path) -> Non
         elif row["factors"]:
             label += f", {row['bits']} bits"
         panel = f"{row['text']}, {row['context']} tokens"
-        points.append(score_point(row, panel, label, row["measured_ratio"], colour, marks))
+        x, y = row["measured_ratio"], row["perplexity"]
+        points.append(point(panel, label, x, y, colour, marks))
     xlabel = "measured compression ratio"
     draw(points, path, xlabel=xlabel, ylabel=LABELS["perplexity"], yscale="log")
 
@@ -101,10 +91,10 @@ def score_against_window(rows: list[dict], path: Path) -> None:
     points = []
     for row in rows:
         panel = PROTOCOL[row.get("question", "")]
-        points.append(factors_point(row, panel, row["window"], "o-"))
+        of_row = cskv_points(row, panel, row["window"], "o-", "", "the paper, LongChat-7B")
         if "interval" in row:
-            points[-1]["band"] = row["interval"]
-    points = with_paper(points, rows, "the paper, LongChat-7B")
+            of_row[0]["band"] = row["interval"]
+        points += of_row
     ylabel = LABELS[score_name(rows[0])]
     draw(points, path, log_x=True, xlabel="window, tokens", ylabel=ylabel)
 
@@ -117,8 +107,9 @@ def score_against_split(rows: list[dict], path: Path) -> None:
         share = 100 * row["kept_k"] / (row["kept_k"] + row["kept_v"])
         protocol = row.get("question", "")
         marks = "o--" if protocol == "decode" else "o-"
-        points.append(factors_point(row, f"{row['ratio']:.0%} removed", share, marks, protocol))
-    points = with_paper(points, rows, "the paper,\nprinted shares as kept")
+        panel = f"{row['ratio']:.0%} removed"
+        paper = "the paper,\nprinted shares as kept"
+        points += cskv_points(row, panel, share, marks, protocol, paper)
     xlabel = "keys' share of the kept channels, %"
     draw(points, path, xlabel=xlabel, ylabel=LABELS[score_name(rows[0])])
 
@@ -133,13 +124,13 @@ def singular_values(values: Tensor, path: Path) -> None:
         for i, line in enumerate(relative[:, side].tolist()):
             shade = shades(i / max(1, layers - 1))
             few = layers <= 8 or i in (0, layers // 2, layers - 1)
-            style = {"label": f"layer {i}" if few else f"_{i}", "colour": shade, "marks": "-"}
+            label = f"layer {i}" if few else f"_{i}"
             for n, y in enumerate(line, 1):
-                points.append({"panel": title, "x": n, "y": y, **style})
+                points.append(point(title, label, n, y, shade, "-"))
         for removed in (0.5, 0.8):
-            style = {"label": f"{removed:.0%} removed", "colour": "tab:red", "marks": ":"}
+            label, x = f"{removed:.0%} removed", (1 - removed) * d_kv
             for y in (relative.min().item(), 1.0):
-                points.append({"panel": title, "x": (1 - removed) * d_kv, "y": y, **style})
+                points.append(point(title, label, x, y, "tab:red", ":"))
     labels = {"xlabel": "singular value, in order", "ylabel": "relative to the first"}
     draw(points, path, yscale="log", **labels)
 
@@ -152,17 +143,15 @@ def loss_curves(curves: list[dict], path: Path) -> None:
         panel = f"{ratio:.0%} of the channels removed"
         for curve in some:
             marks = "--" if curve["lr"] == slowest else "-"
-            style = {"label": f"{curve['init']}, lr {curve['lr']:g}", "marks": marks}
-            style["colour"] = COLOURS[curve["init"]]
+            label, colour = f"{curve['init']}, lr {curve['lr']:g}", COLOURS[curve["init"]]
             losses = curve["losses"]
             width = max(1, len(losses) // 50)
             for i in range(len(losses)):
                 smooth = fmean(losses[max(0, i - width) : i + 1])
-                points.append({"panel": panel, "x": i, "y": smooth, **style})
-        style = {"label": "floor of the samples\nmeasured before and after", "marks": ":"}
+                points.append(point(panel, label, i, smooth, colour, marks))
+        label = "floor of the samples\nmeasured before and after"
         for x in (0, len(losses) - 1):
-            floor = {"panel": panel, "x": x, "y": some[0]["floor"]}
-            points.append({**floor, "colour": "black", **style})
+            points.append(point(panel, label, x, some[0]["floor"], "black", ":"))
     draw(points, path, yscale="log", xlabel="step", ylabel="loss (equation 2)")
 
 
@@ -194,8 +183,7 @@ def time_against_tokens(rows: list[dict], path: Path) -> None:
     points = []
     for row in rows:
         marks = "o--" if row["cache"].startswith("transformers") else "o-"
-        point = {"panel": "", "label": row["cache"], "colour": None, "marks": marks}
-        points.append({**point, "x": row["tokens"], "y": row["decode_ms"]})
+        points.append(point("", row["cache"], row["tokens"], row["decode_ms"], None, marks))
     ticks = sorted({row["tokens"] for row in rows})
     labels = {"xlabel": "tokens in the cache", "ylabel": "milliseconds of a decode step"}
     draw(points, path, log_x=True, xticks=ticks, ylim=(0, None), **labels)

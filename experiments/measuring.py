@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -16,10 +17,9 @@ import torch
 from torch import Tensor
 
 from cskv import BiBranchCache
-from experiments.caches import Row, make_cache
+from experiments.caches import Rounded, Row, make_cache
 from experiments.notes import run_all
-from experiments.rounded import Rounded
-from experiments.tables import ALL, grouped, summarize
+from experiments.tables import ALL, grouped
 from experiments.tasks import longbench
 from experiments.tasks.scores import wilson
 from infer import full_bytes, held_bytes
@@ -55,9 +55,8 @@ class SharedPrefill(LayerCache):
 
 def reads_exactly(cache: LayerCache) -> bool:
     """Whether its prefill attends with all exact keys and values."""
-    if isinstance(cache, Rounded):
-        cache = cache.cache
-    return type(cache).prefill in (LayerCache.prefill, BiBranchCache.prefill)
+    inner = cache.cache if isinstance(cache, Rounded) else cache
+    return type(inner).prefill in (LayerCache.prefill, BiBranchCache.prefill)
 
 
 def measure(
@@ -68,18 +67,17 @@ def measure(
     arguments: dict | None = None,
 ) -> list[dict]:
     """Runs every case on every cache: a row {columns, "scores", "cases", "measured_ratio", ...} for
-    each cache and each group of cases with the same columns.
+    each cache and each group of cases with the same columns, in all processes.
 
-    Processes share the cases out, and all return all rows. `notes` and `arguments`, and what is
-    raised: see `run_all`.
+    `notes` and `arguments`, and what is raised: see `run_all`.
     """
     for row in rows:
         make_cache(model, row, 0)  # one that refuses this model does so now, not after hours
-    keys = [[(r, c) for r in range(len(rows))] for c in range(len(cases))]
 
     def run(keys: list[tuple[int, int]]) -> Iterator[dict]:
         return run_case(model, rows, cases[keys[0][1]])
 
+    keys = [[(r, c) for r in range(len(rows))] for c in range(len(cases))]
     done = run_all(keys, run, notes, arguments)
     groups: dict[tuple, list[int]] = {}
     for c, case in enumerate(cases):
@@ -133,9 +131,7 @@ def clock(device: str | torch.device) -> float:
 
 def summary(model: Transformer, results: list[dict]) -> dict:
     """Finished cases together: `tokens` is the mean length, `seconds` the sum."""
-    scores = []
-    for result in results:
-        scores += result["scores"]
+    scores = list(chain.from_iterable([result["scores"] for result in results]))
     tokens = sum(result["tokens"] for result in results)
     held = sum(result["bytes"] for result in results)
     return {
@@ -161,24 +157,32 @@ def with_score(rows: list[dict]) -> list[dict]:
 
 
 def benchmark_rows(rows: list[dict]) -> list[dict]:
-    """For each cache the means that `summarize` makes, in percent: a row for each set and
-    bucket, for each set, and over the sets."""
+    """For each cache a row for each set and bucket that has cases, and for "all" of the set; last,
+    as the set "average", the same over the sets."""
     shown = []
     for own in grouped(rows, *Row.COLUMNS).values():
         columns = {name: own[0][name] for name in Row.COLUMNS}
-        scores = []
-        for row in own:
-            place = {"set": row["set"], "bucket": row["bucket"]}
-            scores += [{**place, "score": score} for score in row["scores"]]
-        for mean in summarize(scores, longbench.BUCKETS):
-            counted = own
-            if mean["set"] != "average":
-                counted = [row for row in counted if row["set"] == mean["set"]]
-            if mean["bucket"] != ALL:
-                counted = [row for row in counted if row["bucket"] == mean["bucket"]]
-            tokens = sum(row["tokens"] * row["cases"] for row in counted)
-            removed = sum(row["measured_ratio"] * row["tokens"] * row["cases"] for row in counted)
-            total = {"tokens": tokens / mean["cases"], "measured_ratio": removed / tokens}
-            seconds = sum(row["seconds"] for row in counted)
-            shown.append({**columns, **mean, **total, "seconds": seconds})
+        for name, of_set in [*grouped(own, "set").items(), ("average", own)]:
+            for bucket in (*longbench.BUCKETS, ALL):
+                some = [row for row in of_set if bucket in (row["bucket"], ALL)]
+                if some:
+                    shown.append({**columns, "set": name, "bucket": bucket, **mean_row(some)})
     return shown
+
+
+def mean_row(rows: list[dict]) -> dict:
+    """Several rows as one. Every set counts the same in the score, whatever its size: a column of
+    the paper's Table 1, in percent. Every token counts the same in lengths and bytes."""
+    means = []
+    for own in grouped(rows, "set").values():
+        means.append(fmean(chain.from_iterable([row["scores"] for row in own])))
+    cases = sum(row["cases"] for row in rows)
+    tokens = sum(row["tokens"] * row["cases"] for row in rows)
+    removed = sum(row["measured_ratio"] * row["tokens"] * row["cases"] for row in rows)
+    return {
+        "cases": cases,
+        "score": 100 * fmean(means),
+        "tokens": tokens / cases,
+        "measured_ratio": removed / tokens,
+        "seconds": sum(row["seconds"] for row in rows),
+    }

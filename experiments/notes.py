@@ -1,7 +1,7 @@
 """A long run of many cases: shared out among processes, and what is finished is kept in files.
 
-A file for each process, written after each case, whole or not at all (support/resume.py). A run
-that is killed goes on with the same command, with as many processes as one likes.
+A file for each process, written after each case. A run that is killed goes on with the same
+command, with as many processes as one likes.
 """
 
 import hashlib
@@ -27,16 +27,11 @@ def run_all(
     arguments: dict | None = None,
     unit: str = "case",
 ) -> dict[Key, dict]:
-    """The results of all work, by key, in every process.
+    """The results of all work, by key, in every process. Keys of a group are done by one process.
 
-    Args:
-        groups: keys whose work is done together, by one process.
-        run: yields a result, of plain numbers and lists, for each key that it is given, in turn.
-        notes: results are kept in files of that name until `delete_notes`, and are not made again;
-            None keeps none.
-        arguments: what must be the same to go on with the notes, by option.
-
-    Raises `UserError` if the notes are those of other `arguments`, and the first one of `run`.
+    `run` yields a result, of plain numbers and lists, for each key that it is given. Results are
+    kept in files named `notes` until `delete_notes`, and not made again. Raises `UserError` if the
+    notes are those of other `arguments`, by option, and the first one of `run`.
     """
     rank, count = place()
     plan = arguments or {}

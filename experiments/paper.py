@@ -8,10 +8,8 @@ Without more arguments they run on the embedded teaching model, with LongEval ac
 protocols of experiments/evaluate.py; with `--text` the measure is perplexity in decode mode.
 
 Tables and figures go to `--out`. Factors are trained once, for all commands, and stay in `--work`,
-as single cases do: a command that was interrupted goes on when it is given again. Two processes
-share the cases out: `torchrun --nproc-per-node 2 -m experiments.paper table1`.
-
-The paper's numbers, in the column `paper`, are of LongChat-7B on LongEval with 200 to 500 lines.
+as single cases do: a command that was interrupted goes on when it is given again. The column
+`paper` has the paper's numbers: LongChat-7B on LongEval with 200 to 500 lines.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -61,16 +59,12 @@ LINES = [25, 50, 100]  # of the LongEval cases that factors are fitted to, and o
 
 @dataclass
 class Experiment:
-    """What a table is made of: a model and its factors, cases, and a place for the results.
-
-    A row of a table is a `Row`, with further columns: in the lists of rows here, a pair of both.
-    """
+    """What a table is made of. Its rows are pairs here, of a `Row` and further columns."""
 
     store: FactorStore
     cases: list[Case]
     ratios: list[float]
     inits: list[str]
-    bits: list[int]
     files: list[Factors]  # those of a budget
     out: Path  # of the table and the figure, without a suffix
     notes: Path
@@ -78,7 +72,7 @@ class Experiment:
     began: float = field(default_factory=time.monotonic)
 
     def row(self, cache: str, ratio: float | None = None, **settings) -> Row:
-        """Any cache, holding 16-bit numbers; `settings` are those of `make_row`."""
+        """A cache that holds 16-bit numbers."""
         return make_row(self.store.model, cache, ratio, dtype=torch.bfloat16, **settings)
 
     def cskv(
@@ -88,7 +82,8 @@ class Experiment:
         name = recipe.init
         if recipe.trained:
             name += ", trained"
-            name += f" in {recipe.bits} bits" if recipe.bits < 16 else ""
+        if recipe.bits < 16:
+            name += f" in {recipe.bits} bits"
         if recipe.lr:
             name += f", lr {recipe.lr:g}"
         (factors,) = self.store.factors(recipe)
@@ -107,9 +102,8 @@ class Experiment:
         return rows
 
     def scores(self, rows: list[tuple[Row, dict]], by_lines: bool = False) -> list[dict]:
-        """Rows of `measure` with their further columns: of perplexity, or of LongEval in each
-        protocol. `by_lines` keeps the lengths apart; else a row is the average over them, as the
-        paper's `Avg. Acc`."""
+        """Rows of `measure` with their further columns. `by_lines` keeps LongEval's lengths apart;
+        else a row is the average over them, as the paper's `Avg. Acc`."""
         cases = self.cases
         if "lines" in cases[0].columns and not by_lines:
             cases = [replace(c, columns={"question": c.columns["question"]}) for c in cases]
@@ -148,8 +142,8 @@ def paper_number(table: str, **row) -> str:
 
 
 def table1(e: Experiment) -> None:
-    """All methods. `cskv, asvd, trained` is the paper's. What goes beyond it: `optimal`, without
-    training; KIVI; the first 4 tokens exact; and a budget's ranks and bits, of `--factors`."""
+    """All methods. `cskv, asvd, trained` is the paper's; `optimal`, without training, KIVI, sinks
+    and budgets go beyond it."""
     recipes = [Recipe(init, r, r, init == "asvd") for r in e.ratios for init in e.inits]
     in_bits = Recipe("asvd", 0.8, 0.8, True, 4)
     if "asvd" in e.inits:
@@ -243,16 +237,16 @@ def table4(e: Experiment) -> None:
 def table5(e: Experiment) -> None:
     """Latents in fewer bits, without (ptq) and with (qat) training for it, by two quantizers; and,
     at about the bytes of 80% in 16 bits, half of the key channels with all value channels in 3
-    bits, and KIVI. The clamped zero-point is trained for at the largest of the bits, the paper's.
+    bits, and KIVI. The clamped zero-point is trained for at 4 bits, the paper's.
     """
     choices: list[tuple[str, Recipe, dict]] = []  # mode, factors, bits
     for init, ratio in product(e.inits, e.ratios):
         start = Recipe(init, ratio, ratio, init == "asvd")
         choices.append(("none", start, {}))
-        for bits, clamped in product(e.bits, (False, True)):
+        for bits, clamped in product((4, 3, 2), (False, True)):
             quantized = {"k_bits": bits, "v_bits": bits, "clamped": clamped}
             choices.append(("ptq", start, quantized))
-            if not clamped or bits == max(e.bits):
+            if not clamped or bits == 4:
                 aware = replace(start, trained=True, bits=bits, clamped=clamped)
                 choices.append(("qat", aware, quantized))
     e.store.factors(*[recipe for _, recipe, _ in choices])
@@ -314,8 +308,8 @@ def figure4(e: Experiment) -> None:
     figures.loss_curves(curves, e.out.with_suffix(".png"))
 
 
-TABLES = (table1, table2, table3, table4, table5, budget)
-COMMANDS = {f.__name__: f for f in (*TABLES, figure3, figure4)}
+COMMANDS = {f.__name__: f for f in (table1, table2, table3, table4, table5, budget)}
+COMMANDS |= {f.__name__: f for f in (figure3, figure4)}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -327,9 +321,6 @@ def run(args: argparse.Namespace) -> None:
         read_cases(args.data, PUBLISHED[0])  # a wrong folder is known before the work
         remake(RESULTS / "commands.txt", args.data, Path("runs/all.pt"), args.processes)
         return
-    for text in args.text:
-        if not text.exists():
-            raise UserError(f"no file {text}; give held-out text")
     if args.what == "budget" and not args.text:
         raise UserError("budget measures perplexity; give held-out text with --text")
     if args.text and args.data:
@@ -349,31 +340,28 @@ def run(args: argparse.Namespace) -> None:
         read |= {"--calibrate": args.calibrate, "--data": args.data}
         check_files(written, read, args.model)
         limit = model.config.context_length
+        length = min(args.seq_len, limit)
         if args.calibrate:
-            length = min(args.seq_len, limit)
-            texts = sample_tokens(args.calibrate, tokenizer, args.samples, length, args.seed)
+            texts = sample_tokens(args.calibrate, tokenizer, args.samples, length, seed=0)
         elif args.text:
             raise UserError("factors are made from text; give some with --calibrate")
         else:
-            texts = samples(tokenizer, limit, "longeval", LINES, args.samples, args.seed)
+            texts = samples(tokenizer, limit, "longeval", LINES, args.samples, seed=0)
         cases = []
         if args.text:
             sizes = {"steps": args.steps, "count": args.passages, "batch": args.batch}
             for text, context in product(args.text, args.context):
                 cases += perplexity_cases(model, tokenizer, text, context, **sizes)
         elif args.what not in ("figure3", "figure4"):
-            sizes = {"lines": args.lines, "count": args.cases, "seed": args.seed}
-            sizes["data"] = args.data
-            cases = retrieval_cases(model, tokenizer, "longeval", PROTOCOLS, **sizes)
-        training = {"epochs": args.epochs, "lr": args.lr, "seed": args.seed}
-        store = FactorStore(model, texts, work, args.measure_samples, **training)
+            drawn = {"count": args.cases, "data": args.data}
+            cases = retrieval_cases(model, tokenizer, "longeval", PROTOCOLS, args.lines, **drawn)
+        store = FactorStore(model, texts, work, args.measure_samples, args.lr)
         counts = {**vars(args), "out": None, "work": None, "samples": store.key}
         experiment = Experiment(
             store,
             cases=cases,
             ratios=args.ratios,
             inits=args.inits,
-            bits=args.bits,
             files=[load_factors(file, model) for file in args.factors],
             out=out,
             notes=notes,
@@ -390,13 +378,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     counts = comma_list(count)
     ratios = comma_list(number(float, 0, 0.9999))
     inits = comma_list(one_of(INITIALIZATIONS, "initialization"))
-    few = comma_list(one_of((2, 3, 4, 8), "number of bits"))  # others are in every table
     add("what", choices=[*COMMANDS, "all"])
     add("--processes", type=count, default=1, help="share the work of all out among so many (1)")
     add("--model", default=TEACHER, help="measure this checkpoint, a folder or a hub name")
     add("--out", type=Path, default=Path("runs/paper"), help="write tables here (runs/paper)")
     add("--work", type=Path, default=Path("runs/factors"), help="keep factors here (runs/factors)")
-    add("--bits", type=few, default="4,3,2", help="store latents of table5 in so many (4,3,2)")
     add("--inits", type=inits, default="asvd,optimal", help="compare such factors (asvd,optimal)")
     add("--ratios", type=ratios, default="0.5,0.8", help="remove such shares (default: 0.5,0.8)")
     add("--factors", type=Path, nargs="*", default=[], help="show these of budget too")
@@ -413,10 +399,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--samples", type=count, default=1024, help="calibrate and train on so many texts (1024)")
     add("--seq-len", type=number(int, 2), default=1024, help="cut texts to so many tokens (1024)")
     add("--measure-samples", type=count, default=32, help="measure losses on so many (default: 32)")
-    add("--epochs", type=count, default=1, help="train so often on each text (default: 1)")
     help = "train at this rate (default: 0.005); table2 and figure4 have the paper's too"
     add("--lr", type=number(float, 0), default=5e-3, help=help)
-    add("--seed", type=number(int, 0), default=0, help="draw samples and cases from this (0)")
     add("--device", default="cpu", help="compute on cpu or cuda")
     add("--dtype", choices=DTYPES, default="float32", help="compute in it (default: float32)")
     args = parser.parse_args(argv)

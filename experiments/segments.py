@@ -3,11 +3,9 @@
     python -m experiments.segments --model M --text heldout.txt --factors F.safetensors \
         --segments 128 16:512,128 16:512,128:2048,512
 
-`16:512,128` are segments of 16 tokens for the newest 512 old ones, and of 128 for all before. Each
-row compares with the full cache, and has beside it the plain cache, with exact positions.
-
-A passage is read in one pass, as decoding would read it: its last `--steps` tokens see the older
-ones through latents, and are predicted. `--undamped` leaves a_f out of (1).
+`16:512,128` are segments of 16 tokens for the newest 512 old ones, and of 128 for all before. Rows
+compare with the full cache and with the plain one, of exact positions. A passage is read in one
+pass, its last `--steps` tokens as in decoding. `--undamped` leaves a_f out of (S1).
 """
 
 import support.interrupt  # isort: skip # noqa: F401

@@ -46,8 +46,7 @@ FORMATS = {
     "seconds": "{:.0f}".format,
     **dict.fromkeys(("trained_together", "paper"), str),
 }
-
-
+ALL = "all"  # the bucket of a benchmark that has every case
 SCORES = ["accuracy", "interval", "perplexity", "nominal_ratio", "measured_ratio"]
 
 
@@ -124,29 +123,3 @@ def write_tables(
         parts.append(whole)
     with replacing(out.with_suffix(".md")) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n")
-
-
-ALL = "all"  # the bucket of a benchmark that has every case
-
-
-def summarize(rows: list[dict], buckets: tuple[str, ...] = ()) -> list[dict]:
-    """Means of rows {"set", "bucket", "score" 0 .. 1}, in percent, as {"set", "bucket", "cases",
-    "score"}.
-
-    For each set, in the rows' order, each bucket that it has and "all" its cases; last, as the set
-    "average", each bucket's mean over the sets, whatever their sizes: a column of Table 1.
-    """
-    means = []
-    for name, own in grouped(rows, "set").items():
-        for bucket in (*buckets, ALL):
-            scores = [row["score"] for row in own if bucket in (row["bucket"], ALL)]
-            if scores:
-                mean = {"set": name, "bucket": bucket, "cases": len(scores)}
-                means.append({**mean, "score": 100 * fmean(scores)})
-    for bucket in (*buckets, ALL):
-        column = [mean for mean in means if mean["bucket"] == bucket]
-        if column:
-            mean = {"set": "average", "bucket": bucket}
-            mean["cases"] = sum(mean["cases"] for mean in column)
-            means.append({**mean, "score": fmean(mean["score"] for mean in column)})
-    return means

@@ -6,14 +6,13 @@ import random
 import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from experiments.longeval import parse_arguments, run
+import experiments.longeval as longeval_command
 from experiments.tasks import longeval
 from experiments.tasks.longeval import make_cases, passkey_case
 from experiments.tasks.scores import is_correct, read_answer
-from support.command import UserError, run_command
+from support.command import UserError
+from tests.helpers import call
 
 
 @pytest.mark.parametrize(
@@ -81,37 +80,22 @@ def test_passkey():
     [
         (" 12345", 12345),
         ("The number in line 7 is <00042>.", 42),  # the last run of digits, as an integer
-        ("1,234", 234),
-        ("12345\n", 12345),
+        ("1,234\n", 234),
         ("-5", 5),
-        ("3.14", 14),
         ("no idea", None),
-        ("", None),
         ("²٣", None),  # digits to Python's \d or isdigit, not to LongEval
-        ("0" * 5000 + "12345", 12345),  # where int() of the text itself would raise
-        ("12345 is " + "0" * 9000, 0),
+        ("12345 is " + "0" * 9000, 0),  # where int() of the text itself would raise
     ],
 )
 def test_scoring(output, number):
     assert read_answer(output) == number
     assert is_correct(output, 12345) == (number == 12345)
-
-
-def test_an_answer_of_many_digits():
     assert read_answer("9" * 5000) == 10**5000 - 1
-    assert not is_correct("9" * 5000, 5)
 
 
 def test_a_passkey_is_the_first_number():
     assert is_correct(" 12345. The pass key is 9", 12345, first=True)
     assert read_answer("no idea", first=True) is None
-
-
-@given(st.text(alphabet=st.characters(exclude_categories=["Nd"])), st.integers(0, 10**9))
-def test_scoring_reads_the_number_after_any_words(words, number):
-    assert read_answer(f"{words}{number}") == number
-    assert read_answer(f"{number}{words}") == number
-    assert not is_correct(f"{words}{number}", number + 1)
 
 
 @pytest.mark.parametrize("case", [("chess", 5), ("longeval", 0), ("longeval", 5000)])
@@ -133,44 +117,38 @@ def test_published_cases(tmp_path):
     assert (first.answer, second.answer) == (7, 8)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 @pytest.mark.parametrize(
     "line",
-    ["", "{", "[]", "7", "null", "{}", '{"prompt": "", "expected_number": 7}']
-    + [json.dumps({"prompt": "\nNow the record is over", "expected_number": n}) for n in (None, "")]
-    + [json.dumps({"prompt": 7, "expected_number": 7})],
+    [
+        "7",
+        '{"prompt": "", "expected_number": 7}',
+        '{"prompt": 7, "expected_number": 7}',
+        '{"prompt": "\\nNow the record is over", "expected_number": null}',
+        "{}".encode("utf-16").decode("latin-1"),
+    ],
 )
-def test_published_files_that_are_none(tmp_path, line, encoding):
+def test_published_files_that_are_none(tmp_path, line):
     with pytest.raises(UserError, match=r"no file .*200_lines\.jsonl; LongEval's testcases have"):
         longeval.read_cases(tmp_path, 200)
-    (tmp_path / "200_lines.jsonl").write_text(line and f"{line}\n", encoding=encoding)
+    (tmp_path / "200_lines.jsonl").write_text(f"{line}\n", encoding="latin-1")
     with pytest.raises(UserError, match=r"200_lines\.jsonl.*; fetch it again"):
         longeval.read_cases(tmp_path, 200)
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, capsys):
     out = tmp_path / "cases.jsonl"
-    run(parse_arguments(["--lines", "5", "--cases", "3", "--seed", "4", "--out", str(out)]))
+    args = ["--lines", 5, "--cases", 3, "--seed", 4, "--out", out]
+    assert call(longeval_command, capsys, *args)[0] == 0
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     cases = list(make_cases("longeval", 5, 3, seed=4))
     assert rows == [{"text": c.text, "prompt": c.prompt, "answer": c.answer} for c in cases]
     assert [file.name for file in tmp_path.iterdir()] == ["cases.jsonl"]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--lines 9999 --out a",
-        "--lines 0 --out a",
-        "--cases some --out a",
-        "--out no/a",
-        "--lines 5",
-    ],
-)
+@pytest.mark.parametrize("arguments", ["--lines 9999 --out a", "--out no/a", "--lines 5"])
 def test_command_line_errors(tmp_path, monkeypatch, capsys, arguments):
     """One line, exit code 2, no traceback, and nothing half-written."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        run_command(lambda: run(parse_arguments(arguments.split())))
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    code, _, err = call(longeval_command, capsys, *arguments.split())
+    assert code == 2 and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

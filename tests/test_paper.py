@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,44 +11,41 @@ import train
 from cskv import INITIALIZATIONS, calibrate, init_factors, rank_for
 from experiments import evaluate, paper, tables
 from experiments.factors import FactorStore, Recipe
-from support.command import UserError
 from support.factors_file import save_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
 from support.text import sample_tokens
-from tests.helpers import call, save_checkpoint, tiny_model
-
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("paper")
-    save_checkpoint(tiny_model(), folder / "tiny")
-    (folder / "text.txt").write_text(" ".join(f"t{i * i % 61}" for i in range(900)))
-    return folder
+from tests.evaluating import ROOT
+from tests.helpers import call, tiny_model
 
 
-def flags(setup, what, out, *more):
-    common = ["--model", setup / "tiny", "--out", out, "--work", out / "work"]
+def flags(everything, what, out, *more):
+    common = ["--model", everything / "model", "--out", out, "--work", out / "work"]
     common += ["--samples", 6, "--seq-len", 40, "--measure-samples", 3, "--ratios", "0.5,0.75"]
     return [what, *common, *more]
 
 
-def text_flags(setup, what, out, *more):
-    text = ["--text", setup / "text.txt", "--calibrate", setup / "text.txt", "--context", 40]
-    return flags(setup, what, out, *text, "--steps", 6, "--passages", 2, "--batch", 2, *more)
+def text_flags(everything, what, out, *more):
+    text = [
+        "--text",
+        everything / "text.txt",
+        "--calibrate",
+        everything / "text.txt",
+        "--context",
+        40,
+    ]
+    return flags(everything, what, out, *text, "--steps", 6, "--passages", 2, "--batch", 2, *more)
 
 
-def lines_flags(setup, what, out, *more):
-    return flags(setup, what, out, "--lines", "2,3", "--cases", 2, *more)
+def lines_flags(everything, what, out, *more):
+    return flags(everything, what, out, "--lines", "2,3", "--cases", 2, *more)
 
 
-def factor_store(setup, folder, samples=6, length=40):
+def factor_store(everything, folder, samples=6, length=40):
     """The factors of a command with the flags of `text_flags`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(setup / "tiny")
-    text = sample_tokens(setup / "text.txt", tokenizer, samples, length, 0)
+    tokenizer = load_tokenizer(everything / "model")
+    text = sample_tokens(everything / "text.txt", tokenizer, samples, length, 0)
     return FactorStore(tiny_model(), text, folder, measured=3)
 
 
@@ -58,7 +54,7 @@ def read(out, what):
 
 
 @pytest.fixture
-def rows_of_table(setup, tmp_path, capsys, monkeypatch):
+def rows_of_table(everything, tmp_path, capsys, monkeypatch):
     """A function that gives the rows that a table asks for, without measuring them: cache, factors,
     ranks of keys and values, bits, ratio and the column `paper`; all columns; the rows."""
 
@@ -74,7 +70,7 @@ def rows_of_table(setup, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(paper, "measure", measure)
         for name in ("pyplot", *(name for name in vars(paper.figures) if "_against_" in name)):
             monkeypatch.setattr(paper.figures, name, lambda *_: None)
-        args = lines_flags(setup, what, tmp_path, "--ratios", "0.5,0.8", *more)
+        args = lines_flags(everything, what, tmp_path, "--ratios", "0.5,0.8", *more)
         assert call(paper, capsys, *args)[0] == 0
         said, found = read(tmp_path, what), []
         assert len(said) == 2 * len(asked)  # both protocols
@@ -165,7 +161,7 @@ def test_the_rows_of_table_4(rows_of_table):
 
 
 def test_the_rows_of_table_5(rows_of_table):
-    found, said, _ = rows_of_table("table5", "--inits", "asvd", "--ratios", "0.8", "--bits", "4,2")
+    found, said, _ = rows_of_table("table5", "--inits", "asvd", "--ratios", "0.8")
     start, two, clamped = "asvd, trained", (2, 2), ", clamped zero-point"
     assert found == [
         ("full", "", None, "16", 0, ""),
@@ -174,6 +170,9 @@ def test_the_rows_of_table_5(rows_of_table):
         ("cskv-plain", f"{start} in 4 bits", two, "4", 0.8, "0.90"),
         ("cskv-plain", start, two, f"4{clamped}", 0.8, "0.00"),
         ("cskv-plain", f"{start} in 4 bits", two, f"4{clamped}", 0.8, "0.90"),
+        ("cskv-plain", start, two, "3", 0.8, ""),
+        ("cskv-plain", f"{start} in 3 bits", two, "3", 0.8, ""),
+        ("cskv-plain", start, two, f"3{clamped}", 0.8, ""),
         ("cskv-plain", start, two, "2", 0.8, ""),
         ("cskv-plain", f"{start} in 2 bits", two, "2", 0.8, ""),
         ("cskv-plain", start, two, f"2{clamped}", 0.8, ""),
@@ -181,7 +180,8 @@ def test_the_rows_of_table_5(rows_of_table):
         ("kivi-4", "", None, "4", 0, ""),
         ("kivi-2", "", None, "2", 0, ""),
     ]
-    modes = ["none", "none", "ptq", "qat", "ptq", "qat", "ptq", "qat", "ptq", "ptq", "ptq", "ptq"]
+    four = ["ptq", "qat", "ptq", "qat"]
+    modes = ["none", "none", *four, *["ptq", "qat", "ptq"] * 2, "ptq", "ptq", "ptq"]
     assert [row["mode"] for row in said] == modes * 2
 
 
@@ -194,10 +194,10 @@ def test_the_rows_of_table_5(rows_of_table):
         ("table4", lines_flags),
     ],
 )
-def test_every_command_writes_its_table(setup, tmp_path, capsys, monkeypatch, what, make):
+def test_every_command_writes_its_table(everything, tmp_path, capsys, monkeypatch, what, make):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(evaluate, "ANSWER_TOKENS", {"longeval": 5})  # it is not them that counts
-    code, out, err = call(paper, capsys, *make(setup, what, tmp_path))
+    code, out, err = call(paper, capsys, *make(everything, what, tmp_path))
     assert code == 0, err
     rows = read(tmp_path, what)
     markdown = (tmp_path / f"{what}.md").read_text()
@@ -213,7 +213,7 @@ def test_every_command_writes_its_table(setup, tmp_path, capsys, monkeypatch, wh
         assert all(row[score] >= 0 and "measured_ratio" in row for row in rows)
         questions = {None} if make is text_flags else {"prefill", "decode"}
         assert {row.get("question") for row in rows} == questions
-    assert not list((tmp_path / "work" / "tiny").glob("*.cases-*"))  # notes are gone when done
+    assert not list((tmp_path / "work" / "model").glob("*.cases-*"))  # notes are gone when done
 
 
 def test_protocols_stand_side_by_side():
@@ -237,14 +237,14 @@ def test_protocols_stand_side_by_side():
     ]
 
 
-def test_losses_and_floors(setup, tmp_path, capsys):
+def test_losses_and_floors(everything, tmp_path, capsys):
     """The floor is that of an independent computation; nothing lies below it, and training from
     svd comes nearer."""
     pytest.importorskip("matplotlib")
-    assert call(paper, capsys, *text_flags(setup, "figure4", tmp_path, "--epochs", 4))[0] == 0
+    assert call(paper, capsys, *text_flags(everything, "figure4", tmp_path))[0] == 0
     rows = read(tmp_path, "figure4")
     assert len(rows) == 2 * 2 * len(INITIALIZATIONS)  # ratios, learning rates
-    store = factor_store(setup, tmp_path / "again")
+    store = factor_store(everything, tmp_path / "again")
     moments = []  # means over tokens
     for layer in calibrate(store.model, store.samples[:3]):
         moments += [layer.k_moment, layer.v_moment]
@@ -257,11 +257,11 @@ def test_losses_and_floors(setup, tmp_path, capsys):
             assert row["final"] < row["initial"]
 
 
-def test_training_together_equals_training_alone_and_resumes(setup, tmp_path, monkeypatch):
+def test_training_together_equals_training_alone_and_resumes(everything, tmp_path, monkeypatch):
     """Two recipes in one pass, interrupted after its checkpoint, end where each alone ends."""
 
     def store(name):
-        return factor_store(setup, tmp_path / name, 70, 12)
+        return factor_store(everything, tmp_path / name, 70, 5)
 
     recipes = Recipe("svd", 0.5, 0.5, True), Recipe("optimal", 0.75, 0.5, True, 4)
     alone = [store("alone").factors(recipe)[0] for recipe in recipes]
@@ -288,38 +288,32 @@ def test_training_together_equals_training_alone_and_resumes(setup, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_table_of_one(setup, tmp_path):
+def test_two_processes_make_the_table_of_one(everything, tmp_path):
     """Training included, which they do together. Sums in another order round differently."""
     pytest.importorskip("matplotlib")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     tables = []
     for name, python in (("one", [sys.executable]), ("two", start)):
-        args = text_flags(setup, "table3", tmp_path / name)
+        args = text_flags(everything, "table3", tmp_path / name)
         command = [*python, "-m", "experiments.paper", *map(str, args)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.stdout.count("| question") + done.stdout.count("| factors") == 1, done.stderr
         tables.append(read(tmp_path / name, "table3"))
-        assert not list((tmp_path / name / "work" / "tiny").glob("*.cases-*"))
+        assert not list((tmp_path / name / "work" / "model").glob("*.cases-*"))
     for one, two in zip(*tables, strict=True):
         assert one["perplexity"] == pytest.approx(two["perplexity"], rel=1e-3)
         assert (one["window"], one["measured_ratio"]) == (two["window"], two["measured_ratio"])
 
 
-def test_choice_of_unknown_recipe_is_refused(setup, tmp_path):
-    store = factor_store(setup, tmp_path / "factors")
-    with pytest.raises(UserError, match="no initialization 'best'"):
-        store.factors(Recipe("best", 0.5, 0.5))
-
-
-def test_budget_compares_all_at_measured_bytes(setup, tmp_path, capsys):
+def test_budget_compares_all_at_measured_bytes(everything, tmp_path, capsys):
     """Two texts, two lengths: each cache once in each, and its perplexity over the full cache's."""
     pytest.importorskip("matplotlib")
-    model, text = load_model(setup / "tiny"), setup / "text.txt"
+    model, text = load_model(everything / "model"), everything / "text.txt"
     own = init_factors("svd", model, [3, 5], [4, 6]).in_bits(4, 3)
     save_factors(tmp_path / "f", own, model)
     other = tmp_path / "other.txt"
     other.write_text(" ".join(f"t{i * 7 % 61}" for i in range(400)))
-    args = text_flags(setup, "budget", tmp_path, "--text", text, other, "--context", "40,60")
+    args = text_flags(everything, "budget", tmp_path, "--text", text, other, "--context", "40,60")
     code, _, err = call(paper, capsys, *args, "--factors", tmp_path / "f")
     assert code == 0, err
     rows = read(tmp_path, "budget")
@@ -349,7 +343,7 @@ def test_budget_compares_all_at_measured_bytes(setup, tmp_path, capsys):
         ("budget", [], "give held-out text with --text\n"),
     ],
 )
-def test_a_mistake_is_one_line(setup, tmp_path, capsys, what, more, message):
-    more = [setup / "text.txt" if word == "T" else word for word in more]
-    code, _, err = call(paper, capsys, *flags(setup, what, tmp_path, *more))
+def test_a_mistake_is_one_line(everything, tmp_path, capsys, what, more, message):
+    more = [everything / "text.txt" if word == "T" else word for word in more]
+    code, _, err = call(paper, capsys, *flags(everything, what, tmp_path, *more))
     assert code == 2 and err.count("\n") == 1 and message in err

@@ -10,7 +10,7 @@ Source:
 from bisect import bisect
 from functools import partial
 
-from experiments.tasks.records import Task, choose
+from experiments.tasks.records import Task
 from experiments.tasks.scores import f1, rouge_l
 
 MAX_LENGTH = 31_500  # tokens of a prompt in [1] for LongChat-32k: its context less 500
@@ -50,4 +50,3 @@ SETS = (
     make_task("qasper_e", 128, best_f1),
 )
 TASKS = {task.name: task for task in SETS}
-select = partial(choose, tasks=TASKS)

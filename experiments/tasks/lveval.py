@@ -13,7 +13,7 @@ from collections import Counter
 from functools import partial
 
 from experiments.tables import ALL
-from experiments.tasks.records import Task, choose
+from experiments.tasks.records import Task
 from experiments.tasks.scores import f1, normalize
 
 MAX_LENGTH = 15_500  # tokens of a prompt in [1] by default
@@ -65,4 +65,3 @@ SETS = (
     make_task("factrecall_en_16k", 16, plain_f1, archive="factrecall_en.zip", fields=FIELDS),
 )
 TASKS = {task.name: task for task in SETS}
-select = partial(choose, tasks=TASKS)
