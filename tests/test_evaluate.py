@@ -255,24 +255,20 @@ def test_vicuna_is_the_template_of_longchat(everything, brief, tmp_path, capsys,
 # ------------------------------------------------------------------------- LongBench-E and LV-Eval
 
 
-def scripted(monkeypatch, answers):
-    """The model reads its prompt, but says what `answers` has for the words of the question."""
-    prompts, said = [], []
-    make_prompt, score = records.prompt_ids, evaluate.Question.score
+def scripted(monkeypatch, *answers):
+    """The model reads its prompts, which are returned, but says these answers, cache by cache."""
+    prompts, said = [], iter(answers)
+    make_prompt = records.prompt_ids
 
     def prompt_ids(*arguments):
         prompts.append(make_prompt(*arguments))
         return prompts[-1]
 
-    def score_of_script(case, *arguments):
-        text = " ".join(f"t{i}" for i in case.prompt[0].tolist())
-        asked = next(words for words in answers if words in text)
-        said.append([int(word[1:]) for word in answers[asked].split()])
-        return score(case, *arguments)
+    def greedy_answer(*arguments):
+        return [int(word[1:]) for word in next(said).split()]
 
     monkeypatch.setattr(evaluate, "prompt_ids", prompt_ids)
-    monkeypatch.setattr(evaluate.Question, "score", score_of_script)
-    monkeypatch.setattr(evaluate, "greedy_answer", lambda *_: said[-1])
+    monkeypatch.setattr(evaluate, "greedy_answer", greedy_answer)
     return prompts
 
 
@@ -291,7 +287,8 @@ def test_longbench_by_hand(everything, tmp_path, capsys, monkeypatch):
         records[name].append(record)
     for name in records:
         write_records(tmp_path / f"{name}.jsonl", *records[name])
-    prompts = scripted(monkeypatch, {asked: said for _, asked, said, *_ in cases})
+    answers = [said for _, _, said, *_ in cases for _ in ("full", "streaming")]
+    prompts = scripted(monkeypatch, *answers)
     more = ["--caches", "full,streaming", "--data", tmp_path, "--sets", "hotpotqa_e,triviaqa_e"]
     rows = measured(everything, capsys, tmp_path / "rows", "longbench", *more)
     expected = [
@@ -325,10 +322,9 @@ def test_long_prompts_lose_their_middle(everything, tmp_path, capsys, monkeypatc
     words = " ".join(f"t{i % 50}" for i in range(700))
     record = {"input": "t60", "context": words, "answers": ["t1"], "length": 1}
     write_records(tmp_path / "triviaqa_e.jsonl", record)
-    prompts = scripted(monkeypatch, {"t60": "t1"})
-    measured(
-        everything, capsys, tmp_path / "rows", "longbench", "--caches", "full", "--data", tmp_path
-    )
+    prompts = scripted(monkeypatch, "t1")
+    more = ["--caches", "full", "--data", tmp_path]
+    measured(everything, capsys, tmp_path / "rows", "longbench", *more)
     ids = load_tokenizer(everything / "model").encode(longbench.TASKS["triviaqa_e"].prompt(record))
     assert prompts == [[*ids[:251], 0, *ids[-251:]]]  # the words at the seam become one
 
@@ -336,14 +332,10 @@ def test_long_prompts_lose_their_middle(everything, tmp_path, capsys, monkeypatc
 def test_lveval_by_hand(everything, tmp_path, capsys, monkeypatch):
     """Keywords t1 to t6: one found of six is under 0.2, two are not. factrecall has no gate."""
     name, keywords = "multifieldqa_en_mixup_16k", "t1 t2 t3 t4 t5 t6"
-    records = [
-        {"input": asked, "context": "t1", "answers": [answer], "answer_keywords": keywords}
-        for asked, answer in (("t11 t12", "t1 t9"), ("t13 t14", "t1 t2 t9"))
-    ]
-    write_records(tmp_path / f"{name}.jsonl", *records)
-    record = {"input": "t15 t16", "context": "t1", "answers": ["t1 t9"]}
+    record = {"input": "t11", "context": "t1", "answers": ["t1 t9"], "answer_keywords": keywords}
+    write_records(tmp_path / f"{name}.jsonl", record, {**record, "answers": ["t1 t2 t9"]})
     write_records(tmp_path / "factrecall_en_16k.jsonl", record)
-    scripted(monkeypatch, {"t11 t12": "t1 t7", "t13 t14": "t1 t2", "t15 t16": "t1 t7"})
+    scripted(monkeypatch, "t1 t7", "t1 t2", "t1 t7")
     more = ["--caches", "full", "--data", tmp_path, "--sets", f"{name},factrecall_en_16k"]
     rows = measured(everything, capsys, tmp_path / "rows", "lveval", *more)
     gated, open_to_all = 100 * (0 + 2 * 2 / 5) / 2, 100 * 2 * 1 / 4
