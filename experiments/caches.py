@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 import torch
@@ -115,7 +116,8 @@ class Row:
         if self.factors is None:
             return str(CACHES[self.cache].bits)
         pairs = self.factors.pairs
-        k, v = (f"{mean_bits(side):.3g}" for side in (pairs[::2], pairs[1::2]))
+        k = f"{fmean([pair.bits for pair in pairs[::2]]):.3g}"
+        v = f"{fmean([pair.bits for pair in pairs[1::2]]):.3g}"
         bits = k if k == v else f"{k}/{v}"
         if any(pair.clamped and pair.bits < 16 for pair in pairs):
             bits += ", clamped zero-point"
@@ -137,10 +139,6 @@ class Row:
         if self.sinks:
             parts.append(f"{self.sinks} sinks")
         return " ".join(part for part in parts if part)
-
-
-def mean_bits(pairs: list[LowRank]) -> float:
-    return sum(pair.bits for pair in pairs) / len(pairs)
 
 
 class Rounded(LayerCache):

@@ -86,6 +86,11 @@ def perplexity_against_bytes(rows: list[dict], colours: dict, path: Path) -> Non
     draw(points, path, xlabel=xlabel, ylabel=LABELS["perplexity"], yscale="log")
 
 
+def is_paper(point: dict) -> bool:
+    """Sorts the paper's points behind all others, in the legend too."""
+    return point["colour"] == "black"
+
+
 def score_against_window(rows: list[dict], path: Path) -> None:
     """The score against the window: a panel a protocol, a line for each kind of factors."""
     points = []
@@ -95,6 +100,7 @@ def score_against_window(rows: list[dict], path: Path) -> None:
         if "interval" in row:
             of_row[0]["band"] = row["interval"]
         points += of_row
+    points.sort(key=is_paper)
     ylabel = LABELS[score_name(rows[0])]
     draw(points, path, log_x=True, xlabel="window, tokens", ylabel=ylabel)
 
@@ -110,6 +116,7 @@ def score_against_split(rows: list[dict], path: Path) -> None:
         panel = f"{row['ratio']:.0%} removed"
         paper = "the paper,\nprinted shares as kept"
         points += cskv_points(row, panel, share, marks, protocol, paper)
+    points.sort(key=is_paper)
     xlabel = "keys' share of the kept channels, %"
     draw(points, path, xlabel=xlabel, ylabel=LABELS[score_name(rows[0])])
 

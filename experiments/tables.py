@@ -18,11 +18,6 @@ def perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
 
 
-def interval(pair: tuple[float, float]) -> str:
-    low, high = pair
-    return f"[{low:.2f}, {high:.2f}]"
-
-
 FORMATS = {
     **dict.fromkeys(("question", "layer", "of", "cache"), str),
     **dict.fromkeys(("factors", "init", "window", "bits", "sinks", "mode"), str),
@@ -37,7 +32,7 @@ FORMATS = {
     "decode_ratio": "{:.2f}".format,
     **dict.fromkeys(("cache_mb", "mflop", "read_mb"), four_digits),
     "accuracy": "{:.2f}".format,
-    "interval": interval,
+    "interval": "[{0[0]:.2f}, {0[1]:.2f}]".format,
     "score": "{:.2f}".format,
     "perplexity": perplexity,
     "of_full": "{:.3f}".format,  # times the full cache's
@@ -105,10 +100,8 @@ def write_tables(
     rows: list[dict], columns: list[str], out: Path, command: str, began: float
 ) -> None:
     """Prints a table and writes it, as Markdown and as JSON: `out` with these suffixes. Of rows of
-    several protocols it is `side_by_side`, and the Markdown has all rows as well.
-
-    The `command` that made it stands above it, when and on what below it; `began` is when the
-    command was started last, as `time.monotonic` has it.
+    several protocols it is `side_by_side`, and the Markdown has all rows as well. Above it stands
+    its `command`, below it when and on what it was made; `began` is of `time.monotonic`.
     """
     merged, shown = side_by_side(rows, columns)
     text = table(merged, shown)

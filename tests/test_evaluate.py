@@ -193,20 +193,20 @@ def test_published_cases_in_the_place_of_ours(tmp_path, capsys):
     assert code == 2 and err.count("\n") == 1 and re.search(said, err)
 
 
-@pytest.mark.parametrize("question", ["prefill", "decode"])
-def test_retrieval_command_on_the_teaching_model(tmp_path, capsys, question):
-    """8 cases: right with the full cache, wrong with random factors; bytes by hand."""
+def test_retrieval_command_on_the_teaching_model(tmp_path, capsys):
+    """8 cases: right with the full cache, wrong with random factors."""
     model = load_model(TEACHER)
     save_factors(tmp_path / "f", init_factors("random", model, [8] * 4, [4] * 4), model)
-    args = ["longeval", "--model", TEACHER, "--lines", 20, "--cases", 8, "--question", question]
-    args += ["--factors", tmp_path / "f", "--json", tmp_path / "r.json"]
-    code, out, _ = call(evaluate, capsys, *args)
-    full, random = json.loads((tmp_path / "r.json").read_text())
-    assert code == 0 and len(out.splitlines()) == 4
-    assert full["accuracy"] > 0.8 and random["accuracy"] < 0.3
-    # 16 bits, and at most the room of one answer besides
-    assert -0.05 < full["measured_ratio"] <= 0
-    assert random["nominal_ratio"] == pytest.approx(1 - 12 / 128)
+    args = ["longeval", "--model", TEACHER, "--lines", 20, "--cases", 8, "--factors"]
+    args += [tmp_path / "f", "--question", "prefill,decode", "--json", tmp_path / "r.json"]
+    assert call(evaluate, capsys, *args)[0] == 0
+    for row in json.loads((tmp_path / "r.json").read_text()):
+        if row["cache"] == "full":
+            assert row["accuracy"] > 0.8
+            assert -0.05 < row["measured_ratio"] <= 0  # at most the room of one answer besides
+        else:
+            assert row["accuracy"] < 0.3
+            assert row["nominal_ratio"] == pytest.approx(1 - 12 / 128)
 
 
 def test_a_passkey_answer_has_room(everything, tmp_path, capsys):
@@ -255,24 +255,20 @@ def test_vicuna_is_the_template_of_longchat(everything, brief, tmp_path, capsys,
 # ------------------------------------------------------------------------- LongBench-E and LV-Eval
 
 
-def scripted(monkeypatch, answers):
-    """The model reads its prompt, but says what `answers` has for the words of the question."""
-    prompts, said = [], []
-    make_prompt, score = records.prompt_ids, evaluate.Question.score
+def scripted(monkeypatch, *answers):
+    """The model reads its prompts, which are returned, but says these answers, cache by cache."""
+    prompts, said = [], iter(answers)
+    make_prompt = records.prompt_ids
 
     def prompt_ids(*arguments):
         prompts.append(make_prompt(*arguments))
         return prompts[-1]
 
-    def score_of_script(case, *arguments):
-        text = " ".join(f"t{i}" for i in case.prompt[0].tolist())
-        asked = next(words for words in answers if words in text)
-        said.append([int(word[1:]) for word in answers[asked].split()])
-        return score(case, *arguments)
+    def greedy_answer(*arguments):
+        return [int(word[1:]) for word in next(said).split()]
 
     monkeypatch.setattr(evaluate, "prompt_ids", prompt_ids)
-    monkeypatch.setattr(evaluate.Question, "score", score_of_script)
-    monkeypatch.setattr(evaluate, "greedy_answer", lambda *_: said[-1])
+    monkeypatch.setattr(evaluate, "greedy_answer", greedy_answer)
     return prompts
 
 
@@ -285,14 +281,14 @@ def test_longbench_by_hand(everything, tmp_path, capsys, monkeypatch):
         ("triviaqa_e", "t17 t18", "t4 t5", ["T4, the T5!"], 4000, 1.0),
         ("triviaqa_e", "t19 t20", "t6", ["t6 t6 t6"], 7999, 0.5),
     ]
-    for name in ("hotpotqa_e", "triviaqa_e"):
-        own = [case for case in cases if case[0] == name]
-        records = [
-            {"input": asked, "context": "t1 {t2}", "answers": answers, "length": length}
-            for _, asked, _, answers, length, _ in own
-        ]
-        write_records(tmp_path / f"{name}.jsonl", *records)
-    prompts = scripted(monkeypatch, {asked: said for _, asked, said, *_ in cases})
+    records = {"hotpotqa_e": [], "triviaqa_e": []}
+    for name, asked, _, answers, length, _ in cases:
+        record = {"input": asked, "context": "t1 {t2}", "answers": answers, "length": length}
+        records[name].append(record)
+    for name in records:
+        write_records(tmp_path / f"{name}.jsonl", *records[name])
+    answers = [said for _, _, said, *_ in cases for _ in ("full", "streaming")]
+    prompts = scripted(monkeypatch, *answers)
     more = ["--caches", "full,streaming", "--data", tmp_path, "--sets", "hotpotqa_e,triviaqa_e"]
     rows = measured(everything, capsys, tmp_path / "rows", "longbench", *more)
     expected = [
@@ -326,10 +322,9 @@ def test_long_prompts_lose_their_middle(everything, tmp_path, capsys, monkeypatc
     words = " ".join(f"t{i % 50}" for i in range(700))
     record = {"input": "t60", "context": words, "answers": ["t1"], "length": 1}
     write_records(tmp_path / "triviaqa_e.jsonl", record)
-    prompts = scripted(monkeypatch, {"t60": "t1"})
-    measured(
-        everything, capsys, tmp_path / "rows", "longbench", "--caches", "full", "--data", tmp_path
-    )
+    prompts = scripted(monkeypatch, "t1")
+    more = ["--caches", "full", "--data", tmp_path]
+    measured(everything, capsys, tmp_path / "rows", "longbench", *more)
     ids = load_tokenizer(everything / "model").encode(longbench.TASKS["triviaqa_e"].prompt(record))
     assert prompts == [[*ids[:251], 0, *ids[-251:]]]  # the words at the seam become one
 
@@ -337,28 +332,23 @@ def test_long_prompts_lose_their_middle(everything, tmp_path, capsys, monkeypatc
 def test_lveval_by_hand(everything, tmp_path, capsys, monkeypatch):
     """Keywords t1 to t6: one found of six is under 0.2, two are not. factrecall has no gate."""
     name, keywords = "multifieldqa_en_mixup_16k", "t1 t2 t3 t4 t5 t6"
-    records = [
-        {"input": asked, "context": "t1", "answers": [answer], "answer_keywords": keywords}
-        for asked, answer in (("t11 t12", "t1 t9"), ("t13 t14", "t1 t2 t9"))
-    ]
-    write_records(tmp_path / f"{name}.jsonl", *records)
-    record = {"input": "t15 t16", "context": "t1", "answers": ["t1 t9"]}
+    record = {"input": "t11", "context": "t1", "answers": ["t1 t9"], "answer_keywords": keywords}
+    write_records(tmp_path / f"{name}.jsonl", record, {**record, "answers": ["t1 t2 t9"]})
     write_records(tmp_path / "factrecall_en_16k.jsonl", record)
-    scripted(monkeypatch, {"t11 t12": "t1 t7", "t13 t14": "t1 t2", "t15 t16": "t1 t7"})
+    scripted(monkeypatch, "t1 t7", "t1 t2", "t1 t7")
     more = ["--caches", "full", "--data", tmp_path, "--sets", f"{name},factrecall_en_16k"]
     rows = measured(everything, capsys, tmp_path / "rows", "lveval", *more)
+    gated, open_to_all = 100 * (0 + 2 * 2 / 5) / 2, 100 * 2 * 1 / 4
+    expected = [(name, 2, gated), ("factrecall_en_16k", 1, open_to_all)]
+    expected.append(("average", 3, (gated + open_to_all) / 2))
     found = [(row["set"], row["bucket"], row["cases"], row["score"]) for row in rows]
-    scores = [100 * (0 + 2 * 2 / 5) / 2, 100 * 2 * 1 / 4]
-    assert found == [
-        (name, "all", 2, pytest.approx(scores[0])),
-        ("factrecall_en_16k", "all", 1, pytest.approx(scores[1])),
-        ("average", "all", 3, pytest.approx(sum(scores) / 2)),
-    ]
+    assert found == [(name, "all", n, pytest.approx(score)) for name, n, score in expected]
 
 
 # ---------------------------------------------------------------------------------------- mistakes
 
 EQUAL = ["--caches", "streaming", "--equal"]
+GOV_REPORT = ["--sets", "gov_report_e", "--data", "F/long"]
 MISTAKES = {
     "a short text": ("perplexity", ["--passages", 100], "100 passages of 50 need more"),
     "past the context": ("perplexity", ["--context", 595], "605 tokens do not fit into 600"),
@@ -378,8 +368,8 @@ MISTAKES = {
     "no data": ("longbench", ["--data", "no"], "no file no/triviaqa_e.jsonl"),
     "a damaged line": ("longbench", ["--data", "F/damaged"], "triviaqa_e.jsonl, line 3: not JSON"),
     "a missing field": ("lveval", ["--data", "F/damaged"], "line 1: no 'answers' of type list"),
-    "no calibration": ("longbench", ["--calibrate", None], "give --calibrate TEXT"),
-    "no room": ("longbench", ["--sets", "gov_report_e", "--data", "F/long"], "do not fit into"),
+    "no calibration": ("longbench", [], "give --calibrate TEXT"),
+    "no room": ("longbench", [*GOV_REPORT, "--model", "F/short"], "do not fit into"),
 }
 
 
@@ -393,15 +383,13 @@ def test_a_mistake_is_one_line(everything, tmp_path, capsys, mistake):
     write_records(tmp_path / "damaged" / "factrecall_en_16k.jsonl", {"input": "", "context": ""})
     (tmp_path / "damaged" / "triviaqa_e.jsonl").write_text(f"{good}\n{good[:20]}\n{good}")
     write_records(tmp_path / "long" / "gov_report_e.jsonl", json.loads(good))
-    args = arguments(everything, what)
-    if None in more:
-        at = args.index(more[0])
-        args, more = args[:at] + args[at + 2 :], []
-    if mistake == "no room":
-        save_checkpoint(tiny_model(max_position_embeddings=500), tmp_path / "model")
-        more = [*more, "--model", tmp_path / "model"]
-    more = [str(word).replace("F/", f"{tmp_path}/") for word in more]
-    code, out, err = call(evaluate, capsys, *args, *more)
+    save_checkpoint(tiny_model(max_position_embeddings=500), tmp_path / "short")
+    args = arguments(everything, what, *more)
+    if mistake == "no calibration":
+        at = args.index("--calibrate")
+        args = args[:at] + args[at + 2 :]
+    args = [str(word).replace("F/", f"{tmp_path}/") for word in args]
+    code, out, err = call(evaluate, capsys, *args)
     error = err.splitlines()[-1]
     assert (code, out) == (2, "") and error.startswith("error: ") and message in error
     assert err.count("error") == 1 and "Traceback" not in err

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -136,12 +137,11 @@ def test_lengths_of_the_published_files():
 def test_the_rows_of_table_3(rows_of_table):
     found, said, asked = rows_of_table("table3", "--inits", "optimal,asvd")
     windows = [1, 2, 4, 8, 16, 32, 64]
-    paper_s = ["", "0.77", "0.83", "0.85", "0.88", "0.92", "0.93"]
+    numbers = ["", "0.77", "0.83", "0.85", "0.88", "0.92", "0.93"]
     few = len(found) // 2  # windows of the length of the cases or more are left out
     assert found[:few] == [("cskv-plain", "optimal", (2, 2), "16", 0.8, "")] * few
-    assert found[few:] == [
-        ("cskv-plain", "asvd, trained", (2, 2), "16", 0.8, number) for number in paper_s[:few]
-    ]
+    trained = "cskv-plain", "asvd, trained", (2, 2), "16", 0.8
+    assert found[few:] == [(*trained, number) for number in numbers[:few]]
     assert [row.window for row in asked] == windows[:few] * 2
     assert [row["window"] for row in said] == windows[:few] * 4
 
@@ -188,11 +188,7 @@ def test_the_rows_of_table_5(rows_of_table):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "what, make",
-    [
-        *((what, text_flags) for what in paper.COMMANDS),
-        ("table1", lines_flags),
-        ("table4", lines_flags),
-    ],
+    [*product(paper.COMMANDS, [text_flags]), *product(["table1", "table4"], [lines_flags])],
 )
 def test_every_command_writes_its_table(everything, tmp_path, capsys, monkeypatch, what, make):
     pytest.importorskip("matplotlib")
