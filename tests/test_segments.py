@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 
 import quant
 from beyond import segments
-from beyond.segments import (
-    SEGMENTS,
-    FastCache,
-    SmallWindowCache,
-    cut,
-    damping,
-    products,
-    weighted_sum,
-)
+from beyond.segments import SEGMENTS, FastCache, SmallWindowCache, cut, damping
 from cskv import Latents, LayerFactors, LowRank, bi_branch_cache, init_factors
 from experiments.segments import log_probabilities, parse_segments, segment_lengths, text_of
 from model import Attention, Rope, full_cache
@@ -155,14 +147,14 @@ def test_packed_latents_give_what_unpacked_ones_of_the_same_codes_do(b, group, n
     length = data.draw(st.sampled_from([group, factor * group, group // 2, 16]))
     span = cut(0, T, ((length, 0),))[0]
     u = torch.randn(2, span.count, 3, 7, generator=generator)
-    ours, theirs = (products(u, latents, span).flatten(2) for latents in (packed, plain))
+    ours, theirs = (segments.products(u, latents, span).flatten(2) for latents in (packed, plain))
     ours, theirs = (
         y.view(2, span.count, 3, length).transpose(1, 2).flatten(2)[..., :T] for y in (ours, theirs)
     )
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     start = data.draw(st.sampled_from([0, group, 16])) if n > 1 else 0
     p = torch.rand(2, 3, T - start, generator=generator)
-    ours, theirs = (weighted_sum(p, latents, start) for latents in (packed, plain))
+    ours, theirs = (segments.weighted_sum(p, latents, start) for latents in (packed, plain))
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 
 
@@ -291,7 +283,7 @@ def test_segments_are_read_as_they_are_written(text):
 # ------------------------------------------------------------------------ a window in 8 bits
 
 
-@quick
+@settings(quick, max_examples=10)
 @given(shapes, st.integers(1, 40), st.integers(1, 40), windows, sinks, st.integers(0, 90))
 def test_a_window_in_8_bits(shape, prompt, n, window, first, expected):
     """What it holds of a token is what `quantize` made of it when it came, and nothing else of the
