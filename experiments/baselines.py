@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cskv import BiBranchCache, LayerFactors
-from model import Attention, Config, LayerCache, Rope
+from model import Attention, Config, LayerCache, Rope, reserve
 from quant import BITS, BLOCK, CHANNELS, TOKENS, Grouping, Packed, pack, unpack
 from support.command import UserError
 
@@ -325,25 +325,30 @@ LEVELS = {
 class TurboQuantCache(LayerCache):
     """TurboQuant [5, algorithm 1]: a random rotation makes the channels of any vector nearly
     normal, so the same levels are best for all. Of every key, after RoPE, and value it keeps codes
-    of `bits` and a norm of 16."""
+    of `bits` and a norm of 16. `expected` is the final length in tokens, if known."""
 
-    def __init__(self, config: Config, bits: int = 2):
+    def __init__(self, config: Config, bits: int = 2, expected: int = 0):
+        self.expected = expected
         self.sliding_window = config.sliding_window
         self.bits = bits
         self.parts: list[Tensor] = []  # codes and norms of the keys, then of the values
 
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
-        new = [*self.encode(rope.rotate(k, self.length)), *self.encode(v)]
-        if self.length:
-            new = [torch.cat(both, dim=2) for both in zip(self.parts, new, strict=True)]
-        self.parts = new
-        self.length += k.shape[2]
+        t = self.length
+        self.length = t + k.shape[2]
+        new = [*self.encode(rope.rotate(k, t)), *self.encode(v)]
+        if not self.parts:
+            room = max(self.expected, self.length)
+            self.parts = [part.new_empty(*part.shape[:2], room, part.shape[3]) for part in new]
+        self.parts = [reserve(part, self.length) for part in self.parts]
+        for part, of_new in zip(self.parts, new, strict=True):
+            part[:, :, t : self.length] = of_new
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_decode(q)
         self.remember(x, q, k, v, rope)
         first = max(0, self.length - (self.sliding_window or self.length))
-        parts = [part[:, :, first:] for part in self.parts]
+        parts = [part[:, :, first : self.length] for part in self.parts]
         k_hat = self.rebuild(*parts[:2], k)
         v_hat = self.rebuild(*parts[2:], v)
         q = rope.rotate(q, self.length - 1)

@@ -67,7 +67,7 @@ def kivi(bits: int, colour: str) -> Kind:
 
 def turboquant(bits: int, colour: str) -> Kind:
     """TurboQuant: every token and channel, rotated at random, in few bits."""
-    return Kind(lambda s: TurboQuantCache(s.config, bits), None, colour, bits)
+    return Kind(lambda s: TurboQuantCache(s.config, bits, s.expected), None, colour, bits)
 
 
 CACHES = {

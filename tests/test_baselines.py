@@ -442,7 +442,7 @@ def test_turboquant_loses_what_its_levels_lose(bits, error):
 def test_turboquant_attends_to_what_it_keeps(shape, prompt, n, bits):
     """A layer, step by step, against a softmax over keys and values that were encoded alone."""
     config = tiny_config(**shape)
-    cache = TurboQuantCache(config, bits)
+    cache = TurboQuantCache(config, bits, prompt)
     sequence = Sequence(config, prompt + n, seed=0)
     k = sequence.rope.rotate(sequence.k, 0)
     q = sequence.rope.rotate(sequence.q, 0)
