@@ -1,10 +1,10 @@
 """What the tests of the measuring commands share: a tiny folder of everything, and their flags."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from types import FunctionType, ModuleType
 
@@ -83,29 +83,26 @@ def torchrun(*args):
     return subprocess.run(start, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-def tensors_in(thing, seen):
-    """All tensors that can be reached from `thing`, through attributes, containers and closures."""
-    if id(thing) in seen or isinstance(thing, type | ModuleType):
-        return
-    seen[id(thing)] = thing  # kept alive, so that no other object gets its id
-    if isinstance(thing, torch.Tensor):
-        yield thing
-    elif isinstance(thing, dict):
-        yield from tensors_in(list(thing.values()), seen)
-    elif isinstance(thing, list | tuple | set):
-        for part in thing:
-            yield from tensors_in(part, seen)
-    elif isinstance(thing, partial):
-        yield from tensors_in([thing.func, thing.args, thing.keywords], seen)
-    elif isinstance(thing, FunctionType):
-        yield from tensors_in([cell.cell_contents for cell in thing.__closure__ or ()], seen)
-    elif hasattr(thing, "__dict__"):
-        yield from tensors_in(vars(thing), seen)
+def tensors_in(*things):
+    """All tensors that can be reached from these, through attributes, containers and closures."""
+    seen = {}
+    todo = list(things)
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, type | ModuleType):
+            continue
+        seen[id(thing)] = thing  # kept alive, so that no other object gets its id
+        if isinstance(thing, torch.Tensor):
+            yield thing
+        elif isinstance(thing, FunctionType):
+            todo.append(thing.__closure__)  # and not all of its module
+        else:
+            todo += gc.get_referents(thing)
 
 
 def storages(*things):
     found = {}
-    for tensor in tensors_in(things, {}):
+    for tensor in tensors_in(*things):
         storage = tensor.untyped_storage()
         found[storage.data_ptr()] = storage.nbytes()
     return found

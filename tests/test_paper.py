@@ -27,15 +27,9 @@ def flags(everything, what, out, *more):
 
 
 def text_flags(everything, what, out, *more):
-    text = [
-        "--text",
-        everything / "text.txt",
-        "--calibrate",
-        everything / "text.txt",
-        "--context",
-        40,
-    ]
-    return flags(everything, what, out, *text, "--steps", 6, "--passages", 2, "--batch", 2, *more)
+    text = everything / "text.txt"
+    more = ["--text", text, "--calibrate", text, "--context", 40, "--steps", 6, *more]
+    return flags(everything, what, out, "--passages", 2, "--batch", 2, *more)
 
 
 def lines_flags(everything, what, out, *more):
