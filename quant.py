@@ -297,7 +297,7 @@ class Packed:
         codes, scale, minimum = self.quantized(first, last)
         blocks = x[:, :packed].view(codes.shape)  # [B, blocks, tokens of one, C]
         if self.grouping.dim == TOKENS:  # a scale and a minimum for each block and channel
-            blocks.copy_(codes).mul_(scale).add_(minimum)
+            torch.addcmul(minimum.float(), blocks.copy_(codes), scale.float(), out=blocks)
         else:
             dequantize(Quantized(codes, scale, minimum), self.grouping, blocks)
         if waiting:
