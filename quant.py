@@ -297,7 +297,8 @@ class Packed:
         codes, scale, minimum = self.quantized(first, last)
         blocks = x[:, :packed].view(codes.shape)  # [B, blocks, tokens of one, C]
         if self.grouping.dim == TOKENS:  # a scale and a minimum for each block and channel
-            torch.addcmul(minimum.float(), blocks.copy_(codes), scale.float(), out=blocks)
+            blocks.copy_(codes)
+            torch.addcmul(minimum.float(), blocks, scale.float(), out=blocks)
         else:
             dequantize(Quantized(codes, scale, minimum), self.grouping, blocks)
         if waiting:

@@ -24,8 +24,7 @@ Segments. Cut the old tokens into segments of L neighbours, and let all of them 
     one"); thousands of tokens away the slow ones say roughly where. This is a property of
     trained models, measured and not proved. So segments are short there, and long far away.
 Values. RoPE does not touch them: B_v comes after the sum, p (C_v B_v) = (p C_v) B_v.
-Few bits. Packed latents are dequantized, like those of 16 bits a chunk at a time: keys and values
-    never are there.
+Few bits. Packed latents are dequantized, a chunk at a time.
 
     operations a token     rebuilt   2 r d_kv + 2 H D        here   2 r H + 2 r H D / L
 
@@ -316,7 +315,7 @@ class FastCache(BiBranchCache):
         # columns].
         q = q.reshape(B * self.H_kv, -1, D).float() * D**-0.5
         k = k.flatten(0, 1).float()  # [B * H_kv, m, D]
-        v_new = v.flatten(0, 1).to(self.dtype)
+        v_full = v.flatten(0, 1).to(self.dtype)
         m = k.shape[1]
         start = first - self.sinks  # sinks have no latents
         stop = old - self.sinks
@@ -340,11 +339,11 @@ class FastCache(BiBranchCache):
             scores[..., : start - begin] = -math.inf
         # 4. One softmax over both branches, then the values of both.
         p = scores.softmax(-1).to(self.dtype)  # [B, H T, n + m]
-        p_new = p.narrow(2, n, m).reshape(B * self.H_kv, -1, m)  # [B * H_kv, G T, m]
+        p_full = p.narrow(2, n, m).reshape(B * self.H_kv, -1, m)  # [B * H_kv, G T, m]
         if spans:
-            out = torch.baddbmm(self.old_values(p.narrow(2, 0, n), begin), p_new, v_new)
+            out = torch.baddbmm(self.old_values(p.narrow(2, 0, n), begin), p_full, v_full)
         else:
-            out = torch.bmm(p_new, v_new)  # [B * H_kv, G T, D]
+            out = torch.bmm(p_full, v_full)  # [B * H_kv, G T, D]
         return out.to(v.dtype).view(B, H, T, D)
 
     def old_scores(self, q: Tensor, spans: tuple[Span, ...], rope: Rope, out: Tensor) -> None:
@@ -440,8 +439,8 @@ def parts_of(spans: tuple[Span, ...], chunk: int) -> tuple[Span, ...]:
 
 
 def weighted_sum(p: Tensor, c: Tensor) -> Tensor:
-    """p [B, H, n] times c [B, n, r] for few rows H and many columns n: a CPU does parts of 1,024
-    columns each in half the time, since its threads share them out."""
+    """p [B, H, n] times c [B, n, r]: [B, H, r]. With few rows H and many columns n a CPU is faster
+    in parts of 1,024 columns, since its threads share them out."""
     B, H, n = p.shape
     parts = n // 1024
     if parts < 4:
