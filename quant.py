@@ -286,7 +286,11 @@ class Packed:
         x = self.waiting.new_empty(B, packed + waiting, C, dtype=torch.float32)
         codes, scale, minimum = self.quantized(first, last)
         blocks = x[:, :packed].view(codes.shape)  # [B, blocks, tokens of one, C]
-        dequantize(Quantized(codes, scale, minimum), self.grouping, blocks)
+        if self.grouping.dim == TOKENS:  # a scale and a minimum for each block and channel
+            blocks.copy_(codes)
+            torch.addcmul(minimum.float(), blocks, scale.float(), out=blocks)
+        else:
+            dequantize(Quantized(codes, scale, minimum), self.grouping, blocks)
         if waiting:
             x[:, packed:] = self.waiting[:, :waiting]
         return x[:, start - first : stop - first]

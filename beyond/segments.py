@@ -39,9 +39,9 @@ has the same as a loop, `naive_attend`. Shapes as in model.py, M segments, n tok
 """
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +54,10 @@ from model import PIECE, Attention, Rope, reserve, seen_by
 # Lengths of segments, the newest first, and how many old tokens lie in such. Each length is a
 # multiple of the one before; the last holds for all tokens that are left.
 SEGMENTS = ((16, 1024), (512, 0))
+CODED = 4096  # packed tokens, from which on (S3) takes less time than dequantizing
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Neighbouring segments of one length. Tokens are counted from the first behind the sinks."""
 
     start: int  # a multiple of `length`
@@ -103,44 +103,60 @@ def damping(w: Tensor, length: int) -> Tensor:
 # Angles are made in float64: at position 131,072 one of float32 is off by up to 0.004.
 
 
-@lru_cache(maxsize=8)  # a GPU waits for what comes from the processor
-def frequencies(rope: Rope, device: torch.device) -> Tensor:
-    """RoPE's w [D/2], in float64."""
-    return rope.frequencies.to(device, torch.float64)
+def tables(turns: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., D] for `turn`, of complex numbers [..., D/2]."""
+    turns = turns.to(torch.complex64)
+    cos, sin = turns.real, turns.imag
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., D], half-split, turned as in `Rope.rotate`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+@lru_cache(maxsize=8)  # the same for PIECE steps
+def near(rope: Rope, block: int, device: torch.device) -> tuple:
+    """Tables [2 PIECE, D] for the positions from `start` = (block - 1) PIECE on, which comes first:
+    RoPE's own; and what turns a query that they have rotated, in angles of float32, to where it
+    stands exactly."""
+    start = max(0, block - 1) * PIECE
+    stop = (block + 1) * PIECE
+    rope.reach(stop, device)
+    own = torch.complex(rope.cos[start:stop], rope.sin[start:stop])
+    t = torch.arange(start, stop, dtype=torch.float64, device=device)
+    angle = torch.outer(t, rope.frequencies.to(device, torch.float64))
+    exact = torch.polar(torch.ones_like(angle), angle)
+    return start, tables(own), tables(exact / own)
 
 
 @lru_cache(maxsize=8)  # the same for some steps
 def middles(rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.device) -> tuple:
-    """RoPE's frequencies w [D/2], and of each segment a exp(-i t0 w) [M, D/2]: it turns back by
-    the middle t0, and damps."""
-    w = frequencies(rope, device)
+    """Tables [M, D] that turn a query at position 0 back by each segment's middle t0, and damp it:
+    of a exp(-i t0 w)."""
+    w = rope.frequencies.to(device, torch.float64)
     turns = []
     for span in spans:
         segment = torch.arange(span.count, dtype=torch.float64, device=device)
         t0 = sinks + span.start + segment * span.length + (span.length - 1) / 2
         angle = torch.outer(-t0, w)
         turns.append(torch.polar(damping(w, span.length).expand_as(angle), angle))
-    return w, torch.cat(turns)
+    return tables(torch.cat(turns))
 
 
 @lru_cache(maxsize=8)  # the same for all layers of a step
 def query_turns(
     rope: Rope, t: int, sinks: int, spans: tuple[Span, ...], device: torch.device, T: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """What turns rotated queries at T positions, of which t is the last, to where each segment sees
-    them, and damps them.
-
-    Two tables [M, T, D]: q becomes q * cos + roll(q, D / 2) * sin, as in `Rope.rotate`.
-    """
-    w, turns = middles(rope, sinks, spans, device)
-    positions = torch.arange(t + 1 - T, t + 1, dtype=torch.float64, device=device)
-    angle = torch.outer(positions, w)
-    # Queries come rotated by RoPE's table, whose angles are in float32: that is taken back.
-    table = torch.complex(rope.cos[t + 1 - T : t + 1], -rope.sin[t + 1 - T : t + 1])
-    query = torch.polar(torch.ones_like(angle), angle) * table  # [T, D/2]
-    turns = (turns.unsqueeze(1) * query).to(torch.complex64)  # [M, T, D/2]
-    cos, sin = turns.real, turns.imag
-    return torch.cat([cos, cos], 2), torch.cat([-sin, sin], 2)
+    """Tables [T, M, D] that turn rotated queries at T positions, of which t is the last, to where
+    each segment sees them, and damp them."""
+    start, _, exact = near(rope, t // PIECE, device)
+    i = t + 1 - start
+    cos, sin = (table[i - T : i].unsqueeze(1) for table in exact)
+    cos_0, sin_0 = middles(rope, sinks, spans, device)
+    # One turn after another, each one's sines with the signs of `turn`.
+    both_cos = torch.addcmul(cos * cos_0, sin, sin_0, value=-1)
+    return both_cos, torch.addcmul(cos * sin_0, sin, cos_0)
 
 
 class GrowingLatents(Latents):
@@ -282,8 +298,9 @@ class FastCache(BiBranchCache):
             self.c_k.append(x @ self.A_k)  # [B, 1, r_k]
             self.c_v.append(x @ self.A_v)  # [B, 1, r_v]
         # 2. Full-precision branch: it takes the slot of the one that leaves the window.
-        both = rope.rotate(torch.cat([q, k], dim=1), t)
-        q, k = both.split([q.shape[1], k.shape[1]], dim=1)
+        start, (cos, sin), _ = near(rope, t // PIECE, q.device)
+        both = turn(torch.cat([q, k], dim=1), cos[t - start], sin[t - start]).to(k.dtype)
+        q, k = both.split([self.H, self.H_kv], dim=1)
         for ring, y in ((self.k, k), (self.v, v)):
             ring.reserve(y, t + 1, self.sinks + self.window)
             ring.write(slice(self.slot(t), self.slot(t) + 1), y)
@@ -356,9 +373,9 @@ class FastCache(BiBranchCache):
         B, H, T, D = q.shape
         # Queries of a group share a key head, G T rows; all products are of [batch * heads, rows,
         # columns].
-        q = q.reshape(B * self.H_kv, -1, D).float() / math.sqrt(D)
-        k = k.flatten(0, 1)  # [B * H_kv, m, D]
-        v = v.flatten(0, 1)
+        q = q.reshape(B * self.H_kv, -1, D).float() * D**-0.5
+        k = k.flatten(0, 1).float()  # [B * H_kv, m, D]
+        v_full = v.flatten(0, 1).to(self.dtype)
         m = k.shape[1]
         start = first - self.sinks  # sinks have no latents
         stop = old - self.sinks
@@ -373,8 +390,8 @@ class FastCache(BiBranchCache):
         scores = q.new_empty(B, H * T, max(end - begin, n + m))
         if spans:
             self.old_scores(q, spans, rope, scores)
-        scores[..., n : n + m] = torch.bmm(q, k.float().transpose(1, 2)).view(B, H * T, m)
-        scores = scores[..., : n + m]
+        scores = scores.narrow(2, 0, n + m)
+        scores.narrow(2, n, m).copy_(torch.bmm(q, k.transpose(1, 2)).view(B, H * T, m))
         if positions is not None:
             mask = self.mask(T, positions, self.sinks + begin, old)
             scores.unflatten(1, (H, T)).masked_fill_(~mask, -math.inf)
@@ -382,9 +399,11 @@ class FastCache(BiBranchCache):
             scores[..., : start - begin] = -math.inf
         # 4. One softmax over both branches, then the values of both.
         p = scores.softmax(-1).to(self.dtype)  # [B, H T, n + m]
-        out = torch.bmm(p[..., n:].reshape(len(v), -1, m), v.to(p.dtype))  # [B * H_kv, G T, D]
+        p_full = p.narrow(2, n, m).reshape(B * self.H_kv, -1, m)  # [B * H_kv, G T, m]
         if spans:
-            out = out + self.old_values(p[..., :n], begin)
+            out = torch.baddbmm(self.old_values(p.narrow(2, 0, n), begin), p_full, v_full)
+        else:
+            out = torch.bmm(p_full, v_full)  # [B * H_kv, G T, D]
         return out.to(v.dtype).view(B, H, T, D)
 
     def old_scores(self, q: Tensor, spans: tuple[Span, ...], rope: Rope, out: Tensor) -> None:
@@ -394,49 +413,76 @@ class FastCache(BiBranchCache):
         H_kv, D = self.H_kv, self.D
         # 1. The query as each segment sees it.
         T = H // self.H
-        tables = query_turns(rope, self.length - 1, self.sinks, spans, q.device, T)
-        cos, sin = (table.unsqueeze(1) for table in tables)  # [M, 1, T, D]
-        M = len(cos)
-        q = q.view(B, H_kv, 1, -1, T, D).transpose(0, 1)  # [H_kv, B, 1, heads, T, D]
-        seen = torch.addcmul(q * cos, q.roll(D // 2, -1), sin)
-        seen = seen.reshape(H_kv, -1, D).to(self.dtype)  # [H_kv, B * M * G, D]
+        cos, sin = query_turns(rope, self.length - 1, self.sinks, spans, q.device, T)  # [T, M, D]
+        M = cos.shape[1]
+        q = q.view(B, H_kv, -1, T, 1, D).transpose(0, 1)  # [H_kv, B, heads, T, 1, D]
+        seen = turn(q, cos, sin).reshape(H_kv, -1, D).to(self.dtype)  # [H_kv, B * G * M, D]
         # 2. B_k, and the bias, absorbed into it.
         B_k = self.per_head(self.B_k).permute(1, 2, 0)  # [H_kv, D, r]
-        u = torch.bmm(seen, B_k).view(H_kv, B, M, H // H_kv, -1)
-        u = u.permute(1, 2, 0, 3, 4).reshape(B, M, H, -1)
+        u = torch.bmm(seen, B_k).view(H_kv, B, -1, M, len(self.B_k))
+        u = u.permute(1, 3, 0, 2, 4).flatten(2, 3)  # [B, M, H, r]
         constant = None
         if self.k_bias is not None:
             constant = torch.bmm(seen, self.k_bias.to(self.dtype).view(H_kv, D, 1))
-            constant = constant.view(H_kv, B, M, -1).permute(1, 2, 0, 3).flatten(2)  # [B, M, H]
+            constant = constant.view(H_kv, B, -1, M).transpose(0, 1).reshape(B, H, M, 1)
         # 3. Times the latents.
-        done = 0
+        begin, stop = spans[0].start, spans[-1].stop
+        done = 0  # segments
+        held = begin  # where the latents end that are read
         for part in parts_of(spans, self.chunk):
-            some = slice(done, done + part.count)
-            done += part.count
-            y = products(u[:, some], self.c_k, part)  # [B, units, H, tokens of one]
-            at = part.start - spans[0].start
-            target = out[..., at : at + part.count * part.length]
-            target.view(B, H, -1, y.shape[3]).copy_(y.transpose(1, 2))
+            m, L = part.count, part.length
+            some = u.narrow(1, done, m)
+            packed = packed_end(self.c_k, part.start, part.stop)
+            if packed == part.stop and L % self.c_k.block == 0:
+                y = coded_scores(some, *self.c_k.quantized(part.start, part.stop))
+            else:
+                if part.stop > held:
+                    first = part.start
+                    held = min(stop, max(part.stop, first + self.chunk))
+                    c = self.read_keys(first, held)  # [B, held - first, r]
+                own = c.narrow(1, part.start - first, m * L).reshape(B * m, L, -1)
+                y = torch.bmm(some.flatten(0, 1), own.transpose(1, 2)).view(B, m, H, L)
+            y = y.transpose(1, 2)
+            target = out.narrow(2, part.start - begin, m * L)
+            # A score of -inf would be a weight of 0 in silence. 0 * y makes it NaN: a latent beyond
+            # 16 bits must not go unnoticed.
+            torch.add(y, y, alpha=0, out=target.view(B, H, -1, y.shape[3]))
             if constant is not None:
-                segments = target.view(B, H, part.count, part.length)
-                segments += constant[:, some].transpose(1, 2).unsqueeze(-1)
-        # A score of -inf would be a weight of 0 in silence. 0 * y makes it NaN: a latent beyond 16
-        # bits must not go unnoticed.
-        scores = out[..., : spans[-1].stop - spans[0].start]
-        scores.add_(scores, alpha=0)
+                segments = target.view(B, H, m, L)
+                segments += constant.narrow(2, done, m)
+            done += m
+
+    def read_keys(self, start: int, stop: int) -> Tensor:
+        """Latents of keys; for tokens that are still to come, zeros."""
+        c = self.c_k.read(start, min(stop, self.c_k.length)).to(self.dtype)
+        missing = stop - start - c.shape[1]
+        return F.pad(c, (0, 0, 0, missing)) if missing else c
 
     def old_values(self, p: Tensor, begin: int) -> Tensor:
         """p [B, H, n] times the values of n tokens from `begin` on: [B * H_kv, G, D]."""
-        B = len(p)
-        sums = 0
-        for s in range(0, p.shape[2], self.chunk):
-            sums = sums + weighted_sum(p[..., s : s + self.chunk], self.c_v, begin + s)  # [B, H, r]
-        B_v = self.per_head(self.B_v).transpose(0, 1)  # [H_kv, r, D]
-        out = sums.view(B, self.H_kv, -1, len(self.B_v)) @ B_v
+        B, _, n = p.shape
+        sums = []
+        for s in range(0, n, self.chunk):
+            start = begin + s
+            stop = min(start + self.chunk, begin + n)
+            part = p.narrow(2, s, stop - start)
+            packed = packed_end(self.c_v, start, stop) - start
+            if packed >= CODED:
+                sums.append(
+                    coded_sum(part[..., :packed], *self.c_v.quantized(start, start + packed))
+                )
+                start += packed
+                part = part[..., packed:]
+            if start < stop:
+                c = self.c_v.read(start, stop).to(p.dtype)
+                sums.append(weighted_sum(part, c))  # [B, H, r]
+        sums = sum(sums[1:], sums[0])
+        B_v = self.per_head(self.B_v).transpose(0, 1).expand(B, -1, -1, -1).flatten(0, 1)
+        out = torch.bmm(sums.view(B * self.H_kv, -1, len(self.B_v)), B_v)  # [B * H_kv, G, D]
         if self.v_bias is not None:
-            total = p.sum(-1).view(B, self.H_kv, -1, 1)
-            out = out + total * self.per_head(self.v_bias[None]).transpose(0, 1)
-        return out.flatten(0, 1)
+            total = p.sum(-1).view(B * self.H_kv, -1, 1)
+            out += total * self.per_head(self.v_bias[None]).transpose(0, 1).repeat(B, 1, 1)
+        return out
 
     def per_head(self, x: Tensor) -> Tensor:
         """x [r, d_kv] as [r, H_kv, D]."""
@@ -468,51 +514,12 @@ def parts_of(spans: tuple[Span, ...], chunk: int) -> tuple[Span, ...]:
     return tuple(parts)
 
 
-def products(u: Tensor, latents: Latents | quant.Packed, span: Span) -> Tensor:
-    """Each segment's u [B, m, H, r] times the latents of its L tokens: [B, m, H, L], or, a group of
-    G at a time, [B, m * L / G, H, G]. In the columns of tokens that are still to come stands
-    anything."""
-    B, m, H, r = u.shape
-    L = span.length
-    if packed_end(latents, span.start, span.stop) < span.stop or L % latents.block:
-        c = latents.read(span.start, min(span.stop, latents.length)).to(u.dtype)
-        if c.shape[1] < m * L:
-            c = F.pad(c, (0, 0, 0, m * L - c.shape[1]))
-        y = torch.bmm(u.reshape(-1, H, r), c.reshape(-1, L, r).transpose(1, 2))
-        return y.view(B, m, H, L)
-    # (S2), a group at a time. A segment has g of them.
-    codes, scale, minimum = (x.to(u.dtype) for x in latents.quantized(span.start, span.stop))
-    u_scaled = u.unsqueeze(2) * scale.view(B, m, -1, 1, r)  # [B, m, g, H, r]
-    constant = torch.bmm(minimum.view(B * m, -1, r), u.reshape(B * m, H, r).transpose(1, 2))
-    codes = codes.view(-1, latents.block, r).transpose(1, 2)
-    y = torch.baddbmm(constant.view(-1, H, 1), u_scaled.view(-1, H, r), codes)
-    return y.view(B, -1, H, latents.block)
-
-
-def weighted_sum(p: Tensor, latents: Latents | quant.Packed, start: int) -> Tensor:
-    """p [B, H, n] times the latents of n tokens from `start` on: [B, H, r]."""
-    B, H, n = p.shape
-    packed = packed_end(latents, start, start + n) - start
-    total = 0
-    if packed:  # (S3), a group at a time, of g
-        groups = latents.quantized(start, start + packed)
-        codes, scale, minimum = (x.to(p.dtype) for x in groups)  # [B, g, G, r], [B, g, 1, r] twice
-        p_group = p[..., :packed].view(B, H, -1, latents.block)  # [B, H, g, G]
-        y = torch.bmm(p_group.transpose(1, 2).flatten(0, 1), codes.flatten(0, 1))
-        y = y.view(B, -1, H, codes.shape[3]) * scale  # [B, g, H, r]
-        total = torch.baddbmm(y.sum(1), p_group.sum(-1), minimum.squeeze(2))
-    if packed < n:
-        c = latents.read(start + packed, start + n).to(p.dtype)
-        total = total + sum_of_parts(p[..., packed:], c)
-    return total
-
-
-def sum_of_parts(p: Tensor, c: Tensor) -> Tensor:
-    """p [B, H, n] times c [B, n, r] for few rows H and many columns n: a CPU does parts of 1,024
-    columns each in half the time, since its threads share them out."""
+def weighted_sum(p: Tensor, c: Tensor) -> Tensor:
+    """p [B, H, n] times c [B, n, r]: [B, H, r]. With few rows H and many columns n a CPU is faster
+    in parts of 1,024 columns, since its threads share them out."""
     B, H, n = p.shape
     parts = n // 1024
-    if parts < 2:
+    if parts < 4:
         return torch.bmm(p, c)
     whole = parts * 1024
     p_parts = p[..., :whole].view(B, H, parts, -1).transpose(1, 2)  # [B, parts, H, 1024]
@@ -524,8 +531,30 @@ def sum_of_parts(p: Tensor, c: Tensor) -> Tensor:
 def packed_end(latents: Latents | quant.Packed, start: int, stop: int) -> int:
     """Where the packed groups of tokens end that begin at `start`, at most at `stop`: `start`
     itself if there are none."""
-    if not latents.packed or latents.grouping.dim != quant.TOKENS:
-        return start
-    if start % latents.block:
+    if not latents.packed or latents.grouping.dim != quant.TOKENS or start % latents.block:
         return start
     return max(start, min(stop, latents.packed) // latents.block * latents.block)
+
+
+def coded_scores(u: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    """(S2): each segment's u [B, m, H, r] times its latents, whose codes are [B, m g, G, r], g
+    groups of G tokens a segment: [B, m g, H, G]."""
+    B, m, H, r = u.shape
+    G = codes.shape[2]
+    codes = codes.to(u.dtype).view(-1, G, r).transpose(1, 2)
+    scale = scale.to(u.dtype).view(B, m, -1, 1, r)
+    minimum = minimum.to(u.dtype).view(B * m, -1, r)
+    constant = torch.bmm(minimum, u.reshape(B * m, H, r).transpose(1, 2))  # [B m, g, H]
+    u_scaled = u.unsqueeze(2) * scale  # [B, m, g, H, r]
+    y = torch.baddbmm(constant.view(-1, H, 1), u_scaled.view(-1, H, r), codes)
+    return y.view(B, -1, H, G)
+
+
+def coded_sum(p: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    """(S3): p [B, H, n] times n latents, whose codes are [B, n / G, G, r]: [B, H, r]."""
+    B, H, _ = p.shape
+    G, r = codes.shape[2:]
+    p_group = p.view(B, H, -1, G)
+    y = torch.bmm(p_group.transpose(1, 2).flatten(0, 1), codes.to(p.dtype).flatten(0, 1))
+    y = y.view(B, -1, H, r) * scale.to(p.dtype)  # [B, groups, H, r]
+    return torch.baddbmm(y.sum(1), p_group.sum(-1), minimum.to(p.dtype).squeeze(2))

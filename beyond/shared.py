@@ -91,6 +91,11 @@ class Part:
             return 1
         return min(self.window, latents.at_once())
 
+    def read(self, start: int, stop: int) -> Tensor:
+        """As in `quant.Packed`, with the codes of `quantized`."""
+        latents = self.total.latents
+        return type(latents).read(self if isinstance(latents, Packed) else latents, start, stop)
+
     def quantized(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """As in `quant.Packed`; unpacked once a step, and not once a layer."""
         codes = self.total.codes
@@ -106,7 +111,7 @@ class Part:
         return self.total.latents.tensors() if self.is_last() else []
 
     def __getattr__(self, name: str):
-        """`read`, `length` and all else is that of the group's latents."""
+        """`length` and all else is that of the group's latents."""
         return getattr(self.total.latents, name)
 
 

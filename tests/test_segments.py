@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 import quant
 from beyond import segments
 from beyond.segments import SEGMENTS, FastCache, SmallWindowCache, cut, damping
-from cskv import Latents, LayerFactors, LowRank, bi_branch_cache, init_factors
+from cskv import LayerFactors, LowRank, bi_branch_cache, init_factors
 from experiments.segments import log_probabilities, parse_segments, segment_lengths, text_of
 from model import Attention, Rope, full_cache
 from tests import helpers
@@ -110,11 +111,13 @@ def naive_attend(config, cache, q, k, v, first, old, schedule):
 
 
 @settings(quick, max_examples=80)
-@given(shapes, schedules, st.integers(1, 100), windows, sinks, widths, widths, groups, chunks)
+@given(shapes, schedules, st.integers(1, 100), windows, sinks, widths, widths, groups, chunks,
+       st.sampled_from([1, segments.CODED]))  # fmt: skip
 def test_segments_equal_a_naive_loop(
-    shape, schedule, T, window, first, k_bits, v_bits, group, chunk
+    shape, schedule, T, window, first, k_bits, v_bits, group, chunk, coded
 ):
-    """A decode step after T tokens, in batches of two, chunks of every length."""
+    """A decode step after T tokens, in batches of two, chunks of every length; values as codes, or
+    dequantized."""
     model = tiny_model(num_hidden_layers=1, scale=0.3, **shape)
     factors = in_bits(make_factors(model, 5, 4), k_bits, v_bits, group)
     (cache,) = bi_branch_cache(model, factors, window, kind=FastCache, sinks=first)
@@ -130,39 +133,35 @@ def test_segments_equal_a_naive_loop(
     q = torch.randn(2, 4, 1, D, generator=generator)
     k, v = torch.randn(2, 2, H_kv, T - old + 1, D, generator=generator)
     expected = naive_attend(model.config, cache, q, k, v, start, old, schedule)
-    ours = cache.attend(model.rope.rotate(q, t), k, v, start, old, model.rope)
+    with mock.patch.object(segments, "CODED", coded):
+        ours = cache.attend(model.rope.rotate(q, t), k, v, start, old, model.rope)
     torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=1e-4)
 
 
 @quick
-@given(bits, st.sampled_from([32, 64, 96]), st.integers(1, 5), st.integers(1, 4), st.data())
-def test_packed_latents_give_what_unpacked_ones_of_the_same_codes_do(b, group, n, factor, data):
-    """Equations 2 and 3, with whole groups, with tokens that wait, and with short segments."""
-    generator = torch.Generator().manual_seed(n)
-    T = n * group + data.draw(st.integers(0, group - 1))
+@given(bits, st.sampled_from([32, 64, 96]), st.integers(1, 3), st.integers(1, 3))
+def test_codes_give_what_the_latents_of_the_same_codes_do(b, group, m, g):
+    """Equations 2 and 3, for m segments of g groups."""
+    generator = torch.Generator().manual_seed(m)
+    T = m * g * group
     packed = quant.Packed(b, quant.Grouping(quant.TOKENS, group))
     packed.append(torch.randn(2, T, 7, generator=generator) + 1)
-    plain = Latents(torch.float32)
-    plain.append(packed.read(0, T))
-    length = data.draw(st.sampled_from([group, factor * group, group // 2, 16]))
-    span = cut(0, T, ((length, 0),))[0]
-    u = torch.randn(2, span.count, 3, 7, generator=generator)
-    ours, theirs = (segments.products(u, latents, span).flatten(2) for latents in (packed, plain))
-    ours, theirs = (
-        y.view(2, span.count, 3, length).transpose(1, 2).flatten(2)[..., :T] for y in (ours, theirs)
-    )
+    c = packed.read(0, T)
+    u = torch.randn(2, m, 3, 7, generator=generator)
+    ours = segments.coded_scores(u, *packed.quantized(0, T)).view(2, m, g, 3, group)
+    theirs = u @ c.view(2, m, g * group, 7).mT
+    ours = ours.transpose(2, 3).flatten(3)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    start = data.draw(st.sampled_from([0, group, 16])) if n > 1 else 0
-    p = torch.rand(2, 3, T - start, generator=generator)
-    ours, theirs = (segments.weighted_sum(p, latents, start) for latents in (packed, plain))
-    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+    p = torch.rand(2, 3, T, generator=generator)
+    ours = segments.coded_sum(p, *packed.quantized(0, T))
+    torch.testing.assert_close(ours, p @ c, atol=1e-3, rtol=1e-4)
 
 
 def test_a_long_sum_is_that_of_its_parts():
     generator = torch.Generator().manual_seed(0)
-    p = torch.rand(2, 3, 2500, generator=generator)
-    c = torch.randn(2, 2500, 7, generator=generator)
-    torch.testing.assert_close(segments.sum_of_parts(p, c), p @ c, atol=1e-3, rtol=1e-4)
+    p = torch.rand(2, 3, 4500, generator=generator)
+    c = torch.randn(2, 4500, 7, generator=generator)
+    torch.testing.assert_close(segments.weighted_sum(p, c), p @ c, atol=1e-3, rtol=1e-4)
 
 
 def cache_of(config, n, rank=3, before=0):
