@@ -12,29 +12,13 @@ from torch import Tensor
 
 from cskv import bi_branch_cache, init_factors
 from experiments import baselines
-from experiments.baselines import (
-    LEVELS,
-    HeavyHitterCache,
-    KiviCache,
-    LowRankCache,
-    StreamingCache,
-    TurboQuantCache,
-)
+from experiments.baselines import HeavyHitterCache, KiviCache, LowRankCache, StreamingCache
 from model import Config, LayerCache, Rope, full_cache
 from quant import CHANNELS, TOKENS, Grouping, bits_per_element, fake_quantize
 from support.command import UserError
+from tests import helpers
 from tests.drawn import bits, quick, shapes, sinks
-from tests.helpers import (
-    LargestTensor,
-    OneToken,
-    decode_all,
-    feed,
-    naive_frequencies,
-    naive_rotate,
-    tiny_config,
-    tiny_model,
-    tiny_tokens,
-)
+from tests.helpers import OneToken, decode_all, tiny_config, tiny_model, tiny_tokens
 
 heads = st.sampled_from([1, 2, 4])  # key/value heads, of 4 query heads
 prompts, steps = st.integers(1, 20), st.integers(1, 12)
@@ -63,11 +47,11 @@ class Sequence:
         self.k, self.v = torch.randn(2, batch, H_kv, N, D, generator=g).unbind(0)
 
     def feed(self, cache: LayerCache, prompt: int) -> Iterator[tuple[int, Tensor]]:
-        return feed(cache, prompt, self.x, self.q, self.k, self.v, self.rope)
+        return helpers.feed(cache, prompt, self.x, self.q, self.k, self.v, self.rope)
 
     def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [T, D] in float64, token i turned to positions[i]."""
-        return naive_rotate(x.double(), positions, naive_frequencies(self.config))
+        return helpers.naive_rotate(x.double(), positions, helpers.naive_frequencies(self.config))
 
     def kv_head(self, h: int) -> int:
         return h // (self.config.num_attention_heads // self.config.num_key_value_heads)
@@ -214,7 +198,7 @@ def test_a_prompt_is_scored_in_chunks():
     for T in (320, 640):  # whole chunks
         sequence = Sequence(config, T, 0, batch=1)
         q, k = (sequence.rope.rotate(y, 0) for y in (sequence.q, sequence.k))
-        with LargestTensor([q, k]) as seen:
+        with helpers.LargestTensor([q, k]) as seen:
             baselines.attention_received(q, k)
         assert seen.largest == 4 * 4 * baselines.QUERIES * T  # 4 heads, float32
 
@@ -284,7 +268,9 @@ def test_kivi_unpacks_in_chunks():
         next(steps)
         cache.chunk = 64
         inputs = [sequence.x, sequence.q, sequence.k, sequence.v]
-        with LargestTensor([*cache.tensors(), *inputs, *vars(sequence.rope).values()]) as seen:
+        with helpers.LargestTensor(
+            [*cache.tensors(), *inputs, *vars(sequence.rope).values()]
+        ) as seen:
             next(steps)
         assert seen.largest <= 4 * max(T + 2, 64 * 32)  # the scores, or one chunk, in float32
 
@@ -353,7 +339,9 @@ def test_a_sixteen_bit_model_decodes_closely(dtype):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_turboquants_levels_are_the_best_for_a_normal_distribution(bits):
     """Each is the mean of what is nearest to it (Max, 1960), here of two million numbers."""
-    levels = torch.cat([-torch.tensor(LEVELS[bits]).flip(0), torch.tensor(LEVELS[bits])])
+    levels = torch.cat(
+        [-torch.tensor(baselines.LEVELS[bits]).flip(0), torch.tensor(baselines.LEVELS[bits])]
+    )
     z = torch.randn(2_000_000, generator=torch.Generator().manual_seed(0))
     nearest = torch.bucketize(z, (levels[1:] + levels[:-1]) / 2)
     means = torch.stack([z[nearest == n].mean() for n in range(len(levels))])
@@ -366,7 +354,7 @@ def test_turboquant_loses_what_its_levels_lose(bits, error):
     vectors with some large channels; nearly, since 256 channels are not quite normal."""
     y = torch.randn(2, 2, 500, 256, generator=torch.Generator().manual_seed(0))
     y[..., :32] *= 4
-    cache = TurboQuantCache(tiny_config(head_dim=256), bits)
+    cache = baselines.TurboQuantCache(tiny_config(head_dim=256), bits)
     codes, norms = cache.encode(y)
     assert codes.dtype == torch.uint8 and codes.shape == (2, 2, 500, 256 * bits // 8)
     lost = (cache.rebuild(codes, norms, y) - y).square().sum(3) / y.square().sum(3)
@@ -378,7 +366,7 @@ def test_turboquant_loses_what_its_levels_lose(bits, error):
 def test_turboquant_attends_to_what_it_keeps(shape, prompt, n, bits):
     """A layer, step by step, against a softmax over keys and values that were encoded alone."""
     config = tiny_config(**shape)
-    cache = TurboQuantCache(config, bits, prompt)
+    cache = baselines.TurboQuantCache(config, bits, prompt)
     sequence = Sequence(config, prompt + n, seed=0)
     k = sequence.rope.rotate(sequence.k, 0)
     q = sequence.rope.rotate(sequence.q, 0)

@@ -11,16 +11,9 @@ from cskv import BiBranchCache, LayerFactors, LowRank, bi_branch_cache, init_fac
 from experiments.baselines import KiviCache
 from infer import nominal_ratio
 from model import Attention, Rope, full_cache
+from tests import helpers
 from tests.drawn import bits, groups, kinds, quick, shapes, sinks, windows
-from tests.helpers import (
-    decode_all,
-    feed,
-    in_bits,
-    make_factors,
-    tiny_config,
-    tiny_model,
-    tiny_tokens,
-)
+from tests.helpers import decode_all, in_bits, make_factors, tiny_config, tiny_model, tiny_tokens
 
 channels = st.integers(1, 12)
 both = st.sampled_from([BiBranchCache, FastCache])
@@ -41,7 +34,7 @@ def test_each_token_is_attended_through_exactly_one_branch(prompt, steps, window
     rope, cache = Rope(config), kind(Attention(config), factors, window, sinks=first)
     x = torch.eye(N)[None]  # [1, N, N]: token j is e_j
     zeros, v = torch.zeros(1, 1, N, 2 * N), torch.eye(N, 2 * N)[None, None]
-    for t, out in feed(cache, prompt, x, zeros, zeros, v, rope):
+    for t, out in helpers.feed(cache, prompt, x, zeros, zeros, v, rope):
         full = torch.arange(N) <= t
         old = (torch.arange(N) <= t - window) & (torch.arange(N) >= first)
         expected = torch.cat([full & ~old, old]).float() / (t + 1)

@@ -15,15 +15,8 @@ from support import processes
 from support.command import UserError
 from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model
-from tests.helpers import (
-    arguments,
-    call,
-    rows_of,
-    save_checkpoint,
-    tiny_model,
-    wait_for_lines,
-    written,
-)
+from tests import helpers
+from tests.helpers import arguments, call, rows_of, tiny_model, written
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,7 +112,7 @@ def test_resume_with_other_arguments_is_refused(
     monkeypatch.chdir(tmp_path)
     text = (everything / "text.jsonl").read_text()
     Path("text.jsonl").write_text(text.replace("t1 ", "t2 "))
-    save_checkpoint(tiny_model(seed=1), tmp_path / "model")
+    helpers.save_checkpoint(tiny_model(seed=1), tmp_path / "model")
     for name, value in OTHERS.items():
         error = refused(train, *args, f"--{name}", value, notes=True)
         assert f"was made with another --{name};" in error
@@ -177,19 +170,19 @@ def test_the_first_process_has_a_second_to_speak(monkeypatch, rank):
 
 def test_killed_at_a_random_step_resume_is_exact(everything, tmp_path, trained):
     """The process gets no chance to clean up; checkpoints are written every second step."""
-    more = ["--bits", 4, "--epochs", 6, "--checkpoint-every", 2]
-    log, steps = tmp_path / "log", random.randint(1, 80)
+    more = ["--bits", 4, "--epochs", 3, "--checkpoint-every", 2]
+    log, steps = tmp_path / "log", random.randint(1, 40)
     args = arguments(everything, tmp_path / "killed", *more, "--log", log)
     command = [sys.executable, "train.py", *args]
     killed = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    wait_for_lines(log, steps, killed)
+    helpers.wait_for_lines(log, steps, killed)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL and not (tmp_path / "killed").exists()
     trained("killed", *more, "--log", log, "--resume")
     trained("whole", *more)
     ours, theirs = ((tmp_path / name).read_bytes() for name in ("killed", "whole"))
     assert ours == theirs, f"another file after a kill at step {steps}"
-    assert [row.get("step") for row in rows_of(log)] == [*range(144), None]
+    assert [row.get("step") for row in rows_of(log)] == [*range(72), None]
 
 
 def torchrun(everything, out, *more):
@@ -228,7 +221,7 @@ def test_an_error_of_the_first_process_alone_is_one_line(everything, tmp_path):
     log = tmp_path / "log"
     command = torchrun(everything, tmp_path / "f", "--epochs", 999, "--log", log)
     process = subprocess.Popen(**command, stderr=subprocess.PIPE)
-    wait_for_lines(log, 3, process)
+    helpers.wait_for_lines(log, 3, process)
     log.unlink()
     log.mkdir()
     _, err = process.communicate(timeout=60)
@@ -244,7 +237,7 @@ def test_two_interrupted_processes_resume_exactly(everything, tmp_path):
     subprocess.run(**torchrun(everything, whole, *more), check=True, capture_output=True)
     command = torchrun(everything, out, *more, "--log", log, "--resume")
     process = subprocess.Popen(**command, stderr=subprocess.PIPE, start_new_session=True)
-    wait_for_lines(log, 7, process)
+    helpers.wait_for_lines(log, 7, process)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0 and not out.exists()
