@@ -510,6 +510,11 @@ def output_metric(attention: Attention) -> Tensor:
     return M + least * torch.eye(len(M)).to(M)
 
 
+def attention_metric(attention: Attention, side: str, statistics: Statistics) -> Tensor | None:
+    """What errors of keys ("k") or values ("v") cost in the layer's output, if it is known."""
+    return output_metric(attention) if side == "v" else statistics.k_metric
+
+
 INITIALIZATIONS = ("random", "svd", "asvd", "optimal", "attention")
 CALIBRATED = ("asvd", "optimal", "attention")  # they need `Statistics`
 
@@ -547,9 +552,7 @@ def init_pair(
         return svd_factors(W, rank)
     if name == "asvd":
         return asvd_factors(W, rank, statistics.x_abs.float())
-    metric = None
-    if name == "attention":
-        metric = output_metric(attention) if side == "v" else statistics.k_metric
+    metric = attention_metric(attention, side, statistics) if name == "attention" else None
     return optimal_factors(W, rank, getattr(statistics, f"{side}_moment"), metric)
 
 

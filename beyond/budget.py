@@ -40,13 +40,14 @@ from torch import Tensor
 
 import quant
 from beyond.probes import SIDES, Probe
-from beyond.shared import metric_of, shared_basis, shared_pairs
+from beyond.shared import shared_basis, shared_pairs
 from cskv import (
     Factors,
     LayerFactors,
     LowRank,
     Statistics,
     Together,
+    attention_metric,
     empty_latents,
     in_bits,
     init_pair,
@@ -132,8 +133,9 @@ def layer_weights(probe: Probe, fitted: Fitted, side: Together) -> list[float]:
     for n, i in enumerate(side.layers):
         own = slice(n * d_kv, (n + 1) * d_kv)
         moment = fitted.moments[side][own, own].double()
-        metric = metric_of(probe.model, i, side.side, fitted.seen[i])
-        W = getattr(probe.model.model.layers[i].self_attn, f"{side.side}_proj").weight.T.float()
+        attention = probe.model.model.layers[i].self_attn
+        metric = attention_metric(attention, side.side, fitted.seen[i])
+        W = getattr(attention, f"{side.side}_proj").weight.T.float()
         pair = optimal_factors(W, rank, moment, metric)
         cost = probe.cost(i, {side.side: like_model(pair, probe.model)})
         L = torch.linalg.cholesky(metric.double())

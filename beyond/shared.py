@@ -37,9 +37,9 @@ from cskv import (
     LowRank,
     Statistics,
     Together,
+    attention_metric,
     bi_branch_cache,
     optimal_factors,
-    output_metric,
 )
 from model import Attention, LayerCache, Rope, Transformer
 from quant import Packed
@@ -248,7 +248,8 @@ def shared_basis(
     """
     metrics = []
     for i, weight in zip(group.layers, weights, strict=True):
-        metrics.append(weight * metric_of(model, i, group.side, seen[i]))
+        attention = model.model.layers[i].self_attn
+        metrics.append(weight * attention_metric(attention, group.side, seen[i]))
     # The keys k themselves take the place of the inputs x, and the identity that of W.
     identity = torch.eye(len(moment), device=moment.device)
     return optimal_factors(identity, len(moment), moment, torch.block_diag(*metrics))
@@ -263,8 +264,3 @@ def shared_pairs(model: Transformer, group: Together, basis: LowRank, rank: int)
         W = getattr(model.model.layers[i].self_attn, f"{group.side}_proj").weight.T.float()
         pairs.append(LowRank(W @ C[n], B[n].contiguous()))  # k_l = x_l W_l
     return pairs
-
-
-def metric_of(model: Transformer, i: int, side: str, seen: Statistics) -> Tensor:
-    """What an error of the keys or values of layer i costs in the layer's own output."""
-    return output_metric(model.model.layers[i].self_attn) if side == "v" else seen.k_metric
