@@ -225,7 +225,10 @@ WRONG = {
         "values rebuilt": VALUES,
         "bias of values forgotten": ("self.v_bias is not None", "False"),
         "bias of values in full": ("total *", "total / total *"),
-        "values from the first token on": ("begin + s, begin + e", "s, e"),
+        "values from the first token on": (
+            "self.c_v.read(start, stop)",
+            "self.c_v.read(start - begin, stop - begin)",
+        ),
         "the last chunk only": ("sum(sums[1:], sums[0])", "sums[-1]"),
         "zeros": "return p.new_zeros(len(p) * self.H_kv, p.shape[1] // self.H_kv, self.D)",
     },
