@@ -164,17 +164,15 @@ def side_costs(
     ranks: list[int],
     widths: list[int],
 ) -> list[list[float]]:
-    """What a side costs more than an exact one: for each of the widths in bits a list, for each of
-    the ranks."""
+    """What a side costs: for each of the widths in bits a list, for each of the ranks."""
     whole = fitted.pairs(side, ranks[-1], weights)
     whole = [like_model(pair, probe.model) for pair in whole]
-    exact = probe.cost(side.first, *[{side.side: None}] * side.count)
     costs = []
     for bits in widths:
         of_ranks = []
         for rank in ranks:
             layers = [{side.side: cut(pair, side.side, rank, bits)} for pair in whole]
-            of_ranks.append(probe.cost(side.first, *layers, together=(side,)) - exact)
+            of_ranks.append(probe.cost(side.first, *layers, together=(side,)))
         costs.append(of_ranks)
     return costs
 
@@ -347,9 +345,12 @@ class Planner:
         return Plan(plan, ranks, costs, factors, probe, probe.cost(0))
 
     def costs_around(self, plan: Plan, ranks: list[list[int]], n: int) -> dict:
-        """The `costs` of the n-th side, of these ranks, with all others as planned."""
-        settings = self.sides[n], self.weights[n], ranks[n], self.widths
-        return {"costs": side_costs(plan.probe, self.fitted, *settings)}
+        """The `costs` of the n-th side more than exact, at these ranks, all others as planned."""
+        side = self.sides[n]
+        settings = side, self.weights[n], ranks[n], self.widths
+        exact = plan.probe.cost(side.first, *[{side.side: None}] * side.count)
+        costs = side_costs(plan.probe, self.fitted, *settings)
+        return {"costs": [[cost - exact for cost in of_ranks] for of_ranks in costs]}
 
     def near(self, plan: Plan) -> list[list[int]]:
         """The ranks to probe around a plan."""
@@ -359,7 +360,7 @@ class Planner:
 
 
 def plan_factors(
-    fitted: Fitted, sides: list[Together], plan: list["Choice"], weights: list[list[float]]
+    fitted: Fitted, sides: list[Together], plan: list[Choice], weights: list[list[float]]
 ) -> Factors:
     """The factors of a plan, which has a choice for each of the sides, as `weights` has."""
     layers: list[dict] = [{} for _ in fitted.model.model.layers]

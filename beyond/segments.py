@@ -103,6 +103,12 @@ def damping(w: Tensor, length: int) -> Tensor:
 # Angles are made in float64: at position 131,072 one of float32 is off by up to 0.004.
 
 
+@lru_cache(maxsize=8)  # a GPU waits for what comes from the processor
+def frequencies(rope: Rope, device: torch.device) -> Tensor:
+    """RoPE's w [D/2], in float64."""
+    return rope.frequencies.to(device, torch.float64)
+
+
 def tables(turns: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [..., D] for `turn`, of complex numbers [..., D/2]."""
     turns = turns.to(torch.complex64)
@@ -125,7 +131,7 @@ def near(rope: Rope, block: int, device: torch.device) -> tuple:
     rope.reach(stop, device)
     own = torch.complex(rope.cos[start:stop], rope.sin[start:stop])
     t = torch.arange(start, stop, dtype=torch.float64, device=device)
-    angle = torch.outer(t, rope.frequencies.to(device, torch.float64))
+    angle = torch.outer(t, frequencies(rope, device))
     exact = torch.polar(torch.ones_like(angle), angle)
     return start, tables(own), tables(exact / own)
 
@@ -134,7 +140,7 @@ def near(rope: Rope, block: int, device: torch.device) -> tuple:
 def middles(rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.device) -> tuple:
     """Tables [M, D] that turn a query at position 0 back by each segment's middle t0, and damp it:
     of a exp(-i t0 w)."""
-    w = rope.frequencies.to(device, torch.float64)
+    w = frequencies(rope, device)
     turns = []
     for span in spans:
         segment = torch.arange(span.count, dtype=torch.float64, device=device)

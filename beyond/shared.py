@@ -94,7 +94,9 @@ class Part:
     def read(self, start: int, stop: int) -> Tensor:
         """As in `quant.Packed`, with the codes of `quantized`."""
         latents = self.total.latents
-        return type(latents).read(self if isinstance(latents, Packed) else latents, start, stop)
+        if isinstance(latents, Packed):
+            return Packed.read(self, start, stop)
+        return latents.read(start, stop)
 
     def quantized(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """As in `quant.Packed`; unpacked once a step, and not once a layer."""

@@ -171,8 +171,9 @@ def run(args: argparse.Namespace) -> None:
                 near = planner.near(plan)
                 found = shared_out(partial(planner.costs_around, plan, near), stage)
                 other = planner.plan(near, [of_side["costs"] for of_side in found], room)
-                if other.cost < plan.cost:
-                    plan = other
+                if other.cost >= plan.cost:
+                    break
+                plan = other
             if args.window_bits == 8:
                 plan.factors.info["window_bits"] = "8"
             bought = f"{1 - remove:g} of a full cache's bytes at {args.length} tokens"
