@@ -384,7 +384,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     count = number(int, 1)
     widths = (2, 3, 4, 8, 16)
     add("--model", required=True, help="checkpoint folder or hub name of the frozen model")
-    add("--data", type=Path, help=".txt, .jsonl or .parquet (field `text`), or a folder of them")
+    add("--data", type=Path, help="a .txt file, a .jsonl file (field `text`), or a folder of them")
     add("--out", type=Path, required=True, help="factors file to write")
     add("--init", choices=INITIALIZATIONS, default="attention", help="where to start; see cskv.py")
     add("--k-ratio", type=float, default=0.8, help="share of key channels to remove (0.8)")
