@@ -32,6 +32,33 @@ def read_json(path: Path) -> dict:
     return data
 
 
+def find_checkpoint(path: str | Path) -> Path:
+    """The folder of a checkpoint: `path` itself, or the hub repository of that name, fetched."""
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long to be one
+        return Path(path)
+    first, *others = str(path).split("/")
+    if first in ("", ".", "..") or len(others) != 1 or not others[0]:
+        raise UserError(f"no folder {path}; give one, or a hub name such as org/name")
+    # `weights/x` looks like a hub name, but where there is a folder `weights` it is a missing path,
+    # or a repository that the hub gave before.
+    local = os.path.lexists(first)
+    from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
+
+    try:
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            patterns = ["*.json", "*.jinja", "tokenizer.model", weights]
+            found = snapshot_download(str(path), allow_patterns=patterns, local_files_only=local)
+            if any(Path(found).glob(weights)):
+                break
+    except Exception as error:  # the hub client raises many kinds, all of which mean the same here
+        problem = f"the hub did not give that repository: {first_line(error)}"
+        if local:
+            problem = f"none that the hub gave before. It is not asked, for {first} is here; "
+            problem += "correct the path, or start in another folder"
+        raise UserError(f"no folder {path}, and {problem}") from None
+    return Path(found)
+
+
 # ------------------------------------------------------------------------------------- config.json
 
 MOST_LAYERS = 1000
@@ -54,7 +81,8 @@ class Settings:
     as in the reference library: "12", 12.0 and true are no whole numbers."""
 
     def __init__(self, path: Path):
-        self.path, self.entries = path, read_json(path)
+        self.path = path
+        self.entries = read_json(path)
 
     def refuse(self, problem: str) -> NoReturn:
         mend = "use a plain Llama or Mistral, one that is not quantized"
@@ -114,48 +142,45 @@ def read_window(c: Settings, mistral: bool, layers: int) -> int | None:
 TRAINED = "original_max_position_embeddings"
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", TRAINED)
 NEEDED = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
-# A factor below 1 would shorten the context. Frequencies grow as theta falls, until their last bit
-# decides what a position means.
-LEAST = {"factor": 1, "rope_theta": 0.1}
-MOST_ROPE = 1e38  # RoPE's frequencies are computed in 32 bits
+# RoPE's frequencies are computed in 32 bits. They grow as theta falls, until their last bit decides
+# what a position means.
+LEAST, LARGEST = 0.1, 1e38
 
 
-def read_rope(c: Settings, positions: int) -> dict:
-    """{"rope_theta": ..., "rope_type": ..., and the numbers that this type needs}.
+def read_rope(c: Settings, positions: int) -> tuple[float, dict | None]:
+    """RoPE's theta, and its scaling: the type and the numbers that this type needs.
 
     As the reference library reads it: `rope_scaling` goes before `rope_parameters`, which it writes
     since version 5; what stands in the dict goes before what older configs have beside it, except
     the length that the model was trained for. Raises `UserError` for another kind of RoPE, and for
     numbers that cannot be meant.
     """
-    rope = c.entries.get("rope_scaling") or c.entries.get("rope_parameters")
-    if rope is None:
-        rope = {}
+    rope = c.entries.get("rope_scaling") or c.entries.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         c.refuse(f"RoPE scaling {rope!r:.80}")
-    values = {"rope_theta": 10000.0, "partial_rotary_factor": None, TRAINED: positions}
-    beside = {name: value for name, value in c.entries.items() if name in values}
-    values |= beside | rope
-    if TRAINED in beside:
-        values[TRAINED] = beside[TRAINED]
-
-    kind = rope.get("rope_type", rope.get("type", "default"))
     if any(isinstance(value, dict) for value in rope.values()):
         c.refuse("RoPE that differs between layers")
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in NEEDED:
         c.refuse(f"RoPE scaling {kind!r:.80}")
-    if values["partial_rotary_factor"] not in (None, 1):
-        c.refuse(f"a partial_rotary_factor of {values['partial_rotary_factor']!r:.80}")
-    result = {"rope_type": kind}
+
+    given = {"rope_theta": 10000.0, TRAINED: positions, **c.entries, **rope}
+    if TRAINED in c.entries:
+        given[TRAINED] = c.entries[TRAINED]
+    rotated = given.get("partial_rotary_factor")
+    if rotated not in (None, 1):
+        c.refuse(f"a partial_rotary_factor of {rotated!r:.80}")
     for name in ("rope_theta", *NEEDED[kind]):
-        value = result[name] = values.get(name)
-        least = LEAST.get(name, 1e-6)
-        fits = type(value) in (int, float) and least <= value <= MOST_ROPE
-        c.check(fits, name, value, f"a number from {least} to {MOST_ROPE}")
+        value = given.get(name)
+        fits = type(value) in (int, float) and LEAST <= value <= LARGEST
+        c.check(fits, name, value, f"a number from {LEAST} to {LARGEST}")
     if kind == "llama3":
-        low, high = result["low_freq_factor"], result["high_freq_factor"]
+        low, high = given["low_freq_factor"], given["high_freq_factor"]
         c.check(low < high, "low_freq_factor", low, f"below the high_freq_factor {high}")
-    return result
+    theta = float(given["rope_theta"])
+    if kind == "default":
+        return theta, None
+    return theta, {"rope_type": kind} | {name: given[name] for name in NEEDED[kind]}
 
 
 def read_config(folder: Path) -> Config:
@@ -174,21 +199,20 @@ def read_config(folder: Path) -> Config:
             c.refuse(f"{name} {c.entries[name]!r:.80}")
     mistral = c.entries["model_type"] == "mistral"
 
-    hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
+    hidden = c.whole("hidden_size")
+    heads = c.whole("num_attention_heads")
     layers = c.whole("num_hidden_layers", most=MOST_LAYERS)
     kv_heads = c.whole("num_key_value_heads", 8 if mistral else heads)
     head_dim = c.whole("head_dim", hidden // heads)
-    if heads % kv_heads or head_dim % 2:
-        c.refuse(f"{heads} query heads on {kv_heads} key/value heads of dimension {head_dim}")
-    if heads * head_dim > MOST or (hidden % heads and not mistral):
-        c.refuse(f"{heads} query heads of dimension {head_dim} for a hidden_size of {hidden}")
+    unequal = heads % kv_heads or (hidden % heads and not mistral)
+    if unequal or head_dim % 2 or heads * head_dim > MOST:
+        shapes = f"{heads} query heads on {kv_heads} key/value heads of dimension {head_dim}"
+        c.refuse(f"{shapes} for a hidden_size of {hidden}")
     eps = c.entries.get("rms_norm_eps", 1e-6)
     fits = isinstance(eps, float) and 0 <= eps < math.inf
     c.check(fits, "rms_norm_eps", eps, "a finite decimal number from 0, such as 1e-05")
-
     positions = c.whole("max_position_embeddings", 131072 if mistral else 2048, most=2**31)
-    rope = read_rope(c, positions)
-    theta = rope.pop("rope_theta")
+    theta, scaling = read_rope(c, positions)
     ends = c.ends()
     generation = folder / "generation_config.json"  # chat models list further ends of a turn here
     if generation.is_file():  # then config.json's do not count, nor in the reference library
@@ -202,8 +226,8 @@ def read_config(folder: Path) -> Config:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=eps,
-        rope_theta=float(theta),
-        rope_scaling=None if rope["rope_type"] == "default" else rope,
+        rope_theta=theta,
+        rope_scaling=scaling,
         max_position_embeddings=positions,
         tie_word_embeddings=c.flag("tie_word_embeddings"),
         attention_bias=not mistral and c.flag("attention_bias"),
@@ -213,15 +237,15 @@ def read_config(folder: Path) -> Config:
     )
 
 
-# Settings that change the reference library's greedy text. Nothing, 0 and false leave it as it is,
-# and for these also:
+# Settings that change the reference library's greedy text, unless they are nothing, 0, false, or
+# what stands in NEUTRAL.
 NEUTRAL = {"repetition_penalty": 1, "encoder_repetition_penalty": 1, "num_beams": 1}
-NEUTRAL |= {"num_beam_groups": 1, "guidance_scale": 1, "penalty_alpha": 0}
+NEUTRAL |= {"num_beam_groups": 1, "guidance_scale": 1}
 NOT_HONOURED = (*NEUTRAL, "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids")
 NOT_HONOURED += ("suppress_tokens", "begin_suppress_tokens", "sequence_bias", "min_length")
 NOT_HONOURED += ("min_new_tokens", "forced_bos_token_id", "forced_eos_token_id", "stop_strings")
-NOT_HONOURED += ("exponential_decay_length_penalty", "force_words_ids", "constraints", "max_time")
-NOT_HONOURED += ("watermarking_config", "dola_layers", "token_healing", "remove_invalid_values")
+NOT_HONOURED += ("exponential_decay_length_penalty", "max_time", "token_healing", "penalty_alpha")
+NOT_HONOURED += ("watermarking_config", "remove_invalid_values")
 
 
 def generation_settings(path: str | Path) -> list[str]:
@@ -230,35 +254,8 @@ def generation_settings(path: str | Path) -> list[str]:
     folder = find_checkpoint(path)
     file = folder / "generation_config.json"
     entries = read_json(file if file.is_file() else folder / "config.json")
-    names = [name for name in NOT_HONOURED if entries.get(name) not in (*NOTHING, 0, False)]
+    names = [name for name in NOT_HONOURED if entries.get(name) not in (*NOTHING, 0)]
     return [name for name in names if entries[name] != NEUTRAL.get(name)]
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The folder of a checkpoint: `path` itself, or the hub repository of that name, fetched."""
-    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long to be one
-        return Path(path)
-    parts = str(path).split("/")
-    if len(parts) != 2 or parts[0] in ("", ".", "..") or not parts[1]:
-        raise UserError(f"no folder {path}; give one, or a hub name such as org/name")
-    # `weights/x` looks like a hub name, but where there is a folder `weights` it is a missing path,
-    # or a repository that the hub gave before.
-    options = {"local_files_only": True} if os.path.lexists(parts[0]) else {}
-    from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
-
-    try:
-        for weights in ("model*.safetensors", "pytorch_model*.bin"):
-            patterns = ["*.json", "*.jinja", "tokenizer.model", weights]
-            folder = Path(snapshot_download(str(path), allow_patterns=patterns, **options))
-            if any(folder.glob(weights)):
-                break
-    except Exception as error:  # the hub client raises many kinds, all of which mean the same here
-        problem = f"the hub did not give that repository: {first_line(error)}"
-        if options:
-            problem = f"none that the hub gave before. It is not asked, for {parts[0]} is here; "
-            problem += "correct the path, or start in another folder"
-        raise UserError(f"no folder {path}, and {problem}") from None
-    return folder
 
 
 # ----------------------------------------------------------------------------------------- weights
@@ -274,16 +271,13 @@ def weight_files(folder: Path) -> list[Path]:
         file, index = folder / kind, folder / f"{kind}.index.json"
         if file.is_file():
             return [file]
-        if not index.is_file():
-            continue
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index} has no weight_map; fetch it again")
-        for name in weight_map.values():
-            if not isinstance(name, str) or Path(name).name != name:
-                problem = f"names a shard {name!r:.80}, not a file beside it"
-                raise UserError(f"{index} {problem}; fetch it again")
-        return [folder / name for name in sorted(set(weight_map.values()))]
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+            beside = [isinstance(name, str) and Path(name).name == name for name in names]
+            if not names or not all(beside):
+                raise UserError(f"{index} has no weight_map of files beside it; fetch it again")
+            return [folder / name for name in sorted(set(names))]
     raise UserError(f"{folder} has no model.safetensors or pytorch_model.bin; fetch it again")
 
 
