@@ -224,7 +224,7 @@ REFUSED = [  # changes to a Llama's config.json, and words of the refusal
     ({"hidden_act": ["silu"]}, "hidden_act"),
     ({"head_dim": 2**23}, "4 query heads on 2 key/value heads of dimension 8388608"),
     ({"num_attention_heads": 48, "head_dim": ...}, "head_dim is 0"),
-    ({"num_attention_heads": 0, "head_dim": None}, "bad value"),
+    ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads is 0"),
     ({"num_attention_heads": 10}, "10 query heads"),
     ({"head_dim": 7}, "of dimension 7"),
     ({**MISTRAL, "num_key_value_heads": ...}, "4 query heads on 8"),
@@ -280,7 +280,7 @@ def test_ends_of_a_text(tiny, first, second, expected):
     if isinstance(expected, tuple):
         assert read_config(tiny).eos_token_ids == expected
     else:
-        assert f"{file} has a bad value: {expected}" in refusal(read_config, tiny)
+        assert f"{file}: {expected}" in refusal(read_config, tiny)
 
 
 NO_JSON = [b'{"a": ' + b"[" * 200_000, b'{"a": 1' + b"0" * 5000 + b"}", b'{"a": 1} {"b": 2}']

@@ -68,11 +68,8 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def settled(self, ids: list[int]) -> str:
-        """What of the text of `ids` no further token changes.
-
-        The newest token may be half a letter. Of byte tokens in a row all become replacement
-        characters when one does not fit.
-        """
+        """What of the text of `ids` no further token changes. The newest may be half a letter; of
+        byte tokens in a row all become replacement characters when one does not fit."""
         n = len(ids)
         while n and self.is_byte(ids[n - 1]):
             n -= 1
@@ -87,22 +84,20 @@ class Tokenizer:
 
     def encode_prompt(self, text: str, chat: bool | None = None) -> list[int]:
         """Token ids of a prompt: within the chat template if `chat`, or if that is None and there
-        is one; else as it is. Raises `UserError` if there are none: a tokenizer may drop letters, a
-        template write none."""
+        is one; else as it is. Raises `UserError` if there are none."""
         if chat or (chat is None and self.template is not None):
             message = {"role": "user", "content": text}
             ids = self.encode(self.chat([message]), special=False)
         else:
             ids = self.encode(text)
-        if not ids:
-            mend = "give other text, or --no-chat"
-            raise UserError(f"the tokenizer makes no token of the prompt; {mend}")
+        if not ids:  # a tokenizer may drop letters, a template write none
+            problem = "the tokenizer makes no token of the prompt"
+            raise UserError(f"{problem}; give other text, or --no-chat")
         return ids
 
     def chat(self, messages: list[dict[str, str]]) -> str:
         """Messages {"role", "content"} as one prompt that ends where the answer begins. It holds
-        its special tokens already: encode it with special=False. Raises `UserError` for a model
-        without a template, and for whatever the template raises."""
+        its special tokens already: encode it with special=False."""
         if self.template is None:
             raise UserError("this model has no chat template; give the prompt as it is (--no-chat)")
         return render(self.template, messages, self.special, self.source)
@@ -110,11 +105,8 @@ class Tokenizer:
 
 def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint, for a model of `vocabulary` tokens: its tokenizer.json, or
-    else its SentencePiece tokenizer.model.
-
-    Raises `UserError` if it is missing or damaged, if a package to read it is missing, and for
-    settings that would give other token ids than in transformers.
-    """
+    else its SentencePiece tokenizer.model. Raises `UserError` if it is missing or damaged, and for
+    settings that would give other token ids than in transformers."""
     folder = find_checkpoint(path)
     config, file, model = [folder / name for name in (CONFIG, "tokenizer.json", "tokenizer.model")]
     settings = read_optional(config)
@@ -124,10 +116,6 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
         with library(f"{file} is damaged", "fetch it again"):
             backend = tokenizers.Tokenizer.from_file(str(file))
         in_file = backend.get_added_tokens_decoder()
-        if kind and not is_bpe(backend):
-            raise UserError(f"{file} is not a BPE, but {kind} is; use a tokenizer.json of BPE")
-        if kind:
-            backend = rebuild(backend, kind, settings)
     elif not model.is_file():
         raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model; fetch it again")
     elif kind == LLAMA:
@@ -135,7 +123,11 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
     else:
         mend = "put the tokenizer.json of its model beside it"
         raise UserError(f"{model} is read for a Llama with {LLAMA} only; {mend}")
-    refused = UNSUPPORTED if is_bpe(backend) else (*UNSUPPORTED, CLEAN_UP)
+    refused = UNSUPPORTED
+    if not isinstance(backend.model, tokenizers.models.BPE):
+        refused += (CLEAN_UP,)
+        if kind:
+            raise UserError(f"{file} is not a BPE, but {kind} is; use a tokenizer.json of BPE")
     for name in refused:
         if settings.get(name):
             raise UserError(f"{config}: {name} is not supported; take it out there")
@@ -144,6 +136,8 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
         if not isinstance(value, bool | None):
             problem = f"{name} is {value!r:.80}, neither true nor false"
             raise UserError(f"{config}: {problem}; correct it there")
+    if kind and control is None:
+        backend = rebuild(backend, kind, settings)
     with library(f"{config}, or a file beside it, declares no tokens", "correct it there"):
         defaults = DEFAULTS.get(kind, {})
         special = add_declared(backend, folder, defaults | settings, in_file, control)
@@ -154,13 +148,8 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
     return Tokenizer(backend, special, template, source, vocabulary)
 
 
-def is_bpe(backend: tokenizers.Tokenizer) -> bool:
-    return isinstance(backend.model, tokenizers.models.BPE)
-
-
 def pipeline_of(folder: Path, settings: dict) -> str:
-    """The class of `DEFAULTS` whose pipeline transformers builds, "" for that of the files. Raises
-    `UserError` for other classes that bring one."""
+    """The class of `DEFAULTS` whose pipeline transformers builds, "" for that of the files."""
     config, file = read_optional(folder / "config.json"), folder / "tokenizer.json"
     name = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
     kind = str(name).removesuffix("Fast")
