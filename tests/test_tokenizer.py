@@ -295,7 +295,7 @@ def test_settings_beside_the_vocabulary_as_in_transformers(name, save):
 
 DECODER_OF = "added_tokens_decoder"
 UNLIKE = "declares no tokens ("
-NEITHER = "is neither a text nor an object with a `content`"
+NEITHER = "is neither a text nor an object with `content`"
 UNKNOWN = "is not supported; take it out there"
 WRONG = {
     "added id": ({}, {"added_tokens": {"<|user|>": 700}}, "'<|user|>' says its id is 700"),

@@ -1,7 +1,7 @@
-"""Tokens that the files beside a vocabulary declare: with their ids, by name, or just as special.
+"""Tokens that the files beside a vocabulary declare: by id, by name, or just as special.
 
-Newer files say all of it in tokenizer_config.json; what the older ones say counts only where that
-has no added_tokens_decoder. All of it as transformers 5 reads the same files.
+Newer files say all of it in tokenizer_config.json; what the older ones say counts only
+where that has no added_tokens_decoder. As transformers 5 reads the same files.
 """
 
 from pathlib import Path
@@ -12,9 +12,11 @@ from support.command import UserError
 from support.huggingface.checkpoint import read_json
 
 CONFIG = "tokenizer_config.json"
-NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+NAMES += ("mask_token",)
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-EXTRA, OLDER_EXTRA = "extra_special_tokens", "additional_special_tokens"
+EXTRA = "extra_special_tokens"
+OLDER_EXTRA = "additional_special_tokens"
 BY_ID = "added_tokens_decoder"
 
 
@@ -23,11 +25,10 @@ def add_declared(
 ) -> dict[str, str]:
     """Adds all tokens, by their ids, then by `NAMES`. Returns the special ones by name.
 
-    `settings` are those of tokenizer_config.json, `in_file` a tokenizer.json's added tokens by
-    id, `control` a tokenizer.model's, which are special where no further ones are declared.
-    Raises `UserError` if a token gets another id than it says: the vocabulary is not the one it
-    was added to. (transformers then takes the other id.) What is no token raises an error of
-    Python.
+    `settings` are those of tokenizer_config.json, `in_file` a tokenizer.json's added tokens
+    by id, `control` a tokenizer.model's, special where no further ones are declared. Raises
+    `UserError` if a token gets another id than it says (transformers then takes that), and
+    any error of Python for what is no token.
     """
     older = {}
     if BY_ID not in settings:
@@ -40,44 +41,44 @@ def add_declared(
     if not extra:
         extra = settings.get(OLDER_EXTRA, extra)
     further = read_list(extra)
-    by_id = dict(in_file)
     if BY_ID in settings:
-        by_id = {int(index): read_token(token) for index, token in settings[BY_ID].items()}
+        by_id = {int(i): read_token(token) for i, token in settings[BY_ID].items()}
     else:
+        by_id = dict(in_file)
         special = {token.content for token in [*named.values(), *further]}
-        for text, index in read_optional(folder / "added_tokens.json").items():
+        for text, i in read_optional(folder / "added_tokens.json").items():
             known = text in special
-            token = AddedToken(text, normalized=not known, special=known)
-            by_id.setdefault(index, token)
+            by_id.setdefault(i, AddedToken(text, normalized=not known, special=known))
     if extra is None:
         further = read_list(older.get(OLDER_EXTRA)) if control is None else control
 
-    tokens = [by_id[index] for index in sorted(by_id)]
+    tokens = [by_id[i] for i in sorted(by_id)]
     known = {token.content for token in tokens}
     known |= {token.content for token in backend.get_added_tokens_decoder().values()}
-    tokens += [token for token in [*named.values(), *further] if token.content not in known]
+    for token in [*named.values(), *further]:
+        if token.content not in known:
+            tokens.append(token)
     texts = {name: token.content for name, token in named.items()}
     for token in tokens:
         token.special = token.special or token.content in texts.values()
     backend.add_tokens(tokens)
-    for index, token in by_id.items():
+    for i, token in by_id.items():
         given = backend.token_to_id(token.content)
-        if given != index:
-            problem = f"{token.content!r} says its id is {index}, but it would get {given}"
+        if given != i:
+            problem = f"{token.content!r} says its id is {i}, but it would get {given}"
             mend = "use the files of one checkpoint, best its tokenizer.json"
             raise UserError(f"{folder}: the added token {problem}; {mend}")
     return texts
 
 
 def named_tokens(settings: dict) -> dict[str, AddedToken]:
-    """The special tokens by name: of `NAMES`, then of names that only some models have, such as
-    prefix_token."""
-    own = []
+    """The special tokens by name: of `NAMES`, then of some models only (prefix_token)."""
+    names = list(NAMES)
     for name, token in settings.items():
-        is_token = isinstance(token, str) or (isinstance(token, dict) and "__type" in token)
-        if is_token and name.endswith("_token") and name not in NAMES:
-            own.append(name)
-    given = [name for name in (*NAMES, *own) if settings.get(name) is not None]
+        typed = isinstance(token, dict) and "__type" in token
+        if (typed or isinstance(token, str)) and name.endswith("_token"):
+            names.append(name)
+    given = [name for name in names if settings.get(name) is not None]
     return {name: read_token(settings[name]) for name in given}
 
 
@@ -92,11 +93,11 @@ def read_token(token: object) -> AddedToken:
     if isinstance(token, str):
         return AddedToken(token, special=True)
     if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-        raise TypeError(f"{token!r:.80} is neither a text nor an object with a `content`")
+        raise TypeError(f"{token!r:.80} is neither a text nor an object with `content`")
     flags = {name: token[name] for name in FLAGS if name in token}
     return AddedToken(token["content"], **flags)
 
 
 def read_optional(file: Path) -> dict:
-    """A JSON object from a file, an empty one if there is no file. Raises `UserError`."""
+    """A JSON object from a file, an empty one if there is none. Raises `UserError`."""
     return read_json(file) if file.is_file() else {}
