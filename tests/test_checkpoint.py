@@ -254,8 +254,7 @@ for entry, values in BAD_IN_ROPE.items():
 @pytest.mark.parametrize(("changes", "words"), REFUSED)
 def test_what_a_config_cannot_mean_is_refused(tiny, changes, words):
     edit(tiny, changes)
-    message = refusal(read_config, tiny)
-    assert words in message and str(tiny / "config.json") in message
+    assert words in refusal(read_config, tiny)
 
 
 ENDS = [  # of config.json, of generation_config.json (... where there is none), what ends a text
@@ -280,7 +279,7 @@ def test_ends_of_a_text(tiny, first, second, expected):
     if isinstance(expected, tuple):
         assert read_config(tiny).eos_token_ids == expected
     else:
-        assert f"{file}: {expected}" in refusal(read_config, tiny)
+        assert expected in refusal(read_config, tiny)
 
 
 NO_JSON = [b'{"a": ' + b"[" * 200_000, b'{"a": 1' + b"0" * 5000 + b"}", b'{"a": 1} {"b": 2}']

@@ -29,21 +29,17 @@ MISTRAL = {"config": {"model_type": "mistral"}}
 # ------------------------------------------------------------------------ the files of checkpoints
 
 
-def train(folder, **options):
-    """A SentencePiece BPE, trained here."""
-    spm = pytest.importorskip("sentencepiece")
-    (folder / "text.txt").write_text(TEXT)
-    options |= {"input": str(folder / "text.txt"), "model_prefix": str(folder / "tokenizer")}
-    spm.SentencePieceTrainer.train(model_type="bpe", minloglevel=2, **options)
-    return spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-
-
 @pytest.fixture(scope="module")
 def sentencepiece_model(tmp_path_factory):
-    """A SentencePiece BPE with Llama's settings; and its folder."""
+    """A SentencePiece BPE with Llama's settings, trained here; and its folder."""
+    spm = pytest.importorskip("sentencepiece")
     folder = tmp_path_factory.mktemp("sentencepiece")
-    theirs = train(
-        folder,
+    (folder / "text.txt").write_text(TEXT)
+    spm.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        minloglevel=2,
         vocab_size=600,
         byte_fallback=True,
         split_digits=True,
@@ -51,7 +47,7 @@ def sentencepiece_model(tmp_path_factory):
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
     )
-    return theirs, folder
+    return spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")), folder
 
 
 def words():
@@ -113,10 +109,9 @@ def save(tmp_path, request):
     return write
 
 
-def change_model(folder, change):
+def change_model(file, change):
     """Changes one thing in a tokenizer.model."""
     layout = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
-    file = folder / "tokenizer.model"
     proto = layout.ModelProto.FromString(file.read_bytes())
     change(proto)
     file.write_bytes(proto.SerializeToString())
@@ -165,17 +160,6 @@ def test_a_sentencepiece_model_equals_sentencepiece(sentencepiece_model, save):
     assert ours.encode("the key</s>")[-1] == 2  # Vicuna writes </s> between the turns
 
 
-@pytest.mark.parametrize("legacy", [True, False])
-def test_symbols_of_a_sentencepiece_model_as_in_transformers(tmp_path, legacy):
-    """LlamaTokenizer reads a model that normalizes, without bytes for unknown letters, its way."""
-    symbols = {"user_defined_symbols": ["<tab>", "keys"], "control_symbols": ["<sep>"]}
-    train(tmp_path, vocab_size=140, **symbols)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(LLAMA | {"legacy": legacy}))
-    texts = ("the keys<tab> of  a monkeys<sep>line", " ﬁne ", "▁the", "漢 the")
-    assert_as_transformers(tmp_path, texts)
-
-
 def test_merges_go_by_ids_as_in_transformers(save):
     """Not by scores, as in SentencePiece; here these differ."""
     folder = save("model", LLAMA)
@@ -184,8 +168,17 @@ def test_merges_go_by_ids_as_in_transformers(save):
         for piece in proto.pieces:
             piece.score = -piece.score
 
-    change_model(folder, turn_scores_round)
+    change_model(folder / "tokenizer.model", turn_scores_round)
     assert_as_transformers(folder, [*CHAT, *TEXT.splitlines()[:4]])
+
+
+UNLIKE = [
+    lambda proto: setattr(proto.trainer_spec, "model_type", 1),  # Unigram
+    lambda proto: setattr(proto.trainer_spec, "model_type", 4),  # single letters
+    lambda proto: setattr(proto.pieces[1], "piece", "[BOS]"),
+    lambda proto: setattr(proto.pieces[400], "type", 3),  # a control symbol
+    lambda proto: setattr(proto.pieces[400], "type", 4),  # one of a user's
+]
 
 
 def test_a_model_that_no_llama_has_is_refused(save):
@@ -193,18 +186,19 @@ def test_a_model_that_no_llama_has_is_refused(save):
     for beside in ({"settings": LLAMA, **MISTRAL}, {}, {"settings": {"tokenizer_class": FAST}}):
         with pytest.raises(UserError, match=r"\.model is read for a Llama with Lla.*" + mend):
             load_tokenizer(save("model", **{"settings": {}, **beside}))
-    folder = save("model", LLAMA)
-    for kind in (1, 4):  # Unigram, single letters
-        change_model(
-            folder, lambda proto, kind=kind: setattr(proto.trainer_spec, "model_type", kind)
-        )
-        with pytest.raises(UserError, match=r"\.model is not a BPE model, unlike.*" + mend):
-            load_tokenizer(folder)
-    data = (folder / "tokenizer.model").read_bytes()
+    file = save("model", LLAMA) / "tokenizer.model"
+    data = file.read_bytes()
+    for change in UNLIKE:
+        file.write_bytes(data)
+        change_model(file, change)
+        with pytest.raises(
+            UserError, match=r"\.model is no BPE with <s> and </s> as its o.*" + mend
+        ):
+            load_tokenizer(file.parent)
     for size in (0, 1, 3000):
-        (folder / "tokenizer.model").write_bytes(data[:size])
-        with pytest.raises(UserError, match=r"\.model is (damaged, or not of Se|not a BPE)"):
-            load_tokenizer(folder)
+        file.write_bytes(data[:size])
+        with pytest.raises(UserError, match=r"\.model is (damaged, or not of Se|no BPE)"):
+            load_tokenizer(file.parent)
 
 
 @pytest.mark.parametrize("package", ["sentencepiece", "google"])
@@ -294,7 +288,7 @@ def test_settings_beside_the_vocabulary_as_in_transformers(name, save):
 
 
 DECODER_OF = "added_tokens_decoder"
-UNLIKE = "declares no tokens ("
+NO_TOKENS = "declares no tokens ("
 NEITHER = "is neither a text nor an object with `content`"
 UNKNOWN = "is not supported; take it out there"
 WRONG = {
@@ -307,11 +301,11 @@ WRONG = {
     "versions": ({"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}, {}, UNKNOWN),
     "clean up": ({f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output": True}, {}, UNKNOWN),
     "of some models": ({"model_specific_special_tokens": {"v": "<|user|>"}}, {}, UNKNOWN),
-    "decoder": ({DECODER_OF: [1]}, {}, UNLIKE),
-    "decoder null": ({DECODER_OF: None}, {}, UNLIKE),
-    "decoder key": ({DECODER_OF: {"a": token("x")}}, {}, UNLIKE),
+    "decoder": ({DECODER_OF: [1]}, {}, NO_TOKENS),
+    "decoder null": ({DECODER_OF: None}, {}, NO_TOKENS),
+    "decoder key": ({DECODER_OF: {"a": token("x")}}, {}, NO_TOKENS),
     "decoder token": ({DECODER_OF: {"600": {}}}, {}, NEITHER),
-    "flag": ({DECODER_OF: {"600": token("x", lstrip=1)}}, {}, UNLIKE),
+    "flag": ({DECODER_OF: {"600": token("x", lstrip=1)}}, {}, NO_TOKENS),
     "extra": ({"extra_special_tokens": "x"}, {}, "extra_special_tokens is no list"),
     "extra by name": ({"extra_special_tokens": {"v": "x"}}, {}, "extra_special_tokens is no list"),
     "extra member": ({"extra_special_tokens": [3]}, {}, f"(3 {NEITHER}"),
@@ -319,12 +313,10 @@ WRONG = {
     "added list": ({}, {"added_tokens": ["x"]}, "a list, not a JSON object"),
     "map": ({}, {"special_tokens_map": {"eos_token": 3}}, f"(3 {NEITHER}"),
     "map, names": ({}, {"special_tokens_map": {"image_token": "x"}}, "move it to tokenizer_con"),
-    "surrogate": ({"eos_token": "\ud800"}, {}, UNLIKE),
+    "surrogate": ({"eos_token": "\ud800"}, {}, NO_TOKENS),
 }
 for value in (5, 1.5, [7], True, {"text": "x"}, {"content": None}):
     WRONG[f"bos {value}"] = ({"bos_token": value}, {}, f"({value} {NEITHER}")
-for switch, value in (("add_bos_token", 5), ("add_bos_token", "x"), ("legacy", 0), ("legacy", [])):
-    WRONG[f"{switch} {value}"] = ({switch: value}, {}, f"{switch} is {value!r}, neither true nor")
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -434,17 +426,11 @@ def test_the_chat_template_that_transformers_takes(name, save):
 
 BROKEN = {
     "type": ("{{ messages[0].content + 1 }}", "TypeError"),
-    "zero": ("{{ 1 // 0 }}", "ZeroDivisionError"),
-    "key": ("{{ {}.pop('a') }}", "SecurityError"),
-    "undefined": ("{{ nothing.at.all }}", "UndefinedError"),
     "range": ("{% for i in range(10**9) %}{% endfor %}", "OverflowError"),
     "memory": ("{{ 'x' * 10**15 }}", "MemoryError"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     "sandbox": ("{{ ''.__class__.__mro__ }}", "SecurityError"),
     "syntax": ("{% if %}", "TemplateSyntaxError"),
-    "open": ("{% for m in messages %}", "TemplateSyntaxError"),
-    "filter": ("{{ 1 | frobnicate }}", "TemplateAssertionError"),
-    "json": ("{{ range | tojson }}", "TypeError"),
     "deep": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),
     "own words": ("{{ raise_exception('only\nfor tools') }}", "only for tools; try"),
     "number": (5, "AttributeError"),

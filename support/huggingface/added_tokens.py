@@ -20,15 +20,12 @@ OLDER_EXTRA = "additional_special_tokens"
 BY_ID = "added_tokens_decoder"
 
 
-def add_declared(
-    backend: Tokenizer, folder: Path, settings: dict, in_file: dict, control: list | None
-) -> dict[str, str]:
+def add_declared(backend: Tokenizer, folder: Path, settings: dict, in_file: dict) -> dict:
     """Adds all tokens, by their ids, then by `NAMES`. Returns the special ones by name.
 
-    `settings` are those of tokenizer_config.json, `in_file` a tokenizer.json's added tokens
-    by id, `control` a tokenizer.model's, special where no further ones are declared. Raises
-    `UserError` if a token gets another id than it says (transformers then takes that), and
-    any error of Python for what is no token.
+    `settings` are those of tokenizer_config.json, `in_file` the added tokens by id of a
+    tokenizer.json. Raises `UserError` if a token gets another id than it says (transformers
+    then takes that), and any error of Python for what is no token.
     """
     older = {}
     if BY_ID not in settings:
@@ -50,7 +47,7 @@ def add_declared(
             known = text in special
             by_id.setdefault(i, AddedToken(text, normalized=not known, special=known))
     if extra is None:
-        further = read_list(older.get(OLDER_EXTRA)) if control is None else control
+        further = read_list(older.get(OLDER_EXTRA))
 
     tokens = [by_id[i] for i in sorted(by_id)]
     known = {token.content for token in tokens}

@@ -8,7 +8,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,16 +72,6 @@ PLAIN = {  # entries that change the computation, and the values that leave it a
     "transformers_weights": NOTHING,
     "configuration_files": NOTHING,
 }
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """What is wrong with the entries of a file, a `ValueError`, as a `UserError` that names it."""
-    try:
-        yield
-    except ValueError as error:
-        mend = "use a plain Llama or Mistral that is not quantized, or correct the file"
-        raise UserError(f"{path}: {error}; {mend}") from None
 
 
 def check(fits: bool, problem: str) -> None:
@@ -180,14 +169,14 @@ def read_config(folder: Path) -> Config:
     if not path.is_file():
         raise UserError(f"{folder} has no config.json; give a folder in the Hugging Face layout")
     c = {"model_type": None, **read_json(path)}
-    with naming(path):
-        config = interpret(c)
     generation = folder / "generation_config.json"  # chat models list more ends of a turn here
     if generation.is_file():  # then config.json's do not count, nor in the reference library
-        entries = read_json(generation)
-        with naming(generation):
-            config = replace(config, eos_token_ids=read_ends(entries))
-    return config
+        c["eos_token_id"] = read_json(generation).get("eos_token_id")
+    try:
+        return interpret(c)
+    except ValueError as error:
+        mend = "use a plain Llama or Mistral that is not quantized, or correct its config"
+        raise UserError(f"{folder}: {error}; {mend}") from None
 
 
 def interpret(c: dict) -> Config:
@@ -230,13 +219,13 @@ def interpret(c: dict) -> Config:
 
 # Settings that change the reference library's greedy text, unless they are nothing, 0, false, or
 # what stands in NEUTRAL.
-NEUTRAL = {"repetition_penalty": 1, "encoder_repetition_penalty": 1, "num_beams": 1}
+NEUTRAL = dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "num_beams"), 1)
 NEUTRAL |= {"num_beam_groups": 1, "guidance_scale": 1}
-NOT_HONOURED = (*NEUTRAL, "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids")
-NOT_HONOURED += ("suppress_tokens", "begin_suppress_tokens", "sequence_bias", "min_length")
-NOT_HONOURED += ("min_new_tokens", "forced_bos_token_id", "forced_eos_token_id", "stop_strings")
-NOT_HONOURED += ("exponential_decay_length_penalty", "max_time", "token_healing", "penalty_alpha")
-NOT_HONOURED += ("watermarking_config", "remove_invalid_values")
+NOT_HONOURED = (*NEUTRAL, "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
+NOT_HONOURED += ("bad_words_ids", "suppress_tokens")
+NOT_HONOURED += ("begin_suppress_tokens", "sequence_bias", "min_length", "min_new_tokens")
+NOT_HONOURED += ("forced_bos_token_id", "forced_eos_token_id", "stop_strings", "max_time")
+NOT_HONOURED += ("exponential_decay_length_penalty", "penalty_alpha", "watermarking_config")
 
 
 def generation_settings(path: str | Path) -> list[str]:

@@ -7,7 +7,7 @@ name a class of tokenizers that has one way to cut texts, whatever tokenizer.jso
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from support.command import UserError
 
@@ -54,10 +54,9 @@ def llama_pipeline(
     return new
 
 
-def from_model(file: Path, settings: dict) -> tuple[Tokenizer, list[AddedToken]]:
-    """LlamaTokenizer's pipeline for a tokenizer.model, and the pieces that it keeps whole. Two
-    pieces merge if that gives a third one, in the order of their ids. Raises `UserError` for what
-    is no BPE of SentencePiece."""
+def from_model(file: Path, settings: dict) -> Tokenizer:
+    """LlamaTokenizer's pipeline for a tokenizer.model. Two pieces merge if that gives a third
+    one, in the order of their ids."""
     try:
         from google.protobuf.message import DecodeError
         from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -70,17 +69,14 @@ def from_model(file: Path, settings: dict) -> tuple[Tokenizer, list[AddedToken]]
     except (OSError, DecodeError) as error:
         problem = f"is damaged, or not of SentencePiece ({error})"
         raise UserError(f"{file} {problem}; fetch it again, or a tokenizer.json") from None
-    if proto.trainer_spec.model_type != BPE:
-        mend = "put the tokenizer.json of its model beside it"
-        raise UserError(f"{file} is not a BPE model, unlike those of Llama; {mend}")
+    whole = {piece.piece for piece in proto.pieces if piece.type in (CONTROL, USER_DEFINED)}
+    if proto.trainer_spec.model_type != BPE or whole != {"<s>", "</s>"}:
+        problem = "is no BPE with <s> and </s> as its only symbols, unlike those of Llama"
+        raise UserError(f"{file} {problem}; put the tokenizer.json of its model beside it")
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     pairs = [(word[:n], word[n:]) for word in vocab for n in range(1, len(word))]
     merges = [(left, right) for left, right in pairs if left in vocab and right in vocab]
-    whole = []
-    for piece in proto.pieces:
-        if piece.type in (CONTROL, USER_DEFINED):
-            whole.append(AddedToken(piece.piece, normalized=False, special=piece.type == CONTROL))
-    return llama_pipeline(vocab, merges, settings), whole
+    return llama_pipeline(vocab, merges, settings)
 
 
 def surround(backend: Tokenizer, named: dict[str, str], settings: dict) -> None:

@@ -12,13 +12,12 @@ from pathlib import Path
 import tokenizers
 
 from support.command import UserError, first_line
-from support.huggingface.added_tokens import CONFIG, add_declared, read_optional
+from support.huggingface.added_tokens import CONFIG, EXTRA, OLDER_EXTRA, add_declared, read_optional
 from support.huggingface.chat import find_template, render
 from support.huggingface.checkpoint import find_checkpoint
 from support.huggingface.pieces import DEFAULTS, GPT2, LLAMA, from_model, rebuild, surround
 
 GENERAL = ("", "TokenizersBackend", "PreTrainedTokenizer", "PythonBackend")  # do as the files say
-SWITCHES = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "split_special_tokens")
 CLEAN_UP = "clean_up_tokenization_spaces"  # in the decoded text; not done for a BPE
 UNSUPPORTED = ("fix_mistral_regex", "fast_tokenizer_files", "model_specific_special_tokens")
 UNSUPPORTED += (f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output",)
@@ -52,10 +51,6 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; `special` adds what the model wants around a text, such as <s>. Raises
         `UserError` for text that is not valid Unicode, and for a token beyond the model's."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError("the text is not valid UTF-8; check where it was cut") from None
         with library("the tokenizer cannot read the text", "mend its files or give other text"):
             ids = self.backend.encode(text, add_special_tokens=special).ids
         if self.vocabulary is not None and max(ids, default=0) >= self.vocabulary:
@@ -111,7 +106,7 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
     config, file, model = [folder / name for name in (CONFIG, "tokenizer.json", "tokenizer.model")]
     settings = read_optional(config)
     kind = pipeline_of(folder, settings)
-    in_file, control = {}, None
+    in_file = {}
     if file.is_file():
         with library(f"{file} is damaged", "fetch it again"):
             backend = tokenizers.Tokenizer.from_file(str(file))
@@ -119,7 +114,9 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
     elif not model.is_file():
         raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model; fetch it again")
     elif kind == LLAMA:
-        backend, control = from_model(model, settings)
+        backend = from_model(model, settings)
+        if not settings.keys() & {EXTRA, OLDER_EXTRA}:
+            settings[EXTRA] = ["<s>", "</s>"]
     else:
         mend = "put the tokenizer.json of its model beside it"
         raise UserError(f"{model} is read for a Llama with {LLAMA} only; {mend}")
@@ -131,17 +128,12 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
     for name in refused:
         if settings.get(name):
             raise UserError(f"{config}: {name} is not supported; take it out there")
-    for name in SWITCHES:
-        value = settings.get(name)
-        if not isinstance(value, bool | None):
-            problem = f"{name} is {value!r:.80}, neither true nor false"
-            raise UserError(f"{config}: {problem}; correct it there")
-    if kind and control is None:
+    if kind and file.is_file():
         backend = rebuild(backend, kind, settings)
     with library(f"{config}, or a file beside it, declares no tokens", "correct it there"):
         defaults = DEFAULTS.get(kind, {})
-        special = add_declared(backend, folder, defaults | settings, in_file, control)
-    if control is not None:
+        special = add_declared(backend, folder, defaults | settings, in_file)
+    if not file.is_file():
         surround(backend, special, settings)
     backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
     template, source = find_template(folder, settings)
