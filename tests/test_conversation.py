@@ -47,9 +47,6 @@ TEMPLATES = {  # what the models' own ones write
         end="<h>assistant</h>\n\n",
     ),
     "mistral": template(f"[INST] {CONTENT} [/INST]", CONTENT + EOS, begin=BOS),
-    "zephyr": template(
-        f"<|user|>\n{CONTENT}{EOS}\n", f"<|assistant|>\n{CONTENT}{EOS}\n", end="<|assistant|>\n"
-    ),
 }
 FORGETFUL = {
     "only the last message": "{{ messages[-1]['content'] }}",
