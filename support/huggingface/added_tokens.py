@@ -29,7 +29,7 @@ def add_declared(backend: Tokenizer, folder: Path, settings: dict, in_file: dict
     """
     older = {}
     if BY_ID not in settings:
-        older = read_optional(folder / "special_tokens_map.json")
+        older = read_json(folder / "special_tokens_map.json", needed=False)
     unknown = set(older) - {*NAMES, OLDER_EXTRA}
     if unknown:
         raise ValueError(f"special_tokens_map.json has {unknown}; move it to {CONFIG}")
@@ -43,7 +43,7 @@ def add_declared(backend: Tokenizer, folder: Path, settings: dict, in_file: dict
     else:
         by_id = dict(in_file)
         special = {token.content for token in [*named.values(), *further]}
-        for text, i in read_optional(folder / "added_tokens.json").items():
+        for text, i in read_json(folder / "added_tokens.json", needed=False).items():
             known = text in special
             by_id.setdefault(i, AddedToken(text, normalized=not known, special=known))
     if extra is None:
@@ -93,8 +93,3 @@ def read_token(token: object) -> AddedToken:
         raise TypeError(f"{token!r:.80} is neither a text nor an object with `content`")
     flags = {name: token[name] for name in FLAGS if name in token}
     return AddedToken(token["content"], **flags)
-
-
-def read_optional(file: Path) -> dict:
-    """A JSON object from a file, an empty one if there is none. Raises `UserError`."""
-    return read_json(file) if file.is_file() else {}

@@ -19,8 +19,11 @@ from model import Config, Transformer
 from support.command import UserError, first_line
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises `UserError` if it is damaged."""
+def read_json(path: Path, needed: bool = True) -> dict:
+    """A JSON object from a file, {} for one that is not there if it is not `needed`. Raises
+    `UserError` if it is damaged."""
+    if not needed and not path.is_file():
+        return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a mark first
         if not isinstance(data, dict):
@@ -191,7 +194,7 @@ def interpret(c: dict) -> Config:
     head_dim = whole(c, "head_dim", hidden // heads)
     even = heads % kv_heads == 0 and head_dim % 2 == 0 and (mistral or hidden % heads == 0)
     shapes = f"{heads} query heads on {kv_heads} key/value heads of dimension {head_dim}"
-    check(even and heads * head_dim <= MOST, f"{shapes} for a hidden_size of {hidden}")
+    check(even and heads * head_dim <= MOST, f"{shapes} for hidden_size {hidden} are not supported")
     eps = c.get("rms_norm_eps", 1e-6)
     fits = isinstance(eps, float) and 0 <= eps < math.inf
     check(fits, f"rms_norm_eps is {eps!r:.80}, not a finite decimal number such as 1e-05")
@@ -222,10 +225,10 @@ def interpret(c: dict) -> Config:
 NEUTRAL = dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "num_beams"), 1)
 NEUTRAL |= {"num_beam_groups": 1, "guidance_scale": 1}
 NOT_HONOURED = (*NEUTRAL, "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
-NOT_HONOURED += ("bad_words_ids", "suppress_tokens")
-NOT_HONOURED += ("begin_suppress_tokens", "sequence_bias", "min_length", "min_new_tokens")
-NOT_HONOURED += ("forced_bos_token_id", "forced_eos_token_id", "stop_strings", "max_time")
-NOT_HONOURED += ("exponential_decay_length_penalty", "penalty_alpha", "watermarking_config")
+NOT_HONOURED += ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")
+NOT_HONOURED += ("min_length", "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id")
+NOT_HONOURED += ("stop_strings", "max_time", "exponential_decay_length_penalty")
+NOT_HONOURED += ("penalty_alpha", "watermarking_config")
 
 
 def generation_settings(path: str | Path) -> list[str]:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from support.command import UserError
-
 LLAMA, GPT2, END = "LlamaTokenizer", "GPT2Tokenizer", "<|endoftext|>"
 # The special tokens of such a class, unless the settings name others.
 DEFAULTS = {
@@ -56,23 +54,13 @@ def llama_pipeline(
 
 def from_model(file: Path, settings: dict) -> Tokenizer:
     """LlamaTokenizer's pipeline for a tokenizer.model. Two pieces merge if that gives a third
-    one, in the order of their ids."""
-    try:
-        from google.protobuf.message import DecodeError
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto
-    except ImportError:
-        packages = "sentencepiece protobuf"
-        mend = f"pip install {packages}, or put a tokenizer.json beside it"
-        raise UserError(f"{file} needs the packages {packages}; {mend}") from None
-    try:
-        proto = ModelProto.FromString(file.read_bytes())
-    except (OSError, DecodeError) as error:
-        problem = f"is damaged, or not of SentencePiece ({error})"
-        raise UserError(f"{file} {problem}; fetch it again, or a tokenizer.json") from None
+    one, in the order of their ids. Raises any error for a file that is not as Llama's."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # and protobuf with it
+
+    proto = ModelProto.FromString(file.read_bytes())
     whole = {piece.piece for piece in proto.pieces if piece.type in (CONTROL, USER_DEFINED)}
     if proto.trainer_spec.model_type != BPE or whole != {"<s>", "</s>"}:
-        problem = "is no BPE with <s> and </s> as its only symbols, unlike those of Llama"
-        raise UserError(f"{file} {problem}; put the tokenizer.json of its model beside it")
+        raise ValueError("no BPE with <s> and </s> as its only symbols, as Llama's is")
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     pairs = [(word[:n], word[n:]) for word in vocab for n in range(1, len(word))]
     merges = [(left, right) for left, right in pairs if left in vocab and right in vocab]

@@ -12,9 +12,9 @@ from pathlib import Path
 import tokenizers
 
 from support.command import UserError, first_line
-from support.huggingface.added_tokens import CONFIG, EXTRA, OLDER_EXTRA, add_declared, read_optional
+from support.huggingface.added_tokens import CONFIG, EXTRA, OLDER_EXTRA, add_declared
 from support.huggingface.chat import find_template, render
-from support.huggingface.checkpoint import find_checkpoint
+from support.huggingface.checkpoint import find_checkpoint, read_json
 from support.huggingface.pieces import DEFAULTS, GPT2, LLAMA, from_model, rebuild, surround
 
 GENERAL = ("", "TokenizersBackend", "PreTrainedTokenizer", "PythonBackend")  # do as the files say
@@ -104,7 +104,7 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
     settings that would give other token ids than in transformers."""
     folder = find_checkpoint(path)
     config, file, model = [folder / name for name in (CONFIG, "tokenizer.json", "tokenizer.model")]
-    settings = read_optional(config)
+    settings = read_json(config, needed=False)
     kind = pipeline_of(folder, settings)
     in_file = {}
     if file.is_file():
@@ -113,13 +113,15 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
         in_file = backend.get_added_tokens_decoder()
     elif not model.is_file():
         raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model; fetch it again")
-    elif kind == LLAMA:
-        backend = from_model(model, settings)
-        if not settings.keys() & {EXTRA, OLDER_EXTRA}:
-            settings[EXTRA] = ["<s>", "</s>"]
-    else:
+    elif kind != LLAMA:
         mend = "put the tokenizer.json of its model beside it"
         raise UserError(f"{model} is read for a Llama with {LLAMA} only; {mend}")
+    else:
+        mend = "pip install sentencepiece protobuf, or put its model's tokenizer.json beside it"
+        with library(f"{model} cannot be read", mend):
+            backend = from_model(model, settings)
+        if not settings.keys() & {EXTRA, OLDER_EXTRA}:
+            settings[EXTRA] = ["<s>", "</s>"]
     refused = UNSUPPORTED
     if not isinstance(backend.model, tokenizers.models.BPE):
         refused += (CLEAN_UP,)
@@ -142,7 +144,8 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
 
 def pipeline_of(folder: Path, settings: dict) -> str:
     """The class of `DEFAULTS` whose pipeline transformers builds, "" for that of the files."""
-    config, file = read_optional(folder / "config.json"), folder / "tokenizer.json"
+    config = read_json(folder / "config.json", needed=False)
+    file = folder / "tokenizer.json"
     name = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
     kind = str(name).removesuffix("Fast")
     if config.get("model_type") == "mistral" or kind in GENERAL:
