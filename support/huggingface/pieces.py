@@ -1,8 +1,6 @@
-"""Pipelines of `tokenizers` that transformers 5 builds itself, rather than read them from a file.
-
-From a SentencePiece tokenizer.model it builds them always; from a tokenizer.json, where the files
-name a class of tokenizers that has one way to cut texts, whatever tokenizer.json says of it.
-"""
+"""Pipelines of `tokenizers` that transformers 5 builds itself: always for a SentencePiece
+tokenizer.model; for a tokenizer.json where the files name a class of tokenizers that cuts
+texts in one way, whatever tokenizer.json says of it."""
 
 import json
 from pathlib import Path
@@ -38,8 +36,8 @@ def rebuild(backend: Tokenizer, kind: str, settings: dict) -> Tokenizer:
 def llama_pipeline(
     vocab: dict[str, int], merges: list[tuple[str, str]], settings: dict
 ) -> Tokenizer:
-    """Spaces as ▁, one more before a text that has none there, bytes for unknown letters. With
-    `legacy`, one more also before the parts between special tokens."""
+    """Spaces as ▁, one more before a text that has none there (with `legacy` also before
+    the parts between special tokens), bytes for unknown letters."""
     scheme = "always" if settings.get("legacy") else "first"
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if settings.get("add_prefix_space") is False:
@@ -53,8 +51,8 @@ def llama_pipeline(
 
 
 def from_model(file: Path, settings: dict) -> Tokenizer:
-    """LlamaTokenizer's pipeline for a tokenizer.model. Two pieces merge if that gives a third
-    one, in the order of their ids. Raises any error for a file that is not as Llama's."""
+    """LlamaTokenizer's pipeline for a tokenizer.model. Two pieces merge if that gives a
+    third one, in the order of their ids. Raises any error for a file unlike Llama's."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # and protobuf with it
 
     proto = ModelProto.FromString(file.read_bytes())
