@@ -4,22 +4,19 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import jinja2
 import pytest
 
 import infer
+from infer import TEACHER
 from support.command import UserError
 from support.huggingface.conversation import Conversation
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.interrupt import Postponed
 from tests.helpers import call
 
-ROOT = Path(__file__).parent.parent
-TEACHER = ROOT / "weights" / "teacher"
 TEXT = "line one: 17\nline two: 42"
 
 
@@ -105,25 +102,40 @@ def test_without_a_template_it_is_one_running_text(teacher):
 # -------------------------------------------------------------------------------- the command
 
 
+@pytest.fixture
+def talk(everything, capsys, monkeypatch, tmp_path):
+    """Holds a conversation in this process, if not with the teacher then with a tiny model: exit
+    code, output and errors."""
+
+    def run(text, questions, *more, teacher=False):
+        (tmp_path / "text.txt").write_bytes(text)
+        (tmp_path / "questions.txt").write_bytes(questions)
+        if not teacher:
+            more = ["--model", everything / "model", "--factors", everything / "f", *more]
+        with open(tmp_path / "questions.txt", encoding="utf-8") as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            more = ["--prompt-file", tmp_path / "text.txt", *more]
+            return call(infer, capsys, "--ask", "--max-new-tokens", 8 if teacher else 4, *more)
+
+    return run
+
+
 @pytest.mark.slow
-def test_ten_questions_through_a_pipe(tmp_path):
+def test_ten_questions_about_one_text(talk):
     """About lines of the demonstration's record, with the 80% factors: as many right as when each
     is asked alone."""
     *lines, _ = (TEACHER / "prompt.txt").read_text(encoding="utf-8").rstrip().splitlines()
-    text = "\n".join(lines).rstrip()
-    file = tmp_path / "record.txt"
-    file.write_text(text, encoding="utf-8")
+    text = "\n".join(lines)
     found = re.findall(r"^line ([\w-]+): REGISTER_CONTENT is <(\d+)>$", text, re.M)
     keys, numbers = zip(*found[:: len(found) // 10][:10], strict=True)
     form = "Now the record is over. Tell me what is the <REGISTER_CONTENT> in line {}? "
     questions = [form.format(key) + "I need the number." for key in keys]
 
     def ask(questions, *more):
-        command = [sys.executable, "infer.py", "--ask", "--prompt-file", file, "--json", *more]
         lines = "\n".join(questions) + "\n"
-        options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
-        done = subprocess.run([*command, "--max-new-tokens", "8"], input=lines, **options)
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        code, out, _ = talk(text.encode(), lines.encode(), "--json", *more, teacher=True)
+        assert code == 0
+        return [json.loads(line) for line in out.splitlines()]
 
     def right(results):
         return [n in result["text"] for n, result in zip(numbers, results, strict=True)]
@@ -135,22 +147,6 @@ def test_ten_questions_through_a_pipe(tmp_path):
     assert sum(right(together)) >= sum(right(alone)) >= 5
     lengths = [result["prompt_tokens"] for result in together]
     assert lengths == sorted(lengths) and together[0]["tokens"] == alone[0]["tokens"]
-
-
-@pytest.fixture
-def talk(everything, capsys, monkeypatch, tmp_path):
-    """Holds a conversation in this process: exit code, output and errors."""
-
-    def run(text, questions, *more):
-        (tmp_path / "text.txt").write_bytes(text)
-        (tmp_path / "questions.txt").write_bytes(questions)
-        files = ["--model", everything / "model", "--factors", everything / "f"]
-        with open(tmp_path / "questions.txt", encoding="utf-8") as stdin:
-            monkeypatch.setattr(sys, "stdin", stdin)
-            more = ["--prompt-file", tmp_path / "text.txt", *more]
-            return call(infer, capsys, *files, "--ask", "--max-new-tokens", 4, *more)
-
-    return run
 
 
 def test_each_answer_is_followed_by_its_bytes(talk):
