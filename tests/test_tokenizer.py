@@ -231,58 +231,47 @@ STRIPPED = {
 }
 CHAT = ("<|user|> the dog  <|end|>\nthe dogs<|end|>", " the dog", "<s>the</s> dog 's user, it")
 CHAT += ("the  dog , ", "Grüße 漢 1234", "", "  ")
-OLD_MAP = {"pad_token": token("<|user|>", lstrip=True)}
-NO_MAP = {"special_tokens_map": {"eos_token": "dog"}, "added_tokens": {"it": 602}}
+BOTH = {"add_bos_token": True, "add_eos_token": True}
+OLD_MAP = {"special_tokens_map": {"pad_token": token("<|user|>", lstrip=True)}}
+IGNORED = {"special_tokens_map": {"eos_token": "dog"}, "added_tokens": {"it": 602}}
+TWO = {"additional_special_tokens": ["<|user|>"]}
 MORE = {"special_tokens_map": {"additional_special_tokens": list(TAGS)}}
 WORDS = {"additional_special_tokens": ["dog"], "eos_token": token("<e>")}
 IN_LLAMA = {"added_tokens": {"<|end|>": 275}}
-DECLARED = {  # a vocabulary, the settings, the files beside them
-    "flags": ("model", {"added_tokens_decoder": STRIPPED}, {}),
-    "added_tokens.json": ("model", {}, {"added_tokens": TAGS}),
-    "old map": ("model", {"eos_token": "<|end|>"}, {"special_tokens_map": OLD_MAP}),
-    "added, special": ("model", OLD_MAP, {"added_tokens": TAGS, "special_tokens_map": OLD_MAP}),
-    "map is ignored": ("model", DECODER, NO_MAP),
-    "map, additional": ("model", {}, MORE),
-    "class in config": ("model", None, {"config": {"model_type": "llama"} | LLAMA}),
-    "decoder": ("model", DECODER, {}),
-    "additional": ("model", {"additional_special_tokens": list(TAGS)}, {}),
-    "extra list": ("model", {"extra_special_tokens": list(TAGS)}, {}),
-    "extra is empty": ("model", {"extra_special_tokens": {}}, {}),
-    "own name": ("model", {"image_token": "<|user|>", "pad_token": "<|end|>"}, {}),
-    "typed": ("model", {"eos_token": TYPED}, {}),
-    "bos and eos": ("model", {"add_bos_token": True, "add_eos_token": True}, {}),
-    "only eos": ("model", {"add_bos_token": False, "add_eos_token": True}, {}),
-    "nothing asked": ("model", {}, {}),
-    "no bos": ("model", {"add_bos_token": True, "bos_token": None}, {}),
-    "bos is another": ("model", {"add_bos_token": True, "bos_token": "</s>"}, {}),
-    "bos is new": ("model", {"add_bos_token": True, "bos_token": "<bos>"}, {}),
-    "legacy": ("model", {"legacy": True}, {}),
-    "no legacy": ("model", {"legacy": False}, {}),
-    "no space": ("model", {"add_prefix_space": False}, {}),
-    "map, words": ("words", {}, {"special_tokens_map": WORDS}),
-    "words": ("words", {"additional_special_tokens": ["<|user|>", "dog"]}, {}),
-    "own name, typed": ("words", {"image_token": TYPED}, {}),
-    "bos in words": ("words", {"add_bos_token": True, "bos_token": "<s>"}, {}),
-    "split": ("words", {"split_special_tokens": True, "eos_token": "dog"}, {}),
-    "bos in llama": ("llama", LLAMA | {"add_bos_token": False, "add_eos_token": True}, {}),
-    "added beside a file": ("llama", {"eos_token": "<|end|>"}, IN_LLAMA),
-    "added, not special": ("llama", {}, IN_LLAMA),
-    "llama file": ("llama", {}, {}),
-    "llama file, class": ("llama", LLAMA, {}),
-    "llama file, legacy": ("llama", {"tokenizer_class": "LlamaTokenizerFast", "legacy": True}, {}),
-    "llama file, no space": ("llama", LLAMA | {"add_prefix_space": False}, {}),
-    "llama file, mistral": ("llama", LLAMA, MISTRAL),
-    "clean up BPE": ("llama", LLAMA | {CLEAN_UP: True}, {}),
-    "fast": ("llama", {"tokenizer_class": FAST}, {}),
-    "bytes": ("bytes", LLAMA, {}),
-    "bytes, GPT-2": ("bytes", GPT2, {}),
-    "bytes, space": ("bytes", GPT2 | {"add_prefix_space": True}, {}),
-}
+DECLARED = [  # a vocabulary, the settings, the files beside them
+    ("model", {"added_tokens_decoder": STRIPPED}, {}),
+    ("model", DECODER, IGNORED),
+    ("model", DECODER | {"bos_token": "</s>", "legacy": False, **BOTH}, {}),
+    ("model", {"eos_token": "<|end|>"}, {"added_tokens": TAGS, **OLD_MAP}),
+    ("model", {"add_bos_token": False, "add_eos_token": True}, MORE),
+    ("model", {"additional_special_tokens": list(TAGS), "legacy": True, **BOTH}, {}),
+    ("model", {"extra_special_tokens": list(TAGS), "add_prefix_space": False}, {}),
+    ("model", {"extra_special_tokens": {}, "add_bos_token": True, "bos_token": None}, {}),
+    ("model", {"extra_special_tokens": [], "add_bos_token": True, "bos_token": None}, {}),
+    ("model", {"image_token": "<|user|>", "pad_token": "<|end|>"}, {}),
+    ("model", {"bos_token": "<bos>", "eos_token": TYPED, **BOTH, **TWO}, {}),
+    ("model", None, {"config": {"model_type": "llama"} | LLAMA}),  # the class stands there
+    ("words", {"add_bos_token": True, "bos_token": "<s>"}, {"special_tokens_map": WORDS}),
+    ("words", {"additional_special_tokens": ["<|user|>", "dog"], "image_token": TYPED}, {}),
+    ("words", {"split_special_tokens": True, "eos_token": "dog"}, {}),
+    ("llama", {}, {}),
+    ("llama", {}, IN_LLAMA),
+    ("llama", {"extra_special_tokens": {}, "additional_special_tokens": []}, MORE),
+    ("llama", {"eos_token": "<|end|>"}, IN_LLAMA),
+    ("llama", LLAMA, {}),
+    ("llama", LLAMA, MISTRAL),
+    ("llama", LLAMA | {"add_bos_token": False, "add_eos_token": True, CLEAN_UP: True}, {}),
+    ("llama", LLAMA | {"add_prefix_space": False}, {}),
+    ("llama", {"tokenizer_class": "LlamaTokenizerFast", "legacy": True}, {}),
+    ("llama", {"tokenizer_class": FAST}, {}),
+    ("bytes", LLAMA, {}),
+    ("bytes", GPT2, {}),
+    ("bytes", GPT2 | {"add_prefix_space": True}, {}),
+]
 
 
-@pytest.mark.parametrize("name", DECLARED)
-def test_settings_beside_the_vocabulary_as_in_transformers(name, save):
-    kind, settings, files = DECLARED[name]
+@pytest.mark.parametrize(("kind", "settings", "files"), DECLARED)
+def test_settings_beside_the_vocabulary_as_in_transformers(save, kind, settings, files):
     if kind == "model" and settings is not None:
         settings = LLAMA | settings
     assert_as_transformers(save(kind, settings, **files), CHAT)
