@@ -235,7 +235,9 @@ class Packed:
             parts.insert(0, self.waiting)
         waiting = torch.cat(parts, dim=1)  # a copy a step, but only of what waits
         self.length += x.shape[1]
-        n = max(0, waiting.shape[1] - self.residual) // self.block * self.block
+        n = 0
+        if self.bits in BITS:
+            n = max(0, waiting.shape[1] - self.residual) // self.block * self.block
         if n:
             self.pack_blocks(waiting[:, :n])
             waiting = waiting[:, n:].clone()  # a view would keep the memory of the packed ones

@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beyond.outputs import OutputObserver, calibrate_outputs
+from beyond.segments import GrowingLatents
 from cskv import (
     BiBranchCache,
     Factors,
-    Latents,
     LowRank,
     Statistics,
     Together,
@@ -49,7 +49,7 @@ from support.processes import summed
 class Sum:
     """The latents of a group of layers, and those of the tokens that pass it at the moment."""
 
-    def __init__(self, latents: Latents | Packed, count: int):
+    def __init__(self, latents: GrowingLatents | Packed, count: int):
         self.latents = latents
         self.count = count  # layers
         self.added = 0  # of them, to `open`
@@ -73,7 +73,7 @@ class Sum:
 
 
 class Part:
-    """A layer's way to the latents that it shares: `Latents` for its cache."""
+    """A layer's way to the latents that it shares, in place of its cache's own."""
 
     def __init__(self, total: Sum, layer: int, window: int):
         self.total = total

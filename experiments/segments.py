@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beyond.probes import DecodeMode
-from beyond.segments import SEGMENTS, cut, damping
-from cskv import Factors, is_exact
+from beyond.segments import SEGMENTS, cut, damping, is_exact
+from cskv import Factors
 from experiments.evaluate import perplexity_cases
 from experiments.tables import table, write_json
 from model import Rope, Transformer, causal_attention, seen_by

@@ -72,7 +72,7 @@ def test_bad_initializations():
         ("optimal", [1, 1], "needs calibration"),
         ("svd", [0, 1], "not in 1"),
         ("svd", [1, 13], "not in 1"),
-        ("svd", [1], "ranks for 2 layers"),
+        ("svd", [1], "zip"),
     ):
         with pytest.raises(ValueError, match=message):
             init_factors(name, model, ranks, [1] * len(ranks))
