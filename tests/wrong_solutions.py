@@ -218,7 +218,7 @@ WRONG = {
         "every part as the first": ("done += m", "pass"),
         "every span at the same place": ("part.start - begin", "0"),
         "no scores": "out.zero_()",
-        "q in the type of B": ("self.dtype)", "torch.float64)"),
+        "q in the type of B": ("to(self.dtype).reshape", "to(torch.float64).reshape"),
     },
     f"{FAST}.old_values": {
         "values rebuilt": VALUES,
