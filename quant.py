@@ -259,18 +259,12 @@ class Packed:
         waiting = self.waiting[:, : max(0, stop - end)]
         B, n, C = waiting.shape
         x = waiting.new_empty(B, last - first + n, C, dtype=torch.float32)
-        q = Quantized(*self.quantized(first, last))
+        blocks = slice(first // self.block, last // self.block)
+        codes, scale, minimum = [buffer[:, blocks] for buffer in self.buffers]
+        q = Quantized(unpack(codes, self.bits), scale, minimum)  # [B, blocks, tokens of one, C]
         dequantize(q, self.grouping, x[:, : last - first].view(q.codes.shape))
         x[:, last - first :] = waiting
         return x[:, start - first : stop - first]
-
-    def quantized(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Packed tokens of whole blocks as they are: codes [B, blocks, tokens of one, C], scale
-        and minimum, in groups along tokens [B, blocks, 1, C]."""
-        first = start // self.block
-        count = stop // self.block - first
-        codes, scale, minimum = [buffer.narrow(1, first, count) for buffer in self.buffers]
-        return unpack(codes, self.bits), scale, minimum
 
     def tensors(self) -> list[Tensor]:
         return [*self.buffers, self.waiting] if self.length else []
