@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGEST = 2**31  # no count of tokens, no seed needs more
-TEXTS = ("?*.txt", "?*.jsonl", "?*.parquet")  # what is read in a folder of text
+TEXTS = ("?*.txt", "?*.jsonl")  # what is read in a folder of text
 # In a folder of a model: that, and the shards which an index names.
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json")
 MODEL_FILES += ("added_tokens.json", "vocab*", "merges*", "chat_template*", "adapter*")
