@@ -217,6 +217,7 @@ def test_what_is_streamed_is_the_answer(monkeypatch, make):
     tokenizer, size = make()
     model, cache = tiny_model(), full_cache(tiny_model())
     model(tiny_tokens(model, 1, 3), cache)
+    source = infer.Source(model, tokenizer, cache, None)
     generator = torch.Generator().manual_seed(0)
     for n in range(600):
         ids = torch.randint(size, (1 + n % 9,), generator=generator).tolist()
@@ -224,7 +225,7 @@ def test_what_is_streamed_is_the_answer(monkeypatch, make):
             ids += tokenizer.encode("🙂 é") if size == 256 else []
         pieces = []
         monkeypatch.setattr(infer, "generate", lambda *a, ids=ids: iter(ids))
-        result = infer.answer(model, tokenizer, [1], cache, 9, None, pieces.append)
+        result = source.answer([1], 9, pieces.append)
         assert result["text"] == tokenizer.decode(ids)
         assert "".join(pieces) == result["text"], ids
 
