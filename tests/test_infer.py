@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 
 import infer
 from beyond.segments import FastCache
-from cskv import BiBranchCache, Factors, LayerFactors, init_factors
+from cskv import BiBranchCache, init_factors
 from support.factors_file import load_factors, save_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
@@ -49,30 +49,42 @@ def test_json_counts_live_bytes(answer):
     ratio = 1 - result["cache_bytes"] / result["full_cache_bytes"]
     assert result["measured_ratio"] == pytest.approx(ratio)
     assert result["nominal_ratio"] == pytest.approx(1 - 4 / 12)
-    assert result["prefill_seconds"] > 0 and result["decode_seconds_per_token"] > 0
     # Four sinks, the default: exact, and without latents.
     exact = 2 * (4 + 5) * 12 * 4
     assert answer("--window", 5)["cache_bytes"] == 2 * ((tokens - 4) * (4 + 4) * 2 + exact)
 
 
-@pytest.mark.parametrize(
-    ("flags", "k", "v"),
-    [
-        ([], 3, 8),
-        (["--bits", 4], 4, 4),
-        (["--bits", 2, "--v-bits", 3], 2, 3),
-        (["--k-bits", 16], 16, 8),
-    ],
-)
-def test_bits_are_those_of_the_factors_or_of_the_flags(everything, answer, tmp_path, flags, k, v):
+def test_seconds_are_those_of_the_models_steps(answer, monkeypatch):
+    """With a clock that shows n^2 when it is read for the n-th time, steps take 1, 5, 9, ..."""
+    readings = count()
+    monkeypatch.setattr(infer.time, "perf_counter", lambda: next(readings) ** 2)
+    result = answer()
+    assert result["prefill_seconds"] == 1 and result["decode_seconds_per_token"] == 25
+
+
+@pytest.fixture
+def saved(everything, tmp_path):
+    """Writes the factors with other bits and information; returns the flag for that file."""
+
+    def save(k_bits, v_bits, **info):
+        model = load_model(everything / "model")
+        factors = load_factors(everything / "f", model).in_bits(k_bits, v_bits)
+        factors.info.update(info)
+        save_factors(tmp_path / "other", factors, model)
+        return ["--factors", tmp_path / "other"]
+
+    return save
+
+
+BITS = [([], 3, 8), (["--bits", 4], 4, 4), (["--bits", 2, "--v-bits", 3], 2, 3)]
+
+
+@pytest.mark.parametrize("flags, k, v", [*BITS, (["--bits", 4, "--k-bits", 16], 16, 4)])
+def test_bits_are_those_of_the_factors_or_of_the_flags(answer, saved, flags, k, v):
     """A longer prompt, so that one group of 32 tokens is packed: bytes tell which bits it has."""
-    model = load_model(everything / "model")
-    factors = load_factors(everything / "f", model)
-    layers = [LayerFactors(replace(f.k, bits=3), replace(f.v, bits=8)) for f in factors.layers]
-    save_factors(tmp_path / "f", Factors(layers, factors.info), model)
     prompt = " ".join([f"t{i}" for i in range(40)])
-    args = ["--factors", tmp_path / "f", "--prompt", prompt]
-    result = answer(*args, "--max-new-tokens", 1, "--window", 5, "--sinks", 0, *flags)
+    args = [*saved(3, 8), "--prompt", prompt, "--max-new-tokens", 1, "--window", 5, "--sinks", 0]
+    result = answer(*args, *flags)
     packed = 32 * (4 * k + 4 * v)
     packed += 32 * 4 if k < 16 else 0  # a scale and a minimum for each channel
     packed += 32 * 32 if v < 16 else 0  # a scale and a minimum for each token
@@ -121,13 +133,9 @@ def test_the_fast_cache_is_the_default(answer, monkeypatch):
     assert len({(str(result["tokens"]), result["cache_bytes"]) for result in results}) == 1
 
 
-def test_a_window_in_8_bits(answer, everything, tmp_path):
+def test_a_window_in_8_bits(answer, saved):
     """If the factors were made for it; in bytes see tests/test_segments.py."""
-    model = load_model(everything / "model")
-    factors = load_factors(everything / "f", model)
-    factors.info["window_bits"] = "8"
-    save_factors(tmp_path / "f", factors, model)
-    made = ["--factors", tmp_path / "f"]
+    made = saved(16, 16, window_bits="8")
     plain = answer()["cache_bytes"]
     assert answer(*made)["cache_bytes"] < plain
     assert answer(*made, "--cache", "cskv-plain")["cache_bytes"] == plain
@@ -140,6 +148,8 @@ def test_the_demonstration(capsys):
     number = err.split("REGISTER_CONTENT is <")[1].split(">")[0]
     assert code == 0 and result["text"].strip() == result["full"]["text"].strip() == number
     assert result["cache_bytes"] < 0.25 * result["full"]["cache_bytes"]
+    code, out, _ = call(infer, capsys, "--json", "--max-new-tokens", 3)
+    assert code == 0 and len(json.loads(out)["tokens"]) == 3
     code, _, err = call(infer, capsys, "--prompt", "Hello", "--max-new-tokens", 2)
     assert code == 0 and "only finds numbers" in err and "get_smollm2.py" in err
 
@@ -218,6 +228,7 @@ def test_missing_arguments(everything, refused):
     model = ["--model", everything / "model"]
     assert "needs --factors" in refused(infer, *model, "--prompt", "t1")
     assert "prompt is empty" in refused(infer, *model, "--cache", "full")
+    assert "prompt is empty" in refused(infer, "--ask")
 
 
 def test_wrong_factors_are_one_line(everything, refused, tmp_path):
