@@ -116,13 +116,13 @@ class Source:
     tokenizer: Tokenizer
     cache: list[LayerCache]
     sample: Callable[[Tensor], int]
-    nominal_ratio: float = 0.0
+    nominal_ratio: float
 
     def answer(self, tokens: list[int], most: int, write: Callable, interrupt=None) -> dict:
         """Up to `most` tokens after `tokens`, of which the cache may hold the first ones. Streams
         the text through `write`, measures bytes and seconds, ends early after an `interrupt`."""
-        new: list[int] = []
-        seconds: list[float] = []
+        new = []
+        seconds = []
         written = ""
         prompt = tokens[self.cache[0].length :]
         for token in generate(self.model, prompt, self.cache, most, self.sample, seconds):
@@ -180,16 +180,14 @@ def report(results: dict[str, dict]) -> str:
         "prefill, s": lambda r: f"{r['prefill_seconds']:.2f}",
         "decode, ms a token": lambda r: f"{1e3 * r['decode_seconds_per_token']:.1f}",
     }
-    width = 8 + max(map(len, results))
-    text = " " * 25
-    for name in results:
-        text += f"{name:>{width}}"
+    lines = [" " * 25 + "".join([f"{name:>12}" for name in results])]
     for label, show in rows.items():
-        text += f"\n{label:25}"
+        line = f"{label:25}"
         for name, result in results.items():
             cell = "" if name == "full" and "ratio" in label else show(result)
-            text += f"{cell:>{width}}"
-    return text
+            line += f"{cell:>12}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def shorten(case: str) -> str:
@@ -288,7 +286,8 @@ def run(args: argparse.Namespace) -> None:
     sample = partial(make_sampler, args.temperature, args.top_p, args.seed)
     sources = {}
     if args.compare or args.cache == "full":
-        sources["full"] = Source(model, tokenizer, full_cache(model, expected), sample())
+        cache = full_cache(model, expected)
+        sources["full"] = Source(model, tokenizer, cache, sample(), nominal_ratio=0.0)
     if args.cache != "full":
         factors = load_factors(args.factors, model)
         factors = factors.in_bits(args.k_bits or args.bits, args.v_bits or args.bits)

@@ -194,7 +194,7 @@ def test_what_is_streamed_is_the_answer(monkeypatch, name):
     tokenizer = make_tokenizer(name)
     model, cache = tiny_model(), full_cache(tiny_model())
     model(tiny_tokens(model, 1, 3), cache)
-    source = infer.Source(model, tokenizer, cache, None)
+    source = infer.Source(model, tokenizer, cache, None, 0.0)
     generator = torch.Generator().manual_seed(0)
     size = tokenizer.backend.get_vocab_size()
     for n in range(300):
