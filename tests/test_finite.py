@@ -11,7 +11,6 @@ import train
 from beyond.segments import FastCache
 from cskv import BiBranchCache, bi_branch_cache, init_factors
 from experiments import evaluate
-from model import full_cache
 from support.command import UserError
 from support.factors_file import load_factors, save_factors
 from tests import helpers
@@ -139,10 +138,3 @@ def test_zeros_do_not_hide_another_model(tmp_path):
         for other in others:
             with pytest.raises(UserError, match="another model"):
                 load_factors(tmp_path / "f", other)
-
-
-def test_a_full_cache_of_zeros_is_unharmed():
-    model = zeroed("k0", "v0")
-    tokens = tiny_tokens(model, 1, 9)
-    ours = helpers.decode_all(model, tokens, 8, full_cache(model))
-    torch.testing.assert_close(ours, model(tokens))
