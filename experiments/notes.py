@@ -94,7 +94,7 @@ def contents(path: Path) -> str:
     digest = hashlib.sha256()
     files = [path]
     if path.is_dir():
-        files = sorted(file for pattern in TEXTS for file in path.rglob(pattern))
+        files = sorted(file for file in path.rglob("*") if TEXTS.match(file.name))
     for file in files:
         if file.is_file():
             digest.update(file.read_bytes())
