@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from beyond import shared
 from beyond.budget import Choice, Fitted, plan_factors, sides_of
 from beyond.outputs import EVERY
 from beyond.probes import DecodeMode, Probe
@@ -217,23 +216,6 @@ def test_moments_are_the_sums_written_out():
             sums[1] += Y.T @ (Y * mass[first:, None])
         expected = sum(total / total.trace() for total in sums)
         torch.testing.assert_close(fitted.moments[group].double(), expected, atol=1e-5, rtol=1e-3)
-
-
-def test_several_passes_are_one(monkeypatch):
-    """Of as many bytes as the model has, unless one group alone has more."""
-    model = tiny_model(num_hidden_layers=LAYERS)
-    samples = [tiny_tokens(model, 1, 40, seed=n) for n in range(2)]
-    one, groups = fitted_on(model, samples, 2)
-    wide = [Together("k", 0, 4), *groups, Together("v", 0, 4)]
-    parts = shared.passes(model, wide)
-    assert [group for part in parts for group in part] == wide and len(parts) > 1
-    weights = sum(weight.nbytes for weight in model.parameters())
-    for part in parts:
-        assert len(part) == 1 or sum(16 * (12 * group.count) ** 2 for group in part) <= weights
-    monkeypatch.setattr(shared, "passes", lambda model, groups: [[group] for group in groups])
-    several, _ = fitted_on(model, samples, 2)
-    for group in groups:
-        assert torch.equal(one.moments[group], several.moments[group])
 
 
 @pytest.mark.parametrize("side", ["k", "v"])
