@@ -23,25 +23,16 @@ The reading side does not change: a layer multiplies with all r channels of the 
 they rebuilt or not. That is what is paid for the bytes: time.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import cskv
 from beyond.outputs import OutputObserver, calibrate_outputs
-from cskv import (
-    BiBranchCache,
-    Factors,
-    Latents,
-    LowRank,
-    Statistics,
-    Together,
-    attention_metric,
-    bi_branch_cache,
-    optimal_factors,
-)
+from cskv import BiBranchCache, Factors, Latents, LowRank, Statistics, Together
 from model import Attention, LayerCache, Rope, Transformer
 from quant import Packed
 from support.processes import summed
@@ -56,18 +47,21 @@ class Sum:
     window: int
     added = 0  # layers, to `open`
     open = None  # [B, n, r], the newest tokens' sum so far
-    codes: dict[tuple[int, int], tuple] = field(
-        default_factory=dict
-    )  # for the layers still to read
+
+    def __post_init__(self):
+        self.codes: dict[tuple[int, int], tuple] = {}  # unpacked, until all layers have read them
 
 
+@dataclass(eq=False)
 class Part:
     """A layer's way to the latents that it shares: `Latents` for its cache."""
 
-    def __init__(self, total: Sum, layer: int):
-        self.total = total
-        self.layer = layer  # its number in the group
-        self.is_last = layer + 1 == total.count
+    total: Sum
+    layer: int  # its number in the group
+
+    @property
+    def is_last(self) -> bool:
+        return self.layer + 1 == self.total.count
 
     def append(self, c: Tensor) -> None:
         """c [B, n, r], what the layer adds to the latents of the next n tokens."""
@@ -94,11 +88,8 @@ class Part:
         return min(self.total.window, latents.at_once())
 
     def read(self, start: int, stop: int) -> Tensor:
-        """As in `quant.Packed`, with the codes of `quantized`."""
-        latents = self.total.latents
-        if isinstance(latents, Packed):
-            return Packed.read(self, start, stop)
-        return latents.read(start, stop)
+        """As the group's latents do, but packed ones with the codes of `quantized`."""
+        return type(self.total.latents).read(self, start, stop)
 
     def quantized(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """As in `quant.Packed`; unpacked once a step, and not once a layer."""
@@ -119,7 +110,7 @@ class Part:
 def shared_cache(model: Transformer, factors: Factors, *args, **settings) -> list[LayerCache]:
     """`cskv.bi_branch_cache`, whose arguments these are, also for factors with layers that share
     latents."""
-    cache = bi_branch_cache(model, replace(factors, together=()), *args, **settings)
+    cache = cskv.bi_branch_cache(model, replace(factors, together=()), *args, **settings)
     connect(cache, factors)
     return cache
 
@@ -208,20 +199,15 @@ def shared_basis(
     model: Transformer, group: Together, moment: Tensor, seen: list[Statistics], weights
 ) -> LowRank:
     """C [g d_kv, g d_kv] and B of a group, for z = sum_l k_l C_l and k_l ~ z B_l, in float32: a
-    rank keeps the first columns and rows.
-
-    Args:
-        moment: of the layers' keys or values side by side, [g d_kv, g d_kv].
-        seen: of all layers; their metrics for keys.
-        weights: s_l^2, what an error of each layer of the group costs.
-    """
+    rank keeps the first columns and rows. `moment` is that of `Moments`, `seen` are statistics of
+    all layers, and `weights` the group's s_l^2."""
     metrics = []
     for i, weight in zip(group.layers, weights, strict=True):
         attention = model.model.layers[i].self_attn
-        metrics.append(weight * attention_metric(attention, group.side, seen[i]))
+        metrics.append(weight * cskv.attention_metric(attention, group.side, seen[i]))
     # The keys k themselves take the place of the inputs x, and the identity that of W.
     identity = torch.eye(len(moment), device=moment.device)
-    return optimal_factors(identity, len(moment), moment, torch.block_diag(*metrics))
+    return cskv.optimal_factors(identity, len(moment), moment, torch.block_diag(*metrics))
 
 
 def shared_pairs(model: Transformer, group: Together, basis: LowRank, rank: int) -> list[LowRank]:

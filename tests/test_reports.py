@@ -12,7 +12,7 @@ import infer
 from beyond.outputs import calibrate_outputs
 from beyond.probes import Probe
 from beyond.segments import FastCache
-from cskv import BiBranchCache, bi_branch_cache, calibrate, init_factors, output_metric
+from cskv import BiBranchCache, Together, bi_branch_cache, calibrate, init_factors, output_metric
 from experiments import budget
 from experiments.caches import Rounded
 from model import full_cache
@@ -35,11 +35,11 @@ def test_a_cost_that_is_not_finite_is_named(layer, side):
     texts = [tiny_tokens(model, 1, 40), tiny_tokens(model, 1, 40, seed=5)]
     probe = Probe(model, texts, 4, 2)
     pair = getattr(make_factors(model, 3, 3).layers[layer], side)
-    assert probe.cost(layer, {side: pair}) > 0
+    assert probe.changed({Together(side, layer, 1): [pair]}).cost > 0
     pair.A[0, 0] = torch.inf
     name = {"k": "keys", "v": "values"}[side]
     with pytest.raises(UserError, match=f"layer {layer}, {name}: the cost is not finite"):
-        probe.cost(layer, {side: pair})
+        probe.changed({Together(side, layer, 1): [pair]})
 
 
 def test_one_token_that_overflows_is_enough():
@@ -51,7 +51,7 @@ def test_one_token_that_overflows_is_enough():
     texts[0][texts[0] == 60] = 1
     probe = Probe(model, texts, 4, 2)
     with pytest.raises(UserError, match="not finite"):
-        probe.cost(1, {"k": make_factors(tiny_model(), 3, 3).layers[1].k})
+        probe.changed({Together("k", 1, 1): [make_factors(tiny_model(), 3, 3).layers[1].k]})
 
 
 # ------------------------------------------------------------------------------- silent layers
