@@ -184,15 +184,26 @@ class GroupObserver(OutputObserver):
 def calibrate_groups(
     model: Transformer, samples: list[Tensor], groups: list[Together], window: int, sinks: int
 ) -> tuple[list[Statistics], dict[Together, Tensor]]:
-    """`calibrate_outputs`, and the moments of groups of layers, in float32."""
-    moments = {group: Moments(group, model) for group in groups}
-    of_layer = {layer.self_attn: {} for layer in model.model.layers}
-    for group, sums in moments.items():
-        for i in group.layers:
-            of_layer[model.model.layers[i].self_attn][group.side] = sums
-    observe = partial(GroupObserver, moments=of_layer)
-    seen = calibrate_outputs(model, samples, window, sinks, observe)
-    return seen, {group: sums.finish() for group, sums in moments.items()}
+    """`calibrate_outputs`, and the moments of groups of layers, in float32.
+
+    The samples are read as often as it takes to have no more bytes of sums at a time than the
+    model's weights have, if one group has not.
+    """
+    result = {}
+    most = max([group.count for group in groups], default=1) * model.config.d_kv
+    weights = sum(weight.nbytes for weight in model.parameters())
+    at_once = max(1, weights // (2 * 8 * most**2))
+    for start in range(0, max(1, len(groups)), at_once):
+        moments = {group: Moments(group, model) for group in groups[start : start + at_once]}
+        of_layer: dict[Attention, dict] = {layer.self_attn: {} for layer in model.model.layers}
+        for group, sums in moments.items():
+            for i in group.layers:
+                of_layer[model.model.layers[i].self_attn][group.side] = sums
+        observe = partial(GroupObserver, moments=of_layer)
+        seen = calibrate_outputs(model, samples, window, sinks, observe)
+        for group, sums in moments.items():
+            result[group] = sums.finish()
+    return seen, result
 
 
 def shared_basis(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from beyond import shared
 from beyond.budget import Fitted, cut, factors_of, sides_of
 from beyond.outputs import EVERY
 from beyond.segments import FastCache
@@ -84,13 +85,13 @@ def test_layers_side_by_side_are_layers_apart(
     apart = make_factors(model, 4, 5).to(model.lm_head.weight)
     apart = in_bits(apart, k_bits, v_bits, 32)
     groups = [*groups_of(k_split, "k"), *groups_of(v_split, "v")]
-    shared = side_by_side(apart, groups)
+    joined = side_by_side(apart, groups)
     tokens = tiny_tokens(model, 2, prompt + n)
-    caches = [shared_cache(model, f, window, 0, kind, first) for f in (shared, apart)]
+    caches = [shared_cache(model, f, window, 0, kind, first) for f in (joined, apart)]
     ours, theirs = [decode_all(model, tokens, prompt, cache) for cache in caches]
     torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
     assert held_bytes(caches[0]) == held_bytes(caches[1])
-    assert nominal_ratio(model, shared) == pytest.approx(nominal_ratio(model, apart))
+    assert nominal_ratio(model, joined) == pytest.approx(nominal_ratio(model, apart))
 
 
 def full_rank(model, split):
@@ -197,6 +198,28 @@ def test_moments_are_the_sums_written_out():
             sums[1] += Y.T @ (Y * mass[first:, None])
         expected = sum(total / total.trace() for total in sums)
         torch.testing.assert_close(fitted.moments[group].double(), expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("count, passes", [(2, 1), (4, 2)])
+def test_sums_have_no_more_bytes_at_a_time_than_the_weights(monkeypatch, count, passes):
+    """A group's are the same in whatever pass they are made."""
+    model = tiny_model(num_hidden_layers=LAYERS)
+    samples = [tiny_tokens(model, 1, 40, seed=n) for n in range(2)]
+    sums = 16 * (12 * count) ** 2  # bytes of a group
+    weights = sum(weight.nbytes for weight in model.parameters())
+    assert (8 // count * sums < weights) == (passes == 1)
+    real, calls = shared.calibrate_outputs, []
+
+    def noted(*args):
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(shared, "calibrate_outputs", noted)
+    fitted, groups = fitted_on(model, samples, count)
+    assert len(calls) == passes
+    for group in groups:
+        alone = calibrate_groups(model, samples, [group], 4, 2)[1][group]
+        assert torch.equal(fitted.moments[group], alone)
 
 
 @pytest.mark.parametrize("side", ["k", "v"])
