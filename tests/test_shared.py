@@ -313,20 +313,22 @@ def test_other_shared_factors_keep_their_a(tmp_path):
 
 
 DAMAGE = {
-    "another side": [["q", 0, 2]],
-    "more layers than there are": [["k", 3, 2]],
-    "a layer twice": [["k", 0, 2], ["k", 1, 2]],
-    "no layers": [["k", 0, 0]],
-    "no group": [["k", 0]],
-    "no list": 3,
+    "another side": {"together": '[["q", 0, 2]]'},
+    "more layers than there are": {"together": '[["k", 3, 2]]'},
+    "a layer twice": {"together": '[["k", 0, 2], ["k", 1, 2]]'},
+    "no layers": {"together": '[["k", 0, 0]]'},
+    "no group": {"together": '[["k", 0]]'},
+    "no list": {"together": "3"},
+    **{f"tokens {group!r}": {"group": group} for group in ("0", "-32", "33", "many", "64.0", "")},
 }
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_groups_of_layers_are_refused(tmp_path, name):
+def test_damaged_groups_are_refused(tmp_path, name):
+    """Of layers, and of tokens."""
     model, _ = saved(tmp_path)
-    rewritten(tmp_path / "f", together=json.dumps(DAMAGE[name]))
-    with pytest.raises(UserError, match="is damaged"):
+    rewritten(tmp_path / "f", **DAMAGE[name])
+    with pytest.raises(UserError, match=r"is damaged \(metadata: .*make it again"):
         load_factors(tmp_path / "f", model)
 
 
