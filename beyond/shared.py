@@ -49,7 +49,7 @@ class Sum:
     open = None  # [B, n, r], the newest tokens' sum so far
 
     def __post_init__(self):
-        self.codes: dict[tuple[int, int], tuple] = {}  # unpacked, until all layers have read them
+        self.values: dict[tuple[int, int], Tensor] = {}  # until all layers have read them
 
 
 @dataclass(eq=False)
@@ -76,8 +76,8 @@ class Part:
             total.latents.append(total.open)
             total.added = 0
             total.open = None
-            if total.latents.packed > packed:  # it reads other parts than the layers before
-                total.codes.clear()
+            if total.latents.packed > packed:  # it reads what the others saw unpacked
+                total.values.clear()
 
     def at_once(self) -> int:
         """No new token may see another one's latent, which is not closed; and all layers must read
@@ -88,15 +88,14 @@ class Part:
         return min(self.total.window, latents.at_once())
 
     def read(self, start: int, stop: int) -> Tensor:
-        """As the group's latents do, but packed ones with the codes of `quantized`."""
-        return type(self.total.latents).read(self, start, stop)
-
-    def quantized(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """As in `quant.Packed`; unpacked once a step, and not once a layer."""
-        codes = self.total.codes
-        if (start, stop) not in codes:
-            codes[start, stop] = self.total.latents.quantized(start, stop)
-        return codes.pop((start, stop)) if self.is_last else codes[start, stop]
+        """As the group's latents do; dequantized once a step, and not once a layer."""
+        values = self.total.values
+        if (start, stop) not in values:
+            values[start, stop] = self.total.latents.read(start, stop)
+        c = values[start, stop]
+        if self.is_last:
+            values.clear()
+        return c
 
     def tensors(self) -> list[Tensor]:
         """All of the group's for the last layer, so that they are counted once."""

@@ -83,7 +83,7 @@ def test_a_shape_needs_no_checkpoint(tmp_path, capsys):
         new, rebuilt = 2 * 2 * 64 * 13, 2 * old * 2 * 13 * 64  # x A; C B, of keys and values
         segments = -(-old // 16)  # all of 16 tokens, the last one filled up
         into_query = segments * 2 * 64 * 13  # B_k, once a segment; B_v, once a step
-        products = 2 * 2 * 13 * (16 * segments + old)  # u c^T and p C of two heads
+        products = 2 * 2 * 13 * 2 * 16 * segments  # u c^T and p C of two heads
         counts = {
             "full": 2 * full,
             "kivi-2": 2 * full,
