@@ -30,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beyond.segments import GrowingLatents
 from cskv import BiBranchCache, LayerFactors
-from model import Attention, Config, LayerCache, Rope, reserve
+from model import Attention, Config, LayerCache, Rope
 from quant import BITS, BLOCK, CHANNELS, TOKENS, Grouping, Packed, pack, unpack
 from support.command import UserError
 
@@ -292,27 +293,23 @@ class TurboQuantCache(LayerCache):
     of `bits` and a norm of 16. `expected` is the final length in tokens, if known."""
 
     def __init__(self, config: Config, bits: int = 2, expected: int = 0):
-        self.expected = expected
         self.sliding_window = config.sliding_window
         self.bits = bits
-        self.parts: list[Tensor] = []  # codes and norms of the keys, then of the values
+        # Codes and norms of the keys, then of the values; heads count as sequences.
+        types = (torch.uint8, torch.float16, torch.uint8, torch.float16)
+        self.parts = [GrowingLatents(dtype, expected) for dtype in types]
 
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
-        t = self.length
-        self.length = t + k.shape[2]
-        new = [*self.encode(rope.rotate(k, t)), *self.encode(v)]
-        if not self.parts:
-            room = max(self.expected, self.length)
-            self.parts = [part.new_empty(*part.shape[:2], room, part.shape[3]) for part in new]
-        self.parts = [reserve(part, self.length) for part in self.parts]
-        for part, of_new in zip(self.parts, new, strict=True):
-            part[:, :, t : self.length] = of_new
+        k = rope.rotate(k, self.length)
+        self.length += k.shape[2]
+        for part, new in zip(self.parts, (*self.encode(k), *self.encode(v)), strict=True):
+            part.append(new.flatten(0, 1))
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_decode(q)
         self.remember(x, q, k, v, rope)
         first = max(0, self.length - (self.sliding_window or self.length))
-        parts = [part[:, :, first : self.length] for part in self.parts]
+        parts = [part.read(first, self.length).unflatten(0, k.shape[:2]) for part in self.parts]
         k_hat = self.rebuild(*parts[:2], k)
         v_hat = self.rebuild(*parts[2:], v)
         q = rope.rotate(q, self.length - 1)
@@ -333,7 +330,7 @@ class TurboQuantCache(LayerCache):
         return (z[..., : like.shape[3]] @ rotation.T * norms.float()).to(like.dtype)
 
     def tensors(self) -> list[Tensor]:
-        return self.parts
+        return [tensor for part in self.parts for tensor in part.tensors()]
 
 
 @lru_cache
