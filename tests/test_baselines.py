@@ -12,13 +12,7 @@ from torch import Tensor
 
 from cskv import init_factors
 from experiments import baselines
-from experiments.baselines import (
-    HeavyHitterCache,
-    KiviCache,
-    LowRankCache,
-    StreamingCache,
-    TurboQuantCache,
-)
+from experiments.baselines import HeavyHitterCache, KiviCache, StreamingCache, TurboQuantCache
 from model import Config, LayerCache, Rope, full_cache
 from quant import CHANNELS, TOKENS, Grouping, bits_per_element, fake_quantize
 from support.command import UserError
@@ -284,7 +278,7 @@ def test_low_rank_equals_a_model_of_low_rank(H_kv, prompt, steps, rank, bias, wi
     tokens = tiny_tokens(model, 2, prompt + steps)
     expected = decode_all(changed, tokens, prompt, full_cache(changed))
     pairs = list(zip(model.model.layers, factors.in_bits(32, 32).layers, strict=True))
-    cache = [LowRankCache(layer.self_attn, own) for layer, own in pairs]
+    cache = [baselines.LowRankCache(layer.self_attn, own) for layer, own in pairs]
     ours = decode_all(model, tokens, prompt, cache)
     torch.testing.assert_close(ours, expected, atol=2e-4, rtol=2e-4)
     latents = 2 * (prompt + steps) * 4  # bytes of a channel of the batch of 2

@@ -28,15 +28,7 @@ from support.huggingface.tokenizer import load_tokenizer
 from tests import helpers
 from tests.drawn import bits, groups, quick, ranks, shapes, sinks, windows
 from tests.evaluating import notes_beside, torchrun
-from tests.helpers import (
-    call,
-    decode_all,
-    in_bits,
-    layer_inputs,
-    make_factors,
-    tiny_model,
-    tiny_tokens,
-)
+from tests.helpers import call, decode_all, in_bits, make_factors, tiny_model, tiny_tokens
 
 # --------------------------------------------------------------------------------- decode mode
 
@@ -84,7 +76,7 @@ def whole_run(model, texts, sides, window=5, first=2):
     """The cost of some sides in decode mode, with latents of the exact inputs."""
     divergences = []
     for tokens in texts:
-        inputs = [x.float() for x, _, _ in layer_inputs(model, tokens)]
+        inputs = [x.float() for x, _, _ in helpers.layer_inputs(model, tokens)]
         caches = full_cache(model)
         for side, pairs in sides.items():
             z = sum(inputs[i] @ pair.A for i, pair in zip(side.layers, pairs, strict=True))
@@ -215,9 +207,8 @@ def test_the_hull_has_no_choice_above_a_line_of_two_others(side):
     for a, b in itertools.pairwise(hull):
         assert a.nbytes < b.nbytes and a.cost > b.cost
         for c in side:  # none below the line from a to b
-            if a.nbytes <= c.nbytes <= b.nbytes:
-                share = (c.nbytes - a.nbytes) / (b.nbytes - a.nbytes)
-                assert c.cost >= a.cost + share * (b.cost - a.cost) - 1e-6
+            line = a.cost - (c.nbytes - a.nbytes) * algorithm.fall(a, b)
+            assert not a.nbytes <= c.nbytes <= b.nbytes or c.cost >= line - 1e-6
 
 
 def test_what_is_left_goes_to_the_side_whose_step_is_too_large():
@@ -356,43 +347,35 @@ def test_an_interrupted_probing_goes_on(
 
 
 @pytest.mark.parametrize("init, copies", [("outputs", True), ("attention", False)])
-def test_factors_keep_what_is_asked_for(everything, tmp_path, planned, monkeypatch, init, copies):
-    outs, probes = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], []
-    probed = []
-
-    class Noted(Probe):
-        def __init__(self, *args):
-            super().__init__(*args)
-            probes.append((args[1], [text.at for text in self.texts]))
-
-        def changed(self, sides):
-            if len(sides) == 1:
-                ((side, (pair,)),) = sides.items()
-                probed.append((side.first, side.side, pair.rank, pair.bits, pair.group))
-            return super().changed(sides)
-
-    monkeypatch.setattr(budget, "Probe", Noted)
-    group = {} if copies else {"group": 0}
-    group["again"] = 0
-    arguments = flags(everything, *outs, init=init, passages=2, probe_len=30, **group)
-    planned(*arguments, *["--no-copies"] * (not copies))
+def test_what_is_fitted_and_probed_is_what_is_asked_for(
+    everything, tmp_path, planned, init, copies
+):
+    out = tmp_path / "a.safetensors"
+    group = 128 if copies else 0
+    more = {"init": init, "group": group, "again": 0, "passages": 2, "probe_len": 30}
+    planned(*flags(everything, out, **more), *["--no-copies"] * (not copies))
     model = load_model(everything / "model")
-    ranks = algorithm.probed_ranks(model)
-    every = itertools.product((0, 1), "kv", (2, 3, 4), ranks, [128 if copies else None])
-    assert probed == [(i, s, rank, b, group) for i, s, b, rank, group in every]
     tokenizer = load_tokenizer(everything / "model")
     drawn = text.sample_tokens(everything / "text.txt", tokenizer, 6 + 2, 50, 0, 2)
     *samples, one, two = sorted(drawn, key=torch.Tensor.numel)
-    one, two = one[:, -30:], two[:, -30:]
+    texts = [one[:, -30:], two[:, -30:]]
     if copies:
-        samples, (one, two) = text.with_copies(samples), text.with_copies([one, two])
-    ((texts, at),) = probes
-    assert torch.equal(texts[0], one) and torch.equal(texts[1], two)
-    assert [own.tolist() for own in at] == [list(range(15, 30))]
+        samples, texts = text.with_copies(samples), text.with_copies(texts)
     seen = calibrate(model, samples, 2)
     if init == "outputs":
         seen = calibrate_outputs(model, samples, 4, 2)
-    factors = load_factors(outs[1], model)
+    fitted = algorithm.Fitted(model, seen, group or None)
+    probe = Probe(model, texts, 4, 2, spread=15)
+    ranks = algorithm.probed_ranks(model)
+    for side, row in zip(
+        sides_of(2), json.loads(out.with_suffix(".json").read_text()), strict=True
+    ):
+        costs = algorithm.side_costs(probe, fitted, side, ranks, [2, 3, 4])
+        assert row["probed_ranks"] == ranks
+        for b in (2, 3, 4):
+            expected = [costs[rank, b] for rank in ranks]
+            assert row[f"costs_{b}_bits"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    factors = load_factors(out, model)
     assert factors.info["init"] == init
     ranks = [[pair.rank for pair in factors.pairs[side::2]] for side in (0, 1)]
     expected = init_factors("attention", model, *ranks, seen)
@@ -404,8 +387,7 @@ def test_factors_keep_what_is_asked_for(everything, tmp_path, planned, monkeypat
 @pytest.mark.parametrize("count", [1, 2])
 def test_two_processes_make_the_same_plan(everything, tmp_path, planned, count):
     planned(*flags(everything, tmp_path / "one.safetensors", layers_together=count))
-    arguments = flags(everything, tmp_path / "two.safetensors", layers_together=count)
-    arguments = map(str, arguments)
+    arguments = map(str, flags(everything, tmp_path / "two.safetensors", layers_together=count))
     done = torchrun(sys.executable, "-m", "experiments.budget", *arguments)
     assert done.returncode == 0, done.stderr
     plans = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
@@ -421,11 +403,7 @@ MISTAKES = {
     "a large window": ({"window": 39, "sinks": 4}, [], "--probe-len 40 is not above --window"),
     "one file twice": ({}, ["--remove", 0.7, "--out", "a.safetensors"], "are both"),
     "a group of no whole blocks": ({"group": 33}, [], "--group 33 is no multiple of 32"),
-    "together in KIVI's groups": (
-        {"layers_together": 2, "group": 0},
-        [],
-        "--layers-together needs groups of tokens",
-    ),
+    "together in KIVI's groups": ({"layers_together": 2, "group": 0}, [], "needs groups of tokens"),
     "no text": ({"data": None}, [], "required: --data"),
     "no such text": ({"data": "nowhere.txt"}, [], "nowhere.txt"),
     "a share above 1": ({}, ["--remove", 1.5, "--out", "c"], "'1.5' is not a number"),

@@ -11,37 +11,21 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import cskv
 from beyond import shared
 from beyond.budget import Fitted, cut, factors_of, sides_of
 from beyond.outputs import EVERY
 from beyond.segments import FastCache
 from beyond.shared import calibrate_groups, shared_cache
-from cskv import (
-    BiBranchCache,
-    Factors,
-    LayerFactors,
-    LowRank,
-    Together,
-    bi_branch_cache,
-    mix_latents,
-    output_metric,
-)
+from cskv import BiBranchCache, Factors, LayerFactors, LowRank, Together, output_metric
 from infer import held_bytes, nominal_ratio
 from model import full_cache
 from support.command import UserError
 from support.factors_file import load_factors, save_factors
+from tests import helpers
 from tests.drawn import kinds, quick, sinks, widths, windows
 from tests.evaluating import storages
-from tests.helpers import (
-    OneToken,
-    assert_same_factors,
-    decode_all,
-    in_bits,
-    layer_inputs,
-    make_factors,
-    tiny_model,
-    tiny_tokens,
-)
+from tests.helpers import OneToken, decode_all, in_bits, make_factors, tiny_model, tiny_tokens
 
 LAYERS = 4
 splits = st.sampled_from([(4,), (2, 2), (1, 3), (3, 1)])  # of the layers into groups
@@ -103,7 +87,7 @@ def full_rank(model, split):
         layers.append(LayerFactors(LowRank(k, eye, 32, group=32), LowRank(v, eye, 32, group=32)))
     groups = [group for side in "kv" for group in groups_of(split, side)]
     factors = side_by_side(Factors(layers), groups)
-    return factors.map(lambda pair: mix_latents(pair, torch.Generator().manual_seed(0)))
+    return factors.map(lambda pair: cskv.mix_latents(pair, torch.Generator().manual_seed(0)))
 
 
 @quick
@@ -150,7 +134,7 @@ def test_wrong_uses_are_refused():
     with pytest.raises(ValueError, match="in order"):
         cache[1].decode(x, q, kv, kv, model.rope)
     with pytest.raises(ValueError, match="shared_cache"):
-        bi_branch_cache(model, shared)
+        cskv.bi_branch_cache(model, shared)
     with pytest.raises(ValueError, match="not KIVI's"):
         shared.in_bits(4, 4)
 
@@ -177,7 +161,7 @@ def test_moments_are_the_sums_written_out():
         for tokens in samples:
             T = tokens.shape[1]
             mass, rows = torch.zeros(T).double(), []
-            inputs = layer_inputs(model, tokens)
+            inputs = helpers.layer_inputs(model, tokens)
             for i in group.layers:
                 attention = model.model.layers[i].self_attn
                 x, k, v = inputs[i]
@@ -309,7 +293,7 @@ def test_other_shared_factors_keep_their_a(tmp_path):
     factors = in_bits(make_factors(model, 4, 5, "svd"), 16, 16, 32)
     factors = side_by_side(factors, groups_of((4,), "k"))
     save_factors(tmp_path / "f", factors, model, torch.float32)
-    assert_same_factors(load_factors(tmp_path / "f", model), factors)
+    helpers.assert_same_factors(load_factors(tmp_path / "f", model), factors)
 
 
 DAMAGE = {
