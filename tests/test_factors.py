@@ -56,27 +56,32 @@ def test_rotation_spreads_outliers():
     assert errors[1] < errors[0] / 2
 
 
-def test_bad_initializations():
-    model = tiny_model()
-    for name, ranks, message in (
+@pytest.mark.parametrize(
+    "name, ranks, message",
+    [
         ("SVD", [1, 1], "no initialization"),
         ("optimal", [1, 1], "needs calibration"),
         ("svd", [0, 1], "not in 1"),
         ("svd", [1, 13], "not in 1"),
         ("svd", [1], "ranks for 2 layers"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            init_factors(name, model, ranks, [1] * len(ranks))
+        ("svd", [3, 3], "layer 1: v_proj has weights that are not finite"),
+    ],
+)
+def test_bad_initializations(name, ranks, message):
+    model = tiny_model()
+    model.model.layers[1].self_attn.v_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=message):
+        init_factors(name, model, ranks, [1] * len(ranks))
+
+
+def test_bad_ratios_and_no_text():
     for ratio in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match="compression ratio"):
             rank_for(ratio, 12)
     with pytest.raises(ValueError, match="longer text"):
-        cskv.calibrate(model, [])
+        cskv.calibrate(tiny_model(), [])
     with pytest.raises(UserError, match="no calibration text"):
-        calibrate_together(model, [])
-    model.model.layers[1].self_attn.v_proj.weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match="layer 1: v_proj has weights that are not finite"):
-        init_factors("svd", model, [3, 3], [3, 3])
+        calibrate_together(tiny_model(), [])
 
 
 def test_random_factors_come_from_the_seed_alone():
@@ -166,30 +171,28 @@ def test_statistics_equal_a_naive_computation(first):
             torch.testing.assert_close(moment, expected, rtol=1e-5, atol=1e-5)
 
 
-def output_error(model, layer, pair, x):
+def output_error(attention, pair, x):
     """Mean square of what the values' error adds to the layer's output, head by head, in double."""
-    c, attention = model.config, model.model.layers[layer].self_attn
+    c = attention.config
+    heads = c.num_attention_heads
     error = x.double() @ (attention.v_proj.weight.T.double() - pair.A.double() @ pair.B.double())
-    total, group = 0.0, c.num_attention_heads // c.num_key_value_heads
-    for head in range(c.num_attention_heads):
-        mine = slice(head * c.head_dim, (head + 1) * c.head_dim)
-        shared = slice(head // group * c.head_dim, (head // group + 1) * c.head_dim)
-        W_O = attention.o_proj.weight[:, mine].T.double()  # [D, hidden]
-        total += (error[:, shared] @ W_O).square().sum(1).mean().item()
-    return total
+    error = error.unflatten(1, (c.num_key_value_heads, c.head_dim))
+    error = error.repeat_interleave(heads // c.num_key_value_heads, dim=1)  # [T, H, D]
+    W_O = attention.o_proj.weight.double().unflatten(1, (heads, c.head_dim))
+    return torch.einsum("thd,ohd->tho", error, W_O).square().sum((1, 2)).mean().item()
 
 
 def test_attention_factors_where_W_O_is_singular():
     """Keeps out a metric in float32, whose rounding is larger than what makes it invertible."""
     model = tiny_model(hidden_size=64, num_key_value_heads=2, head_dim=32, num_hidden_layers=1)
-    weight = torch.outer(torch.arange(64.0), torch.randn(128)) / 64
-    model.model.layers[0].self_attn.o_proj.weight[:] = weight
+    attention = model.model.layers[0].self_attn
+    attention.o_proj.weight[:] = torch.outer(torch.arange(64.0), torch.randn(128)) / 64
     statistics = cskv.calibrate(model, [tiny_tokens(model, 2, 100)])
-    errors = []
+    x, errors = torch.randn(50, 64), []
     for name in ("attention", "optimal"):
         factors = init_factors(name, model, [9], [9], statistics)
         assert all(M.isfinite().all() for pair in factors.pairs for M in (pair.A, pair.B))
-        errors.append(output_error(model, 0, factors.layers[0].v, torch.randn(50, 64)))
+        errors.append(output_error(attention, factors.layers[0].v, x))
     assert errors[0] <= errors[1] + 1e-6
 
 
@@ -207,9 +210,10 @@ def test_attention_factors_are_the_best_for_the_output(H_kv, rank, seed):
     factors = [init_factors(n, model, [rank], [rank], statistics) for n in ("attention", "optimal")]
     ours, plain = (some.layers[0] for some in factors)
     torch.testing.assert_close(ours.k.A @ ours.k.B, plain.k.A @ plain.k.B)
-    least = output_error(model, 0, ours.v, x)
-    for other in (plain.v, *(disturbed(ours.v, size, generator) for size in (1e-3, 1e-1))):
-        assert least <= output_error(model, 0, other, x) * (1 + 1e-4)
+    least = output_error(attention, ours.v, x)
+    others = [disturbed(ours.v, size, generator) for size in (1e-3, 1e-1)]
+    for other in (plain.v, *others):
+        assert least <= output_error(attention, other, x) * (1 + 1e-4)
     M = cskv.output_metric(attention).double()
     weighed = torch.linalg.eigvals(statistics[0].v_moment.double() @ M).real.sort().values
     assert least == pytest.approx(weighed[:-rank].sum().item(), rel=1e-3)
