@@ -139,7 +139,9 @@ def near(rope: Rope, block: int, device: torch.device) -> tuple:
 
 
 @lru_cache(maxsize=8)  # the same for some steps
-def middles(rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.device) -> tuple:
+def middles(
+    rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.device, damped: bool = True
+) -> tuple:
     """Tables [M, D] that turn a query at position 0 back by each segment's middle t0, and damp it:
     of a exp(-i t0 w)."""
     w = frequencies(rope, device)
@@ -148,7 +150,8 @@ def middles(rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.devic
         segment = torch.arange(span.count, dtype=torch.float64, device=device)
         t0 = sinks + span.start + segment * span.length + (span.length - 1) / 2
         angle = torch.outer(-t0, w)
-        turns.append(torch.polar(damping(w, span.length).expand_as(angle), angle))
+        a = damping(w, span.length if damped else 1)
+        turns.append(torch.polar(a.expand_as(angle), angle))
     return tables(torch.cat(turns))
 
 
@@ -234,6 +237,7 @@ class FastCache(BiBranchCache):
     """
 
     segments = SEGMENTS  # ((1, 0),) gives the results of `BiBranchCache`
+    damped = True  # without a_f something is lost; experiments/segments.py shows what
     window_bits = 16  # or more: those of the model
     written = 0  # tokens that the rings have seen
 
@@ -427,7 +431,7 @@ class FastCache(BiBranchCache):
         B, H, _ = out.shape
         H_kv, D = self.H_kv, self.D
         # 1. The query as each segment sees it.
-        cos, sin = middles(rope, self.sinks, spans, q.device)  # [M, D]
+        cos, sin = middles(rope, self.sinks, spans, q.device, self.damped)  # [M, D]
         q = q.view(B, H_kv, -1, 1, D).transpose(0, 1)  # [H_kv, B, G, 1, D]
         seen = turn(q, cos, sin).to(self.dtype).reshape(H_kv, -1, D)  # [H_kv, B * G * M, D]
         # 2. B_k, and the bias, absorbed into it.

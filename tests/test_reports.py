@@ -12,7 +12,7 @@ import infer
 from beyond.outputs import calibrate_outputs
 from beyond.probes import Probe
 from beyond.segments import FastCache
-from cskv import BiBranchCache, bi_branch_cache, calibrate, init_factors, output_metric
+from cskv import BiBranchCache, Together, bi_branch_cache, calibrate, init_factors, output_metric
 from experiments import budget
 from experiments.caches import Rounded
 from model import full_cache
@@ -35,15 +35,16 @@ def test_a_cost_that_is_not_finite_is_named(layer, side, name):
     texts[1][0, -1] = 60
     probe = Probe(model, texts, 4, 2)
     pair = getattr(make_factors(model, 3, 3).layers[layer], side)
-    assert probe.cost(layer, {side: pair}) > 0
+    side_of = Together(side, layer, 1)
+    assert probe.changed({side_of: [pair]}).cost > 0
     A = pair.A.clone()
     pair.A[0, 0] = torch.inf
     with pytest.raises(UserError, match=f"layer {layer}, {name}: the cost is not finite"):
-        probe.cost(layer, {side: pair})
+        probe.changed({side_of: [pair]})
     pair.A.copy_(A)
     model.model.embed_tokens.weight[60] = torch.inf
     with pytest.raises(UserError, match="not finite"):
-        Probe(model, texts, 4, 2).cost(layer, {side: pair})
+        Probe(model, texts, 4, 2).changed({side_of: [pair]})
 
 
 # ------------------------------------------------------------------------------- silent layers
