@@ -10,7 +10,7 @@ be looked up, and a model that copies reads its cache in layers where plain text
 import support.interrupt  # isort: skip # noqa: F401
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -151,11 +151,8 @@ def run(args: argparse.Namespace) -> None:
         def shared_out(probed: Callable[[int], dict], stage: int) -> list[dict]:
             """What is probed of each side, by its number, by all processes together."""
 
-            def some(keys: list[tuple[int, int]]) -> Iterator[dict]:
-                return (probed(n) for n, _ in keys)
-
             keys = [(n, stage) for n in range(len(sides))]
-            done = run_all([[key] for key in keys], some, args.out[0], counted, "side")
+            done = run_all(keys, lambda key: probed(key[0]), args.out[0], counted, "side")
             return [done[key] for key in keys]
 
         found = shared_out(lambda n: probe_side(probe, fitted, sides[n], args.widths), 0)

@@ -30,7 +30,7 @@ from experiments import figures
 from experiments.caches import CACHES, TOKENS, Row, make_row
 from experiments.evaluate import PROTOCOLS, perplexity_cases, retrieval_cases
 from experiments.factors import FactorStore, Recipe
-from experiments.measuring import Case, measure, with_score
+from experiments.measuring import Case, measure
 from experiments.notes import all_that_counts, delete_notes, own_notes
 from experiments.remake import remake
 from experiments.tables import SCORES, beside, grouped, write_tables
@@ -110,7 +110,7 @@ class Experiment:
         caches = [row for row, _ in rows]
         measured = measure(self.store.model, caches, cases, self.notes, self.arguments)
         more = [columns for _, columns in rows]
-        return [{**row, **more[i % len(rows)]} for i, row in enumerate(with_score(measured))]
+        return [{**row, **more[i % len(rows)]} for i, row in enumerate(measured)]
 
     def write(self, rows: list[dict], columns: list[str]) -> None:
         """Prints a table and writes it, as Markdown and as JSON."""
