@@ -25,6 +25,8 @@ from support.processes import calibrate_together, place
 from support.resume import load_state, save_state
 from train import Tuner, count_tokens, loss_floor, new_moments, run_layers, train_layers
 
+MEASURED = 32  # samples that losses are measured on, before and after
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -38,40 +40,29 @@ class Recipe:
     clamped: bool = False  # the zero-point; see quant.py
     lr: float | None = None  # other than the store's
 
-    @property
-    def name(self) -> str:
-        name = f"{self.init}-k{1e4 * self.k_ratio:04.0f}-v{1e4 * self.v_ratio:04.0f}"
-        if self.bits < 16:
-            name += f"-{self.bits}bits"
-        return name + "-clamped" if self.clamped else name
-
     def ranks(self, model: Transformer) -> tuple[list[int], list[int]]:
         """Of the keys and of the values of every layer."""
         d_kv, layers = model.config.d_kv, len(model.model.layers)
         return [rank_for(self.k_ratio, d_kv)] * layers, [rank_for(self.v_ratio, d_kv)] * layers
 
 
+def digest(thing: object) -> str:
+    return hashlib.sha256(json.dumps(thing).encode()).hexdigest()[:12]
+
+
 class FactorStore:
     """A model, `samples` [1, T] to calibrate and to train on, and a folder with the factors made so
-    far. Losses are measured on the first `measured` samples."""
+    far. Losses are measured on the first samples."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        samples: list[Tensor],
-        folder: Path,
-        measured: int = 32,
-        lr: float = 5e-3,
-    ):
+    def __init__(self, model: Transformer, samples: list[Tensor], folder: Path, lr: float = 5e-3):
         self.model = model
         self.samples = samples
         self.folder = folder
-        self.measured = samples[:measured]
+        self.measured = samples[:MEASURED]
         self.lr = lr
-        # A digest of all that factors depend on, besides their recipe.
-        dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-        parts = [fingerprint(model), [sample.tolist() for sample in samples], dtype, measured]
-        self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+        # Of all that factors depend on, besides their recipe.
+        dtype = str(model.lm_head.weight.dtype)
+        self.key = digest([fingerprint(model), [sample.tolist() for sample in samples], dtype])
 
     @functools.cached_property
     def statistics(self) -> list[Statistics]:
@@ -95,8 +86,11 @@ class FactorStore:
             made.append(load_factors(self.file(r), self.model) if r.trained else self.start(r))
         return made
 
-    def file(self, recipe: Recipe) -> Path:
-        return self.folder / f"{recipe.name}-lr{recipe.lr or self.lr:g}-{self.key}.safetensors"
+    def file(self, r: Recipe) -> Path:
+        name = f"{r.init}-k{1e4 * r.k_ratio:04.0f}-v{1e4 * r.v_ratio:04.0f}-{r.bits}bits"
+        if r.clamped:
+            name += "-clamped"
+        return self.folder / f"{name}-lr{r.lr or self.lr:g}-{self.key}.safetensors"
 
     def history(self, recipe: Recipe) -> dict:
         """What training measured: `initial`, `final` and `floor`, of the samples measured, and
@@ -108,37 +102,36 @@ class FactorStore:
         """The paper's training (train.py) for all recipes at once, in one pass over the samples."""
         steps = len(self.samples)
         tuners = [Tuner(self.start(r), steps, r.lr or self.lr) for r in recipes]
-        names = json.dumps([self.file(r).name for r in recipes])
-        checkpoint = self.folder / f"training-{hashlib.sha256(names.encode()).hexdigest()[:12]}.pt"
+        name = digest([self.file(r).name for r in recipes])
+        checkpoint = self.folder / f"training-{name}.pt"
         if checkpoint.exists():
-            state = load_state(checkpoint, {}, ("plan", "losses", "seconds", "initial", "tuners"))
-            for tuner, mine in zip(tuners, state.pop("tuners"), strict=True):
-                tuner.restore(mine)
+            state = load_state(checkpoint, {}, ("losses", "seconds", "initial", "tuners"))
+            for tuner, of_tuner in zip(tuners, state["tuners"], strict=True):
+                tuner.restore(of_tuner)
         else:
-            initial = run_layers(self.model, self.measured, tuners).sum(1).tolist()
-            state = {"plan": {}, "losses": [], "seconds": 0.0, "initial": initial}
+            state = {"losses": [], "seconds": 0.0, "initial": self.losses(tuners)}
         began = time.monotonic() - state["seconds"]
-        losses = state["losses"]
         # Every process has all tuners, and writes the same files, each whole or not at all.
         training = train_layers(self.model, tuners, self.samples)
-        left = steps - len(losses)
-        quiet = place()[0] > 0
-        for step, of_step, _ in tqdm(training, "training", total=left, disable=quiet):
-            losses.append(of_step.sum(1).tolist())
-            for recipe, loss in zip(recipes, losses[-1], strict=True):
+        left = steps - len(state["losses"])
+        for step, losses, _ in tqdm(training, "training", total=left, disable=place()[0] > 0):
+            losses = losses.sum(1).tolist()
+            for recipe, loss in zip(recipes, losses, strict=True):
                 if not math.isfinite(loss):
-                    raise UserError(f"{recipe.name}, step {step}: the loss diverges; lower --lr")
+                    raise UserError(f"{recipe.init}, step {step}: the loss diverges; lower --lr")
+            state["losses"].append(losses)
             state["seconds"] = time.monotonic() - began
-            if (step + 1) % 64 == 0 and step + 1 < steps:
-                save_state(checkpoint, {**state, "tuners": [tuner.state() for tuner in tuners]})
-        finals = run_layers(self.model, self.measured, tuners).sum(1).tolist()
+            if (step + 1) % 64 == 0:
+                state["tuners"] = [tuner.state() for tuner in tuners]
+                save_state(checkpoint, state)
+        finals = self.losses(tuners)
         moments = self.moments()
         for i, (recipe, tuner) in enumerate(zip(recipes, tuners, strict=True)):
             history = {
                 "initial": state["initial"][i],
                 "final": finals[i],
                 "floor": self.floor(moments, recipe),
-                "losses": [of_step[i] for of_step in losses],
+                "losses": [of_step[i] for of_step in state["losses"]],
                 "seconds": state["seconds"],
                 "trained_together": len(recipes),
             }
@@ -146,6 +139,9 @@ class FactorStore:
             tuner.factors.info["trained"] = f"{steps} steps, lr {tuner.lr:g}, batch 1"
             save_factors(self.file(recipe), tuner.factors, self.model, torch.float32)
         checkpoint.unlink(missing_ok=True)
+
+    def losses(self, tuners: list[Tuner]) -> list[float]:
+        return run_layers(self.model, self.measured, tuners).sum(1).tolist()
 
     def moments(self) -> Tensor:
         """Mean k k^T and v v^T over the tokens that are measured, [layers, 2, d_kv, d_kv]."""
@@ -157,5 +153,6 @@ class FactorStore:
         """The least loss (equation 2) that factors of these ranks can have on those samples."""
         total = 0.0
         for both, *ranks in zip(moments, *recipe.ranks(self.model), strict=True):
-            total += sum(loss_floor(m, rank).item() for m, rank in zip(both, ranks, strict=True))
+            for moment, rank in zip(both, ranks, strict=True):
+                total += loss_floor(moment, rank).item()
         return total / self.model.config.d_kv

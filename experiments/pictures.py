@@ -22,8 +22,7 @@ def draw(points: list[dict], path: Path, log_x: bool = False, **settings) -> Non
     """Draws lines, in a panel for each `panel` of the points, and there one for each `label`.
 
     A point has a `panel`, a `label`, `x` and `y`, and the `colour` and `marks` of its line as
-    matplotlib calls them (None: it chooses); a `band` is what lies between its two numbers.
-    `settings` are those of matplotlib's axes. The legend stands at the right.
+    matplotlib calls them (None: it chooses). `settings` are those of matplotlib's axes.
     """
     panels = grouped(points, "panel")
     size = (5.6 * len(panels), 4.4)
@@ -35,21 +34,13 @@ def draw(points: list[dict], path: Path, log_x: bool = False, **settings) -> Non
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:,.0f}")
         for label, line in grouped(own, "label").items():
-            draw_line(axis, label, sorted(line, key=lambda point: point["x"]))
+            line.sort(key=lambda point: point["x"])
+            x = [point["x"] for point in line]
+            y = [point["y"] for point in line]
+            axis.plot(x, y, line[0]["marks"], color=line[0]["colour"], label=label, alpha=0.85)
         axis.set(**settings)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save_figure(figure, path)
-
-
-def draw_line(axis, label: str, line: list[dict]) -> None:
-    x = [point["x"] for point in line]
-    y = [point["y"] for point in line]
-    colour = line[0]["colour"]
-    axis.plot(x, y, line[0]["marks"], color=colour, label=label, alpha=0.85)
-    if "band" in line[0]:
-        low = [point["band"][0] for point in line]
-        high = [point["band"][1] for point in line]
-        axis.fill_between(x, low, high, color=colour, alpha=0.08)
 
 
 def save_figure(figure, path: Path) -> None:

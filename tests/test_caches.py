@@ -103,9 +103,8 @@ def test_the_added_cache_of_the_readme(everything, brief, tmp_path, capsys, monk
     code, out, _ = call(speed, capsys, *args, "--ratios", "0.5", "--threads", 1)
     assert code == 0 and "| newest 50% |" in out
     pytest.importorskip("matplotlib")
-    figures.accuracy_against_bytes(
-        rows, {"full": "black", "newest": None}, tmp_path / "picture.png"
-    )
+    colours = {"full": "black", "newest": None}
+    figures.score_against_bytes(rows, colours, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size
 
 

@@ -1,7 +1,6 @@
 """The paper's experiments as commands, on a tiny model: what they write, and that they resume."""
 
 import json
-import subprocess
 import sys
 from itertools import product
 
@@ -16,14 +15,13 @@ from support.factors_file import save_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
 from support.text import sample_tokens
-from tests.evaluating import ROOT
-from tests.helpers import call, tiny_model
+from tests.evaluating import torchrun
+from tests.helpers import assert_same_factors, call, tiny_model
 
 
 def flags(everything, what, out, *more):
     common = ["--model", everything / "model", "--out", out, "--work", out / "work"]
-    common += ["--samples", 6, "--seq-len", 40, "--measure-samples", 3, "--ratios", "0.5,0.75"]
-    return [what, *common, *more]
+    return [what, *common, "--samples", 6, "--seq-len", 40, "--ratios", "0.5,0.75", *more]
 
 
 def text_flags(everything, what, out, *more):
@@ -41,11 +39,14 @@ def factor_store(everything, folder, samples=6, length=40):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(everything / "model")
     text = sample_tokens(everything / "text.txt", tokenizer, samples, length, 0)
-    return FactorStore(tiny_model(), text, folder, measured=3)
+    return FactorStore(tiny_model(), text, folder)
 
 
 def read(out, what):
     return json.loads((out / f"{what}.json").read_text())
+
+
+# ----------------------------------------------------------------------------- what is measured
 
 
 @pytest.fixture
@@ -56,9 +57,9 @@ def rows_of_table(everything, tmp_path, capsys, monkeypatch):
     def of_table(what, *more):
         asked = []
 
-        def measure(model, rows, cases, notes, arguments):
+        def measure(model, rows, cases, notes, plan):
             asked.extend(rows)
-            own = {"scores": [1.0], "cases": 1, "tokens": 9, "measured_ratio": 0.5, "seconds": 0.0}
+            own = {"accuracy": 1.0, "cases": 1, "tokens": 9, "measured_ratio": 0.5, "seconds": 0.0}
             columns = [{"question": q, "lines": 2} for q in ("prefill", "decode")]
             return [{**row.columns, **c, **own} for c in columns for row in rows]
 
@@ -79,6 +80,9 @@ def rows_of_table(everything, tmp_path, capsys, monkeypatch):
     return of_table
 
 
+TRAINED = "asvd, trained"
+
+
 def test_the_rows_of_table_1(rows_of_table, tmp_path):
     """d_kv is 12: ranks 6 and 2. The paper's numbers are those of its four lengths. A file of a
     budget has its own ranks and bits; its row and three more have 4 sinks."""
@@ -86,26 +90,25 @@ def test_the_rows_of_table_1(rows_of_table, tmp_path):
     budget = init_factors("svd", model, [5] * 2, [3] * 2).in_bits(4, 3)
     save_factors(tmp_path / "b.safetensors", budget, model)
     found, said, asked = rows_of_table("table1", "--factors", tmp_path / "b.safetensors")
-    trained = "asvd, trained"
     assert found == [
         ("full", "", None, "16", 0, "1.00 / 1.00 / 0.98 / 0.98"),
         ("streaming", "", None, "16", 0.5, "0.12 / 0.16 / 0.06 / 0.20"),
         ("h2o", "", None, "16", 0.5, "0.62 / 0.56 / 0.52 / 0.50"),
         ("asvd", "asvd", (6, 6), "16", 0.5, "0.92 / 0.96 / 0.92 / 0.94"),
         ("asvd", "optimal", (6, 6), "16", 0.5, ""),
-        ("cskv-plain", trained, (6, 6), "16", 0.5, "0.98 / 0.94 / 0.96 / 0.94"),
+        ("cskv-plain", TRAINED, (6, 6), "16", 0.5, "0.98 / 0.94 / 0.96 / 0.94"),
         ("cskv-plain", "optimal", (6, 6), "16", 0.5, ""),
         ("streaming", "", None, "16", 0.8, "0.06 / 0.06 / 0.02 / 0.02"),
         ("h2o", "", None, "16", 0.8, "0.18 / 0.24 / 0.26 / 0.10"),
         ("asvd", "asvd", (2, 2), "16", 0.8, "0.26 / 0.12 / 0.06 / 0.04"),
         ("asvd", "optimal", (2, 2), "16", 0.8, ""),
-        ("cskv-plain", trained, (2, 2), "16", 0.8, "0.92 / 0.94 / 0.94 / 0.90"),
+        ("cskv-plain", TRAINED, (2, 2), "16", 0.8, "0.92 / 0.94 / 0.94 / 0.90"),
         ("cskv-plain", "optimal", (2, 2), "16", 0.8, ""),
         ("kivi-4", "", None, "4", 0, ""),
         ("kivi-2", "", None, "2", 0, ""),
         ("streaming", "", None, "16", 0.95, ""),
         ("h2o", "", None, "16", 0.95, ""),
-        ("cskv-plain", "asvd, trained in 4 bits", (2, 2), "4", 0.95, ""),
+        ("cskv-plain", f"{TRAINED} in 4 bits", (2, 2), "4", 0.95, ""),
         ("cskv-plain", "optimal", (2, 2), "4", 0.95, ""),
         ("cskv-plain", "optimal", (6, 6), "16", 0.5, ""),
         ("cskv-plain", "optimal", (2, 2), "16", 0.8, ""),
@@ -114,6 +117,54 @@ def test_the_rows_of_table_1(rows_of_table, tmp_path):
     ]
     assert [row.sinks for row in asked] == [0] * 19 + [4] * 4
     assert [row["sinks"] for row in said] == [row.sinks for row in asked] * 2
+
+
+def test_the_rows_of_table_3(rows_of_table):
+    found, said, asked = rows_of_table("table3", "--inits", "optimal,asvd")
+    windows = [1, 2, 4, 8, 16, 32, 64]
+    numbers = ["", "0.77", "0.83", "0.85", "0.88", "0.92", "0.93"]
+    few = len(found) // 2  # windows of the length of the cases or more are left out
+    assert found[:few] == [("cskv-plain", "optimal", (2, 2), "16", 0.8, "")] * few
+    assert found[few:] == [("cskv-plain", TRAINED, (2, 2), "16", 0.8, n) for n in numbers[:few]]
+    assert [row.window for row in asked] == windows[:few] * 2
+    assert [row["window"] for row in said] == windows[:few] * 4
+
+
+def test_the_rows_of_table_4(rows_of_table):
+    """Keys keep the first share, values the second."""
+    found, said, _ = rows_of_table("table4", "--inits", "asvd")
+    assert found[0] == ("cskv-plain", TRAINED, (10, 2), "16", 0.5, "0.97")
+    assert found[1] == ("cskv-plain", TRAINED, (9, 3), "16", 0.5, "0.98")
+    assert found[6] == ("cskv-plain", TRAINED, (2, 10), "16", 0.5, "0.80")
+    assert found[7] == ("cskv-plain", TRAINED, (5, 1), "16", 0.75, "0.73")
+    assert found[13] == ("cskv-plain", TRAINED, (1, 5), "16", 0.75, "0.43")
+    assert len(found) == 14
+    for row, (_, _, (k, v), *_) in zip(said[:14], found, strict=True):
+        assert abs(12 * row["kept_k"] - k) <= 0.5 and abs(12 * row["kept_v"] - v) <= 0.5
+
+
+def test_the_rows_of_table_5(rows_of_table):
+    found, said, _ = rows_of_table("table5", "--inits", "asvd", "--ratios", "0.8")
+    expected = [("none", TRAINED, "16", "0.92")]
+    for bits in "432":
+        four = bits == "4"  # the paper's
+        clamped = f"{bits}, clamped zero-point"
+        expected.append(("ptq", TRAINED, bits, "0.00" if four else ""))
+        expected.append(("qat", f"{TRAINED} in {bits} bits", bits, "0.90" if four else ""))
+        expected.append(("ptq", TRAINED, clamped, "0.00" if four else ""))
+        if four:
+            expected.append(("qat", f"{TRAINED} in 4 bits", clamped, "0.90"))
+    assert [row["mode"] for row in said[: len(found)]] == [
+        *("none", *(mode for mode, *_ in expected)),
+        *("ptq", "ptq", "ptq"),
+    ]
+    assert found == [
+        ("full", "", None, "16", 0, ""),
+        *(("cskv-plain", name, (2, 2), bits, 0.8, n) for _, name, bits, n in expected),
+        ("cskv-plain", "optimal", (6, 12), "3", 0.25, ""),
+        ("kivi-4", "", None, "4", 0, ""),
+        ("kivi-2", "", None, "2", 0, ""),
+    ]
 
 
 def test_lengths_of_the_published_files():
@@ -128,55 +179,7 @@ def test_lengths_of_the_published_files():
         assert paper.parse_arguments([what, *data]).lines == lines
 
 
-def test_the_rows_of_table_3(rows_of_table):
-    found, said, asked = rows_of_table("table3", "--inits", "optimal,asvd")
-    windows = [1, 2, 4, 8, 16, 32, 64]
-    numbers = ["", "0.77", "0.83", "0.85", "0.88", "0.92", "0.93"]
-    few = len(found) // 2  # windows of the length of the cases or more are left out
-    assert found[:few] == [("cskv-plain", "optimal", (2, 2), "16", 0.8, "")] * few
-    trained = "cskv-plain", "asvd, trained", (2, 2), "16", 0.8
-    assert found[few:] == [(*trained, number) for number in numbers[:few]]
-    assert [row.window for row in asked] == windows[:few] * 2
-    assert [row["window"] for row in said] == windows[:few] * 4
-
-
-def test_the_rows_of_table_4(rows_of_table):
-    """Keys keep the first share, values the second."""
-    found, said, _ = rows_of_table("table4", "--inits", "asvd")
-    origin = "asvd, trained"
-    assert found[0] == ("cskv-plain", origin, (10, 2), "16", 0.5, "0.97")
-    assert found[1] == ("cskv-plain", origin, (9, 3), "16", 0.5, "0.98")
-    assert found[6] == ("cskv-plain", origin, (2, 10), "16", 0.5, "0.80")
-    assert found[7] == ("cskv-plain", origin, (5, 1), "16", 0.75, "0.73")
-    assert found[13] == ("cskv-plain", origin, (1, 5), "16", 0.75, "0.43")
-    assert len(found) == 14
-    for row, (_, _, (k, v), *_) in zip(said[:14], found, strict=True):
-        assert abs(12 * row["kept_k"] - k) <= 0.5 and abs(12 * row["kept_v"] - v) <= 0.5
-
-
-def test_the_rows_of_table_5(rows_of_table):
-    found, said, _ = rows_of_table("table5", "--inits", "asvd", "--ratios", "0.8")
-    start, two, clamped = "asvd, trained", (2, 2), ", clamped zero-point"
-    assert found == [
-        ("full", "", None, "16", 0, ""),
-        ("cskv-plain", start, two, "16", 0.8, "0.92"),
-        ("cskv-plain", start, two, "4", 0.8, "0.00"),
-        ("cskv-plain", f"{start} in 4 bits", two, "4", 0.8, "0.90"),
-        ("cskv-plain", start, two, f"4{clamped}", 0.8, "0.00"),
-        ("cskv-plain", f"{start} in 4 bits", two, f"4{clamped}", 0.8, "0.90"),
-        ("cskv-plain", start, two, "3", 0.8, ""),
-        ("cskv-plain", f"{start} in 3 bits", two, "3", 0.8, ""),
-        ("cskv-plain", start, two, f"3{clamped}", 0.8, ""),
-        ("cskv-plain", start, two, "2", 0.8, ""),
-        ("cskv-plain", f"{start} in 2 bits", two, "2", 0.8, ""),
-        ("cskv-plain", start, two, f"2{clamped}", 0.8, ""),
-        ("cskv-plain", "optimal", (6, 12), "3", 0.25, ""),
-        ("kivi-4", "", None, "4", 0, ""),
-        ("kivi-2", "", None, "2", 0, ""),
-    ]
-    four = ["ptq", "qat", "ptq", "qat"]
-    modes = ["none", "none", *four, *["ptq", "qat", "ptq"] * 2, "ptq", "ptq", "ptq"]
-    assert [row["mode"] for row in said] == modes * 2
+# ----------------------------------------------------------------------------- what is written
 
 
 @pytest.mark.slow
@@ -236,7 +239,7 @@ def test_losses_and_floors(everything, tmp_path, capsys):
     assert len(rows) == 2 * 2 * len(INITIALIZATIONS)  # ratios, learning rates
     store = factor_store(everything, tmp_path / "again")
     moments = []  # means over tokens
-    for layer in calibrate(store.model, store.samples[:3]):
+    for layer in calibrate(store.model, store.samples):
         moments += [layer.k_moment, layer.v_moment]
     for row in rows:
         rank = rank_for(row["ratio"], 12)
@@ -268,31 +271,26 @@ def test_training_together_equals_training_alone_and_resumes(everything, tmp_pat
         together.factors(*recipes)
     steps.clear()
     resumed = together.factors(*recipes)
-    assert 0 < len(steps) < 67
-    assert len(together.history(recipes[0])["losses"]) == len(together.samples)
+    assert len(steps) == 6
+    assert len(together.history(recipes[0])["losses"]) == len(together.samples) == 70
     for one, other in zip(alone, resumed, strict=True):
-        for a, b in zip(one.layers, other.layers, strict=True):
-            assert torch.equal(a.k.A, b.k.A) and torch.equal(a.v.B, b.v.B)
-    assert {p.bits for p in resumed[1].pairs} == {4}
-    assert {p.bits for p in resumed[0].pairs} == {16}
+        assert_same_factors(one, other)
+    assert [{pair.bits for pair in factors.pairs} for factors in resumed] == [{16}, {4}]
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_table_of_one(everything, tmp_path):
+def test_two_processes_make_the_table_of_one(everything, tmp_path, capsys):
     """Training included, which they do together. Sums in another order round differently."""
     pytest.importorskip("matplotlib")
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    tables = []
-    for name, python in (("one", [sys.executable]), ("two", start)):
-        args = text_flags(everything, "table3", tmp_path / name)
-        command = [*python, "-m", "experiments.paper", *map(str, args)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.stdout.count("| question") + done.stdout.count("| factors") == 1, done.stderr
-        tables.append(read(tmp_path / name, "table3"))
-        assert not list((tmp_path / name / "work" / "model").glob("*.cases-*"))
+    one, two = (text_flags(everything, "table3", tmp_path / name) for name in ("one", "two"))
+    assert call(paper, capsys, *one)[0] == 0
+    done = torchrun(sys.executable, "-m", "experiments.paper", *map(str, two))
+    assert done.stdout.count("| factors") == 1, done.stderr
+    tables = [read(tmp_path / name, "table3") for name in ("one", "two")]
     for one, two in zip(*tables, strict=True):
         assert one["perplexity"] == pytest.approx(two["perplexity"], rel=1e-3)
         assert (one["window"], one["measured_ratio"]) == (two["window"], two["measured_ratio"])
+    assert not list(tmp_path.glob("*/work/model/*.cases-*"))
 
 
 def test_budget_compares_all_at_measured_bytes(everything, tmp_path, capsys):
@@ -326,14 +324,15 @@ def test_budget_compares_all_at_measured_bytes(everything, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "what, more, message",
+    "words, message",
     [
-        ("table2", ["--text", "T", "--data", "."], "leave one out"),
-        ("table2", ["--text", "T"], "give some with --calibrate"),
-        ("budget", [], "give held-out text with --text\n"),
+        (["table2", "--text", "a.txt", "--data", "."], "give --calibrate with it, and no --data"),
+        (["table2", "--text", "a.txt"], "give --calibrate with it"),
+        (["budget"], "give held-out text with --text"),
+        (["all"], "give their folder with --data"),
+        (["all", "--data", "."], "no file 200_lines.jsonl"),
+        (["table1", "--processes", 2], "torchrun shares out the work"),
     ],
 )
-def test_a_mistake_is_one_line(everything, tmp_path, capsys, what, more, message):
-    more = [everything / "text.txt" if word == "T" else word for word in more]
-    code, _, err = call(paper, capsys, *flags(everything, what, tmp_path, *more))
-    assert code == 2 and err.count("\n") == 1 and message in err
+def test_a_mistake_is_one_line(refused, words, message):
+    assert message in refused(paper, *words)
