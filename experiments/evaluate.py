@@ -1,9 +1,7 @@
 """Measures what a cache costs in quality.
 
-    python -m experiments.evaluate longeval --model weights/teacher --lines 25,50,100 --cases 100 \
-        --caches full,streaming,h2o,asvd,cskv,kivi-2,kivi-4 --ratios 0.5,0.8
-    python -m experiments.evaluate perplexity --model M --text heldout.txt \
-        --calibrate calibration.txt --inits svd,asvd,optimal --ratios 0.5,0.8
+    python -m experiments.evaluate longeval --model weights/teacher --caches full,streaming,cskv
+    python -m experiments.evaluate perplexity --model M --text heldout.txt --calibrate other.txt
     python -m experiments.evaluate longbench --model M --calibrate TEXT --data FOLDER
     torchrun --nproc-per-node 2 -m experiments.evaluate ...       shares the cases out
 
