@@ -41,13 +41,14 @@ def score_against_bytes(rows: list[dict], colours: dict, path: Path) -> None:
         panel = f"question: {row['question']}" if "question" in row else ""
         if "text" in row:
             panel = f"{row['text']}, {row['context']} tokens"
-        parts = [row["cache"], factors]
         colour, marks = colours[row["cache"]], "o-"
         if factors.startswith("budget"):
             colour, marks = COLOURS["budget"], "s-"
-        elif factors and row["bits"] != "16":
-            parts.append(f"{row['bits']} bits")
+        elif "optimal" in factors:
             marks = "o--"
+        parts = [row["cache"], factors]
+        if "optimal" in factors and row["bits"] != "16":
+            parts.append(f"{row['bits']} bits")
         if row["sinks"]:
             parts.append(f"{row['sinks']} sinks")
         label = ", ".join(filter(None, parts))
