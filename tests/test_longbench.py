@@ -44,6 +44,10 @@ def test_prompts_word_for_word(tasks, sha256):
     """As they were compared with the public repositories: no edit goes unseen."""
     prompts = "".join(read_prompt(name) for name in tasks)
     assert hashlib.sha256(prompts.encode()).hexdigest().startswith(sha256)
+    for name, task in tasks.items():
+        prompt = task.prompt({"context": "[{C}{input}]", "input": "[{Q}]"})
+        asked = name != "gov_report_e"  # a summary has no question
+        assert (prompt.count("[{C}{input}]"), prompt.count("[{Q}]")) == (1, asked)
 
 
 def test_settings_of_the_sets():
@@ -53,19 +57,9 @@ def test_settings_of_the_sets():
     for name, task in lveval.TASKS.items():
         assert f"{name}.zip" == task.archive.replace(".zip", "_16k.zip")
         assert ("answer_keywords" in task.fields) == (name != "factrecall_en_16k")
-    lengths = [0, 3999, 4000, 7999, 8000, 99999]
     for task in longbench.TASKS.values():
-        buckets = [task.bucket({"length": length}) for length in lengths]
+        buckets = [task.bucket({"length": n}) for n in (0, 3999, 4000, 7999, 8000, 99999)]
         assert buckets == ["0-4k", "0-4k", "4-8k", "4-8k", "8k+", "8k+"]
-
-
-def test_a_prompt_has_the_context_and_the_question():
-    assert HOTPOT.prompt(RECORD).split("\n")[4:6] == ["It was written by {Ada}.", ""]
-    assert HOTPOT.prompt({"context": "{input}", "input": "?"}).count("{input}") == 1
-    for task in TASKS.values():
-        prompt = task.prompt({"context": "[C]", "input": "[Q]"})
-        asked = task.name != "gov_report_e"  # a summary has no question
-        assert (prompt.count("[C]"), prompt.count("[Q]"), "{" in prompt) == (1, asked, False)
 
 
 @pytest.mark.parametrize(
@@ -117,65 +111,47 @@ def test_read_records(tmp_path, name):
 )
 def test_from_the_hub(tmp_path, monkeypatch, name, repository, archive):
     path = tmp_path / archive
-    task = TASKS[name]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr(f"__MACOSX/data/._{name}.jsonl", "no record")
         file.writestr("data/hotpotqa.jsonl", "another set")
         file.writestr(f"data/{name}.jsonl", json.dumps(RECORD))
-        file.writestr("data/qasper_e.jsonl", "\n{}\n")
 
     def download(*asked, repo_type):
         assert (*asked, repo_type) == (repository, archive, "dataset")
+        if not path.exists():
+            raise ConnectionError("no route to host\nand a long story")
         return str(path)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    task = TASKS[name]
     assert read_records(task) == [RECORD]
-    with pytest.raises(UserError, match=r"qasper_e\.jsonl, line 2: no 'input'"):
-        read_records(replace(task, name="qasper_e"))
     with pytest.raises(UserError, match=r"give a folder that has triviaqa_e\.jsonl"):
         read_records(replace(task, name="triviaqa_e"))
-    whole = path.read_bytes()
-    member = f"data/{name}.jsonl".encode()
-    start = whole.index(member) + len(member)
-    for damaged in (whole[:100], whole[:start] + bytes(20) + whole[start + 20 :], b""):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=f"the hub did not give {archive} of {repository}"):
-            read_records(task)
-
-
-def test_no_hub(monkeypatch):
-    def download(*args, **kwargs):
-        raise ConnectionError("no route to host\nand a long story")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    with pytest.raises(UserError, match=r"\(no route to host\); give a folder that has hotpotqa_e"):
-        read_records(HOTPOT)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"the hub did not give {archive} of {repository}"):
+        read_records(task)
+    path.unlink()
+    with pytest.raises(UserError, match=r"\(no route to host\); give a folder that has"):
+        read_records(task)
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("text", "message"),
     [
-        ("\xff\xfe", "line 2: not JSON"),
-        ("[" * 100_000, "line 2: not JSON"),
-        ("[1, 2]", "line 2: no 'input' of type str"),
-        (json.dumps({**RECORD, "context": None}), "line 2: no 'context' of type str"),
-        (json.dumps({**RECORD, "length": "4100"}), "line 2: no 'length' of type int"),
+        ("\xff\xfe", "hotpotqa_e.jsonl, line 1: not JSON"),
+        ("\n" + "[" * 100_000, "line 2: not JSON"),
+        ("[1, 2]", "line 1: no 'input' of type str"),
+        (json.dumps({**RECORD, "context": None}), "line 1: no 'context' of type str"),
+        (json.dumps({**RECORD, "length": "4100"}), "line 1: no 'length' of type int"),
+        ("\n", "has no records"),
+        (None, "no file .*hotpotqa_e.jsonl"),
     ],
 )
-def test_damaged_records(tmp_path, line, message):
-    file = tmp_path / "hotpotqa_e.jsonl"
-    file.write_bytes(f"{json.dumps(RECORD)}\n{line}\n".encode("latin-1"))
-    with pytest.raises(UserError, match=f"hotpotqa_e.jsonl, {message}"):
-        read_records(HOTPOT, tmp_path)
-
-
-def test_records_that_are_not_there(tmp_path):
+def test_damaged_records(tmp_path, text, message):
     write_records(tmp_path / "qasper_e.jsonl", RECORD)
-    for folder in (tmp_path, tmp_path / "missing", tmp_path / "qasper_e.jsonl"):
-        with pytest.raises(UserError, match=r"no file .*hotpotqa_e\.jsonl"):
-            read_records(HOTPOT, folder)
-    (tmp_path / "hotpotqa_e.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="has no records"):
+    if text is not None:
+        (tmp_path / "hotpotqa_e.jsonl").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=message):
         read_records(HOTPOT, tmp_path)
 
 
@@ -190,13 +166,8 @@ texts = st.lists(
     ("output", "answer", "score"),
     [
         ("The  Cat,\tan  owl & a THE-fish.", "cat owl thefish", 1),
-        ("a a theme", "theme", 1),
-        ("U.S. 1,000", "us 1000", 1),
         ("“café”", "café", 0),  # ASCII punctuation only
-        ("“the”", "“ ”", 1),
-        ("the cat sat on the mat", "cat", 0.4),  # P = 1/4, R = 1
         ("x x y", "x x x z", 4 / 7),  # P = 2/3, R = 2/4: as often as both have it
-        ("", "cat", 0),
         ("", "", 0),
         ("the", "the", 0),  # nothing is left to compare
     ],
@@ -205,6 +176,7 @@ def test_f1_by_hand(output, answer, score):
     assert f1(output, answer) == f1(answer, output) == pytest.approx(score)
 
 
+@pytest.mark.slow  # imports torchmetrics
 @quick
 @given(texts, st.lists(texts, min_size=1, max_size=3))
 def test_f1_equals_squad(output, answers):
@@ -225,15 +197,12 @@ prose = st.text("abc .", max_size=40) | st.lists(st.sampled_from("abcdefgh."), m
     [
         # Lin's example [3], section 3.2: aligned are 1 2 3 5 of 5, and of 8 distinct ones.
         ("1 2 6 7 8. 1 3 8 9 5", "1 2 3 4 5", 2 * (4 / 8) * (4 / 5) / (4 / 8 + 4 / 5)),
-        ("a b c", "a x c", 2 / 3),
         ("c b a", "a b c", 1 / 3),  # in another order only one word is common
-        ("c. b. a", "a b c", 1),  # but sentences may come in any
         ("b a. b", "a b", 1 / 2),  # twice b: of a and b, equally good, the first sentence gives b
         ("a a a a", "a b", 2 / 3),  # distinct words: P = 1, R = 1/2
         ("A cat, sat", "a cat sat", 1 / 3),  # neither case nor punctuation is dropped
         ("a. ", "a", 2 / 3),  # the space after the last full stop is a sentence, of one empty word
         ("...", "a", 0),
-        ("a", "..", 0),
     ],
 )
 def test_rouge_l_by_hand(output, reference, score):
