@@ -127,7 +127,6 @@ class Experiment:
 
 
 PRUNING = [name for name, kind in CACHES.items() if kind.shrinks == TOKENS]
-COLOURS = {name: kind.colour for name, kind in CACHES.items()}
 RESULTS = Path(__file__).parent / "results"
 NUMBERS = json.loads((RESULTS / "paper.json").read_text())
 
@@ -180,7 +179,7 @@ def table1(e: Experiment) -> None:
     result = e.scores(with_paper, by_lines=True)
     columns = ["question", "lines", "cache", "factors", "bits", "sinks", "ratio"]
     e.write(result, [*columns, *SCORES, "paper"])
-    figures.score_against_bytes(result, COLOURS, e.picture)
+    figures.scores(result, e.picture, "measured_ratio", "measured ratio")
 
 
 def trainings(e: Experiment) -> list[Recipe]:
@@ -218,7 +217,7 @@ def table3(e: Experiment) -> None:
             rows.append((row, {"window": window, "paper": number}))
     result = e.scores(rows)
     e.write(result, ["question", "factors", "window", "ratio", *SCORES, "paper"])
-    figures.score_against_window(result, e.picture)
+    figures.scores(result, e.picture, "window", "window, tokens", log_x=True)
 
 
 def table4(e: Experiment) -> None:
@@ -236,7 +235,7 @@ def table4(e: Experiment) -> None:
         rows.append((e.cskv(recipe, removed), columns))
     result = e.scores(rows)
     e.write(result, ["question", "factors", "ratio", "kept_k", "kept_v", *SCORES, "paper"])
-    figures.score_against_split(result, e.picture)
+    figures.scores(result, e.picture, "kept_k", "share of the key channels that is kept")
 
 
 def table5(e: Experiment) -> None:
@@ -282,7 +281,7 @@ def budget(e: Experiment) -> None:
             row["of_full"] = row["perplexity"] / group[0]["perplexity"]
     columns = ["text", "context", "cache", "factors", "bits", "sinks", "ratio"]
     e.write(result, [*columns, *SCORES, "of_full"])
-    figures.score_against_bytes(result, COLOURS, e.picture)
+    figures.scores(result, e.picture, "measured_ratio", "measured ratio")
 
 
 def figure3(e: Experiment) -> None:

@@ -19,12 +19,12 @@ def pyplot():
 
 
 def draw(points: list[dict], path: Path, log_x: bool = False, **settings) -> None:
-    """Draws lines, in a panel for each `panel` of the points, and there one for each `label`.
-
-    A point has a `panel`, a `label`, `x` and `y`, and the `colour` and `marks` of its line as
-    matplotlib calls them (None: it chooses). `settings` are those of matplotlib's axes.
-    """
+    """Draws lines, in a panel for each `panel` of the points, and there one for each `label`, in
+    the same colour everywhere. A point has also `x`, `y` and the `marks` of its line as matplotlib
+    calls them; `settings` are those of matplotlib's axes."""
     panels = grouped(points, "panel")
+    labels = list(grouped(points, "label"))
+    colours = pyplot().get_cmap("tab20")
     size = (5.6 * len(panels), 4.4)
     figure, axes = pyplot().subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
     for axis, (title, own) in zip(axes[0], panels.items(), strict=True):
@@ -37,7 +37,7 @@ def draw(points: list[dict], path: Path, log_x: bool = False, **settings) -> Non
             line.sort(key=lambda point: point["x"])
             x = [point["x"] for point in line]
             y = [point["y"] for point in line]
-            axis.plot(x, y, line[0]["marks"], color=line[0]["colour"], label=label, alpha=0.85)
+            axis.plot(x, y, line[0]["marks"], color=colours(labels.index(label) % 20), label=label)
         axis.set(**settings)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save_figure(figure, path)

@@ -103,8 +103,7 @@ def test_the_added_cache_of_the_readme(everything, brief, tmp_path, capsys, monk
     code, out, _ = call(speed, capsys, *args, "--ratios", "0.5")
     assert code == 0 and "| newest 50% |" in out
     pytest.importorskip("matplotlib")
-    colours = {"full": "black", "newest": None}
-    figures.score_against_bytes(rows, colours, tmp_path / "picture.png")
+    figures.scores(rows, tmp_path / "picture.png", "measured_ratio", "measured ratio")
     assert (tmp_path / "picture.png").stat().st_size
 
 
