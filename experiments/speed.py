@@ -1,4 +1,4 @@
-"""How long prefill and decode take with each cache, side by side in one process.
+"""How long a decode step takes with each cache, side by side in one process.
 
     python -m experiments.speed --model weights/SmolLM2-135M-Instruct --lengths 2048,8000
     python -m experiments.speed --shape longchat --lengths 2048,8192       attention of one layer
@@ -47,8 +47,8 @@ from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model
 from support.processes import say
 
-# Makes an empty cache; reads a prompt into it; goes on by one token.
-Runner = tuple[Callable[[], object], Callable[[object], None], Callable[[object], Tensor]]
+# Makes a cache that has read a prompt; adds a token to it.
+Runner = tuple[Callable[[], object], Callable[[object], Tensor]]
 
 SHAPES = {  # query heads, key heads, D, theta of RoPE, its linear scaling
     "longchat": (32, 32, 128, 1e4, 8.0),  # LongChat-7B-v1.5-32k
@@ -101,24 +101,20 @@ def rows_to_time(args: argparse.Namespace, model: Transformer) -> list[Row]:
 
 
 def our_runners(
-    model: Transformer, rows: list[Row], tokens: int, expected: int
+    model: Transformer, rows: list[Row], prompt: Tensor, expected: int
 ) -> dict[str, Runner]:
-    """A runner for each cache, by its label; there are `expected` tokens in the end."""
-    prompt = random_prompt(model, tokens)
+    """A runner for each cache, by its label; `prompt` is [1, T], and there are `expected` tokens in
+    the end."""
 
-    def fill(cache: list[LayerCache]) -> None:
+    def start(row: Row) -> list[LayerCache]:
+        cache = make_cache(model, row, expected)
         model(prompt, cache, logits_to_keep=1)
+        return cache
 
     def step(cache: list[LayerCache]) -> Tensor:
         return model(prompt[:, :1], cache)
 
-    return {row.label: (partial(make_cache, model, row, expected), fill, step) for row in rows}
-
-
-def random_prompt(model: Transformer, tokens: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(model.config.vocab_size, (1, tokens), generator=generator)
-    return prompt.to(model.lm_head.weight.device)
+    return {row.label: (partial(start, row), step) for row in rows}
 
 
 def layer_runners(
@@ -139,13 +135,15 @@ def layer_runners(
     prompt = inputs(tokens)
     token = inputs(1)
 
-    def fill(cache: list[LayerCache]) -> None:
+    def start(row: Row) -> list[LayerCache]:
+        cache = make_cache(model, row, expected)
         cache[0].remember(*prompt, model.rope)
+        return cache
 
     def step(cache: list[LayerCache]) -> Tensor:
         return cache[0].decode(*token, model.rope)
 
-    return {row.label: (partial(make_cache, model, row, expected), fill, step) for row in rows}
+    return {row.label: (partial(start, row), step) for row in rows}
 
 
 def their_runners(model: torch.nn.Module, prompt: Tensor) -> dict[str, Runner]:
@@ -157,19 +155,21 @@ def their_runners(model: torch.nn.Module, prompt: Tensor) -> dict[str, Runner]:
     """
     from transformers import DynamicCache, QuantizedCache
 
-    def fill(cache: object) -> None:
+    def start(make: Callable[[], object]) -> object:
+        cache = make()
         model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
 
     def step(cache: object) -> Tensor:
         return model(prompt[:, :1], past_key_values=cache, use_cache=True).logits
 
-    runners = {"transformers, DynamicCache": (DynamicCache, fill, step)}
+    runners = {"transformers, DynamicCache": (partial(start, DynamicCache), step)}
     numbers = prompt.shape[1] * model.config.num_key_value_heads * model.config.head_dim
     if find_spec("hqq") and numbers % 256 == 0:
         for bits in (4, 2):
             axes = {"axis_key": 1, "axis_value": 1}  # the only ones that this backend has
             make = partial(QuantizedCache, "hqq", model.config, nbits=bits, **axes)
-            runners[f"transformers, QuantizedCache {bits} bits"] = (make, fill, step)
+            runners[f"transformers, QuantizedCache {bits} bits"] = (partial(start, make), step)
     return runners
 
 
@@ -183,51 +183,30 @@ def load_theirs(path: str, device: str, dtype: torch.dtype) -> torch.nn.Module |
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
 
 
-def interleaved(
-    run: Callable[[str], None], names: list[str], rounds: int, device: str
-) -> dict[str, float]:
-    """Median seconds of `run(name)`, each name once a round. The first of several warms up."""
-    times: dict[str, list[float]] = {name: [] for name in names}
-    order = random.Random(0)  # no one always runs behind the same one
-    for _ in tqdm(range(rounds), leave=False):
-        for name in order.sample(names, len(names)):
-            start = clock(device)
-            run(name)
-            times[name].append(clock(device) - start)
-    return {name: median(seconds[1:] or seconds) for name, seconds in times.items()}
-
-
 @torch.no_grad()
 def compare(
-    runners: dict[str, Runner], tokens: int, rounds: int, steps: int, prefills: int, device: str
+    runners: dict[str, Runner], tokens: int, rounds: int, steps: int, device: str
 ) -> list[dict]:
-    """A row for each runner, whose prompt has so many tokens: medians of the seconds to prefill it
-    and of the milliseconds of a decode step, their ratios to those of "full", and the megabytes
-    that a cache of ours holds."""
-    caches = {}
-
-    def prefill(name: str) -> None:
-        make, fill, _ = runners[name]
-        caches.pop(name, None)  # its memory is free before the next one takes some
-        caches[name] = make()
-        fill(caches[name])
-
-    def decode(name: str) -> None:
-        step = runners[name][2]
-        for _ in range(steps):
-            step(caches[name])
-
-    prefill_s = interleaved(prefill, list(runners), prefills, device)
-    decode_s = interleaved(decode, list(runners), rounds + 1, device)
+    """A row for each runner, whose prompt has so many tokens: the milliseconds of a decode step, in
+    the median of the rounds, their ratio to those of "full", and the megabytes that a cache of ours
+    holds."""
+    names = list(runners)
+    caches = {name: start() for name, (start, _) in runners.items()}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)  # no one always runs behind the same one
+    for _ in tqdm(range(rounds + 1), leave=False):
+        for name in order.sample(names, len(names)):
+            step = runners[name][1]
+            began = clock(device)
+            for _ in range(steps):
+                step(caches[name])
+            times[name].append(1e3 * (clock(device) - began) / steps)
+    ms = {name: median(of_rounds[1:]) for name, of_rounds in times.items()}  # one to warm up
     rows = []
-    for name in runners:
-        cache = caches[name]
-        row = {"cache": name, "tokens": tokens}
-        row |= {"prefill_s": prefill_s[name], "prefill_ratio": prefill_s[name] / prefill_s["full"]}
-        row |= {"decode_ms": 1e3 * decode_s[name] / steps}
-        row |= {"decode_ratio": decode_s[name] / decode_s["full"]}
-        row["cache_mb"] = held_bytes(cache) / 1e6 if isinstance(cache, list) else None
-        rows.append(row)
+    for name, cache in caches.items():
+        held = held_bytes(cache) / 1e6 if isinstance(cache, list) else None
+        row = {"cache": name, "tokens": tokens, "decode_ms": ms[name]}
+        rows.append({**row, "decode_ratio": ms[name] / ms["full"], "cache_mb": held})
     return rows
 
 
@@ -239,31 +218,31 @@ def run(args: argparse.Namespace) -> None:
     if args.picture:
         pyplot()  # if it is missing, that is known before the work and not after
     dtype = DTYPES[args.dtype]
-    longest = max(args.lengths) + (args.rounds + 1) * args.steps  # a round warms up
+    more = (args.rounds + 1) * args.steps  # a round warms up
+    longest = max(args.lengths) + more
     theirs = None
     if args.shape:
         model = Transformer(shape_config(args.shape, longest)).to(args.device, dtype)
-    elif args.model is None:
-        raise UserError("give a checkpoint, --model FOLDER, or a --shape without weights")
-    else:
+    elif args.model:
         model = load_model(args.model, args.device, dtype)
         if longest > model.config.context_length:
             raise UserError(f"{longest} tokens exceed the context of {model.config.context_length}")
         theirs = load_theirs(args.model, args.device, dtype)
+    else:
+        raise UserError("give a checkpoint, --model FOLDER, or a --shape without weights")
     caches = rows_to_time(args, model)
-    sizes = {"rounds": args.rounds, "steps": args.steps, "device": args.device}
     rows = []
     for n in args.lengths:
-        expected = n + (args.rounds + 1) * args.steps
         if args.shape:
-            for row in compare(layer_runners(model, caches, n, expected), n, prefills=1, **sizes):
-                del row["prefill_s"], row["prefill_ratio"]  # of a layer alone
-                rows.append(row)
+            runners = layer_runners(model, caches, n, n + more)
         else:
-            runners = our_runners(model, caches, n, expected)
+            generator = torch.Generator().manual_seed(0)
+            prompt = torch.randint(model.config.vocab_size, (1, n), generator=generator)
+            prompt = prompt.to(args.device)
+            runners = our_runners(model, caches, prompt, n + more)
             if theirs:
-                runners |= their_runners(theirs, random_prompt(model, n))
-            rows += compare(runners, n, prefills=args.prefills, **sizes)
+                runners |= their_runners(theirs, prompt)
+        rows += compare(runners, n, args.rounds, args.steps, args.device)
     print(table(rows))
     write_json(args.json, rows)
     if args.picture:
@@ -281,7 +260,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--group", type=number(int, 0), default=0, help="let so many tokens share a scale")
     add("--rounds", type=count, default=5, help="time so many rounds (default: 5)")
     add("--steps", type=count, default=8, help="decode so many tokens a round (default: 8)")
-    add("--prefills", type=count, default=2, help="prefill so often; the first of several warms up")
     add("--device", default="cpu", help="compute on cpu or cuda")
     add("--dtype", choices=DTYPES, default="float32", help="compute in it (default: float32)")
     add("--json", type=Path, help="write the rows to this file")

@@ -27,7 +27,6 @@ FORMATS = {
     **dict.fromkeys(("initial", "final", "loss", "floor"), four_digits),
     **dict.fromkeys(("text", "context", "set", "bucket", "lines", "cases"), str),
     "tokens": "{:.0f}".format,
-    **dict.fromkeys(("prefill_s", "prefill_ratio"), "{:.2f}".format),
     "decode_ms": "{:.1f}".format,
     "decode_ratio": "{:.2f}".format,
     "cache_mb": four_digits,

@@ -36,24 +36,21 @@ def test_speed_times_each_cache_by_itself(monkeypatch):
     """On a clock that only the runners move."""
     now = [0.0]
 
-    def wait(seconds):
-        now[0] += seconds
+    def runner(seconds):
+        waits = [9.0] * 4 + [seconds] * 8  # the first round warms up
 
-    def runner(prefill, step):
-        warm_up = [9.0]  # the first time
+        def step(cache):
+            now[0] += waits.pop(0)
 
-        def fill(cache):
-            wait(prefill + (warm_up.pop() if warm_up else 0))
-
-        return dict, fill, lambda _: wait(step)
+        return dict, step
 
     monkeypatch.setattr(speed, "clock", lambda device: now[0])
-    runners = {"full": runner(2.0, 0.25), "slow": runner(3.0, 1.0), "fast": runner(1.0, 0.125)}
-    rows = speed.compare(runners, 9, rounds=2, steps=4, prefills=2, device="cpu")
+    runners = {"full": runner(0.25), "slow": runner(1.0), "fast": runner(0.125)}
+    rows = speed.compare(runners, 9, rounds=2, steps=4, device="cpu")
     assert [tuple(row.values()) for row in rows] == [
-        ("full", 9, 2.0, 1.0, 250.0, 1.0, None),
-        ("slow", 9, 3.0, 1.5, 1000.0, 4.0, None),
-        ("fast", 9, 1.0, 0.5, 125.0, 0.5, None),
+        ("full", 9, 250.0, 1.0, None),
+        ("slow", 9, 1000.0, 4.0, None),
+        ("fast", 9, 125.0, 0.5, None),
     ]
 
 
@@ -67,7 +64,6 @@ def test_a_shape_needs_no_checkpoint(tmp_path, capsys):
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert code == 0 and len(out.splitlines()) == 2 + len(rows) == 2 + 2 * 6
     for row in rows:
-        assert "prefill_s" not in row
         tokens = row["tokens"] + 2 * 2  # a round to warm up, and one that counts, of 2 steps each
         width = 4 if row["cache"].endswith("32 bits") else 2
         held = 2 * 64 * 4 * 32 + 2 * 13 * width * tokens
@@ -92,10 +88,8 @@ def test_the_caches_of_transformers(tmp_path, head_dim, length):
     quantized = [name for name in runners if "Quantized" in name]
     assert len(quantized) == (2 if find_spec("hqq") and length == 53 else 0)
     expected = model(torch.cat([tokens, tokens[:, :1]], 1))[:, -1]
-    for name, (make, fill, step) in runners.items():
-        cache = make()
-        fill(cache)
-        logits = step(cache)[:, -1]
+    for name, (start, step) in runners.items():
+        logits = step(start())[:, -1]
         if "Dynamic" in name:
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
         assert logits.shape == expected.shape and logits.isfinite().all()
