@@ -154,6 +154,8 @@ def test_both_protocols_read_the_same_tokens():
         assert evaluate.split_prompt(tokenizer, case, "decode") == (context, question)
         assert evaluate.split_prompt(tokenizer, case, "prefill") == (context + question, [])
     assert evaluate.split_prompt(chat, case, "decode", chat=False) == ([0, 0], [3, 0])
+    nothing = RetrievalCase("b", "ca", 0)  # cannot be prefilled
+    assert evaluate.split_prompt(plain, nothing, "decode") == ([3], [0])
 
 
 def test_published_cases_in_the_place_of_ours(everything, brief, tmp_path, capsys):
