@@ -55,12 +55,14 @@ def remake(path: Path, data: Path, done: Path, count: int) -> None:
         for file in files:
             make_folder(file.parent)
         say(f"{n} of {len(blocks)}: {command}")
-        threads = {"OMP_NUM_THREADS": "1"} if count > 1 else {}
-        finished = subprocess.run(words(command, data, count), env={**os.environ, **threads})
+        environment = dict(os.environ)
+        if count > 1:
+            environment["OMP_NUM_THREADS"] = "1"
+        if subprocess.run(words(command, data, count), env=environment).returncode:
+            raise UserError(f"this failed, mend it and start again: {command}")
         missing = [str(file) for file in files if not file.exists()]
-        if finished.returncode or missing:
-            problem = f"{', '.join(missing)} not written by" if missing else "this failed"
-            raise UserError(f"{problem}, mend it and start again: {command}")
+        if missing:
+            raise UserError(f"{', '.join(missing)} not written by: {command}")
         with done.open("a", encoding="utf-8") as file:
             file.write(f"{command}\n")
     for files, command in blocks:

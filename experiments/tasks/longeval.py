@@ -106,7 +106,10 @@ def make_cases(
     """`cases` cases of "longeval" or "passkey". Case i is the same whatever `cases` is."""
     rng = random.Random(f"{task} {lines} {spelled} {seed}")
     for _ in range(cases):
-        yield passkey_case(rng, lines) if task == "passkey" else longeval_case(rng, lines, spelled)
+        if task == "passkey":
+            yield passkey_case(rng, lines)
+        else:
+            yield longeval_case(rng, lines, spelled)
 
 
 def read_cases(folder: Path, lines: int) -> list[RetrievalCase]:
@@ -116,10 +119,11 @@ def read_cases(folder: Path, lines: int) -> list[RetrievalCase]:
         raise UserError(f"no file {path}; LongEval's testcases have 200, 300, 400, 500 lines")
     cases = []
     for row in read_rows(path, {"prompt": str, "expected_number": int}):
-        context, end, asked = row["prompt"].rpartition("\nNow the record is over")
-        if not end:
+        prompt = row["prompt"]
+        end = prompt.rfind("\nNow the record is over")
+        if end < 0:
             raise UserError(f"{path}: a prompt that is none of LongEval's; fetch it again")
-        cases.append(RetrievalCase(context, end + asked, row["expected_number"]))
+        cases.append(RetrievalCase(prompt[:end], prompt[end:], row["expected_number"]))
     return cases
 
 

@@ -68,7 +68,9 @@ def rouge_l(output: str, reference: str) -> float:
 def is_correct(output: str, answer: int, first: bool = False) -> bool:
     """Whether the last run of digits is the answer, LongEval's rule, or the `first` one is."""
     numbers = re.findall(r"[0-9]+", output)
-    return bool(numbers) and int(numbers[0 if first else -1]) == answer
+    if first:
+        numbers = numbers[:1]
+    return bool(numbers) and int(numbers[-1]) == answer
 
 
 def wilson(right: float, cases: int) -> tuple[float, float]:
