@@ -11,25 +11,22 @@ from tests.helpers import call, save_checkpoint, tiny_model, tiny_tokens
 
 
 def test_speed_command(everything, tmp_path, capsys, monkeypatch):
-    """Each row is of its own cache: bytes by hand, of 2 layers and d_kv 12."""
+    """Each row is of its own cache: bytes by hand, of 2 layers and d_kv 12, in 32 bits."""
     monkeypatch.setattr(speed, "load_theirs", lambda *_: None)  # slow to import
     args = ["--model", everything / "model", "--lengths", "30,40", "--ratios", "0.5", "--rounds", 2]
-    args += ["--json", tmp_path / "rows.json"]
+    args += ["--bits", 16, "--factors", everything / "f", "--json", tmp_path / "rows.json"]
     code, out, _ = call(speed, capsys, *args)
     rows = json.loads((tmp_path / "rows.json").read_text())
-    names = ["full", "cskv 50%", "cskv 50% 4 bits"]
     assert code == 0 and len(out.splitlines()) == 2 + len(rows)
-    expected = [(name, n) for n in (30, 40) for name in names]
-    assert [(row["cache"], row["tokens"]) for row in rows] == expected
-    for row in rows:
-        length = row["tokens"] + 3 * 8  # with all steps, of which one round warms up
-        packed = (length - 32) // 32 * 32
-        few = packed * (6 * 5 + 6 * (4 + 32 / 6)) / 8 + (length - packed) * 12 * 2
-        latents = {"cskv 50%": 12 * 2 * length, "cskv 50% 4 bits": few}
-        nbytes = 2 * 12 * 4 * length
-        if row["cache"] != "full":
-            nbytes = latents[row["cache"]] + 2 * 32 * 12 * 4
-        assert row["cache_mb"] == pytest.approx(2 * nbytes / 1e6), row["cache"]
+    found = {(row["cache"], row["tokens"]): row["cache_mb"] for row in rows}
+    expected = {}
+    for tokens in (30, 40):
+        length = tokens + 3 * 8  # with all steps, of which one round warms up
+        window = 2 * 2 * 32 * 12 * 4
+        expected["full", tokens] = 2 * 2 * 12 * 4 * length
+        expected["cskv 50%", tokens] = 2 * (6 + 6) * 2 * length + window
+        expected["cskv f 67%", tokens] = 2 * (4 + 4) * 2 * length + window
+    assert found == {key: nbytes / 1e6 for key, nbytes in expected.items()}
 
 
 def test_speed_times_each_cache_by_itself(monkeypatch):
