@@ -54,7 +54,7 @@ class Sum:
         self.count = count  # layers
         self.added = 0  # of them, to `open`
         self.open: Tensor | None = None  # [B, n, r], the newest tokens' sum so far
-        self.codes: dict[tuple[int, int], tuple] = {}  # unpacked, until all layers have read them
+        self.values: dict[tuple[int, int], Tensor] = {}  # until all layers have read them
 
     def add(self, layer: int, c: Tensor) -> None:
         """c [B, n, r], what a layer adds to the latents of the next n tokens."""
@@ -68,8 +68,8 @@ class Sum:
             self.latents.append(self.open)
             self.open = None
             self.added = 0
-            if self.latents.packed > packed:  # the last layer reads other parts than those before
-                self.codes.clear()
+            if self.latents.packed > packed:  # the last layer reads what the others saw unpacked
+                self.values.clear()
 
 
 class Part:
@@ -92,18 +92,14 @@ class Part:
         return min(self.window, latents.at_once())
 
     def read(self, start: int, stop: int) -> Tensor:
-        """As in `quant.Packed`, with the codes of `quantized`."""
-        latents = self.total.latents
-        if isinstance(latents, Packed):
-            return Packed.read(self, start, stop)
-        return latents.read(start, stop)
-
-    def quantized(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """As in `quant.Packed`; unpacked once a step, and not once a layer."""
-        codes = self.total.codes
-        if (start, stop) not in codes:
-            codes[start, stop] = self.total.latents.quantized(start, stop)
-        return codes.pop((start, stop)) if self.is_last() else codes[start, stop]
+        """As in `quant.Packed`; dequantized once a step, and not once a layer."""
+        values = self.total.values
+        if (start, stop) not in values:
+            values[start, stop] = self.total.latents.read(start, stop)
+        c = values[start, stop]
+        if self.is_last():
+            values.clear()
+        return c
 
     def is_last(self) -> bool:
         return self.layer + 1 == self.total.count

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from cskv import LayerFactors, LowRank, bi_branch_cache, init_factors
 from experiments.segments import log_probabilities, parse_segments, segment_lengths, text_of
 from model import Attention, Rope, full_cache
 from tests import helpers
-from tests.drawn import bits, groups, quick, schedules, sinks, widths, windows
+from tests.drawn import groups, quick, schedules, sinks, widths, windows
 from tests.helpers import decode_all, in_bits, make_factors, tiny_config, tiny_model, tiny_tokens
 
 shapes = st.fixed_dictionaries(
@@ -111,13 +110,11 @@ def naive_attend(config, cache, q, k, v, first, old, schedule):
 
 
 @settings(quick, max_examples=80)
-@given(shapes, schedules, st.integers(1, 100), windows, sinks, widths, widths, groups, chunks,
-       st.sampled_from([1, segments.CODED]))  # fmt: skip
+@given(shapes, schedules, st.integers(1, 100), windows, sinks, widths, widths, groups, chunks)
 def test_segments_equal_a_naive_loop(
-    shape, schedule, T, window, first, k_bits, v_bits, group, chunk, coded
+    shape, schedule, T, window, first, k_bits, v_bits, group, chunk
 ):
-    """A decode step after T tokens, in batches of two, chunks of every length; values as codes, or
-    dequantized."""
+    """A decode step after T tokens, in batches of two, chunks of every length."""
     model = tiny_model(num_hidden_layers=1, scale=0.3, **shape)
     factors = in_bits(make_factors(model, 5, 4), k_bits, v_bits, group)
     (cache,) = bi_branch_cache(model, factors, window, kind=FastCache, sinks=first)
@@ -133,35 +130,19 @@ def test_segments_equal_a_naive_loop(
     q = torch.randn(2, 4, 1, D, generator=generator)
     k, v = torch.randn(2, 2, H_kv, T - old + 1, D, generator=generator)
     expected = naive_attend(model.config, cache, q, k, v, start, old, schedule)
-    with mock.patch.object(segments, "CODED", coded):
-        ours = cache.attend(model.rope.rotate(q, t), k, v, start, old, model.rope)
+    ours = cache.attend(model.rope.rotate(q, t), k, v, start, old, model.rope)
     torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=1e-4)
 
 
-@quick
-@given(bits, st.sampled_from([32, 64, 96]), st.integers(1, 3), st.integers(1, 3))
-def test_codes_give_what_the_latents_of_the_same_codes_do(b, group, m, g):
-    """Equations 2 and 3, for m segments of g groups."""
-    generator = torch.Generator().manual_seed(m)
-    T = m * g * group
-    packed = quant.Packed(b, quant.Grouping(quant.TOKENS, group))
-    packed.append(torch.randn(2, T, 7, generator=generator) + 1)
-    c = packed.read(0, T)
-    u = torch.randn(2, m, 3, 7, generator=generator)
-    ours = segments.coded_scores(u, *packed.quantized(0, T)).view(2, m, g, 3, group)
-    theirs = u @ c.view(2, m, g * group, 7).mT
-    ours = ours.transpose(2, 3).flatten(3)
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    p = torch.rand(2, 3, T, generator=generator)
-    ours = segments.coded_sum(p, *packed.quantized(0, T))
-    torch.testing.assert_close(ours, p @ c, atol=1e-3, rtol=1e-4)
-
-
-def test_a_long_sum_is_that_of_its_parts():
+@pytest.mark.parametrize("n", [7, 8])
+def test_a_sum_is_that_of_its_parts(n, monkeypatch):
+    """One for each thread, if they come out even."""
     generator = torch.Generator().manual_seed(0)
-    p = torch.rand(2, 3, 4500, generator=generator)
-    c = torch.randn(2, 4500, 7, generator=generator)
-    torch.testing.assert_close(segments.weighted_sum(p, c), p @ c, atol=1e-3, rtol=1e-4)
+    p = torch.rand(2, 3, n, generator=generator)
+    c = torch.randn(2, n, 7, generator=generator)
+    for threads in (1, 2, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # noqa: B023
+        torch.testing.assert_close(segments.weighted_sum(p, c), p @ c)
 
 
 def cache_of(config, n, rank=3, before=0):
@@ -212,17 +193,17 @@ def test_memory_is_the_scores_and_one_chunk():
             assert 4 * T <= seen.largest <= max(4 * (T + 24), 4 * 512 * 4 * 4)
 
 
-def test_turns_are_made_once_a_step(monkeypatch):
-    """And not once a layer: all layers of a sequence stand at the same position."""
+def test_turns_are_made_once_for_all_layers(monkeypatch):
+    """And for as many steps as the segments lie where they are: here all are of 16 tokens."""
     model = tiny_model(num_hidden_layers=5)
     cache = bi_branch_cache(model, make_factors(model, 3, 3), 2, kind=FastCache)
-    tokens = tiny_tokens(model, 1, 30)
+    tokens = tiny_tokens(model, 1, 50)
     model(tokens[:, :20], cache)
-    segments.query_turns.cache_clear()
-    for t in range(20, 30):
+    segments.middles.cache_clear()
+    for t in range(20, 50):
         model(tokens[:, t : t + 1], cache)
-    info = segments.query_turns.cache_info()
-    assert (info.misses, info.hits) == (10, 40)
+    info = segments.middles.cache_info()
+    assert (info.misses, info.hits) == (2, 148)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

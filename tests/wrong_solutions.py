@@ -15,10 +15,10 @@ values = values if self.v_bias is None else values + self.v_bias
 values = values.unflatten(-1, (self.H_kv, self.D)).transpose(1, 2)  # [B, H_kv, n, D]
 return (p.reshape(B, self.H_kv, -1, n) @ values).flatten(0, 1)
 """
-KEYS = """tables = query_turns(rope, self.length - 1, self.sinks, spans, q.device)
+KEYS = """tables = middles(rope, self.sinks, spans, q.device)
 begin, stop = spans[0].start, min(spans[-1].stop, self.c_k.length)
 lengths = torch.tensor([span.length for span in spans for _ in range(span.count)])
-cos, sin = (table[0].repeat_interleave(lengths, 0) for table in tables)  # [n, D]
+cos, sin = (table.repeat_interleave(lengths, 0) for table in tables)  # [n, D]
 for s in range(begin, stop, STEP):
     e = min(s + STEP, stop)
     keys = self.c_k.read(s, e).float() @ self.B_k.float()
@@ -28,7 +28,6 @@ for s in range(begin, stop, STEP):
     keys = keys * cos[some] + (keys * sin[some]).roll(self.D // 2, -1)
     out[..., some] = (q.view(len(out), self.H_kv, -1, self.D) @ keys.mT).flatten(1, 2)
 """
-ONE_TURN = "M = cos.shape[1]; cos, sin = cos[:, :1].expand_as(cos), sin[:, :1].expand_as(sin)"
 WRONG = {
     "model.LayerCache.nbytes": {
         "only what is used": ("untyped_storage().nbytes()", "nbytes"),
@@ -212,24 +211,21 @@ WRONG = {
         "turned the other way": ("turn(q, cos, sin)", "turn(q, cos, -sin)"),
         "keys rebuilt at once": KEYS.replace("STEP", "10**6"),
         "keys rebuilt in chunks": KEYS.replace("STEP", "self.chunk"),
-        "one turn for all": ("M = cos.shape[1]", ONE_TURN),
+        "one turn for all": ("turn(q, cos, sin)", "turn(q, cos[:1] + 0 * cos, sin[:1] + 0 * sin)"),
         "neighbours as pairs": ("turn(q, cos, sin)", "torch.addcmul(q * cos, q.roll(1, -1), sin)"),
-        "heads in another order": ("u.permute(1, 3, 0, 2, 4)", "u.permute(1, 3, 2, 0, 4)"),
+        "heads in another order": ("permute(1, 3, 0, 2, 4)", "permute(1, 3, 2, 0, 4)"),
         "bias of keys forgotten": ("self.k_bias is not None", "False"),
         "every part as the first": ("done += m", "pass"),
         "every span at the same place": ("part.start - begin", "0"),
         "no scores": "out.zero_()",
-        "q in the type of B": ("self.dtype)", "torch.float64)"),
+        "q in the type of B": ("to(self.dtype).reshape", "to(torch.float64).reshape"),
     },
     f"{FAST}.old_values": {
         "values rebuilt": VALUES,
         "bias of values forgotten": ("self.v_bias is not None", "False"),
         "bias of values in full": ("total *", "total / total *"),
-        "values from the first token on": (
-            "self.c_v.read(start, stop)",
-            "self.c_v.read(start - begin, stop - begin)",
-        ),
-        "the last chunk only": ("sum(sums[1:], sums[0])", "sums[-1]"),
+        "values from the first token on": ("begin + s, begin + s + m", "s, s + m"),
+        "the last chunk only": ("c) + sums", "c)"),
         "zeros": "return p.new_zeros(len(p) * self.H_kv, p.shape[1] // self.H_kv, self.D)",
     },
 }
