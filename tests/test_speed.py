@@ -5,8 +5,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import speed
+from model import Transformer
 from tests.helpers import call, save_checkpoint, tiny_model, tiny_tokens
 
 
@@ -68,6 +71,29 @@ def test_a_shape_needs_no_checkpoint(tmp_path, capsys):
             held = 2 * 64 * 4 * tokens
         assert row["cache"] == "kivi-2" or row["cache_mb"] == pytest.approx(held / 1e6)
     assert (tmp_path / "times.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_operations_of_a_step():
+    """Products of one layer as experiments/README.md has them, with the window: 2 heads, D 32, rank
+    13. The plain form of attention is one whose products can be counted."""
+    tokens = 301
+    args = ["--shape", "teacher", "--ratios", "0.8", "--caches", "cskv,cskv-plain,kivi-2"]
+    args = speed.parse_arguments([*args, "--bits", "16"])
+    model = Transformer(speed.shape_config("teacher", tokens))
+    rows = speed.rows_to_time(args, model)
+    counts = {}
+    for name, (start, step) in speed.layer_runners(model, rows, tokens - 1, tokens).items():
+        cache = start()
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            step(cache)
+        counts[name.split()[0]] = counter.get_total_flops()
+    old = tokens - 32
+    segments = -(-old // 16)  # all of 16 tokens, the last one filled up
+    full, new = 4 * tokens * 64, 4 * 64 * 13  # scores and sums over values; x A
+    rebuilt = 4 * old * 13 * 64
+    fast = 4 * 32 * 64 + new + segments * 2 * 64 * 13 + 2 * 64 * 13 + 4 * 13 * 2 * 16 * segments
+    expected = {"full": full, "kivi-2": full, "cskv-plain": full + new + rebuilt, "cskv": fast}
+    assert counts == expected
 
 
 @pytest.mark.slow  # imports transformers
