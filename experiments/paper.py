@@ -172,7 +172,7 @@ def table1(e: Experiment) -> None:
     rows += [e.row("kivi-2", sinks=4), *e.budgets()]
     with_paper = []
     for row in rows:
-        theirs = not row.sinks and (row.origin.startswith("asvd") or not row.origin)
+        theirs = row.origin.startswith("asvd") or not row.origin
         name = row.cache.removesuffix("-plain")
         number = paper_number("table1", cache=name, ratio=row.ratio) if theirs else ""
         with_paper.append((row, {"paper": number}))

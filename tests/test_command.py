@@ -151,7 +151,7 @@ PASSAGES = "--text T --context 20 --steps 4 --passages 2 --calibrate T --samples
 OTHERS = {  # every other command line that prints results; M the model, T the text, O a folder
     "evaluate": f"-m experiments.evaluate perplexity --model M {PASSAGES} --ratios 0.5",
     "paper": f"-m experiments.paper table3 --model M {PASSAGES} --ratios 0.5 --out O/paper "
-    "--work O/work --measure-samples 2",
+    "--work O/work",
     "speed": "-m experiments.speed --model M --lengths 20 --rounds 1",
     "english": "-m experiments.english --out O/english",
 }
@@ -409,7 +409,6 @@ NO_NAMES = [
     ("train", "--out", ["--model", "M"]),
     ("train", "--log", ["--model", "M", "--out", "f"]),
     ("experiments.evaluate", "--factors", ["longeval", "--model", "M"]),
-    ("experiments.evaluate", "--sets", ["longbench", "--model", "M"]),
     ("experiments.paper", "--text", ["table1"]),
     ("experiments.speed", "--picture", ["--model", "M"]),
     ("experiments.budget", "--out", ["--model", "M", "--data", "T", "--remove", "0.5"]),
