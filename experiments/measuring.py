@@ -79,7 +79,7 @@ def measure(
     for columns, members in groups_of(cases):
         for r, row in enumerate(rows):
             results = [{**cases[c].columns, **done[c][r]} for c in members]
-            result.append({**row.columns, **columns, **summary(model, results)})
+            result.append({**columns, **row.columns, **summary(model, results)})
     return result
 
 
@@ -145,18 +145,16 @@ def summary(model: Transformer, results: list[dict]) -> dict:
     scores = list(chain.from_iterable([result["scores"] for result in results]))
     tokens = sum(result["tokens"] for result in results)
     held = sum(result["bytes"] for result in results)
-    row = {
-        "cases": len(scores),
-        "tokens": tokens / len(scores),
-        "measured_ratio": 1 - held / full_bytes(model, tokens),
-        "seconds": sum(result["seconds"] for result in results),
-    }
+    row = {"cases": len(scores), "tokens": tokens / len(scores)}
     if "set" in results[0]:
         # In percent, and every set counts the same, whatever its size: the paper's Table 1.
         sets = grouped(results, "set").values()
         row["score"] = 100 * fmean([fmean([one["scores"][0] for one in own]) for own in sets])
     elif "question" in results[0]:
-        row |= {"accuracy": fmean(scores), "interval": wilson(sum(scores), len(scores))}
+        row["accuracy"] = fmean(scores)
+        row["interval"] = wilson(sum(scores), len(scores))
     else:
         row["perplexity"] = math.exp(min(fmean(scores), 700))  # 1e304 for what is even more
+    row["measured_ratio"] = 1 - held / full_bytes(model, tokens)
+    row["seconds"] = sum(result["seconds"] for result in results)
     return row

@@ -18,35 +18,27 @@ def perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
 
 
-FORMATS = {
-    **dict.fromkeys(("question", "layer", "of", "cache"), str),
-    **dict.fromkeys(("factors", "init", "window", "bits", "sinks", "mode"), str),
+FORMATS = {  # of the columns that are not written as they are
     "ratio": "{:.0%}".format,
     **dict.fromkeys(("kept_k", "kept_v"), "{:.1%}".format),
     "lr": "{:g}".format,
-    **dict.fromkeys(("initial", "final", "loss", "floor"), four_digits),
-    **dict.fromkeys(("text", "context", "set", "bucket", "lines", "cases"), str),
-    "tokens": "{:.0f}".format,
+    **dict.fromkeys(("initial", "final", "loss", "floor", "cache_mb"), four_digits),
+    **dict.fromkeys(("tokens", "seconds"), "{:.0f}".format),
     "decode_ms": "{:.1f}".format,
-    "decode_ratio": "{:.2f}".format,
-    "cache_mb": four_digits,
-    "accuracy": "{:.2f}".format,
+    **dict.fromkeys(("decode_ratio", "accuracy", "score"), "{:.2f}".format),
     "interval": "[{0[0]:.2f}, {0[1]:.2f}]".format,
-    "score": "{:.2f}".format,
     "perplexity": perplexity,
     "of_full": "{:.3f}".format,  # times the full cache's
     **dict.fromkeys(("nominal_ratio", "measured_ratio"), "{:.1%}".format),
     **dict.fromkeys(("left_out_50%", "left_out_80%"), "{:.2%}".format),
-    "seconds": "{:.0f}".format,
-    **dict.fromkeys(("trained_together", "paper"), str),
 }
 ALL = "all"  # the bucket of a benchmark that has every case
 SCORES = ["accuracy", "interval", "perplexity", "nominal_ratio", "measured_ratio"]
 
 
 def table(rows: list[dict], columns: list[str] | None = None) -> str:
-    """Rows as a Markdown table; of `columns`, or of all in FORMATS, those that the rows have."""
-    columns = [name for name in columns or FORMATS if name in rows[0]]
+    """Rows as a Markdown table; of all columns, or of `columns` those that the rows have."""
+    columns = [name for name in columns or rows[0] if name in rows[0]]
     lines = ["| " + " | ".join(columns).replace("_", " ") + " |", "|" + " --- |" * len(columns)]
     for row in rows:
         cells = [FORMATS.get(name, str)(row[name]) for name in columns]
