@@ -3,13 +3,12 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from cskv import init_factors
-from experiments import caches, evaluate, measuring
+from experiments import caches, evaluate, measuring, notes
 from experiments.tables import table
 from experiments.tasks.scores import wilson
 from support.command import UserError
@@ -57,8 +56,8 @@ def test_an_interrupted_run_goes_on(everything, brief, tmp_path, capsys, monkeyp
         with monkeypatch.context() as patch:
             interrupt_after(patch, stop)
             assert call(evaluate, capsys, *args)[0] == 130
-    (notes,) = notes_beside(path)
-    notes.with_name(f"{notes.name}.123.tmp").write_bytes(b"half")  # killed while it wrote
+    (noted,) = notes_beside(path)
+    noted.with_name(f"{noted.name}.123.tmp").write_bytes(b"half")  # killed while it wrote
     begun = interrupt_after(monkeypatch, 18)
     rows = measured(everything, capsys, path, *LONGEVAL)
     assert len(begun) == 3 * (6 - count // 3 - 1)
@@ -78,7 +77,7 @@ def test_notes_of_another_run_are_refused(
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
         assert call(evaluate, capsys, *arguments(everything, *LONGEVAL, *own))[0] == 130
-    (notes,) = notes_beside(path)
+    (noted,) = notes_beside(path)
     what, message = LONGEVAL, f"was made with another {other}"
     if other == "--cases":
         own += ["--cases", 4]
@@ -91,10 +90,10 @@ def test_notes_of_another_run_are_refused(
     elif other == "--what":
         what = ["passkey"]
     else:
-        notes.write_bytes(notes.read_bytes()[:-99])
+        noted.write_bytes(noted.read_bytes()[:-99])
         message = other
     error = refused(evaluate, *arguments(everything, *what, *own))
-    assert message in error and str(notes) in error
+    assert message in error and str(noted) in error
 
 
 @pytest.mark.slow
@@ -103,13 +102,13 @@ def test_a_killed_run_goes_on(everything, tmp_path, capsys):
     expected = measured(everything, capsys, tmp_path / "whole", *many)
     start = command(everything, *many, "--json", path)
     killed = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.DEVNULL)
-    notes, deadline = tmp_path / "rows.cases-0.pt", time.monotonic() + 60
-    while not notes.exists():
+    noted, deadline = tmp_path / "rows.cases-0.pt", time.monotonic() + 60
+    while not noted.exists():
         assert killed.poll() is None and time.monotonic() < deadline, "it never came that far"
         time.sleep(0.001)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL and not path.exists()
-    done = len(load_state(notes, {}, ("results",))["results"])
+    done = len(load_state(noted, {}, ("results",))["results"])
     code, _, err = call(evaluate, capsys, *arguments(everything, *many, "--json", path))
     assert code == 0 and f"{done} cases are done already" in err
     assert without_seconds(json.loads(path.read_text())) == without_seconds(expected)
@@ -132,29 +131,21 @@ def test_two_processes_print_the_table_of_one(everything, tmp_path, capsys, monk
     assert not notes_beside(path)
 
 
-FAILING = """
-from experiments import evaluate
-from support.command import UserError, run_command
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_mistake_of_one_process_is_raised_in_all(monkeypatch, failing):
+    """Of the case that one process has and no other. What the other found is not lost."""
+    monkeypatch.setattr(notes, "place", lambda: (0, 2))
+    monkeypatch.setattr(notes, "patient_group", lambda: None)
+    monkeypatch.setattr(notes, "gathered", lambda part, _: [part, ({1: "b"}, mistakes[1])])
+    mistakes = [None, None]
+    mistakes[failing] = UserError("too sad")
 
-def score(self, model, logits, cache):
-    raise UserError("too sad")
+    def run(key):
+        if mistakes[0]:
+            raise mistakes[0]
+        return "a"
 
-def cases(*args, **more):
-    first, second, third = real_cases(*args, **more)
-    return [first, Failing(**vars(second)), third]
-
-real_cases = evaluate.retrieval_cases
-evaluate.retrieval_cases = cases
-Failing = type("Failing", (evaluate.Question,), {"score": score})
-run_command(lambda: evaluate.run(evaluate.parse_arguments()))
-"""
-
-
-@pytest.mark.slow
-def test_one_process_names_a_mistake(everything, tmp_path):
-    """Of the second case, which one process has and no other."""
-    (tmp_path / "main.py").write_text(FAILING)
-    flags = arguments(everything, "longeval", "--caches", "full", "--cases", 3)
-    done = torchrun(sys.executable, tmp_path / "main.py", *map(str, flags))
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode and lines == ["error: too sad"], done.stderr
+    with pytest.raises(UserError, match="too sad"):
+        notes.run_all([0, 1], run, None)
+    mistakes[failing] = None
+    assert notes.run_all([0, 1], run, None) == {0: "a", 1: "b"}
