@@ -34,7 +34,6 @@ from beyond.probes import NAMES, Probe
 from beyond.shared import calibrate_groups
 from experiments import figures
 from experiments.notes import all_that_counts, delete_notes, own_notes, run_all
-from experiments.pictures import pyplot
 from experiments.tables import write_json
 from infer import full_bytes
 from support.command import (
@@ -92,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     if args.layers_together > 1 and (not args.group or args.init != "outputs"):
         problem = "--layers-together needs groups of tokens and --init outputs"
         raise UserError(f"{problem}; leave --group and --init as they are")
-    pyplot()  # if it is missing, that is known before the work and not after
+    figures.pyplot()  # if it is missing, that is known before the work and not after
     files = {}
     for out in args.out:
         for file in (out, out.with_suffix(".json"), out.with_suffix(".png")):

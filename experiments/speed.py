@@ -29,7 +29,6 @@ from cskv import Factors, init_factors
 from experiments import figures
 from experiments.caches import Row, add_cache_options, make_cache, make_rows
 from experiments.measuring import clock
-from experiments.pictures import pyplot
 from experiments.tables import table, write_json
 from infer import held_bytes
 from model import Config, LayerCache, Transformer
@@ -216,7 +215,7 @@ def run(args: argparse.Namespace) -> None:
     read = {f"--factors {file}": file for file in args.factors}
     check_files({"--json": args.json, "--picture": args.picture}, read, args.model)
     if args.picture:
-        pyplot()  # if it is missing, that is known before the work and not after
+        figures.pyplot()  # if it is missing, that is known before the work and not after
     dtype = DTYPES[args.dtype]
     more = (args.rounds + 1) * args.steps  # a round warms up
     longest = max(args.lengths) + more
