@@ -33,7 +33,6 @@ from beyond.shared import calibrate_groups
 from cskv import Together
 from experiments import figures
 from experiments.notes import all_that_counts, delete_notes, own_notes, run_all
-from experiments.pictures import pyplot
 from experiments.tables import write_json
 from infer import full_bytes
 from model import Transformer
@@ -91,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     if args.layers_together > 1 and (not args.group or args.init != "outputs"):
         problem = "--layers-together needs groups of tokens and --init outputs"
         raise UserError(f"{problem}; leave --group and --init as they are")
-    pyplot()  # if it is missing, that is known before the work and not after
+    figures.pyplot()  # if it is missing, that is known before the work and not after
     files = {"the notes of --out": own_notes(args.out[0])}
     for out in args.out:
         for file in (out, out.with_suffix(".json"), out.with_suffix(".png")):
@@ -144,11 +143,8 @@ def run(args: argparse.Namespace) -> None:
         def shared_out(probed: Callable[[Together], dict], stage: int) -> dict[Together, dict]:
             """What is probed of each side, by all processes together."""
 
-            def some(keys: list[tuple[int, int]]) -> list[dict]:
-                return [probed(sides[n]) for n, _ in keys]
-
             keys = [(n, stage) for n in range(len(sides))]
-            done = run_all([[key] for key in keys], some, args.out[0], counted, "side")
+            done = run_all(keys, lambda key: probed(sides[key[0]]), args.out[0], counted, "side")
             return {side: done[n, stage] for n, side in enumerate(sides)}
 
         # 3. A plan for each budget, and one around it while that is better.
