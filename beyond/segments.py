@@ -157,13 +157,13 @@ def middles(
 
 class GrowingLatents:
     """Latents [B, n, r] of 16 or 32 bits in a buffer for the `expected` tokens, or more as they
-    come: a copy every 256 steps. They stand in for `plain` ones, which are copied at every step."""
+    come: a copy every 256 steps, and not at every one."""
 
     length = packed = 0
 
-    def __init__(self, plain: quant.Packed):
-        self.dtype = plain.dtype
-        self.expected = plain.expected
+    def __init__(self, dtype: torch.dtype, expected: int):
+        self.dtype = dtype
+        self.expected = expected
         self.c: Tensor | None = None
 
     def append(self, c: Tensor) -> None:
@@ -251,9 +251,9 @@ class FastCache(BiBranchCache):
     ):
         super().__init__(attention, factors, window, expected, sinks)
         if factors.k.bits not in quant.BITS:
-            self.c_k = GrowingLatents(self.c_k)
+            self.c_k = GrowingLatents(self.c_k.dtype, expected)
         if factors.v.bits not in quant.BITS:
-            self.c_v = GrowingLatents(self.c_v)
+            self.c_v = GrowingLatents(self.c_v.dtype, expected)
         self.k, self.v = Ring(self.window_bits), Ring(self.window_bits)
         self.H = attention.config.num_attention_heads
         self.H_kv = attention.config.num_key_value_heads

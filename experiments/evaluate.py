@@ -341,7 +341,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     for name, module in BENCHMARKS.items():
         add = commands.add_parser(name, parents=[shared], help="a benchmark").add_argument
-        sets = comma_list(one_of(module.TASKS, "set"))
+        sets = comma_list(str, module.TASKS)
         add("--sets", type=sets, help=f"ask these of {', '.join(module.TASKS)}")
         add("--data", type=Path, help="read the benchmark in this folder, not from the hub")
         add("--cases", type=count, help="ask the first so many of each set (default: all)")

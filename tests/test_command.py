@@ -111,8 +111,7 @@ PASSAGES = "--text T --context 20 --steps 4 --passages 2 --calibrate T --samples
 PRINTING = [  # every command line that prints results; M the model, T the text, O a folder
     "infer --model M --cache full --prompt t5 --max-new-tokens 3",
     f"experiments.evaluate perplexity --model M {PASSAGES} --ratios 0.5",
-    f"experiments.paper table3 --model M {PASSAGES} --ratios 0.5 --out O/paper --work O/work "
-    "--measure-samples 2",
+    f"experiments.paper table3 --model M {PASSAGES} --ratios 0.5 --out O/paper --work O/work",
     "experiments.speed --model M --lengths 20 --rounds 1",
     "experiments.english --out O/english",
 ]

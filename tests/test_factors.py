@@ -47,10 +47,11 @@ def test_rotation_spreads_outliers():
     generator = torch.Generator().manual_seed(0)
     A, B = torch.randn(64, 32, generator=generator), torch.randn(32, 48, generator=generator)
     A[:, 0] *= 20
+    plain = Factors([LayerFactors(LowRank(A, B), LowRank(A, B))])
     x = torch.randn(200, 64, generator=generator)
     errors = []
-    mixed = cskv.mix_latents(LowRank(A, B), torch.Generator().manual_seed(0))
-    for pair in (LowRank(A, B), mixed):
+    for factors in (plain, plain.in_bits(v_bits=4)):
+        pair = factors.layers[0].v
         c = quant.fake_quantize(x @ pair.A, 4, quant.Grouping(quant.CHANNELS))
         errors.append((c @ pair.B - x @ A @ B).square().mean())
     assert errors[1] < errors[0] / 2
