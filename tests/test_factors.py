@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import cskv
 import quant
-from cskv import Factors, LowRank, init_factors, rank_for
+from cskv import Factors, LayerFactors, LowRank, init_factors, rank_for
 from support.command import UserError
 from support.factors_file import load_factors, save_factors
 from support.processes import calibrate_together
