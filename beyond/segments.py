@@ -24,12 +24,9 @@ Segments. Cut the old tokens into segments of L neighbours, and let all of them 
     one"); thousands of tokens away the slow ones say roughly where. This is a property of
     trained models, measured and not proved. So segments are short there, and long far away.
 Values. RoPE does not touch them: B_v comes after the sum, p (C_v B_v) = (p C_v) B_v.
-Few bits. Where a latent is minimum + scale * code and a segment holds whole groups along
-    tokens, scale and minimum go into the query and out of the sum in the same way, and codes
-    are multiplied as they are. Other latents are dequantized, a chunk at a time.
-
-        score = (u * scale) code^T + u minimum^T                                        (S2)
-        p C   = scale * (p code) + minimum * (sum of p)        a group at a time        (S3)
+Few bits. Latents are dequantized a chunk at a time. Scale and minimum could go into u and out of
+    the sum in the same way, and codes be multiplied as they are: tried, and no faster, for
+    unpacking and the products take the time.
 
     operations a token     rebuilt   2 r d_kv + 2 H D        here   2 r H + 2 r H D / L
 
@@ -48,13 +45,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quant
-from cskv import BiBranchCache, Latents, LayerFactors, is_exact
+from cskv import BiBranchCache, LayerFactors
 from model import PIECE, Attention, Rope, reserve, seen_by
 
 # Lengths of segments, the newest first, and how many old tokens lie in such. Each length is a
 # multiple of the one before; the last holds for all tokens that are left.
 SEGMENTS = ((16, 1024), (512, 0))
-CODED = 4096  # packed tokens, from which on (S3) takes less time than dequantizing
 
 
 class Span(NamedTuple):
@@ -93,6 +89,12 @@ def cut(start: int, stop: int, segments=SEGMENTS) -> tuple[Span, ...]:
             spans.append(Span(border, count, length))
             end = border
     return tuple(reversed(spans))
+
+
+def is_exact(i: Tensor, j: Tensor, window: int, sinks: int) -> Tensor:
+    """Whether the tokens at positions i [n] see those at positions j [m] in full precision, if
+    they see them: [n, m]."""
+    return (j < sinks) | (j > i[:, None] - window)
 
 
 def damping(w: Tensor, length: int) -> Tensor:
@@ -137,7 +139,9 @@ def near(rope: Rope, block: int, device: torch.device) -> tuple:
 
 
 @lru_cache(maxsize=8)  # the same for some steps
-def middles(rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.device) -> tuple:
+def middles(
+    rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.device, damped: bool = True
+) -> tuple:
     """Tables [M, D] that turn a query at position 0 back by each segment's middle t0, and damp it:
     of a exp(-i t0 w)."""
     w = frequencies(rope, device)
@@ -146,27 +150,21 @@ def middles(rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.devic
         segment = torch.arange(span.count, dtype=torch.float64, device=device)
         t0 = sinks + span.start + segment * span.length + (span.length - 1) / 2
         angle = torch.outer(-t0, w)
-        turns.append(torch.polar(damping(w, span.length).expand_as(angle), angle))
+        a = damping(w, span.length if damped else 1)
+        turns.append(torch.polar(a.expand_as(angle), angle))
     return tables(torch.cat(turns))
 
 
-@lru_cache(maxsize=8)  # the same for all layers of a step
-def query_turns(
-    rope: Rope, t: int, sinks: int, spans: tuple[Span, ...], device: torch.device, T: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Tables [T, M, D] that turn rotated queries at T positions, of which t is the last, to where
-    each segment sees them, and damp them."""
-    start, _, exact = near(rope, t // PIECE, device)
-    i = t + 1 - start
-    cos, sin = (table[i - T : i].unsqueeze(1) for table in exact)
-    cos_0, sin_0 = middles(rope, sinks, spans, device)
-    # One turn after another, each one's sines with the signs of `turn`.
-    both_cos = torch.addcmul(cos * cos_0, sin, sin_0, value=-1)
-    return both_cos, torch.addcmul(cos * sin_0, sin, cos_0)
+class GrowingLatents:
+    """Latents [B, n, r] of 16 or 32 bits in a buffer for the `expected` tokens, or more as they
+    come: a copy every 256 steps, and not at every one."""
 
+    length = packed = 0
 
-class GrowingLatents(Latents):
-    """Latents in a buffer for `expected` tokens, or more as they come: a copy every 256 steps."""
+    def __init__(self, dtype: torch.dtype, expected: int):
+        self.dtype = dtype
+        self.expected = expected
+        self.c: Tensor | None = None
 
     def append(self, c: Tensor) -> None:
         B, m, r = c.shape
@@ -176,6 +174,12 @@ class GrowingLatents(Latents):
         self.length = start + m
         self.c = reserve(self.c, self.length)
         self.c[:, start : self.length] = c
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.c[:, start:stop]
+
+    def tensors(self) -> list[Tensor]:
+        return [] if self.c is None else [self.c]
 
     def at_once(self) -> int:
         """As many as you like: see `quant.Packed`."""
@@ -232,8 +236,8 @@ class FastCache(BiBranchCache):
         sinks 1, window 4, token 10 arrives   slots 0 | 1 2 3 4   hold positions 0 | 9 10 7 8
     """
 
-    kept_in = GrowingLatents
     segments = SEGMENTS  # ((1, 0),) gives the results of `BiBranchCache`
+    damped = True  # without a_f something is lost; experiments/segments.py shows what
     window_bits = 16  # or more: those of the model
     written = 0  # tokens that the rings have seen
 
@@ -246,14 +250,21 @@ class FastCache(BiBranchCache):
         sinks: int = 0,
     ):
         super().__init__(attention, factors, window, expected, sinks)
+        if factors.k.bits not in quant.BITS:
+            self.c_k = GrowingLatents(self.c_k.dtype, expected)
+        if factors.v.bits not in quant.BITS:
+            self.c_v = GrowingLatents(self.c_v.dtype, expected)
         self.k, self.v = Ring(self.window_bits), Ring(self.window_bits)
         self.H = attention.config.num_attention_heads
         self.H_kv = attention.config.num_key_value_heads
+        self.r_k, self.r_v = factors.k.rank, factors.v.rank
+        # B by heads; views, no copies.
+        self.head_k = self.B_k.view(-1, self.H_kv, self.D).permute(1, 2, 0)  # [H_kv, D, r_k]
+        self.head_v = self.B_v.view(-1, self.H_kv, self.D).transpose(0, 1)  # [H_kv, r_v, D]
         on_cpu = self.B_k.device.type == "cpu"
         self.dtype = torch.float32 if on_cpu else self.B_k.dtype  # a CPU is slow in 16 bits
-        # Tokens of a chunk. On a CPU its latents take 2 MB; a GPU wants few and large steps.
-        rank = max(factors.k.rank, factors.v.rank)
-        self.chunk = max(1, 2**10 // rank) * 512 if on_cpu else 2**15
+        # Tokens of a chunk. On a CPU its latents take 8 MB: in smaller ones calls take the time.
+        self.chunk = max(1, 2**12 // max(self.r_k, self.r_v)) * 512 if on_cpu else 2**15
 
     def keep(self, k: Tensor, v: Tensor) -> None:
         positions = self.held_positions()
@@ -353,11 +364,11 @@ class FastCache(BiBranchCache):
         self.keep(k, v)
         return out
 
-    def mask(self, n: int, positions: Tensor, first: int, old: int) -> Tensor:
-        """Which keys the newest n tokens see: the compressed first .. old - 1, then exact ones at
+    def mask(self, n: int, positions: Tensor, first: int, stop: int) -> Tensor:
+        """Which keys the newest n tokens see: the latents of first .. stop - 1, then exact ones at
         `positions`. A token may be in both, and each query sees it through one."""
         i = torch.arange(self.length - n, self.length, device=positions.device)
-        j = torch.arange(first, old, device=positions.device)
+        j = torch.arange(first, stop, device=positions.device)
         compressed = ~is_exact(i, j, self.window, self.sinks)
         exact = is_exact(i, positions, self.window, self.sinks)
         seen = seen_by(i, torch.cat([j, positions]), self.sliding_window)
@@ -377,12 +388,7 @@ class FastCache(BiBranchCache):
         precision at `positions`, and to the compressed tokens first .. old - 1. `positions` None:
         of one token, which sees all of k and v."""
         B, H, T, D = q.shape
-        # Queries of a group share a key head, G T rows; all products are of [batch * heads, rows,
-        # columns].
-        q = q.reshape(B * self.H_kv, -1, D).float() * D**-0.5
-        k = k.flatten(0, 1).float()  # [B * H_kv, m, D]
-        v_full = v.flatten(0, 1).to(self.dtype)
-        m = k.shape[1]
+        m = k.shape[2]
         start = first - self.sinks  # sinks have no latents
         stop = old - self.sinks
         spans = cut(start, stop, self.segments)
@@ -390,22 +396,29 @@ class FastCache(BiBranchCache):
         if spans:
             begin = spans[0].start
             end = spans[-1].stop
-        n = stop - begin
-        # 3. Scores, a column for each token from `begin` on, then for those of k. The last segment
-        #    may end behind `stop`: those of k take the place of what it has too many.
-        scores = q.new_empty(B, H * T, max(end - begin, n + m))
+        n = end - begin
+        # 3. Scores, a column for each token of the segments, then for those of k. Queries of a
+        #    group share a key head, G T rows; products are of [batch * heads, rows, columns].
+        scores = q.new_empty(B, H * T, n + m, dtype=torch.float32)
+        q = q.float() * D**-0.5
         if spans:
-            self.old_scores(q, spans, rope, scores)
-        scores = scores.narrow(2, 0, n + m)
-        scores.narrow(2, n, m).copy_(torch.bmm(q, k.transpose(1, 2)).view(B, H * T, m))
+            start_of_block, _, (cos, sin) = near(rope, (self.length - 1) // PIECE, q.device)
+            i = self.length - start_of_block
+            exact = turn(q, cos[i - T : i], sin[i - T : i])
+            self.old_scores(exact.view(B * self.H_kv, -1, D), spans, rope, scores)
+        q = q.reshape(B * self.H_kv, -1, D)
+        y = torch.bmm(q, k.flatten(0, 1).float().transpose(1, 2))
+        scores.narrow(2, n, m).copy_(y.view(B, H * T, m))
         if positions is not None:
-            mask = self.mask(T, positions, self.sinks + begin, old)
+            mask = self.mask(T, positions, self.sinks + begin, self.sinks + end)
             scores.unflatten(1, (H, T)).masked_fill_(~mask, -math.inf)
-        elif begin < start:  # behind the sliding window
-            scores[..., : start - begin] = -math.inf
+        # A segment may begin before a sliding window, and end behind the old tokens.
+        scores[..., : start - begin] = -math.inf
+        scores[..., stop - begin : n] = -math.inf
         # 4. One softmax over both branches, then the values of both.
         p = scores.softmax(-1).to(self.dtype)  # [B, H T, n + m]
         p_full = p.narrow(2, n, m).reshape(B * self.H_kv, -1, m)  # [B * H_kv, G T, m]
+        v_full = v.flatten(0, 1).to(self.dtype)
         if spans:
             out = torch.baddbmm(self.old_values(p.narrow(2, 0, n), begin), p_full, v_full)
         else:
@@ -413,86 +426,57 @@ class FastCache(BiBranchCache):
         return out.to(v.dtype).view(B, H, T, D)
 
     def old_scores(self, q: Tensor, spans: tuple[Span, ...], rope: Rope, out: Tensor) -> None:
-        """Scores of q [B * H_kv, G, D], rotated, with all tokens of `spans`: into out [B, H, n].
-        T tokens at once are as many more heads: G counts T for each head of a group, H likewise."""
+        """Scores of q [B * H_kv, G, D], rotated and divided by the root of D, with all tokens of
+        `spans`: into out [B, H, n]. T tokens at once are as many more heads, in G and in H."""
         B, H, _ = out.shape
         H_kv, D = self.H_kv, self.D
         # 1. The query as each segment sees it.
-        T = H // self.H
-        cos, sin = query_turns(rope, self.length - 1, self.sinks, spans, q.device, T)  # [T, M, D]
-        M = cos.shape[1]
-        q = q.view(B, H_kv, -1, T, 1, D).transpose(0, 1)  # [H_kv, B, heads, T, 1, D]
-        seen = turn(q, cos, sin).reshape(H_kv, -1, D).to(self.dtype)  # [H_kv, B * G * M, D]
+        cos, sin = middles(rope, self.sinks, spans, q.device, self.damped)  # [M, D]
+        q = q.view(B, H_kv, -1, 1, D).transpose(0, 1)  # [H_kv, B, G, 1, D]
+        seen = turn(q, cos, sin).to(self.dtype).reshape(H_kv, -1, D)  # [H_kv, B * G * M, D]
         # 2. B_k, and the bias, absorbed into it.
-        B_k = self.per_head(self.B_k).permute(1, 2, 0)  # [H_kv, D, r]
-        u = torch.bmm(seen, B_k).view(H_kv, B, -1, M, len(self.B_k))
-        u = u.permute(1, 3, 0, 2, 4).flatten(2, 3)  # [B, M, H, r]
+        u = torch.bmm(seen, self.head_k.to(self.dtype))
+        u = u.view(H_kv, B, H // H_kv, -1, self.r_k).permute(1, 3, 0, 2, 4)
+        u = u.reshape(B, -1, H, self.r_k)  # [B, M, H, r]
         constant = None
         if self.k_bias is not None:
             constant = torch.bmm(seen, self.k_bias.to(self.dtype).view(H_kv, D, 1))
-            constant = constant.view(H_kv, B, -1, M).transpose(0, 1).reshape(B, H, M, 1)
+            constant = constant.view(H_kv, B, H // H_kv, -1).transpose(0, 1).reshape(B, H, -1, 1)
         # 3. Times the latents.
         begin, stop = spans[0].start, spans[-1].stop
         done = 0  # segments
         held = begin  # where the latents end that are read
         for part in parts_of(spans, self.chunk):
             m, L = part.count, part.length
-            some = u.narrow(1, done, m)
-            packed = packed_end(self.c_k, part.start, part.stop)
-            if packed == part.stop and L % self.c_k.block == 0:
-                y = coded_scores(some, *self.c_k.quantized(part.start, part.stop))
-            else:
-                if part.stop > held:
-                    first = part.start
-                    held = min(stop, max(part.stop, first + self.chunk))
-                    c = self.read_keys(first, held)  # [B, held - first, r]
-                own = c.narrow(1, part.start - first, m * L).reshape(B * m, L, -1)
-                y = torch.bmm(some.flatten(0, 1), own.transpose(1, 2)).view(B, m, H, L)
-            y = y.transpose(1, 2)
-            target = out.narrow(2, part.start - begin, m * L)
+            if part.stop > held:
+                first = part.start
+                held = min(stop, max(part.stop, first + self.chunk))
+                c = read(self.c_k, first, held, self.dtype)  # [B, held - first, r]
+            some = u.narrow(1, done, m).reshape(B * m, H, -1)
+            own = c.narrow(1, part.start - first, m * L).reshape(B * m, L, -1)
+            y = torch.bmm(some, own.transpose(1, 2)).view(B, m, H, L).transpose(1, 2)
+            target = out.narrow(2, part.start - begin, m * L).view(B, H, m, L)
             # A score of -inf would be a weight of 0 in silence. 0 * y makes it NaN: a latent beyond
             # 16 bits must not go unnoticed.
-            torch.add(y, y, alpha=0, out=target.view(B, H, -1, y.shape[3]))
+            torch.add(y, y, alpha=0, out=target)
             if constant is not None:
-                segments = target.view(B, H, m, L)
-                segments += constant.narrow(2, done, m)
+                target += constant.narrow(2, done, m)
             done += m
-
-    def read_keys(self, start: int, stop: int) -> Tensor:
-        """Latents of keys; for tokens that are still to come, zeros."""
-        c = self.c_k.read(start, min(stop, self.c_k.length)).to(self.dtype)
-        missing = stop - start - c.shape[1]
-        return F.pad(c, (0, 0, 0, missing)) if missing else c
 
     def old_values(self, p: Tensor, begin: int) -> Tensor:
         """p [B, H, n] times the values of n tokens from `begin` on: [B * H_kv, G, D]."""
         B, _, n = p.shape
-        sums = []
+        sums = 0  # [B, H, r]
         for s in range(0, n, self.chunk):
-            start = begin + s
-            stop = min(start + self.chunk, begin + n)
-            part = p.narrow(2, s, stop - start)
-            packed = packed_end(self.c_v, start, stop) - start
-            if packed >= CODED:
-                sums.append(
-                    coded_sum(part[..., :packed], *self.c_v.quantized(start, start + packed))
-                )
-                start += packed
-                part = part[..., packed:]
-            if start < stop:
-                c = self.c_v.read(start, stop).to(p.dtype)
-                sums.append(weighted_sum(part, c))  # [B, H, r]
-        sums = sum(sums[1:], sums[0])
-        B_v = self.per_head(self.B_v).transpose(0, 1).expand(B, -1, -1, -1).flatten(0, 1)
-        out = torch.bmm(sums.view(B * self.H_kv, -1, len(self.B_v)), B_v)  # [B * H_kv, G, D]
+            m = min(self.chunk, n - s)
+            c = read(self.c_v, begin + s, begin + s + m, p.dtype)  # [B, m, r]
+            sums = weighted_sum(p.narrow(2, s, m), c) + sums
+        sums = sums.view(B, self.H_kv, -1, self.r_v)
+        out = sums @ self.head_v.to(p.dtype)  # [B, H_kv, G, D]
         if self.v_bias is not None:
-            total = p.sum(-1).view(B * self.H_kv, -1, 1)
-            out += total * self.per_head(self.v_bias[None]).transpose(0, 1).repeat(B, 1, 1)
-        return out
-
-    def per_head(self, x: Tensor) -> Tensor:
-        """x [r, d_kv] as [r, H_kv, D]."""
-        return x.to(self.dtype).view(len(x), self.H_kv, self.D)
+            total = p.sum(-1).view(B, self.H_kv, -1, 1)
+            out += total * self.v_bias.to(p.dtype).view(self.H_kv, 1, -1)
+        return out.flatten(0, 1)
 
 
 class SmallWindowCache(FastCache):
@@ -520,47 +504,18 @@ def parts_of(spans: tuple[Span, ...], chunk: int) -> tuple[Span, ...]:
     return tuple(parts)
 
 
+def read(latents: GrowingLatents | quant.Packed, start: int, stop: int, dtype) -> Tensor:
+    """Latents [B, stop - start, r]; of tokens that are still to come, zeros."""
+    c = latents.read(start, min(stop, latents.length)).to(dtype)
+    missing = stop - start - c.shape[1]
+    return F.pad(c, (0, 0, 0, missing)) if missing else c
+
+
 def weighted_sum(p: Tensor, c: Tensor) -> Tensor:
-    """p [B, H, n] times c [B, n, r]: [B, H, r]. With few rows H and many columns n a CPU is faster
-    in parts of 1,024 columns, since its threads share them out."""
+    """p [B, H, n] times c [B, n, r]: [B, H, r]. With few rows H and many columns n the threads of a
+    CPU do not share the work; so each gets a part of the columns."""
     B, H, n = p.shape
-    parts = n // 1024
-    if parts < 4:
-        return torch.bmm(p, c)
-    whole = parts * 1024
-    p_parts = p[..., :whole].view(B, H, parts, -1).transpose(1, 2)  # [B, parts, H, 1024]
-    c_parts = c[:, :whole].unflatten(1, (parts, -1))  # [B, parts, 1024, r]
-    y = torch.bmm(p_parts.flatten(0, 1), c_parts.flatten(0, 1)).view(B, parts, H, -1)
-    return torch.baddbmm(y.sum(1), p[..., whole:], c[:, whole:])
-
-
-def packed_end(latents: Latents | quant.Packed, start: int, stop: int) -> int:
-    """Where the packed groups of tokens end that begin at `start`, at most at `stop`: `start`
-    itself if there are none."""
-    if not latents.packed or latents.grouping.dim != quant.TOKENS or start % latents.block:
-        return start
-    return max(start, min(stop, latents.packed) // latents.block * latents.block)
-
-
-def coded_scores(u: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-    """(S2): each segment's u [B, m, H, r] times its latents, whose codes are [B, m g, G, r], g
-    groups of G tokens a segment: [B, m g, H, G]."""
-    B, m, H, r = u.shape
-    G = codes.shape[2]
-    codes = codes.to(u.dtype).view(-1, G, r).transpose(1, 2)
-    scale = scale.to(u.dtype).view(B, m, -1, 1, r)
-    minimum = minimum.to(u.dtype).view(B * m, -1, r)
-    constant = torch.bmm(minimum, u.reshape(B * m, H, r).transpose(1, 2))  # [B m, g, H]
-    u_scaled = u.unsqueeze(2) * scale  # [B, m, g, H, r]
-    y = torch.baddbmm(constant.view(-1, H, 1), u_scaled.view(-1, H, r), codes)
-    return y.view(B, -1, H, G)
-
-
-def coded_sum(p: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-    """(S3): p [B, H, n] times n latents, whose codes are [B, n / G, G, r]: [B, H, r]."""
-    B, H, _ = p.shape
-    G, r = codes.shape[2:]
-    p_group = p.view(B, H, -1, G)
-    y = torch.bmm(p_group.transpose(1, 2).flatten(0, 1), codes.to(p.dtype).flatten(0, 1))
-    y = y.view(B, -1, H, r) * scale.to(p.dtype)  # [B, groups, H, r]
-    return torch.baddbmm(y.sum(1), p_group.sum(-1), minimum.to(p.dtype).squeeze(2))
+    parts = 1 if p.is_cuda else math.gcd(n, torch.get_num_threads())
+    p = p.unflatten(2, (parts, -1)).transpose(1, 2).flatten(0, 1)  # [B * parts, H, n / parts]
+    y = torch.bmm(p, c.unflatten(1, (parts, -1)).flatten(0, 1))
+    return y.view(B, parts, H, -1).sum(1)

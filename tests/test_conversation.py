@@ -151,7 +151,7 @@ def test_ten_questions_about_one_text(talk):
 
 def test_each_answer_is_followed_by_its_bytes(talk):
     code, out, err = talk(b"\xef\xbb\xbft1 t2 t3", b"t4 t5\n\nt6\n", "--compare")
-    assert code == 0 and out.count("--- full cache\n") == out.count("--- cskv cache\n") == 2
+    assert code == 0 and out.count("--- full cache, ") == out.count("--- cskv cache, ") == 2
     said = re.findall(r"^(\d+) tokens, ([\d.]+) MB; a full 16-bit cache: ([\d.]+) MB$", err, re.M)
     assert [int(tokens) for tokens, *_ in said] == [8, 8, 13, 13]
     assert "reading 3 tokens, full cache" in err and "reading 3 tokens, cskv cache" in err
@@ -201,12 +201,12 @@ def test_ctrl_c_ends_an_answer_only(talk, monkeypatch):
 
 
 MISTAKES = [  # what the file holds (None where there is none), flags, words of the refusal
-    (None, ["--ask"], "--ask needs a text to ask about"),
+    (None, ["--ask"], "the prompt is empty"),
     (None, ["--ask", "--prompt-file", "-"], "questions from standard input; give the text as"),
     (None, ["--prompt-file", "."], "cannot be"),
     (None, ["--prompt-file", "missing.txt"], "cannot be"),
     (None, ["--prompt", "-x"], "is given as --prompt=-5"),
-    (b"t1", ["--prompt", "t1"], "--prompt and --prompt-file are both given"),
+    (b"t1", ["--prompt", "t1"], "not allowed with argument --prompt"),
     (b"", [], "the prompt is empty"),
     (b"\xff\xfe", [], "is no UTF-8 text"),
     (b"t1 " * 3000, [], r"the prompt has \d+ tokens, the model's context \d+; shorten it"),

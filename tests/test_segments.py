@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from unittest import mock
 
 import pytest
 import torch
@@ -13,10 +12,10 @@ import quant
 from beyond import segments
 from beyond.segments import SEGMENTS, FastCache, SmallWindowCache, cut, damping
 from cskv import LayerFactors, LowRank, bi_branch_cache, init_factors
-from experiments.segments import log_probabilities, parse_segments, segment_lengths, text_of
-from model import Attention, Rope, full_cache
+from experiments.segments import measure_segments, parse_segments, text_of
+from model import Attention, Rope
 from tests import helpers
-from tests.drawn import bits, groups, quick, schedules, sinks, widths, windows
+from tests.drawn import groups, quick, schedules, sinks, widths, windows
 from tests.helpers import decode_all, in_bits, make_factors, tiny_config, tiny_model, tiny_tokens
 
 shapes = st.fixed_dictionaries(
@@ -111,13 +110,11 @@ def naive_attend(config, cache, q, k, v, first, old, schedule):
 
 
 @settings(quick, max_examples=80)
-@given(shapes, schedules, st.integers(1, 100), windows, sinks, widths, widths, groups, chunks,
-       st.sampled_from([1, segments.CODED]))  # fmt: skip
+@given(shapes, schedules, st.integers(1, 100), windows, sinks, widths, widths, groups, chunks)
 def test_segments_equal_a_naive_loop(
-    shape, schedule, T, window, first, k_bits, v_bits, group, chunk, coded
+    shape, schedule, T, window, first, k_bits, v_bits, group, chunk
 ):
-    """A decode step after T tokens, in batches of two, chunks of every length; values as codes, or
-    dequantized."""
+    """A decode step after T tokens, in batches of two, chunks of every length."""
     model = tiny_model(num_hidden_layers=1, scale=0.3, **shape)
     factors = in_bits(make_factors(model, 5, 4), k_bits, v_bits, group)
     (cache,) = bi_branch_cache(model, factors, window, kind=FastCache, sinks=first)
@@ -133,35 +130,19 @@ def test_segments_equal_a_naive_loop(
     q = torch.randn(2, 4, 1, D, generator=generator)
     k, v = torch.randn(2, 2, H_kv, T - old + 1, D, generator=generator)
     expected = naive_attend(model.config, cache, q, k, v, start, old, schedule)
-    with mock.patch.object(segments, "CODED", coded):
-        ours = cache.attend(model.rope.rotate(q, t), k, v, start, old, model.rope)
+    ours = cache.attend(model.rope.rotate(q, t), k, v, start, old, model.rope)
     torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=1e-4)
 
 
-@quick
-@given(bits, st.sampled_from([32, 64, 96]), st.integers(1, 3), st.integers(1, 3))
-def test_codes_give_what_the_latents_of_the_same_codes_do(b, group, m, g):
-    """Equations 2 and 3, for m segments of g groups."""
-    generator = torch.Generator().manual_seed(m)
-    T = m * g * group
-    packed = quant.Packed(b, quant.Grouping(quant.TOKENS, group))
-    packed.append(torch.randn(2, T, 7, generator=generator) + 1)
-    c = packed.read(0, T)
-    u = torch.randn(2, m, 3, 7, generator=generator)
-    ours = segments.coded_scores(u, *packed.quantized(0, T)).view(2, m, g, 3, group)
-    theirs = u @ c.view(2, m, g * group, 7).mT
-    ours = ours.transpose(2, 3).flatten(3)
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    p = torch.rand(2, 3, T, generator=generator)
-    ours = segments.coded_sum(p, *packed.quantized(0, T))
-    torch.testing.assert_close(ours, p @ c, atol=1e-3, rtol=1e-4)
-
-
-def test_a_long_sum_is_that_of_its_parts():
+@pytest.mark.parametrize("n", [7, 8])
+def test_a_sum_is_that_of_its_parts(n, monkeypatch):
+    """One for each thread, if they come out even."""
     generator = torch.Generator().manual_seed(0)
-    p = torch.rand(2, 3, 4500, generator=generator)
-    c = torch.randn(2, 4500, 7, generator=generator)
-    torch.testing.assert_close(segments.weighted_sum(p, c), p @ c, atol=1e-3, rtol=1e-4)
+    p = torch.rand(2, 3, n, generator=generator)
+    c = torch.randn(2, n, 7, generator=generator)
+    for threads in (1, 2, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # noqa: B023
+        torch.testing.assert_close(segments.weighted_sum(p, c), p @ c)
 
 
 def cache_of(config, n, rank=3, before=0):
@@ -212,17 +193,17 @@ def test_memory_is_the_scores_and_one_chunk():
             assert 4 * T <= seen.largest <= max(4 * (T + 24), 4 * 512 * 4 * 4)
 
 
-def test_turns_are_made_once_a_step(monkeypatch):
-    """And not once a layer: all layers of a sequence stand at the same position."""
+def test_turns_are_made_once_for_all_layers(monkeypatch):
+    """And for as many steps as the segments lie where they are: here all are of 16 tokens."""
     model = tiny_model(num_hidden_layers=5)
     cache = bi_branch_cache(model, make_factors(model, 3, 3), 2, kind=FastCache)
-    tokens = tiny_tokens(model, 1, 30)
+    tokens = tiny_tokens(model, 1, 50)
     model(tokens[:, :20], cache)
-    segments.query_turns.cache_clear()
-    for t in range(20, 30):
+    segments.middles.cache_clear()
+    for t in range(20, 50):
         model(tokens[:, t : t + 1], cache)
-    info = segments.query_turns.cache_info()
-    assert (info.misses, info.hits) == (10, 40)
+    info = segments.middles.cache_info()
+    assert (info.misses, info.hits) == (2, 148)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -236,38 +217,36 @@ def test_an_infinite_latent_is_never_a_weight_of_zero(sign):
     assert not out.isfinite().any()
 
 
-# ------------------------------------------------------------------------------ in one pass
-
-
-@quick
-@given(st.integers(30, 60), windows, sinks, schedules, st.integers(2, 25))
-def test_one_pass_is_what_decoding_step_by_step_gives(T, window, first, schedule, n):
-    model = tiny_model(rope_theta=1e3)
-    factors = make_factors(model, 5, 4).in_bits(32, 32)
-    tokens = tiny_tokens(model, 1, T)
-    cache = bi_branch_cache(model, factors, window, kind=FastCache, sinks=first)
-    for layer in cache:
-        layer.segments = schedule
-    stepwise = decode_all(model, tokens, T - n, cache)[:, -n:-1].log_softmax(-1)
-    lengths = segment_lengths(T - n, T, window, first, schedule)
-    options = {"window": window, "sinks": first, "lengths": lengths}
-    found = log_probabilities(model, tokens, n, factors, **options)
-    torch.testing.assert_close(found, stepwise, atol=2e-3, rtol=1e-3)
+# ------------------------------------------------------------------ what the measurement says
 
 
 def test_undamped_is_something_else():
+    """And without damping a segment of one token is itself still."""
     model = tiny_model()
-    factors = make_factors(model, 12, 13).in_bits(32, 32)
-    tokens = tiny_tokens(model, 1, 60)
-    lengths = segment_lengths(40, 60, 4, 0, ((16, 0),))
+    factors = make_factors(model, 12, 13).in_bits(32, 32)  # of full rank
+    passages = [tiny_tokens(model, 1, 60, seed=n) for n in range(2)]
+    choices = [(((16, 0),), True), (((16, 0),), False), (((1, 3), (1, 0)), False)]
+    rows = measure_segments(model, passages, 20, factors, choices, 4, 0)
+    plain, damped, undamped, ones = (row["kl"] for row in rows)
+    assert max(plain, ones) < 1e-5 < damped and abs(damped - undamped) > 0.1
 
-    def found(lengths, **options):
-        options |= {"window": 4, "sinks": 0, "lengths": lengths}
-        return log_probabilities(model, tokens, 20, factors, **options)
 
-    assert (found(lengths) - found(lengths, damped=False)).abs().max() > 0.1
-    exact = decode_all(model, tokens, 40, full_cache(model))[:, 40:-1].log_softmax(-1)
-    torch.testing.assert_close(found(lengths.clamp(max=1)), exact, atol=2e-3, rtol=1e-3)
+def test_a_row_is_the_mean_over_predictions():
+    """The plain cache's, against decoding step by step."""
+    model = tiny_model()
+    factors = make_factors(model, 5, 4)
+    passages = [tiny_tokens(model, 1, 40, seed=n) for n in range(2)]
+    kl, worse = [], []
+    for tokens in passages:
+        exact = model(tokens)[0, 20:-1].log_softmax(-1)
+        cache = bi_branch_cache(model, factors, 4, sinks=1)
+        ours = decode_all(model, tokens, 20, cache)[0, 20:-1].log_softmax(-1)
+        kl.append((exact.exp() * (exact - ours)).sum(1))
+        worse.append((exact - ours).gather(1, tokens[0, 21:, None]))
+    (row,) = measure_segments(model, passages, 20, factors, [], 4, 1)
+    assert row["kl"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4)
+    assert row["of_full"] == pytest.approx(torch.cat(worse).mean().exp().item(), rel=1e-4)
+    assert (row["segments"], row["kl_of_plain"], row["of_plain"]) == ("1", 1, 1)
 
 
 @pytest.mark.parametrize("text", ["128", "16:512,128", "16:512,128:2048,512"])
