@@ -348,7 +348,20 @@ def test_matrices_that_are_missing_or_do_not_fit(tiny):
     assert "is missing (2 in all)" in refusal(load_model, tiny)
 
 
-@pytest.mark.parametrize("write", [torch.save, save_old])
+def save_shards(weights, file):
+    """One shard of each age, and their index."""
+    weight_map = {name: "ab"[i % 2] + ".bin" for i, name in enumerate(weights)}
+    for shard, write in (("a.bin", torch.save), ("b.bin", save_old)):
+        part = {name: weights[name] for name in weights if weight_map[name] == shard}
+        write(part, file.with_name(shard))
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    file.with_name(f"{BIN}.index.json").write_text(index)
+
+
+WRITES = {torch.save: [True], save_old: [False], save_shards: [True, False]}
+
+
+@pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("change", [unchanged, parameters])
 def test_bin_files_of_any_age(tiny, monkeypatch, change, write):
     """Mapped where it can be: or the file is in memory a second time while it is read."""
@@ -357,26 +370,16 @@ def test_bin_files_of_any_age(tiny, monkeypatch, change, write):
     asked, load = [], torch.load
 
     def watched(file, mmap, weights_only, **others):
-        asked.append((mmap, weights_only))
-        return load(file, mmap=mmap, weights_only=weights_only, **others)
+        asked.append(mmap)
+        assert weights_only
+        return load(file, mmap=mmap, weights_only=True, **others)
 
     monkeypatch.setattr(torch, "load", watched)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             model = load_model(tiny, dtype=torch.bfloat16)
         assert all(p.is_leaf and not p.requires_grad for p in model.parameters())
-    assert asked == [(write is torch.save, True)] * 2
-
-
-def test_a_shard_of_each_age(tiny):
-    weights = list(load_file(tiny / "model.safetensors").items())
-    (tiny / "model.safetensors").unlink()
-    torch.save(dict(weights[::2]), tiny / "a.bin")
-    save_old(dict(weights[1::2]), tiny / "b.bin")
-    weight_map = {name: "ab"[i % 2] + ".bin" for i, (name, _) in enumerate(weights)}
-    index = {"metadata": {}, "weight_map": weight_map}
-    (tiny / f"{BIN}.index.json").write_text(json.dumps(index))
-    assert_as_transformers(tiny)
+    assert asked == WRITES[write] * 2
 
 
 @pytest.mark.parametrize("write", [save_old, torch.save])

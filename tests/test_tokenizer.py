@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -12,15 +13,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from support.command import UserError
 from support.huggingface.tokenizer import CLEAN_UP, load_tokenizer
-from tests.helpers import save_checkpoint, tiny_model
 
-TEXT = """The key and value caches grow with every token that a language model reads and writes.
-A cache of fewer channels stores the projections of its inputs, and rebuilds keys when it must.
-Numbers such as 3, 14, 159, 2653 and 58979 are split into digits; tabs, dashes and "quotes" too.
-Another line says that the newest tokens are kept in full precision, the others in fewer numbers.
-"""
-LINES = [f"line number {i}: the register content is <{i * 7919 % 50000}>" for i in range(200)]
-TEXT = TEXT * 3 + "\n".join(LINES) + "\n"
+TEXT = Path(__file__).parent.parent.joinpath("LICENSE").read_text(encoding="utf-8")
 LLAMA = {"tokenizer_class": "LlamaTokenizer"}
 GPT2 = {"tokenizer_class": "GPT2Tokenizer"}
 MISTRAL = {"config": {"model_type": "mistral"}}
@@ -169,7 +163,7 @@ def test_merges_go_by_ids_as_in_transformers(save):
             piece.score = -piece.score
 
     change_model(folder / "tokenizer.model", turn_scores_round)
-    assert_as_transformers(folder, [*CHAT, *TEXT.splitlines()[:4]])
+    assert_as_transformers(folder, [*CHAT, *TEXT.splitlines()[:9]])
 
 
 UNLIKE = [
@@ -325,14 +319,14 @@ def test_what_is_for_a_bpe_or_for_others_only(save):
         load_tokenizer(save("words", {CLEAN_UP: True}))
 
 
-def test_truncation_in_the_file_does_not_cut_prompts(tmp_path):
-    """Some tokenizer.json files carry the truncation and padding of their training."""
-    file = save_checkpoint(tiny_model(), tmp_path) / "tokenizer.json"
-    backend = tokenizers.Tokenizer.from_file(str(file))
+def test_truncation_and_padding_in_the_file_do_not_count(save):
+    """Some files carry those of their training."""
+    folder = save("words", {})
+    backend = words()
     backend.enable_truncation(3)
     backend.enable_padding(length=9)
-    backend.save(str(file))
-    assert load_tokenizer(tmp_path).encode("t1 t2 t3 t4 t5") == [1, 2, 3, 4, 5]
+    backend.save(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder).encode("the dog it user") == [1, 2, 3, 6]
 
 
 def test_a_tokenizer_that_is_damaged_or_missing_is_named(save):
