@@ -106,15 +106,9 @@ SHAPES = [
 def test_checkpoints_that_transformers_wrote(tmp_path, kind, changes):
     """In shards, with grouped queries."""
     transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **changes,
-    )
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, **changes)
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(0)
     for parameter in theirs.parameters():
@@ -169,23 +163,14 @@ def test_defaults_that_are_longer_than_any_text_here(tiny):
 
 POOL = [None, "61", 2.0, math.nan, math.inf, 0, -4, 10**40, True, [2], [2, "3"], [{"id": 2}]]
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-TAKEN = dict.fromkeys(SIZES, ()) | {  # those that may be meant
-    "num_attention_heads": (),
-    "num_key_value_heads": [None],
-    "head_dim": [None],
-    "max_position_embeddings": [None],
-    "rms_norm_eps": [2.0],
-    "rope_theta": [2.0],
-    "tie_word_embeddings": [True],
-    "attention_bias": [True],
-    "mlp_bias": [True],
-    "sliding_window": [None, 10**40],
-    "eos_token_id": [None, 0, -4, 10**40, [2]],  # ids that no text has do no harm
-    "factor": [2.0],
-    "low_freq_factor": [2.0],
-    "high_freq_factor": [2.0],
-    TRAINED: [2.0],
-}
+SIZES += ("num_attention_heads",)
+DEFAULTS = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+IN_ROPE = ("factor", "low_freq_factor", "high_freq_factor", TRAINED)
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+TAKEN = dict.fromkeys(SIZES, ()) | dict.fromkeys(DEFAULTS, (None,))  # what may be meant
+TAKEN |= dict.fromkeys((*IN_ROPE, "rms_norm_eps", "rope_theta"), (2.0,))
+TAKEN |= dict.fromkeys(FLAGS, (True,))
+TAKEN |= {"sliding_window": (None, 10**40), "eos_token_id": (None, 0, -4, 10**40, [2])}
 
 
 def test_values_that_an_entry_cannot_have(tiny):
@@ -194,7 +179,7 @@ def test_values_that_an_entry_cannot_have(tiny):
         for value in POOL:
             (tiny / "config.json").write_text(good)
             changes = {entry: value}
-            if entry in helpers.LLAMA3:
+            if entry in IN_ROPE:
                 changes = {"rope_parameters": LLAMA3 | changes}
             edit(tiny, changes)
             if repr(value) in map(repr, taken):
