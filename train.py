@@ -309,8 +309,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     count = number(int, 1)
     add("--model", required=True, help="checkpoint folder or hub name of the frozen model")
-    files = ".txt, .jsonl or .parquet (field `text`), or a folder of them"
-    add("--data", type=Path, required=True, help=files)
+    texts = "a .txt file, a .jsonl file (field `text`), or a folder of them"
+    add("--data", type=Path, required=True, help=texts)
     add("--out", type=Path, required=True, help="factors file to write")
     add("--init", choices=INITIALIZATIONS, default="attention", help="where to start; see cskv.py")
     add("--k-ratio", type=float, default=0.8, help="remove so many key channels (0.8)")

@@ -139,7 +139,9 @@ def near(rope: Rope, block: int, device: torch.device) -> tuple:
 
 
 @lru_cache(maxsize=8)  # the same for some steps
-def middles(rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.device) -> tuple:
+def middles(
+    rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.device, damped: bool = True
+) -> tuple:
     """Tables [M, D] that turn a query at position 0 back by each segment's middle t0, and damp it:
     of a exp(-i t0 w)."""
     w = frequencies(rope, device)
@@ -148,19 +150,20 @@ def middles(rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.devic
         segment = torch.arange(span.count, dtype=torch.float64, device=device)
         t0 = sinks + span.start + segment * span.length + (span.length - 1) / 2
         angle = torch.outer(-t0, w)
-        turns.append(torch.polar(damping(w, span.length).expand_as(angle), angle))
+        a = damping(w, span.length if damped else 1)
+        turns.append(torch.polar(a.expand_as(angle), angle))
     return tables(torch.cat(turns))
 
 
 class GrowingLatents:
     """Latents [B, n, r] of 16 or 32 bits in a buffer for the `expected` tokens, or more as they
-    come: a copy every 256 steps. They stand in for `plain` ones, which are copied at every step."""
+    come: a copy every 256 steps, and not at every one."""
 
     length = packed = 0
 
-    def __init__(self, plain: quant.Packed):
-        self.dtype = plain.dtype
-        self.expected = plain.expected
+    def __init__(self, dtype: torch.dtype, expected: int):
+        self.dtype = dtype
+        self.expected = expected
         self.c: Tensor | None = None
 
     def append(self, c: Tensor) -> None:
@@ -234,6 +237,7 @@ class FastCache(BiBranchCache):
     """
 
     segments = SEGMENTS  # ((1, 0),) gives the results of `BiBranchCache`
+    damped = True  # without a_f something is lost; experiments/segments.py shows what
     window_bits = 16  # or more: those of the model
     written = 0  # tokens that the rings have seen
 
@@ -247,9 +251,9 @@ class FastCache(BiBranchCache):
     ):
         super().__init__(attention, factors, window, expected, sinks)
         if factors.k.bits not in quant.BITS:
-            self.c_k = GrowingLatents(self.c_k)
+            self.c_k = GrowingLatents(self.c_k.dtype, expected)
         if factors.v.bits not in quant.BITS:
-            self.c_v = GrowingLatents(self.c_v)
+            self.c_v = GrowingLatents(self.c_v.dtype, expected)
         self.k, self.v = Ring(self.window_bits), Ring(self.window_bits)
         self.H = attention.config.num_attention_heads
         self.H_kv = attention.config.num_key_value_heads
@@ -427,7 +431,7 @@ class FastCache(BiBranchCache):
         B, H, _ = out.shape
         H_kv, D = self.H_kv, self.D
         # 1. The query as each segment sees it.
-        cos, sin = middles(rope, self.sinks, spans, q.device)  # [M, D]
+        cos, sin = middles(rope, self.sinks, spans, q.device, self.damped)  # [M, D]
         q = q.view(B, H_kv, -1, 1, D).transpose(0, 1)  # [H_kv, B, G, 1, D]
         seen = turn(q, cos, sin).to(self.dtype).reshape(H_kv, -1, D)  # [H_kv, B * G * M, D]
         # 2. B_k, and the bias, absorbed into it.

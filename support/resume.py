@@ -50,7 +50,7 @@ def load_state(path: Path, plan: dict, names: tuple[str, ...]) -> dict:
         raise UserError(f"{message}; delete it to start anew") from None
     if flag:
         message = f"{path} was made with another {flag}"
-        raise UserError(f"{message}; give the same, another --out, or delete it to start anew")
+        raise UserError(f"{message}; give the same, write elsewhere, or delete it to start anew")
     return state
 
 
