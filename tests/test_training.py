@@ -254,7 +254,7 @@ def test_the_rate_falls_linearly_and_nothing_decays(model, samples):
 def test_an_epoch_has_every_sample_once(n, size, seed):
     samples, steps = list(range(n)), -(-n // size)
     batches = [text.batch_of(samples, step, size, seed) for step in range(2 * steps)]
-    first, second = sum(batches[:steps], []), sum(batches[steps:], [])
+    first, second = (list(itertools.chain(*b)) for b in (batches[:steps], batches[steps:]))
     assert sorted(first) == sorted(second) == samples and (n < 8 or first != second)
     assert all(len(batch) == size for batch in batches[: steps - 1])
 
