@@ -174,27 +174,20 @@ def test_no_loss_is_below_its_floor(model, init, rank, k_bits, v_bits, lengths):
 
 
 @quick
-@given(st.integers(1, 11), st.integers(1, 11))
-def test_the_floor_equals_a_naive_one(model, samples, k_rank, v_rank):
-    """It is what an SVD of K itself drops."""
+@given(ranks, ranks, st.lists(st.integers(2, 12), min_size=1, max_size=3))
+def test_the_floor_equals_a_naive_one(model, samples, k_rank, v_rank, lengths):
+    """It is what an SVD of K itself drops. Where nothing need be lost, since there are fewer tokens
+    than ranks, it is 0, not rounding noise that a loss is 10^9 times."""
     tuner = train.Tuner(make_factors(model, samples, "svd", k_rank, v_rank), 1)
+    samples = make_samples(model, lengths)
     expected = torch.zeros(2, 2, dtype=torch.float64)
     for j, pair in enumerate(tuner.factors.pairs):
         K = torch.cat([y for n, _, _, y in sides(model, samples, tuner.factors) if n == j])
         dropped = torch.linalg.svdvals(K)[pair.rank :].square().sum()
         expected[:, j // 2] += torch.stack([dropped, K.square().sum()]) / K.numel()
     _, floor, zeros = train.measure(model, tuner, samples)
-    torch.testing.assert_close(torch.stack([floor, zeros]), expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("tokens", [4, 5, 6])
-def test_no_floor_under_fewer_tokens_than_ranks(model, tokens):
-    """Where nothing need be lost, the floor is 0, not rounding noise that a loss is 10^9 times."""
-    samples = [tiny_tokens(model, 1, tokens)]
-    tuner = train.Tuner(make_factors(model, samples, "svd", 5, 5), 1)
-    floor = train.measure(model, tuner, samples)[1]
-    assert len(samples[0].unique()) == tokens  # in layer 0 equal tokens are equal rows
-    assert (floor > 1e-9).all() if tokens > 5 else (floor == 0).all()
+    torch.testing.assert_close(torch.stack([floor, zeros]), expected, rtol=1e-5, atol=1e-9)
+    assert sum(lengths) > min(k_rank, v_rank) or (floor == 0).all()
 
 
 def test_optimal_starts_at_the_floor_of_its_own_text(model, samples):
@@ -312,31 +305,25 @@ def test_no_floor_without_a_log(trained, monkeypatch):
 
 
 @pytest.mark.parametrize("factor", [math.nan, 1e5])
+@pytest.mark.parametrize("step", [3, 24])
 def test_divergence_stops_and_names_step_and_layer(
-    everything, tmp_path, refused, monkeypatch, factor
+    everything, tmp_path, refused, monkeypatch, factor, step
 ):
+    """In a step, and in what is measured after the last one."""
     real = train.run_layers
 
     def run_layers(model, samples, tuners, *more, **options):
         losses = real(model, samples, tuners, *more, **options)
-        if tuners[0].steps_done == 3:
+        if tuners[0].steps_done == step:
             losses[0, 1] *= factor
         return losses
 
     monkeypatch.setattr(train, "run_layers", run_layers)
-    args = arguments(everything, tmp_path / "f", "--checkpoint-every", 1)
-    error = refused(train, *args, notes=True)  # nor a checkpoint, to go on from into the same
-    assert error.startswith("error: step 3, layer 1: the loss diverges")
+    args = arguments(everything, tmp_path / "f", "--checkpoint-every", 1, "--log", tmp_path / "log")
+    error = refused(train, *args, notes=True, left=["log"])  # and no checkpoint, to go on from
+    assert error.startswith(f"error: step {step}, layer 1: the loss diverges")
     assert "start anew with a lower --lr" in error
-
-
-@pytest.mark.parametrize("steps", [1, 5])
-def test_divergence_in_the_last_update_is_seen(everything, tmp_path, refused, monkeypatch, steps):
-    monkeypatch.setattr(train.Tuner, "rate", lambda t, step: 1e6 * (step == steps - 1))
-    args = arguments(everything, tmp_path / "f", "--samples", steps, "--log", tmp_path / "log")
-    error = refused(train, *args, notes=True, left=["log"])
-    assert error.startswith(f"error: step {steps}, layer 0: the loss diverges")
-    assert [row["step"] for row in rows_of(tmp_path / "log")] == list(range(steps))
+    assert [row["step"] for row in rows_of(tmp_path / "log")] == list(range(step))
 
 
 def test_starting_at_nothing_is_no_divergence(tmp_path, trained):
