@@ -202,9 +202,7 @@ def questions() -> Iterator[str]:
     """The lines of standard input that are not empty."""
     sys.stdin.reconfigure(encoding=UTF_8)
     with readable("a question"):
-        for line in sys.stdin:
-            if line.strip():
-                yield line.strip()
+        yield from filter(None, map(str.strip, sys.stdin))
 
 
 @torch.no_grad()
