@@ -250,10 +250,11 @@ class FastCache(BiBranchCache):
         sinks: int = 0,
     ):
         super().__init__(attention, factors, window, expected, sinks)
+        old = max(0, expected - sinks)
         if factors.k.bits not in quant.BITS:
-            self.c_k = GrowingLatents(self.c_k.dtype, expected)
+            self.c_k = GrowingLatents(self.c_k.dtype, old)
         if factors.v.bits not in quant.BITS:
-            self.c_v = GrowingLatents(self.c_v.dtype, expected)
+            self.c_v = GrowingLatents(self.c_v.dtype, old)
         self.k, self.v = Ring(self.window_bits), Ring(self.window_bits)
         self.H = attention.config.num_attention_heads
         self.H_kv = attention.config.num_key_value_heads
