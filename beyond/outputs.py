@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cskv import Observer, Statistics, is_exact
+from beyond.segments import is_exact
+from cskv import Observer, Statistics
 from model import Attention, Rope, Transformer, seen_by
 from support.command import UserError
 from support.processes import calibrate_together, summed

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quant
-from cskv import LowRank, Together, is_exact
+from beyond.segments import is_exact
+from cskv import LowRank, Together
 from model import Attention, LayerCache, Rope, Transformer, seen_by
 from support.command import UserError
 

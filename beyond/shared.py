@@ -32,7 +32,8 @@ from torch import Tensor
 
 import cskv
 from beyond.outputs import OutputObserver, calibrate_outputs
-from cskv import BiBranchCache, Factors, Latents, LowRank, Statistics, Together
+from beyond.segments import GrowingLatents
+from cskv import BiBranchCache, Factors, LowRank, Statistics, Together
 from model import Attention, LayerCache, Rope, Transformer
 from quant import Packed
 from support.processes import summed
@@ -42,7 +43,7 @@ from support.processes import summed
 class Sum:
     """The latents of a group of layers, and of the tokens that pass it at the moment."""
 
-    latents: Latents | Packed
+    latents: GrowingLatents | Packed
     count: int  # layers
     window: int
     added = 0  # layers, to `open`
@@ -54,7 +55,7 @@ class Sum:
 
 @dataclass(eq=False)
 class Part:
-    """A layer's way to the latents that it shares: `Latents` for its cache."""
+    """A layer's way to the latents that it shares, in place of its cache's own."""
 
     total: Sum
     layer: int  # its number in the group

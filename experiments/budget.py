@@ -33,7 +33,6 @@ from beyond.shared import calibrate_groups
 from cskv import Together
 from experiments import figures
 from experiments.notes import all_that_counts, delete_notes, own_notes, run_all
-from experiments.pictures import pyplot
 from experiments.tables import write_json
 from infer import full_bytes
 from model import Transformer
@@ -44,7 +43,6 @@ from support.command import (
     check_files,
     comma_list,
     number,
-    one_of,
     run_command,
     user_values,
 )
@@ -92,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     if args.layers_together > 1 and (not args.group or args.init != "outputs"):
         problem = "--layers-together needs groups of tokens and --init outputs"
         raise UserError(f"{problem}; leave --group and --init as they are")
-    pyplot()  # if it is missing, that is known before the work and not after
+    figures.pyplot()  # if it is missing, that is known before the work and not after
     files = {"the notes of --out": own_notes(args.out[0])}
     for out in args.out:
         for file in (out, out.with_suffix(".json"), out.with_suffix(".png")):
@@ -145,11 +143,8 @@ def run(args: argparse.Namespace) -> None:
         def shared_out(probed: Callable[[Together], dict], stage: int) -> dict[Together, dict]:
             """What is probed of each side, by all processes together."""
 
-            def some(keys: list[tuple[int, int]]) -> list[dict]:
-                return [probed(sides[n]) for n, _ in keys]
-
             keys = [(n, stage) for n in range(len(sides))]
-            done = run_all([[key] for key in keys], some, args.out[0], counted, "side")
+            done = run_all(keys, lambda key: probed(sides[key[0]]), args.out[0], counted, "side")
             return {side: done[n, stage] for n, side in enumerate(sides)}
 
         # 3. A plan for each budget, and one around it while that is better.
@@ -185,7 +180,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     count = number(int, 1)
     share = number(float, 0, 0.9999)
-    widths = comma_list(one_of(quant.BITS, "number of bits"))
+    widths = comma_list(number(int, 1), quant.BITS)
     several = {"nargs": "+", "action": "extend", "required": True}
     add("--model", required=True, help="checkpoint folder or hub name of the frozen model")
     add("--data", type=Path, required=True, help="text to calibrate and to probe on")

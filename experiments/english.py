@@ -2,11 +2,8 @@
 
     python -m experiments.english --out runs/english
 
-writes `calibration.txt`, the language reference that comes with Python (package `pydoc_data`) and
-the docstrings of its standard library; `heldout.txt`, the docstrings of PyTorch; and
-`licences.txt`, the licences of PyTorch, NumPy and all that they contain. What is fitted on the
-first is measured on the others, technical prose of other hands and legal prose. All differ a little
-from version to version of Python and the packages.
+What is fitted on `calibration.txt` is measured on `heldout.txt`, technical prose of other hands,
+and on `licences.txt`, legal prose. All differ a little from version to version of the packages.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -29,9 +26,8 @@ LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages"}  # fol
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def calibration_text(shortest: int = 300) -> str:
-    """Python's language reference, topic by topic, then the docstrings of at least `shortest`
-    characters in the source of its standard library, each once."""
+def calibration_texts() -> list[str]:
+    """Python's language reference, topic by topic, then the longer docstrings of its library."""
     texts = [topics[name] for name in sorted(topics)]
     library = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(library.rglob("*.py")):
@@ -41,14 +37,15 @@ def calibration_text(shortest: int = 300) -> str:
             tree = ast.parse(file.read_bytes())
         except (OSError, SyntaxError, ValueError):  # templates that are not quite Python
             continue
-        nodes = [node for node in ast.walk(tree) if isinstance(node, DOCUMENTED)]
-        found = [ast.get_docstring(node) or "" for node in nodes]
-        texts += [text for text in found if len(text) >= shortest]
-    return "\n\n".join(dict.fromkeys(texts))
+        for node in ast.walk(tree):
+            text = isinstance(node, DOCUMENTED) and ast.get_docstring(node)
+            if text and len(text) >= 300:
+                texts.append(text)
+    return texts
 
 
-def heldout_text(shortest: int = 800) -> str:
-    """The docstrings of PyTorch's public names of at least `shortest` characters, each once."""
+def heldout_texts() -> list[str]:
+    """The longer docstrings of PyTorch's public names."""
     texts = []
     for module in MODULES:
         for name in sorted(vars(module)):
@@ -56,33 +53,37 @@ def heldout_text(shortest: int = 800) -> str:
             if name.startswith("_") or inspect.ismodule(thing):  # such as torch.os, Python's own
                 continue
             text = inspect.getdoc(thing) or ""
-            if len(text) >= shortest:
+            if len(text) >= 800:
                 texts.append(text)
-    return "\n\n".join(dict.fromkeys(texts))
+    return texts
 
 
-def licences_text(shortest: int = 3000) -> str:
-    """The licences that the packages torch and numpy bring along, of at least `shortest` characters
-    and from the longest on, each once: most short ones are the same but for a name."""
+def licences_texts() -> list[str]:
+    """The licences that torch and numpy bring along, from the longest on: most short ones are the
+    same but for a name."""
     texts = set()
     for file in [*(metadata.files("torch") or []), *(metadata.files("numpy") or [])]:
         if "LICEN" in file.name.upper():
             texts.add(file.read_text("utf-8"))
-    long = sorted(text for text in texts if len(text) >= shortest)
-    return "\n\n".join(sorted(long, key=len, reverse=True))
+    long = sorted(text for text in texts if len(text) >= 3000)
+    return sorted(long, key=len, reverse=True)
 
 
 def run(args: argparse.Namespace) -> None:
     if sys.flags.optimize > 1:
         raise UserError("heldout.txt is made of docstrings, which -OO leaves out; start without it")
     make_folder(args.out)
-    makers = {"calibration": calibration_text, "heldout": heldout_text, "licences": licences_text}
-    check_files({name: args.out / f"{name}.txt" for name in makers}, read={})
+    makers = {
+        "calibration.txt": calibration_texts,
+        "heldout.txt": heldout_texts,
+        "licences.txt": licences_texts,
+    }
+    check_files({name: args.out / name for name in makers}, read={})
     for name, make in makers.items():
-        file, text = args.out / f"{name}.txt", make()
-        with replacing(file) as temporary:
+        text = "\n\n".join(dict.fromkeys(make()))  # each once
+        with replacing(args.out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        print(f"{file}: {len(text)} characters")
+        print(f"{args.out / name}: {len(text)} characters")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

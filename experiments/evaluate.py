@@ -1,9 +1,7 @@
 """Measures what a cache costs in quality.
 
-    python -m experiments.evaluate longeval --model weights/teacher --lines 25,50,100 --cases 100 \
-        --caches full,streaming,h2o,asvd,cskv,kivi-2,kivi-4 --ratios 0.5,0.8
-    python -m experiments.evaluate perplexity --model M --text heldout.txt \
-        --calibrate calibration.txt --inits svd,asvd,optimal --ratios 0.5,0.8
+    python -m experiments.evaluate longeval --model weights/teacher --caches full,streaming,cskv
+    python -m experiments.evaluate perplexity --model M --text heldout.txt --calibrate other.txt
     python -m experiments.evaluate longbench --model M --calibrate TEXT --data FOLDER
     torchrun --nproc-per-node 2 -m experiments.evaluate ...       shares the cases out
 
@@ -22,24 +20,22 @@ import argparse
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from cskv import CALIBRATED, INITIALIZATIONS, Factors, Statistics, init_factors
-from experiments.caches import add_cache_options, make_rows
-from experiments.measuring import Case, measure, with_score
+from experiments.caches import Row, add_cache_options, make_rows
+from experiments.measuring import Case, measure
 from experiments.notes import all_that_counts, delete_notes, own_notes
 from experiments.tables import table, write_json
 from experiments.tasks import longbench, lveval
 from experiments.tasks.longeval import PUBLISHED, RetrievalCase, make_cases, read_cases, samples
 from experiments.tasks.prompts import read_prompt
-from experiments.tasks.records import choose, prompt_ids, read_records
+from experiments.tasks.records import prompt_ids, read_records
 from experiments.tasks.scores import is_correct
 from infer import generate, make_sampler
 from model import LayerCache, Transformer
@@ -50,7 +46,6 @@ from support.command import (
     check_files,
     comma_list,
     number,
-    one_of,
     run_command,
     user_values,
 )
@@ -68,9 +63,6 @@ ANSWER_ROOM = {"longeval": 8, "passkey": 10}
 
 BENCHMARKS = {"longbench": longbench, "lveval": lveval}
 
-# LongEval asks LongChat, whose checkpoint brings no template, in Vicuna's (FastChat, vicuna_v1.1).
-VICUNA = read_prompt("vicuna")
-
 # ---------------------------------------------------------------------------------- perplexity
 
 
@@ -80,25 +72,17 @@ class Passages(Case):
 
     following: Tensor  # [B, steps], the tokens to predict
 
+    @torch.no_grad()
     def score(self, model: Transformer, logits: Tensor, cache: list[LayerCache]) -> list[float]:
-        nll = decode_nll(model, logits, self.following.to(logits.device), cache)
-        return nll.mean(1).tolist()
-
-
-@torch.no_grad()
-def decode_nll(
-    model: Transformer, logits: Tensor, tokens: Tensor, cache: list[LayerCache]
-) -> Tensor:
-    """Negative log likelihood [B, n] of `tokens` [B, n], fed to the cache one by one; `logits`
-    [B, 1, vocab] are those of the token before them."""
-    losses = []
-    for t in range(tokens.shape[1]):
-        losses.append(F.cross_entropy(logits[:, -1].float(), tokens[:, t], reduction="none"))
-        if t + 1 < tokens.shape[1]:
-            logits = model(tokens[:, t : t + 1], cache)
-    nll = torch.stack(losses, dim=1)
-    check_finite(bool(nll.isfinite().all()), WIDER_CACHES)
-    return nll
+        following = self.following.to(logits.device)
+        losses = []
+        for t in range(following.shape[1]):
+            if t > 0:
+                logits = model(following[:, t - 1 : t], cache)
+            losses.append(F.cross_entropy(logits[:, -1].float(), following[:, t], reduction="none"))
+        nll = torch.stack(losses, dim=1).mean(1)
+        check_finite(bool(nll.isfinite().all()), WIDER_CACHES)
+        return nll.tolist()
 
 
 def perplexity_cases(
@@ -115,12 +99,12 @@ def perplexity_cases(
     if length > model.config.context_length:
         raise UserError(f"{length} tokens do not fit into {model.config.context_length} of context")
     tokens = passages(tokenizer.encode("\n\n".join(read_documents(text))), count, length)
-    columns, parts = {"text": text.stem, "context": context}, tokens.split(batch)
-    # The last token is not fed to the cache.
+    columns = {"text": text.stem, "context": context}
+    parts = tokens.split(batch)
     return [Passages(columns, p[:, :context], length - 1, p[:, context:]) for p in parts]
 
 
-# ----------------------------------------------------------------------------------- retrieval
+# ---------------------------------------------------------------------- questions with answers
 
 
 @dataclass(frozen=True)
@@ -142,27 +126,32 @@ def greedy_answer(
     model: Transformer, logits: Tensor, question: list[int], cache: list[LayerCache], most: int
 ) -> list[int]:
     """Up to `most` tokens behind the `question`; `logits` [1, 1, vocab] are those before it."""
-    if question:
-        tokens = torch.tensor([question], device=logits.device)
-        logits = model(tokens, cache, logits_to_keep=1)
     greedy = make_sampler(0.0, 1.0, 0)
+    if question:
+        return list(generate(model, question, cache, most, greedy))
     first = greedy(logits[0, -1])
     if first in model.config.eos_token_ids:
         return []
     return [first, *generate(model, [first], cache, most - 1, greedy)]
 
 
+def check_room(model: Transformer, prompt: int, answer: int) -> None:
+    limit = model.config.context_length
+    if prompt + answer > limit:
+        problem = f"a prompt of {prompt} tokens leaves no room in a context of {limit}"
+        raise UserError(f"{problem}; shorten it with --lines, or choose other --sets")
+
+
 def split_prompt(
-    tokenizer: Tokenizer, case: RetrievalCase, question: str, chat: bool = True
+    tokenizer: Tokenizer, case: RetrievalCase, question: str, chat: bool | None = None
 ) -> tuple[list[int], list[int]]:
     """A case's tokens as (prefilled, decoded), the same ones in both protocols; in the chat
     template of a model that has one, unless `chat` is False."""
-    within = None if chat else False  # the template, if there is one
-    ids = tokenizer.encode_prompt(case.prompt, within)
+    ids = tokenizer.encode_prompt(case.prompt, chat)
     if question == "prefill":
         return ids, []
     # The context ends where the tokens begin to depend on what is asked.
-    context = tokenizer.encode_prompt(case.context, within)
+    context = tokenizer.encode_prompt(case.context, chat)
     end = 0
     while end < min(len(ids), len(context)) and ids[end] == context[end]:
         end += 1
@@ -177,33 +166,26 @@ def retrieval_cases(
     protocols: list[str],
     lines: list[int],
     count: int,
-    seed: int = 0,
     data: Path | None = None,
 ) -> list[Question]:
     """`count` LongEval or passkey cases of every length, of LongEval's own in a folder `data` the
     first ones. A passkey prompt is a text to continue, so it goes into no chat template."""
-    limit = model.config.context_length
-    most, room = ANSWER_TOKENS[task], ANSWER_ROOM[task]
     passkey = task == "passkey"
+    chat = False if passkey else None
+    room = ANSWER_ROOM[task]
     questions = []
     for protocol, n in product(protocols, lines):
-        cases = read_cases(data, n)[:count] if data else make_cases(task, n, count, seed)
+        cases = read_cases(data, n)[:count] if data else make_cases(task, n, count, seed=0)
         columns = {"question": protocol, "lines": n}
         for case in cases:
-            ids, rest = split_prompt(tokenizer, case, protocol, chat=not passkey)
+            ids, rest = split_prompt(tokenizer, case, protocol, chat)
             length = len(ids) + len(rest)
-            if length + room > limit:
-                raise UserError(
-                    f"a case of {length} tokens leaves no room in a context of {limit}; shorten it "
-                    "with --lines"
-                )
-            prompt, new = torch.tensor([ids]), min(most, limit - length)
-            judge = partial(is_correct, answer=case.answer, first=passkey)
+            check_room(model, length, room)
+            new = min(ANSWER_TOKENS[task], model.config.context_length - length)
+            judge = functools.partial(is_correct, answer=case.answer, first=passkey)
+            prompt = torch.tensor([ids])
             questions.append(Question(columns, prompt, length + room, rest, new, tokenizer, judge))
     return questions
-
-
-# --------------------------------------------------------------------- LongBench-E and LV-Eval
 
 
 def benchmark_cases(
@@ -216,28 +198,75 @@ def benchmark_cases(
 ) -> list[Question]:
     """The first `count` records of each set; a case's score is its task's, from 0 to 1."""
     module = BENCHMARKS[benchmark]
-    limit = model.config.context_length
     questions = []
-    for task in choose(names or list(module.TASKS), module.TASKS):
+    for name in names or module.TASKS:
+        task = module.TASKS[name]
         new = task.max_new_tokens
         # Room for the answer, and for what the seam and a chat template may add.
-        most = max(2, min(module.MAX_LENGTH, limit - new - 64))
-        records = read_records(task, folder)[:count]
-        for record in tqdm(records, f"reading {task.name}", leave=False, disable=place()[0] > 0):
-            ids = prompt_ids(task, record, tokenizer, most, tokenizer.template is not None)
+        most = max(2, min(module.MAX_LENGTH, model.config.context_length - new - 64))
+        for record in read_records(task, folder)[:count]:
+            ids = prompt_ids(task, record, tokenizer, most)
+            check_room(model, len(ids), new)
+            columns = {"set": name, "bucket": task.bucket(record)}
+            judge = functools.partial(task.score, record=record)
             length = len(ids) + new
-            if length > limit:
-                raise UserError(
-                    f"{task.name}: a prompt of {len(ids)} tokens and an answer of {new} do not fit "
-                    f"into a context of {limit}; choose other --sets"
-                )
-            columns = {"set": task.name, "bucket": task.bucket(record)}
-            prompt, judge = torch.tensor([ids]), partial(task.score, record=record)
+            prompt = torch.tensor([ids])
             questions.append(Question(columns, prompt, length, [], new, tokenizer, judge))
     return questions
 
 
 # ---------------------------------------------------------------------------- the command line
+
+
+def cases_of(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> list[Case]:
+    if args.what == "perplexity":
+        sizes = {"count": args.passages, "batch": args.batch, "steps": args.steps}
+        return perplexity_cases(model, tokenizer, args.text, args.context, **sizes)
+    if args.what in BENCHMARKS:
+        return benchmark_cases(model, tokenizer, args.what, args.sets, args.data, args.cases)
+    drawn = {"count": args.cases, "data": args.data}
+    return retrieval_cases(model, tokenizer, args.what, args.question, args.lines, **drawn)
+
+
+def rows_of(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> list[Row]:
+    """The caches to compare, with factors from files, or made here."""
+    limit = model.config.context_length
+    if args.equal and args.equal > limit:
+        raise UserError(f"--equal {args.equal} exceeds the context of {limit}")
+
+    @functools.cache
+    def statistics() -> list[Statistics]:
+        length = min(args.seq_len, limit)
+        if args.calibrate:
+            sizes = {"length": length, "seed": 0, "sinks": args.sinks}
+            texts = sample_tokens(args.calibrate, tokenizer, args.samples, **sizes)
+        elif args.what in ANSWER_TOKENS:
+            count = min(args.samples, 64)
+            texts = samples(tokenizer, length, args.what, [max(args.lines)], count, seed=0)
+        else:
+            raise UserError("cskv and asvd need factors, made from text; give --calibrate TEXT")
+        return calibrate_together(model, texts, args.sinks)
+
+    @functools.cache
+    def make_factors(init: str, rank: int) -> Factors:
+        ranks = [rank] * len(model.model.layers)
+        seen = statistics() if init in CALIBRATED else None
+        return init_factors(init, model, ranks, ranks, seen)
+
+    with user_values():
+        return make_rows(
+            model,
+            args.caches,
+            args.ratios,
+            make_factors,
+            files=[(file.stem, load_factors(file, model)) for file in args.factors],
+            inits=args.inits or ([] if args.factors else ["attention"]),
+            bits=args.bits,
+            window=args.window,
+            sinks=args.sinks,
+            dtype=DTYPES[args.cache_dtype],
+            equal=args.equal,
+        )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -251,57 +280,12 @@ def run(args: argparse.Namespace) -> None:
         check_files(written, read, args.model)
         model = load_model(args.model, device, DTYPES[args.dtype])
         tokenizer = load_tokenizer(args.model, model.config.vocab_size)
-        limit = model.config.context_length
         if args.vicuna or args.no_chat:
-            tokenizer.template = VICUNA if args.vicuna else None
-        if args.what == "perplexity":
-            sizes = {"count": args.passages, "batch": args.batch, "steps": args.steps}
-            cases = perplexity_cases(model, tokenizer, args.text, args.context, **sizes)
-        elif args.what in BENCHMARKS:
-            sets, count = args.sets, args.cases
-            cases = benchmark_cases(model, tokenizer, args.what, sets, args.data, count)
-        else:
-            drawn = {"count": args.cases, "seed": args.seed, "data": args.data}
-            protocols, lines = args.question, args.lines
-            cases = retrieval_cases(model, tokenizer, args.what, protocols, lines, **drawn)
-        if args.equal and args.equal > limit:
-            raise UserError(f"--equal {args.equal} exceeds the context of {limit}")
-
-        @functools.cache
-        def statistics() -> list[Statistics]:
-            length = min(args.seq_len, limit)
-            if args.calibrate:
-                sizes = {"length": length, "seed": args.seed, "sinks": args.sinks}
-                texts = sample_tokens(args.calibrate, tokenizer, args.samples, **sizes)
-            elif args.what in ANSWER_TOKENS:
-                count, lines = min(args.samples, 64), [max(args.lines)]
-                texts = samples(tokenizer, length, args.what, lines, count, args.seed)
-            else:
-                raise UserError("cskv and asvd need factors, made from text; give --calibrate TEXT")
-            return calibrate_together(model, texts, args.sinks)
-
-        @functools.cache
-        def make_factors(init: str, rank: int) -> Factors:
-            ranks = [rank] * len(model.model.layers)
-            seen = statistics() if init in CALIBRATED else None
-            return init_factors(init, model, ranks, ranks, seen, args.seed)
-
-        with user_values():
-            rows = make_rows(
-                model,
-                args.caches,
-                args.ratios,
-                make_factors,
-                files=[(file.stem, load_factors(file, model)) for file in args.factors],
-                inits=args.inits or ([] if args.factors else ["attention"]),
-                bits=args.bits,
-                window=args.window,
-                sinks=args.sinks,
-                dtype=DTYPES[args.cache_dtype],
-                equal=args.equal,
-            )
-        counts = all_that_counts(vars(args), model, args.model) if args.json else None
-        rows = with_score(measure(model, rows, cases, args.json, counts))
+            tokenizer.template = read_prompt("vicuna") if args.vicuna else None
+        cases = cases_of(args, model, tokenizer)
+        caches = rows_of(args, model, tokenizer)
+        plan = all_that_counts(vars(args), model, args.model) if args.json else None
+        rows = measure(model, caches, cases, args.json, plan)
         if place()[0] == 0:
             print(table(rows))
             write_json(args.json, rows)
@@ -313,17 +297,16 @@ def shared_options() -> Arguments:
     parser = Arguments(add_help=False)
     add_cache_options(parser)
     add = parser.add_argument
-    init = one_of(INITIALIZATIONS, "initialization")
+    inits = comma_list(str, INITIALIZATIONS)
     count = number(int, 1)
     add("--model", required=True, help="measure this checkpoint, a folder or a hub name")
-    add("--inits", type=comma_list(init), help="make such factors (without --factors: attention)")
+    add("--inits", type=inits, help="make such factors (without --factors: attention)")
     help = "take --ratios as measured ones, of a full cache of so many tokens: each cache gets the "
     help += "size, tokens kept or rank, at which it holds that much less"
     add("--equal", type=count, metavar="TOKENS", help=help)
     add("--calibrate", type=Path, help="fit factors to this text (LongEval has cases for it)")
     add("--samples", type=count, default=256, help="calibrate on so many texts (default: 256)")
     add("--seq-len", type=number(int, 2), default=1024, help="cut them to so many tokens (1024)")
-    add("--seed", type=number(int, 0), default=0, help="draw samples and cases from this (0)")
     add("--vicuna", action="store_true", help="ask in Vicuna's chat template, as LongChat wants it")
     add("--no-chat", action="store_true", help="ask without the model's chat template")
     add("--cache-dtype", choices=DTYPES, default="bfloat16", help="hold such numbers (bfloat16)")
@@ -347,7 +330,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--passages", type=count, default=16, help="measure on so many (default: 16)")
     add("--batch", type=count, default=8, help="read so many at a time, as memory allows (8)")
 
-    protocols = comma_list(one_of(PROTOCOLS, "protocol"))
+    protocols = comma_list(str, PROTOCOLS)
     for name, unit in (("longeval", "lines in a record"), ("passkey", "repetitions of filler")):
         add = commands.add_parser(name, parents=[shared], help="retrieval").add_argument
         add("--lines", type=comma_list(count), help=f"ask with so many {unit}: 25,50 (default: 50)")
@@ -357,9 +340,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             add("--data", type=Path, help="read LongEval's own cases in this folder")
 
     for name, module in BENCHMARKS.items():
-        title = (module.__doc__ or name).splitlines()[0]
-        add = commands.add_parser(name, parents=[shared], help=title).add_argument
-        add("--sets", type=comma_list(str), help=f"ask these of {', '.join(module.TASKS)}")
+        add = commands.add_parser(name, parents=[shared], help="a benchmark").add_argument
+        sets = comma_list(str, module.TASKS)
+        add("--sets", type=sets, help=f"ask these of {', '.join(module.TASKS)}")
         add("--data", type=Path, help="read the benchmark in this folder, not from the hub")
         add("--cases", type=count, help="ask the first so many of each set (default: all)")
 

@@ -7,7 +7,6 @@ from one set to another.
 import functools
 import hashlib
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cskv import CALIBRATED, Factors, Statistics, init_factors, rank_for
-from experiments.tables import write_json
 from model import Transformer
 from support.command import UserError, user_values
 from support.factors_file import fingerprint, load_factors, save_factors
 from support.processes import calibrate_together, place
 from support.resume import load_state, save_state
 from train import Tuner, count_tokens, loss_floor, new_moments, run_layers, train_layers
+
+MEASURED = 32  # samples that losses are measured on, before and after
 
 
 @dataclass(frozen=True)
@@ -38,55 +38,47 @@ class Recipe:
     clamped: bool = False  # the zero-point; see quant.py
     lr: float | None = None  # other than the store's
 
-    @property
-    def name(self) -> str:
-        name = f"{self.init}-k{1e4 * self.k_ratio:04.0f}-v{1e4 * self.v_ratio:04.0f}"
-        if self.bits < 16:
-            name += f"-{self.bits}bits"
-        return name + "-clamped" if self.clamped else name
 
-    def ranks(self, model: Transformer) -> tuple[list[int], list[int]]:
-        """Of the keys and of the values of every layer."""
-        d_kv, layers = model.config.d_kv, len(model.model.layers)
-        return [rank_for(self.k_ratio, d_kv)] * layers, [rank_for(self.v_ratio, d_kv)] * layers
+def digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 class FactorStore:
     """A model, `samples` [1, T] to calibrate and to train on, and a folder with the factors made so
-    far. Losses are measured on the first `measured` samples."""
+    far. Losses are measured on the first samples."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        samples: list[Tensor],
-        folder: Path,
-        measured: int = 32,
-        lr: float = 5e-3,
-    ):
+    def __init__(self, model: Transformer, samples: list[Tensor], folder: Path, lr: float = 5e-3):
         self.model = model
         self.samples = samples
         self.folder = folder
-        self.measured = samples[:measured]
+        self.measured = samples[:MEASURED]
         self.lr = lr
-        # A digest of all that factors depend on, besides their recipe.
-        dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-        parts = [fingerprint(model), [sample.tolist() for sample in samples], dtype, measured]
-        self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+        # Of all that factors depend on, besides their recipe.
+        texts = [sample.tolist() for sample in samples]
+        self.key = digest(fingerprint(model), texts, str(model.lm_head.weight.dtype))
 
     @functools.cached_property
     def statistics(self) -> list[Statistics]:
         return calibrate_together(self.model, self.samples)
 
+    def ranks(self, recipe: Recipe) -> tuple[int, int]:
+        """Of keys and values, in every layer."""
+        d_kv = self.model.config.d_kv
+        return rank_for(recipe.k_ratio, d_kv), rank_for(recipe.v_ratio, d_kv)
+
     def start(self, recipe: Recipe) -> Factors:
         """The recipe's factors before training, in float32."""
         statistics = self.statistics if recipe.init in CALIBRATED else None
+        layers = len(self.model.model.layers)
         with user_values():
-            ranks = recipe.ranks(self.model)
-            factors = init_factors(recipe.init, self.model, *ranks, statistics)
+            k_rank, v_rank = self.ranks(recipe)
+            k_ranks, v_ranks = [k_rank] * layers, [v_rank] * layers
+            factors = init_factors(recipe.init, self.model, k_ranks, v_ranks, statistics)
         return factors.in_bits(recipe.bits, recipe.bits, recipe.clamped)
 
     def factors(self, *recipes: Recipe) -> list[Factors]:
-        """Factors for each recipe; what has to be trained first, is."""
+        """Factors for each recipe; what has to be trained first, is. What training measured is in
+        their `info`: see `train`."""
         missing = [r for r in dict.fromkeys(recipes) if r.trained and not self.file(r).exists()]
         if missing:
             self.train(missing)
@@ -95,67 +87,71 @@ class FactorStore:
             made.append(load_factors(self.file(r), self.model) if r.trained else self.start(r))
         return made
 
-    def file(self, recipe: Recipe) -> Path:
-        return self.folder / f"{recipe.name}-lr{recipe.lr or self.lr:g}-{self.key}.safetensors"
-
-    def history(self, recipe: Recipe) -> dict:
-        """What training measured: `initial`, `final` and `floor`, of the samples measured, and
-        `losses` of every step before its update."""
-        self.factors(recipe)
-        return json.loads(self.file(recipe).with_suffix(".json").read_text())
+    def file(self, r: Recipe) -> Path:
+        name = f"{r.init}-k{r.k_ratio:g}-v{r.v_ratio:g}-{r.bits}bits-lr{r.lr or self.lr:g}"
+        if r.clamped:
+            name += "-clamped"
+        return self.folder / f"{name}-{self.key}.safetensors"
 
     def train(self, recipes: list[Recipe]) -> None:
-        """The paper's training (train.py) for all recipes at once, in one pass over the samples."""
+        """The paper's training (train.py) for all recipes at once, in one pass over the samples. It
+        measures `initial` and `final` losses, their `floor`, and `losses` of every step before its
+        update."""
         steps = len(self.samples)
         tuners = [Tuner(self.start(r), steps, r.lr or self.lr) for r in recipes]
-        names = json.dumps([self.file(r).name for r in recipes])
-        checkpoint = self.folder / f"training-{hashlib.sha256(names.encode()).hexdigest()[:12]}.pt"
+        checkpoint = self.folder / f"training-{digest(*[self.file(r).name for r in recipes])}.pt"
         if checkpoint.exists():
-            state = load_state(checkpoint, {}, ("plan", "losses", "seconds", "initial", "tuners"))
-            for tuner, mine in zip(tuners, state.pop("tuners"), strict=True):
-                tuner.restore(mine)
+            state = load_state(checkpoint, {}, ("losses", "seconds", "initial", "tuners"))
+            for tuner, of_tuner in zip(tuners, state["tuners"], strict=True):
+                tuner.restore(of_tuner)
         else:
-            initial = run_layers(self.model, self.measured, tuners).sum(1).tolist()
-            state = {"plan": {}, "losses": [], "seconds": 0.0, "initial": initial}
+            state = {"losses": [], "seconds": 0.0, "initial": self.losses(tuners)}
         began = time.monotonic() - state["seconds"]
-        losses = state["losses"]
         # Every process has all tuners, and writes the same files, each whole or not at all.
         training = train_layers(self.model, tuners, self.samples)
-        left = steps - len(losses)
-        quiet = place()[0] > 0
-        for step, of_step, _ in tqdm(training, "training", total=left, disable=quiet):
-            losses.append(of_step.sum(1).tolist())
-            for recipe, loss in zip(recipes, losses[-1], strict=True):
-                if not math.isfinite(loss):
-                    raise UserError(f"{recipe.name}, step {step}: the loss diverges; lower --lr")
+        left = steps - len(state["losses"])
+        for step, losses, _ in tqdm(training, "training", total=left, disable=place()[0] > 0):
+            if not losses.isfinite().all():
+                raise UserError(f"step {step}: the loss diverges; lower --lr")
+            state["losses"].append(losses.sum(1).tolist())
             state["seconds"] = time.monotonic() - began
-            if (step + 1) % 64 == 0 and step + 1 < steps:
-                save_state(checkpoint, {**state, "tuners": [tuner.state() for tuner in tuners]})
-        finals = run_layers(self.model, self.measured, tuners).sum(1).tolist()
+            if (step + 1) % 64 == 0:
+                state["tuners"] = [tuner.state() for tuner in tuners]
+                save_state(checkpoint, state)
+        finals = self.losses(tuners)
         moments = self.moments()
         for i, (recipe, tuner) in enumerate(zip(recipes, tuners, strict=True)):
             history = {
                 "initial": state["initial"][i],
                 "final": finals[i],
                 "floor": self.floor(moments, recipe),
-                "losses": [of_step[i] for of_step in losses],
+                "losses": [of_step[i] for of_step in state["losses"]],
                 "seconds": state["seconds"],
                 "trained_together": len(recipes),
             }
-            write_json(self.file(recipe).with_suffix(".json"), history)
+            tuner.factors.info["history"] = json.dumps(history)
             tuner.factors.info["trained"] = f"{steps} steps, lr {tuner.lr:g}, batch 1"
             save_factors(self.file(recipe), tuner.factors, self.model, torch.float32)
         checkpoint.unlink(missing_ok=True)
+
+    def history(self, recipe: Recipe) -> dict:
+        """What training measured."""
+        (factors,) = self.factors(recipe)
+        return json.loads(factors.info["history"])
+
+    def losses(self, tuners: list[Tuner]) -> list[float]:
+        return run_layers(self.model, self.measured, tuners).sum(1).tolist()
 
     def moments(self) -> Tensor:
         """Mean k k^T and v v^T over the tokens that are measured, [layers, 2, d_kv, d_kv]."""
         moments = new_moments(self.model)
         run_layers(self.model, self.measured, [], moments=moments)
-        return moments / count_tokens(self.measured, 0)
+        return moments / count_tokens(self.measured)
 
     def floor(self, moments: Tensor, recipe: Recipe) -> float:
         """The least loss (equation 2) that factors of these ranks can have on those samples."""
+        k_rank, v_rank = self.ranks(recipe)
         total = 0.0
-        for both, *ranks in zip(moments, *recipe.ranks(self.model), strict=True):
-            total += sum(loss_floor(m, rank).item() for m, rank in zip(both, ranks, strict=True))
+        for k_moment, v_moment in moments:
+            total += (loss_floor(k_moment, k_rank) + loss_floor(v_moment, v_rank)).item()
         return total / self.model.config.d_kv

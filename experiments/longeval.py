@@ -10,8 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from experiments.tasks.longeval import make_cases, read_cases, samples  # noqa: F401
-from experiments.tasks.scores import is_correct, read_answer  # noqa: F401 (beside the cases)
+from experiments.tasks.longeval import make_cases
 from support.command import Arguments, check_writable, number, replacing, run_command
 
 

@@ -64,35 +64,44 @@ def measure(
     rows: list[Row],
     cases: list[Case],
     notes: Path | None = None,
-    arguments: dict | None = None,
+    plan: dict | None = None,
 ) -> list[dict]:
-    """Runs every case on every cache: a row {columns, "scores", "cases", "measured_ratio", ...} for
-    each cache and each group of cases with the same columns, in all processes.
-
-    `notes` and `arguments`, and what is raised: see `run_all`.
-    """
+    """Runs every case on every cache. Returns the rows of a table, for each group of cases one for
+    each cache, in all processes. `notes` and `plan`, and what is raised: see `run_all`."""
     for row in rows:
         make_cache(model, row, 0)  # one that refuses this model does so now, not after hours
 
-    def run(keys: list[tuple[int, int]]) -> Iterator[dict]:
-        return run_case(model, rows, cases[keys[0][1]])
+    def run(c: int) -> list[dict]:
+        return run_case(model, rows, cases[c])
 
-    keys = [[(r, c) for r in range(len(rows))] for c in range(len(cases))]
-    done = run_all(keys, run, notes, arguments)
-    groups: dict[tuple, list[int]] = {}
-    for c, case in enumerate(cases):
-        groups.setdefault(tuple(case.columns.items()), []).append(c)
+    done = run_all(list(range(len(cases))), run, notes, plan)
     result = []
-    for columns, members in groups.items():
+    for columns, members in groups_of(cases):
         for r, row in enumerate(rows):
-            finished = [done[r, c] for c in members]
-            result.append({**row.columns, **dict(columns), **summary(model, finished)})
+            results = [{**cases[c].columns, **done[c][r]} for c in members]
+            result.append({**columns, **row.columns, **summary(model, results)})
     return result
 
 
+def groups_of(cases: list[Case]) -> Iterator[tuple[dict, list[int]]]:
+    """The columns of each row of a table, and the numbers of the cases that count in it: those with
+    these columns. A benchmark has rows also for "all" buckets, and for the "average" over sets."""
+    numbered = [{"number": c, **case.columns} for c, case in enumerate(cases)]
+    if "set" in numbered[0]:
+        for name, of_set in [*grouped(numbered, "set").items(), ("average", numbered)]:
+            for bucket in (*longbench.BUCKETS, ALL):
+                members = [row["number"] for row in of_set if bucket in (row["bucket"], ALL)]
+                if members:
+                    yield {"set": name, "bucket": bucket}, members
+    else:
+        for group in grouped(numbered, *cases[0].columns).values():
+            members = [row["number"] for row in group]
+            yield cases[members[0]].columns, members
+
+
 @torch.no_grad()
-def run_case(model: Transformer, rows: list[Row], case: Case) -> Iterator[dict]:
-    """Yields for each row, in order, what notes keep of the case."""
+def run_case(model: Transformer, rows: list[Row], case: Case) -> list[dict]:
+    """What notes keep of the case, for each row."""
     caches = [make_cache(model, row, case.length) for row in rows]
     exact = [cache for cache in caches if reads_exactly(cache[0])]
     device = model.lm_head.weight.device
@@ -102,6 +111,7 @@ def run_case(model: Transformer, rows: list[Row], case: Case) -> Iterator[dict]:
         together = [SharedPrefill(layer) for layer in zip(*exact, strict=True)]
         shared = model(prompt, together, logits_to_keep=1)  # [B, 1, vocab]
         share = (clock(device) - start) / len(exact)
+    results = []
     for row, cache in zip(rows, caches, strict=True):
         start = clock(device)
         if reads_exactly(cache[0]):
@@ -110,7 +120,8 @@ def run_case(model: Transformer, rows: list[Row], case: Case) -> Iterator[dict]:
         else:
             logits = model(prompt, cache, logits_to_keep=1)
         result = run_cache(model, row, cache, logits, case)
-        yield {**result, "seconds": clock(device) - start}
+        results.append({**result, "seconds": clock(device) - start})
+    return results
 
 
 def run_cache(
@@ -134,55 +145,16 @@ def summary(model: Transformer, results: list[dict]) -> dict:
     scores = list(chain.from_iterable([result["scores"] for result in results]))
     tokens = sum(result["tokens"] for result in results)
     held = sum(result["bytes"] for result in results)
-    return {
-        "cases": len(scores),
-        "tokens": tokens / len(scores),
-        "measured_ratio": 1 - held / full_bytes(model, tokens),
-        "seconds": sum(result["seconds"] for result in results),
-        "scores": scores,
-    }
-
-
-def with_score(rows: list[dict]) -> list[dict]:
-    """The rows of `measure` with, for their `scores`, what the benchmark shows of them."""
-    if "set" in rows[0]:
-        return benchmark_rows(rows)
-    for row in rows:
-        scores = row.pop("scores")
-        if "question" in row:
-            row |= {"accuracy": fmean(scores), "interval": wilson(sum(scores), len(scores))}
-        else:
-            row["perplexity"] = math.exp(min(fmean(scores), 700))  # 1e304 for what is even more
-    return rows
-
-
-def benchmark_rows(rows: list[dict]) -> list[dict]:
-    """For each cache a row for each set and bucket that has cases, and for "all" of the set; last,
-    as the set "average", the same over the sets."""
-    shown = []
-    for own in grouped(rows, *Row.COLUMNS).values():
-        columns = {name: own[0][name] for name in Row.COLUMNS}
-        for name, of_set in [*grouped(own, "set").items(), ("average", own)]:
-            for bucket in (*longbench.BUCKETS, ALL):
-                some = [row for row in of_set if bucket in (row["bucket"], ALL)]
-                if some:
-                    shown.append({**columns, "set": name, "bucket": bucket, **mean_row(some)})
-    return shown
-
-
-def mean_row(rows: list[dict]) -> dict:
-    """Several rows as one. Every set counts the same in the score, whatever its size: a column of
-    the paper's Table 1, in percent. Every token counts the same in lengths and bytes."""
-    means = []
-    for own in grouped(rows, "set").values():
-        means.append(fmean(chain.from_iterable([row["scores"] for row in own])))
-    cases = sum(row["cases"] for row in rows)
-    tokens = sum(row["tokens"] * row["cases"] for row in rows)
-    removed = sum(row["measured_ratio"] * row["tokens"] * row["cases"] for row in rows)
-    return {
-        "cases": cases,
-        "score": 100 * fmean(means),
-        "tokens": tokens / cases,
-        "measured_ratio": removed / tokens,
-        "seconds": sum(row["seconds"] for row in rows),
-    }
+    row = {"cases": len(scores), "tokens": tokens / len(scores)}
+    if "set" in results[0]:
+        # In percent, and every set counts the same, whatever its size: the paper's Table 1.
+        sets = grouped(results, "set").values()
+        row["score"] = 100 * fmean([fmean([one["scores"][0] for one in own]) for own in sets])
+    elif "question" in results[0]:
+        row["accuracy"] = fmean(scores)
+        row["interval"] = wilson(sum(scores), len(scores))
+    else:
+        row["perplexity"] = math.exp(min(fmean(scores), 700))  # 1e304 for what is even more
+    row["measured_ratio"] = 1 - held / full_bytes(model, tokens)
+    row["seconds"] = sum(result["seconds"] for result in results)
+    return row

@@ -5,7 +5,8 @@ command, with as many processes as one likes.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable
+from glob import escape
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,34 +16,36 @@ from support.command import TEXTS, UserError
 from support.factors_file import fingerprint
 from support.huggingface.checkpoint import find_checkpoint
 from support.processes import gathered, patient_group, place, say
-from support.resume import changed_flag, load_state, save_state
-
-Key = tuple[int, int]  # of a piece of work: its row and its case
+from support.resume import load_state, save_state
 
 
 def run_all(
-    groups: list[list[Key]],
-    run: Callable[[list[Key]], Iterable[dict]],
+    keys: list[Hashable],
+    run: Callable[[Hashable], object],
     notes: Path | None,
-    arguments: dict | None = None,
+    plan: dict | None = None,
     unit: str = "case",
-) -> dict[Key, dict]:
-    """The results of all work, by key, in every process. Keys of a group are done by one process.
+) -> dict:
+    """What `run` makes of each key, plain numbers in lists and dictionaries, in every process.
 
-    `run` yields a result, of plain numbers and lists, for each key that it is given. Results are
-    kept in files named `notes` until `delete_notes`, and not made again. Raises `UserError` if the
-    notes are those of other `arguments`, by option, and the first one of `run`.
+    Results are kept in files named `notes` until `delete_notes`, and not made again. Raises
+    `UserError` if the notes are those of another `plan`, and the first one of `run`.
     """
     rank, count = place()
-    plan = arguments or {}
-    done = read_notes(notes, plan)
+    plan = plan or {}
+    done = {}
+    for file in note_files(notes):
+        if file.suffix == ".pt":  # else half-written
+            done |= load_state(file, plan, ("results",))["results"]
+    if done:
+        say(f"{len(done)} {unit}s are done already")
     group = patient_group()
     gathered(None, group)  # before anyone writes notes, all have read the same
     failure = None
-    todo = [keys for keys in groups if not done.keys() >= set(keys)]
+    todo = [key for key in keys if key not in done]
     try:
-        for keys in tqdm(todo[rank::count], unit=unit, leave=False, disable=rank > 0):
-            done |= zip(keys, run(keys), strict=True)
+        for key in tqdm(todo[rank::count], unit=unit, leave=False, disable=rank > 0):
+            done[key] = run(key)
             if notes:
                 save_state(own_notes(notes), {"plan": plan, "results": done})
     except UserError as error:
@@ -60,28 +63,7 @@ def own_notes(notes: Path | None) -> Path | None:
 
 
 def note_files(notes: Path | None) -> list[Path]:
-    if notes is None:
-        return []
-    return sorted(f for f in notes.parent.iterdir() if f.name.startswith(f"{notes.name}.cases-"))
-
-
-def read_notes(notes: Path | None, plan: dict) -> dict[Key, dict]:
-    """The finished cases of an earlier run. Raises `UserError` for a run with another plan, naming
-    an option that differs, and for a damaged file."""
-    done = {}
-    for file in note_files(notes):
-        if file.suffix != ".pt":  # half-written
-            continue
-        state = load_state(file, {}, ("plan", "results"))
-        flag = changed_flag(plan, state["plan"]) or changed_flag(state["plan"], plan)
-        if flag:
-            flag = "command" if flag == "--what" else flag
-            message = f"{file} has cases of a run with another {flag}"
-            raise UserError(f"{message}; delete it to start again, or write to another place")
-        done |= state["results"]
-    if done:
-        say(f"{len(done)} runs of a cache on a case are done already")
-    return done
+    return sorted(notes.parent.glob(f"{escape(notes.name)}.cases-*")) if notes else []
 
 
 def delete_notes(notes: Path | None) -> None:
@@ -91,10 +73,10 @@ def delete_notes(notes: Path | None) -> None:
 
 def contents(path: Path) -> str:
     """A digest of a file, or of the text in a folder: notes may be kept there as well."""
-    digest = hashlib.sha256()
     files = [path]
     if path.is_dir():
-        files = sorted(file for pattern in TEXTS for file in path.rglob(pattern))
+        files = sorted(file for file in path.rglob("*") if TEXTS.match(file.name))
+    digest = hashlib.sha256()
     for file in files:
         if file.is_file():
             digest.update(file.read_bytes())
@@ -107,13 +89,11 @@ SMALL = (".json", ".jinja", ".model")  # a checkpoint's files that are not its w
 def all_that_counts(options: dict, model: Transformer, path: str) -> dict:
     """What must be the same to go on with noted cases: the command's options by name, files by
     their contents, and the checkpoint at `path`."""
-
-    def shown(value: object) -> object:
-        if isinstance(value, list):
-            return [shown(item) for item in value]
-        return contents(value) if isinstance(value, Path) else str(value)
-
-    named = {name: shown(v) for name, v in options.items() if name not in ("json", "device")}
+    plan = {}
+    for name, value in options.items():
+        if name not in ("json", "device"):
+            values = value if isinstance(value, list) else [value]
+            plan[name] = [contents(v) if isinstance(v, Path) else str(v) for v in values]
     files = sorted(find_checkpoint(path).iterdir())
     small = [contents(file) for file in files if file.suffix in SMALL]
-    return {**named, "model": [fingerprint(model), small]}
+    return {**plan, "model": [fingerprint(model), small]}

@@ -107,7 +107,6 @@ def begin_some(begun: list[list[int]], tokenizer: Tokenizer) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command line, with arguments already parsed."""
     check_files({"--out": args.out}, {"--data": args.data}, args.model)
     if args.out.suffix != ".jsonl":
         raise UserError(f"--out {args.out} must end in .jsonl, the kind of file that is written")
@@ -115,20 +114,19 @@ def run(args: argparse.Namespace) -> None:
         use_device(args.device)
         model = load_model(args.model, args.device)
         tokenizer = load_tokenizer(args.model, model.config.vocab_size)
-        limit = model.config.context_length
-        if args.seq_len > limit:
+        if args.seq_len > model.config.context_length:
+            limit = model.config.context_length
             raise UserError(f"--seq-len {args.seq_len} exceeds the context of {limit}")
         others = sample_tokens(args.data, tokenizer, args.samples, args.seq_len, seed=0)
         generator = torch.Generator(args.device).manual_seed(0)
-        size = (args.samples, 1)
-        settings = {"generator": generator, "device": args.device}
-        begun = torch.randint(model.config.vocab_size, size, **settings).tolist()
+        drawn = {"size": (args.samples, 1), "generator": generator, "device": args.device}
+        begun = torch.randint(model.config.vocab_size, **drawn).tolist()
         if not args.no_beginnings:
             begin_some(begun, tokenizer)
         own = write_texts(model, begun, args.seq_len, generator)
     texts = [tokenizer.decode(ids.flatten().tolist()) for ids in (*own, *others)]
     with replacing(args.out) as temporary:
-        temporary.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        temporary.write_text("".join([json.dumps({"text": text}) + "\n" for text in texts]))
     print(f"{args.out}: {len(own)} texts of the model's own, {len(others)} pieces of {args.data}")
 
 

@@ -6,10 +6,8 @@
 
 Without more arguments they run on the embedded teaching model, with LongEval accuracy, in both
 protocols of experiments/evaluate.py; with `--text` the measure is perplexity in decode mode.
-
-Tables and figures go to `--out`. Factors are trained once, for all commands, and stay in `--work`,
-as single cases do: a command that was interrupted goes on when it is given again. The column
-`paper` has the paper's numbers: LongChat-7B on LongEval with 200 to 500 lines.
+Tables and figures go to `--out`; factors, which are trained once for all commands, and single cases
+to `--work`. The column `paper` has the paper's numbers: LongChat-7B with 200 to 500 lines.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -30,7 +28,7 @@ from experiments import figures
 from experiments.caches import CACHES, TOKENS, Row, make_row
 from experiments.evaluate import PROTOCOLS, perplexity_cases, retrieval_cases
 from experiments.factors import FactorStore, Recipe
-from experiments.measuring import Case, measure, with_score
+from experiments.measuring import Case, measure
 from experiments.notes import all_that_counts, delete_notes, own_notes
 from experiments.remake import remake
 from experiments.tables import SCORES, beside, grouped, write_tables
@@ -44,7 +42,6 @@ from support.command import (
     comma_list,
     make_folder,
     number,
-    one_of,
     run_command,
 )
 from support.factors_file import load_factors
@@ -68,7 +65,7 @@ class Experiment:
     files: list[Factors]  # those of a budget
     out: Path  # of the table and the figure, without a suffix
     notes: Path
-    arguments: dict  # that must be the same to go on with the notes
+    plan: dict  # that must be the same to go on with the notes
     began: float = field(default_factory=time.monotonic)
 
     def row(self, cache: str, ratio: float | None = None, **settings) -> Row:
@@ -108,9 +105,8 @@ class Experiment:
         if "lines" in cases[0].columns and not by_lines:
             cases = [replace(c, columns={"question": c.columns["question"]}) for c in cases]
         caches = [row for row, _ in rows]
-        measured = measure(self.store.model, caches, cases, self.notes, self.arguments)
-        more = [columns for _, columns in rows]
-        return [{**row, **more[i % len(rows)]} for i, row in enumerate(with_score(measured))]
+        measured = measure(self.store.model, caches, cases, self.notes, self.plan)
+        return [{**row, **rows[i % len(rows)][1]} for i, row in enumerate(measured)]
 
     def write(self, rows: list[dict], columns: list[str]) -> None:
         """Prints a table and writes it, as Markdown and as JSON."""
@@ -121,12 +117,15 @@ class Experiment:
             command = f"python -m experiments.paper {shlex.join(given)}"
             write_tables(rows, columns, self.out, command, self.began)
 
+    @property
+    def picture(self) -> Path:
+        return self.out.with_suffix(".png")
+
 
 # ------------------------------------------------------------------------------------- tables
 
 
 PRUNING = [name for name, kind in CACHES.items() if kind.shrinks == TOKENS]
-COLOURS = {name: kind.colour for name, kind in CACHES.items()}
 RESULTS = Path(__file__).parent / "results"
 NUMBERS = json.loads((RESULTS / "paper.json").read_text())
 
@@ -135,24 +134,29 @@ def paper_number(table: str, **row) -> str:
     """The paper's accuracy in the row of its table that has these values, those of all lengths in
     table 1; "" if it has none."""
     for theirs in NUMBERS[table]:
-        if all(theirs[name] == value for name, value in row.items()):
+        if row.items() <= theirs.items():
             values = theirs["accuracy"]
             return beside(values if isinstance(values, list) else [values])
     return ""
 
 
+def uniform(init: str, ratio: float, **more) -> Recipe:
+    """The same for keys and values; asvd is trained, as in the paper."""
+    return Recipe(init, ratio, ratio, **{"trained": init == "asvd", **more})
+
+
 def table1(e: Experiment) -> None:
     """All methods. `cskv, asvd, trained` is the paper's; `optimal`, without training, KIVI, sinks
     and budgets go beyond it."""
-    recipes = [Recipe(init, r, r, init == "asvd") for r in e.ratios for init in e.inits]
-    in_bits = Recipe("asvd", 0.8, 0.8, True, 4)
+    recipes = [uniform(init, ratio) for ratio in e.ratios for init in e.inits]
+    in_bits = uniform("asvd", 0.8, bits=4)
     if "asvd" in e.inits:
         e.store.factors(*recipes, in_bits)
     rows = [e.row("full")]
     for ratio in e.ratios:
         rows += [e.row(name, ratio) for name in PRUNING]
         for init in e.inits:
-            (factors,) = e.store.factors(Recipe(init, ratio, ratio))
+            (factors,) = e.store.factors(uniform(init, ratio, trained=False))
             rows.append(e.row("asvd", ratio, factors=factors, origin=init))
         rows += [e.cskv(recipe) for recipe in recipes if recipe.k_ratio == ratio]
     rows += [e.row("kivi-4"), e.row("kivi-2")]
@@ -162,34 +166,34 @@ def table1(e: Experiment) -> None:
     if "asvd" in e.inits:
         rows.append(e.cskv(in_bits, 0.95))
     if "optimal" in e.inits:
-        rows.append(e.cskv(Recipe("optimal", 0.8, 0.8), 0.95, k_bits=4, v_bits=4))
-        rows += [e.cskv(Recipe("optimal", ratio, ratio), sinks=4) for ratio in e.ratios]
+        rows.append(e.cskv(uniform("optimal", 0.8), 0.95, k_bits=4, v_bits=4))
+        rows += [e.cskv(uniform("optimal", ratio), sinks=4) for ratio in e.ratios]
     rows += [e.row("kivi-2", sinks=4), *e.budgets()]
     with_paper = []
     for row in rows:
-        theirs = not row.sinks and (row.origin.startswith("asvd") or not row.origin)
+        theirs = row.origin.startswith("asvd") or not row.origin
         name = row.cache.removesuffix("-plain")
         number = paper_number("table1", cache=name, ratio=row.ratio) if theirs else ""
         with_paper.append((row, {"paper": number}))
     result = e.scores(with_paper, by_lines=True)
     columns = ["question", "lines", "cache", "factors", "bits", "sinks", "ratio"]
     e.write(result, [*columns, *SCORES, "paper"])
-    figures.accuracy_against_bytes(result, COLOURS, e.out.with_suffix(".png"))
+    figures.scores(result, e.picture, "measured_ratio", "measured ratio")
 
 
 def trainings(e: Experiment) -> list[Recipe]:
-    """Every initialization at every ratio, at the paper's learning rate and at ours."""
+    """Every initialization at every ratio, at the paper's learning rate and at ours; trained."""
     rates = sorted({PAPER_LR, e.store.lr})
     choices = product(e.ratios, INITIALIZATIONS, rates)
-    return [Recipe(init, ratio, ratio, True, lr=lr) for ratio, init, lr in choices]
+    recipes = [uniform(init, ratio, trained=True, lr=lr) for ratio, init, lr in choices]
+    e.store.factors(*recipes)
+    return recipes
 
 
 def table2(e: Experiment) -> None:
     """Initializations before and after the paper's training, with their losses and the floor."""
-    recipes = trainings(e)
-    e.store.factors(*recipes)
     rows = []
-    for r in recipes:
+    for r in trainings(e):
         history = e.store.history(r)
         columns = {"loss": history["final"], "floor": history["floor"], "paper": ""}
         if r.lr == PAPER_LR:
@@ -202,28 +206,27 @@ def table2(e: Experiment) -> None:
 
 def table3(e: Experiment) -> None:
     """The window, at the highest of the ratios."""
-    ratio = max(e.ratios)
     longest = max(case.length for case in e.cases)
     windows = [1, *(row["window"] for row in NUMBERS["table3"])]
     rows = []
     for init, window in product(e.inits, windows):
         if window < longest:
             number = paper_number("table3", window=window) if init == "asvd" else ""
-            row = e.cskv(Recipe(init, ratio, ratio, init == "asvd"), window=window)
+            row = e.cskv(uniform(init, max(e.ratios)), window=window)
             rows.append((row, {"window": window, "paper": number}))
     result = e.scores(rows)
     e.write(result, ["question", "factors", "window", "ratio", *SCORES, "paper"])
-    figures.score_against_window(result, e.out.with_suffix(".png"))
+    figures.scores(result, e.picture, "window", "window, tokens", log_x=True)
 
 
 def table4(e: Experiment) -> None:
     """Channels shared between keys and values, as kept shares, half and a quarter of all."""
-    splits = [{name: row[name] for name in ("kept_k", "kept_v")} for row in NUMBERS["table4"]]
     recipes = {}
-    for init, split in product(e.inits, splits):
-        number = paper_number("table4", **split) if init == "asvd" else ""
-        recipe = Recipe(init, 1 - split["kept_k"], 1 - split["kept_v"], init == "asvd")
-        recipes[recipe] = {**split, "paper": number}
+    for init, theirs in product(e.inits, NUMBERS["table4"]):
+        kept_k, kept_v = theirs["kept_k"], theirs["kept_v"]
+        number = beside([theirs["accuracy"]]) if init == "asvd" else ""
+        recipe = Recipe(init, 1 - kept_k, 1 - kept_v, init == "asvd")
+        recipes[recipe] = {"kept_k": kept_k, "kept_v": kept_v, "paper": number}
     e.store.factors(*recipes)
     rows = []
     for recipe, columns in recipes.items():
@@ -231,7 +234,7 @@ def table4(e: Experiment) -> None:
         rows.append((e.cskv(recipe, removed), columns))
     result = e.scores(rows)
     e.write(result, ["question", "factors", "ratio", "kept_k", "kept_v", *SCORES, "paper"])
-    figures.score_against_split(result, e.out.with_suffix(".png"))
+    figures.scores(result, e.picture, "kept_k", "share of the key channels that is kept")
 
 
 def table5(e: Experiment) -> None:
@@ -241,7 +244,7 @@ def table5(e: Experiment) -> None:
     """
     choices: list[tuple[str, Recipe, dict]] = []  # mode, factors, bits
     for init, ratio in product(e.inits, e.ratios):
-        start = Recipe(init, ratio, ratio, init == "asvd")
+        start = uniform(init, ratio)
         choices.append(("none", start, {}))
         for bits, clamped in product((4, 3, 2), (False, True)):
             quantized = {"k_bits": bits, "v_bits": bits, "clamped": clamped}
@@ -269,7 +272,7 @@ def budget(e: Experiment) -> None:
     rows += [e.row(name, ratio) for name in PRUNING for ratio in e.ratios]
     rows += [e.row(name, sinks=sinks) for name in ("kivi-4", "kivi-2") for sinks in (0, 4)]
     for bits, ratio in product((16, 4), e.ratios):
-        rows.append(e.cskv(Recipe("optimal", ratio, ratio), k_bits=bits, v_bits=bits))
+        rows.append(e.cskv(uniform("optimal", ratio), k_bits=bits, v_bits=bits))
     rows += e.budgets()
     result = e.scores([(row, {}) for row in rows])
     for group in grouped(result, "text", "context").values():
@@ -277,7 +280,7 @@ def budget(e: Experiment) -> None:
             row["of_full"] = row["perplexity"] / group[0]["perplexity"]
     columns = ["text", "context", "cache", "factors", "bits", "sinks", "ratio"]
     e.write(result, [*columns, *SCORES, "of_full"])
-    figures.perplexity_against_bytes(result, COLOURS, e.out.with_suffix(".png"))
+    figures.scores(result, e.picture, "measured_ratio", "measured ratio")
 
 
 def figure3(e: Experiment) -> None:
@@ -293,19 +296,17 @@ def figure3(e: Experiment) -> None:
                 row[f"left_out_{ratio:.0%}"] = 1 - kept
             rows.append(row)
     e.write(rows, ["layer", "of", "left_out_50%", "left_out_80%"])
-    figures.singular_values(spectra.sqrt(), e.out.with_suffix(".png"))
+    figures.singular_values(spectra.sqrt(), e.picture)
 
 
 def figure4(e: Experiment) -> None:
     """Loss curves of the initializations, with the least loss that is possible."""
-    recipes = trainings(e)
-    e.store.factors(*recipes)
     curves = []
-    for r in recipes:
+    for r in trainings(e):
         curves.append({"ratio": r.k_ratio, "init": r.init, "lr": r.lr, **e.store.history(r)})
     columns = ["ratio", "init", "lr", "initial", "final", "floor", "seconds", "trained_together"]
     e.write([{name: curve[name] for name in columns} for curve in curves], columns)
-    figures.loss_curves(curves, e.out.with_suffix(".png"))
+    figures.loss_curves(curves, e.picture)
 
 
 COMMANDS = {f.__name__: f for f in (table1, table2, table3, table4, table5, budget)}
@@ -319,12 +320,12 @@ def run(args: argparse.Namespace) -> None:
         if args.data is None:
             raise UserError("all needs LongEval's own files; give their folder with --data")
         read_cases(args.data, PUBLISHED[0])  # a wrong folder is known before the work
-        remake(RESULTS / "commands.txt", args.data, Path("runs/all.pt"), args.processes)
+        remake(RESULTS / "commands.txt", args.data, Path("runs/all.txt"), args.processes)
         return
     if args.what == "budget" and not args.text:
         raise UserError("budget measures perplexity; give held-out text with --text")
-    if args.text and args.data:
-        raise UserError("--text asks for perplexity, --data for LongEval; leave one out")
+    if args.text and (args.data or not args.calibrate):
+        raise UserError("--text asks for perplexity; give --calibrate with it, and no --data")
     if args.what not in ("table2", "table5"):
         figures.pyplot()  # if it is missing, that is known before the work and not after
     with processes(args.device) as device:
@@ -340,11 +341,9 @@ def run(args: argparse.Namespace) -> None:
         read |= {"--calibrate": args.calibrate, "--data": args.data}
         check_files(written, read, args.model)
         limit = model.config.context_length
-        length = min(args.seq_len, limit)
         if args.calibrate:
+            length = min(args.seq_len, limit)
             texts = sample_tokens(args.calibrate, tokenizer, args.samples, length, seed=0)
-        elif args.text:
-            raise UserError("factors are made from text; give some with --calibrate")
         else:
             texts = samples(tokenizer, limit, "longeval", LINES, args.samples, seed=0)
         cases = []
@@ -355,21 +354,14 @@ def run(args: argparse.Namespace) -> None:
         elif args.what not in ("figure3", "figure4"):
             drawn = {"count": args.cases, "data": args.data}
             cases = retrieval_cases(model, tokenizer, "longeval", PROTOCOLS, args.lines, **drawn)
-        store = FactorStore(model, texts, work, args.measure_samples, args.lr)
+        store = FactorStore(model, texts, work, args.lr)
         counts = {**vars(args), "out": None, "work": None, "samples": store.key}
-        experiment = Experiment(
-            store,
-            cases=cases,
-            ratios=args.ratios,
-            inits=args.inits,
-            files=[load_factors(file, model) for file in args.factors],
-            out=out,
-            notes=notes,
-            arguments=all_that_counts(counts, model, args.model),
-        )
+        plan = all_that_counts(counts, model, args.model)
+        files = [load_factors(file, model) for file in args.factors]
+        experiment = Experiment(store, cases, args.ratios, args.inits, files, out, notes, plan)
         COMMANDS[args.what](experiment)
         if place()[0] == 0:
-            delete_notes(experiment.notes)
+            delete_notes(notes)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -377,7 +369,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add, count = parser.add_argument, number(int, 1)
     counts = comma_list(count)
     ratios = comma_list(number(float, 0, 0.9999))
-    inits = comma_list(one_of(INITIALIZATIONS, "initialization"))
+    inits = comma_list(str, INITIALIZATIONS)
     add("what", choices=[*COMMANDS, "all"])
     add("--processes", type=count, default=1, help="share the work of all out among so many (1)")
     add("--model", default=TEACHER, help="measure this checkpoint, a folder or a hub name")
@@ -398,7 +390,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--calibrate", type=Path, help="fit factors to this text (default: to LongEval's cases)")
     add("--samples", type=count, default=1024, help="calibrate and train on so many texts (1024)")
     add("--seq-len", type=number(int, 2), default=1024, help="cut texts to so many tokens (1024)")
-    add("--measure-samples", type=count, default=32, help="measure losses on so many (default: 32)")
     help = "train at this rate (default: 0.005); table2 and figure4 have the paper's too"
     add("--lr", type=number(float, 0), default=5e-3, help=help)
     add("--device", default="cpu", help="compute on cpu or cuda")

@@ -16,9 +16,6 @@ from pathlib import Path
 
 from support.command import UserError, make_folder
 from support.processes import say
-from support.resume import load_state, save_state
-
-SHARED = "torch.distributed.run"  # torchrun as a module
 
 
 def read_blocks(path: Path) -> list[tuple[list[Path], str]]:
@@ -38,33 +35,35 @@ def words(command: str, data: Path, count: int) -> list[str]:
     """A command as it is started, with `count` processes if it can be shared out."""
     program, *rest = [word.format(data=data) for word in shlex.split(command)]
     if program == "torchrun" and count > 1:
-        rest = ["-m", SHARED, "--nproc-per-node", str(count), "--", *rest]
+        rest = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--", *rest]
     return [sys.executable, *rest]
 
 
 def remake(path: Path, data: Path, done: Path, count: int) -> None:
-    """Runs the commands of the list at `path` whose files are missing, or were not yet made by
-    them: the file `done` remembers which were. Ends with a list of all files.
+    """Runs the commands of the list at `path` whose files are missing, or that do not stand in the
+    file `done`, where they are written down. Ends with a list of all files.
 
     Raises `UserError` for the first command that fails; the next call goes on with it.
     """
     make_folder(done.parent)
+    done.touch()
     blocks = read_blocks(path)
-    finished = load_state(done, {}, ("commands",))["commands"] if done.exists() else []
     for n, (files, command) in enumerate(blocks, 1):
-        if command in finished and all(file.exists() for file in files):
+        made = all(file.exists() for file in files)
+        if made and command in done.read_text(encoding="utf-8").splitlines():
             continue
         for file in files:
             make_folder(file.parent)
         say(f"{n} of {len(blocks)}: {command}")
-        started = words(command, data, count)
-        one_thread = {"OMP_NUM_THREADS": "1"} if SHARED in started else {}
-        if subprocess.run(started, env={**os.environ, **one_thread}).returncode:
+        environment = dict(os.environ)
+        if count > 1:
+            environment["OMP_NUM_THREADS"] = "1"
+        if subprocess.run(words(command, data, count), env=environment).returncode:
             raise UserError(f"this failed, mend it and start again: {command}")
         missing = [str(file) for file in files if not file.exists()]
         if missing:
             raise UserError(f"{', '.join(missing)} not written by: {command}")
-        finished.append(command)
-        save_state(done, {"commands": finished})
+        with done.open("a", encoding="utf-8") as file:
+            file.write(f"{command}\n")
     for files, command in blocks:
         print(*files, f"    {command}", sep="\n")

@@ -18,36 +18,27 @@ def perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
 
 
-FORMATS = {
-    **dict.fromkeys(("question", "layer", "of", "cache"), str),
-    **dict.fromkeys(("factors", "init", "window", "bits", "sinks", "mode"), str),
+FORMATS = {  # of the columns that are not written as they are
     "ratio": "{:.0%}".format,
     **dict.fromkeys(("kept_k", "kept_v"), "{:.1%}".format),
     "lr": "{:g}".format,
-    **dict.fromkeys(("initial", "final", "loss", "floor"), four_digits),
-    **dict.fromkeys(("text", "context", "set", "bucket", "lines", "cases"), str),
-    "tokens": "{:.0f}".format,
-    **dict.fromkeys(("prefill_s", "prefill_ratio"), "{:.2f}".format),
+    **dict.fromkeys(("initial", "final", "loss", "floor", "cache_mb"), four_digits),
+    **dict.fromkeys(("tokens", "seconds"), "{:.0f}".format),
     "decode_ms": "{:.1f}".format,
-    "decode_ratio": "{:.2f}".format,
-    **dict.fromkeys(("cache_mb", "mflop", "read_mb"), four_digits),
-    "accuracy": "{:.2f}".format,
+    **dict.fromkeys(("decode_ratio", "accuracy", "score"), "{:.2f}".format),
     "interval": "[{0[0]:.2f}, {0[1]:.2f}]".format,
-    "score": "{:.2f}".format,
     "perplexity": perplexity,
     "of_full": "{:.3f}".format,  # times the full cache's
     **dict.fromkeys(("nominal_ratio", "measured_ratio"), "{:.1%}".format),
     **dict.fromkeys(("left_out_50%", "left_out_80%"), "{:.2%}".format),
-    "seconds": "{:.0f}".format,
-    **dict.fromkeys(("trained_together", "paper"), str),
 }
 ALL = "all"  # the bucket of a benchmark that has every case
 SCORES = ["accuracy", "interval", "perplexity", "nominal_ratio", "measured_ratio"]
 
 
 def table(rows: list[dict], columns: list[str] | None = None) -> str:
-    """Rows as a Markdown table; of `columns`, or of all in FORMATS, those that the rows have."""
-    columns = [name for name in columns or FORMATS if name in rows[0]]
+    """Rows as a Markdown table; of all columns, or of `columns` those that the rows have."""
+    columns = [name for name in columns or rows[0] if name in rows[0]]
     lines = ["| " + " | ".join(columns).replace("_", " ") + " |", "|" + " --- |" * len(columns)]
     for row in rows:
         cells = [FORMATS.get(name, str)(row[name]) for name in columns]
@@ -77,23 +68,18 @@ def beside(accuracies: list[float]) -> str:
 def side_by_side(rows: list[dict], columns: list[str]) -> tuple[list[dict], list[str]]:
     """Rows and columns with a column of accuracies for each protocol, those of all lengths in one
     cell; measured ratios are means over the lengths."""
-    if "question" not in rows[0]:
-        return rows, columns
-    questions = grouped(rows, "question")
     lengths = ""
     if "lines" in rows[0]:
         lengths = f", {' / '.join(map(str, grouped(rows, 'lines')))} lines"
-    keys = [name for name in columns if name not in ("question", "lines", *SCORES)]
+    keys = [name for name in columns if name not in ("question", "lines", "paper", *SCORES)]
     merged = []
     for group in grouped(rows, *keys, "nominal_ratio").values():
         row = {**group[0], "measured_ratio": fmean(row["measured_ratio"] for row in group)}
         for question, own in grouped(group, "question").items():
             row[question + lengths] = beside([one["accuracy"] for one in own])
         merged.append(row)
-    shown = [name for name in keys if name != "paper"]
-    shown += ["nominal_ratio", "measured_ratio"]
-    shown += [question + lengths for question in questions]
-    return merged, shown + [name for name in keys if name == "paper"]
+    protocols = [question + lengths for question in grouped(rows, "question")]
+    return merged, [*keys, "nominal_ratio", "measured_ratio", *protocols, "paper"]
 
 
 def write_tables(
@@ -103,16 +89,15 @@ def write_tables(
     several protocols it is `side_by_side`, and the Markdown has all rows as well. Above it stands
     its `command`, below it when and on what it was made; `began` is of `time.monotonic`.
     """
-    merged, shown = side_by_side(rows, columns)
-    text = table(merged, shown)
+    minutes = (time.monotonic() - began) / 60
+    made = f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, "
+    made += f"{torch.get_num_threads()} threads, {minutes:.1f} minutes since it was started last"
     whole = table(rows, columns)
+    text = table(*side_by_side(rows, columns)) if "question" in rows[0] else whole
+    parts = [f"`{command}`", text, made]
+    if text != whole:
+        parts.append(whole)
     print(text)
     write_json(out.with_suffix(".json"), rows)
-    made = f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, "
-    made += f"{torch.get_num_threads()} threads, {(time.monotonic() - began) / 60:.1f} "
-    made += "minutes since it was started last"
-    parts = [f"`{command}`", text, made]
-    if whole != text:
-        parts.append(whole)
     with replacing(out.with_suffix(".md")) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n")

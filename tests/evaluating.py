@@ -11,9 +11,11 @@ from types import FunctionType, ModuleType
 import torch
 
 from experiments import evaluate, measuring
+from experiments.caches import CACHES
 from tests.helpers import call
 
 ROOT = Path(__file__).parent.parent
+ALL = ",".join(CACHES)
 
 
 def write_records(path, *records):
@@ -23,19 +25,17 @@ def write_records(path, *records):
 
 def arguments(everything, what, *more):
     """A whole command line of small cases."""
-    text, data = everything / "text.txt", ["--data", everything / "data"]
-    passages = ["--passages", 3, "--batch", 2]
+    shared = ["--model", everything / "model", "--window", 4, "--ratios", "0.5", "--samples", 8]
+    shared += ["--cache-dtype", "float32"]
+    text = ["--text", everything / "text.txt", "--passages", 3, "--batch", 2]
+    data = ["--calibrate", everything / "text.txt", "--data", everything / "data"]
     own = {
-        "perplexity": ["--text", text, "--context", 40, "--steps", 10, *passages],
+        "perplexity": [*text, *data[:2], "--context", 40, "--steps", 10],
         "longeval": ["--lines", 2, "--cases", 2],
         "passkey": ["--lines", 2, "--cases", 2],
         "longbench": [*data, "--sets", "triviaqa_e"],
         "lveval": [*data, "--sets", "factrecall_en_16k"],
     }
-    if what not in ("longeval", "passkey"):
-        own[what] += ["--calibrate", text]
-    shared = ["--model", everything / "model", "--window", 4, "--ratios", "0.5", "--samples", 8]
-    shared += ["--cache-dtype", "float32"]
     return [what, *shared, *own[what], *more]
 
 

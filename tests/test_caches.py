@@ -165,12 +165,10 @@ def test_the_added_cache_of_the_readme(everything, brief, tmp_path, capsys, monk
     assert rows[1]["measured_ratio"] == pytest.approx(1 - 2 * 20 / 49)  # in 32 bits
     monkeypatch.setattr(speed, "load_theirs", lambda *_: None)
     args = ["--model", everything / "model", "--lengths", 30, "--rounds", 1, "--caches", "newest"]
-    code, out, _ = call(speed, capsys, *args, "--ratios", "0.5", "--threads", 1)
+    code, out, _ = call(speed, capsys, *args, "--ratios", "0.5")
     assert code == 0 and "| newest 50% |" in out
     pytest.importorskip("matplotlib")
-    figures.accuracy_against_bytes(
-        rows, {"full": "black", "newest": None}, tmp_path / "picture.png"
-    )
+    figures.scores(rows, tmp_path / "picture.png", "measured_ratio", "measured ratio")
     assert (tmp_path / "picture.png").stat().st_size
 
 

@@ -6,8 +6,9 @@ import re
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
-import cskv
 from cskv import init_factors
 from experiments import caches, evaluate
 from experiments.tasks import longbench, records
@@ -16,23 +17,26 @@ from experiments.tasks.scores import wilson
 from infer import TEACHER
 from model import FullCache
 from support.command import UserError
-from support.factors_file import save_factors
+from support.factors_file import load_factors, save_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.text import passages
-from tests.evaluating import arguments, measured, without_seconds, write_records
-from tests.helpers import call, naive_forward, save_checkpoint, tiny_model, tiny_tokens
-
-ALL = ",".join(caches.CACHES)
-
+from tests.evaluating import ALL, arguments, measured, without_seconds, write_records
+from tests.helpers import call, naive_forward, save_checkpoint, tiny_model
 
 # ------------------------------------------------------------------------------- rows and columns
 
 COLUMNS = {"cache", "factors", "bits", "sinks", "ratio", "nominal_ratio", "measured_ratio"}
 COLUMNS |= {"cases", "tokens", "seconds"}
-RETRIEVAL, BENCHMARK = {"question", "lines", "accuracy", "interval"}, {"set", "bucket", "score"}
-OWN_COLUMNS = {"perplexity": {"perplexity", "text", "context"}, "longeval": RETRIEVAL}
-OWN_COLUMNS |= {"passkey": RETRIEVAL, "longbench": BENCHMARK, "lveval": BENCHMARK}
+RETRIEVAL = {"question", "lines", "accuracy", "interval"}
+BENCHMARK = {"set", "bucket", "score"}
+OWN_COLUMNS = {
+    "perplexity": {"perplexity", "text", "context"},
+    "longeval": RETRIEVAL,
+    "passkey": RETRIEVAL,
+    "longbench": BENCHMARK,
+    "lveval": BENCHMARK,
+}
 
 
 @pytest.mark.parametrize("what", OWN_COLUMNS)
@@ -40,30 +44,16 @@ def test_every_cache_in_every_command(everything, brief, tmp_path, capsys, what)
     rows = measured(everything, capsys, tmp_path / "rows", what, "--caches", ALL)
     assert list(dict.fromkeys(row["cache"] for row in rows)) == list(caches.CACHES)
     assert all(set(row) == COLUMNS | OWN_COLUMNS[what] for row in rows)
-    half = dict.fromkeys(("streaming", "h2o", "asvd", "cskv", "cskv-plain"), 0.5)
-    nominal = {"full": 0, **half, "kivi-2": 7 / 8, "kivi-4": 3 / 4}
-    assert nominal.items() <= {row["cache"]: row["nominal_ratio"] for row in rows}.items()
-    bits, factors = ({row["cache"]: row[name] for row in rows} for name in ("bits", "factors"))
-    assert [bits[name] for name in ("full", "cskv", "kivi-4")] == ["16", "16", "4"]
-    assert [factors[name] for name in ("h2o", "asvd", "cskv")] == ["", "asvd", "attention"]
-
-
-def test_measured_ratios_by_hand(everything, tmp_path, capsys):
-    """49 tokens go through each cache, 40 of them in the prompt; 2 layers, d_kv 12 in 2 heads."""
-    more = ["--caches", "full,streaming,cskv,kivi-4", "--batch", 3]
-    rows = measured(everything, capsys, tmp_path / "rows", "perplexity", *more)
-    full = 49 * 2 * 12 * 2
-    waiting = (49 - 32) * 2 * 12 * 4  # of KIVI, in float32: 32 tokens have left the window of 4
-    packed = 32 * 2 * 12 // 2 + 4 * 12 + 4 * 2 * 32  # scale and minimum: a channel; a token's head
-    expected = {
-        "full": 49 * 2 * 12 * 4,
-        "streaming": 20 * 2 * 12 * 4,
-        "cskv": 49 * 2 * 6 * 2 + 4 * 2 * 12 * 4,  # latents and window
-        "kivi-4": packed + waiting,
-    }
-    for row in rows:
-        removed = 1 - expected[row["cache"]] / full
-        assert row["measured_ratio"] == pytest.approx(removed), row["cache"]
+    by_cache = {row["cache"]: row for row in rows}
+    for name, nominal, bits, factors in (
+        ("full", 0, "16", ""),
+        ("h2o", 0.5, "16", ""),
+        ("asvd", 0.5, "16", "asvd"),
+        ("cskv", 0.5, "16", "attention"),
+        ("kivi-4", 3 / 4, "4", ""),
+    ):
+        row = by_cache[name]
+        assert (row["nominal_ratio"], row["bits"], row["factors"]) == (nominal, bits, factors)
 
 
 def test_bits_and_inits_make_rows(everything, tmp_path, capsys):
@@ -86,20 +76,6 @@ def test_bits_and_inits_make_rows(everything, tmp_path, capsys):
 # ------------------------------------------------------------------------------------- perplexity
 
 
-def test_decode_nll_equals_one_parallel_computation():
-    model = tiny_model()
-    tokens, ranks = tiny_tokens(model, 2, 20), [5, 5]
-    factors = init_factors("svd", model, ranks, ranks)
-    cache = cskv.bi_branch_cache(model, factors.in_bits(32, 32), 3)
-    logits = model(tokens[:, :8], cache, logits_to_keep=1)
-    nll = evaluate.decode_nll(model, logits, tokens[:, 8:], cache)
-    assert nll.shape == (2, 12)
-    for sequence, ours in zip(tokens, nll, strict=True):
-        logits = naive_forward(model, sequence, factors, 3, prompt=8)
-        expected = -logits.log_softmax(-1)[range(7, 19), sequence[8:]]
-        torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=1e-4)
-
-
 def test_passages_are_spread_evenly():
     found = passages(list(range(14)), 3, 4).tolist()
     assert found == [[0, 1, 2, 3], [5, 6, 7, 8], [10, 11, 12, 13]]
@@ -107,23 +83,31 @@ def test_passages_are_spread_evenly():
         passages(list(range(10)), 3, 4)
 
 
-def test_perplexity_equals_a_plain_forward_pass(everything, tmp_path, capsys):
-    """Of the full cache, and of low-rank ones at ratio 0. Batches of 2 and 1 count 3 passages."""
-    ids, model = [i * i % 61 for i in range(400)], tiny_model()
-    losses = []
-    for start in (0, 175, 350):
-        sequence = torch.tensor(ids[start : start + 50])
-        logits = naive_forward(model, sequence)
-        losses += (-logits.log_softmax(-1)[range(39, 49), sequence[40:]]).tolist()
-    expected = math.exp(sum(losses) / 30)
-    more = ["--caches", "full,cskv-plain,asvd", "--ratios", "0,0.5", "--bits", 32, "--inits", "svd"]
-    rows = measured(everything, capsys, tmp_path / "rows", "perplexity", *more)
-    assert [row["cases"] for row in rows] == [3] * 5 and {row["tokens"] for row in rows} == {49}
-    full, cskv_0, cskv_50, asvd_0, asvd_50 = (row["perplexity"] for row in rows)
-    assert [full, cskv_0] == pytest.approx([expected] * 2, rel=1e-5)
-    assert asvd_0 == pytest.approx(expected, rel=1e-2)  # its latents are in 16 bits
-    for lossy in (cskv_50, asvd_50):
-        assert lossy != pytest.approx(expected, rel=2e-2)
+def test_perplexity_equals_one_parallel_computation(everything, tmp_path, capsys):
+    """Of the full cache, of CSKV with a window of 4, and of ASVD of full rank. Batches of 2 and 1
+    count 3 passages, of which 49 tokens go through a cache; and its bytes, by hand."""
+    model, ids = tiny_model(), [i * i % 61 for i in range(400)]
+
+    def expected(*factors):
+        losses = []
+        for start in (0, 175, 350):
+            sequence = torch.tensor(ids[start : start + 50])
+            logits = naive_forward(model, sequence, *factors, prompt=40)
+            losses += (-logits.log_softmax(-1)[range(39, 49), sequence[40:]]).tolist()
+        return math.exp(sum(losses) / 30)
+
+    more = ["--caches", "full,cskv-plain,asvd", "--ratios", 0, "--factors", everything / "f"]
+    rows = measured(everything, capsys, tmp_path / "rows", "perplexity", *more, "--bits", 32)
+    assert [row["cases"] for row in rows] == [3] * 3 and {row["tokens"] for row in rows} == {49}
+    full, lossy, asvd = (row["perplexity"] for row in rows)
+    assert full == pytest.approx(expected(), rel=1e-5)
+    assert lossy == pytest.approx(expected(load_factors(everything / "f", model), 4), rel=1e-4)
+    assert lossy != pytest.approx(full, rel=2e-2)
+    assert asvd == pytest.approx(full, rel=1e-2)  # its latents are in 16 bits
+    # Of a layer with d_kv 12, in 32 bits: latents of rank 4, and keys and values of the window.
+    held = 2 * 4 * 4 * 49 + 2 * 12 * 4 * 4
+    assert rows[0]["measured_ratio"] == -1
+    assert rows[1]["measured_ratio"] == pytest.approx(1 - held / (2 * 12 * 2 * 49))
 
 
 # -------------------------------------------------------------------------------------- retrieval
@@ -147,7 +131,7 @@ def test_answers_and_scores_of_both_protocols(everything, tmp_path, capsys, monk
         context, asked = " ".join(f"t{(i + 7 * j) % 61}" for j in range(20)), " t7 t9 t3"
         ids = [int(word[1:]) for word in (context + asked).split()]
         cases.append(RetrievalCase(context, asked, greedy(model, ids, limit)[-1] + error))
-    monkeypatch.setattr(evaluate, "make_cases", lambda *_: cases)
+    monkeypatch.setattr(evaluate, "make_cases", lambda *_, seed: cases)
     prefills, real = [], FullCache.remember
     monkeypatch.setattr(
         FullCache, "remember", lambda *args: prefills.append(args[1].shape[1]) or real(*args)
@@ -162,9 +146,6 @@ def test_answers_and_scores_of_both_protocols(everything, tmp_path, capsys, monk
 
 def test_both_protocols_read_the_same_tokens():
     """A pair that merges over the seam belongs to the question. A chat template goes around all."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models
-
     vocab = {"a": 0, "b": 1, "c": 2, "bc": 3, "<": 4, ">": 5}
     plain = Tokenizer(Backend(models.BPE(vocab, [("b", "c")])), {}, None)
     chat = Tokenizer(plain.backend, {}, "<{{ messages[0].content }}>")
@@ -173,24 +154,23 @@ def test_both_protocols_read_the_same_tokens():
         assert evaluate.split_prompt(tokenizer, case, "decode") == (context, question)
         assert evaluate.split_prompt(tokenizer, case, "prefill") == (context + question, [])
     assert evaluate.split_prompt(chat, case, "decode", chat=False) == ([0, 0], [3, 0])
+    nothing = RetrievalCase("b", "ca", 0)  # cannot be prefilled
+    assert evaluate.split_prompt(plain, nothing, "decode") == ([3], [0])
 
 
-def test_published_cases_in_the_place_of_ours(tmp_path, capsys):
+def test_published_cases_in_the_place_of_ours(everything, brief, tmp_path, capsys):
     """The first of each file, as if the same cases had been drawn."""
-    for n in (200, 3):
-        cases = make_cases("longeval", n, 3, seed=9)
+    for n in (2, 3):
+        cases = make_cases("longeval", n, 3, seed=0)
         rows = [{"prompt": case.prompt, "expected_number": case.answer} for case in cases]
         write_records(tmp_path / f"{n}_lines.jsonl", *rows)
-    args = ["longeval", "--model", TEACHER, "--caches", "full,kivi-2", "--lines", "200,3"]
-    args += ["--cases", 2, "--question", "prefill,decode", "--seed", 9]
+    args = ["longeval", "--caches", "full,kivi-2", "--lines", "2,3", "--question", "prefill,decode"]
     found = []
     for more in (["--data", tmp_path], []):
-        assert call(evaluate, capsys, *args, *more, "--json", tmp_path / "rows")[0] == 0
-        found.append(without_seconds(json.loads((tmp_path / "rows").read_text())))
+        rows = measured(everything, capsys, tmp_path / "rows", *args, *more)
+        found.append(without_seconds(rows))
     assert found[0] == found[1] and len(found[0]) == 2 * 2 * 2
-    code, _, err = call(evaluate, capsys, *args, "--data", tmp_path, "--lines", "200,300")
-    said = "no file .*300_lines.jsonl; .* 200, 300, 400, 500 lines"
-    assert code == 2 and err.count("\n") == 1 and re.search(said, err)
+    assert evaluate.parse_arguments(["longeval", "--model", "M", "--data", "F"]).lines[-1] == 500
 
 
 def test_retrieval_command_on_the_teaching_model(tmp_path, capsys):
@@ -216,17 +196,23 @@ def test_a_passkey_answer_has_room(everything, tmp_path, capsys):
     assert -0.02 < row["measured_ratio"] < 0  # the last token of an answer is not fed back
 
 
+@pytest.fixture
+def texts(monkeypatch):
+    """All that is tokenized."""
+    seen, encode = [], Tokenizer.encode
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda *args, **more: seen.append(args[1]) or encode(*args, **more)
+    )
+    return seen
+
+
 def test_retrieval_calibrates_on_cases_of_another_seed(
-    everything, brief, tmp_path, capsys, monkeypatch
+    everything, brief, tmp_path, capsys, monkeypatch, texts
 ):
     """On the longest ones, with their answers, cut to --seq-len tokens."""
-    samples, texts = [], []
-    calibrate, encode = evaluate.calibrate_together, Tokenizer.encode
+    samples, calibrate = [], evaluate.calibrate_together
     monkeypatch.setattr(
         evaluate, "calibrate_together", lambda *args: samples.extend(args[1]) or calibrate(*args)
-    )
-    monkeypatch.setattr(
-        Tokenizer, "encode", lambda *args, **more: texts.append(args[1]) or encode(*args, **more)
     )
     measured(everything, capsys, tmp_path / "r", "longeval", "--lines", "2,9", "--seq-len", 30)
     assert [sample.shape for sample in samples] == [(1, 30)] * 8
@@ -236,23 +222,22 @@ def test_retrieval_calibrates_on_cases_of_another_seed(
     assert not set(seen) & {case.text for case in make_cases("longeval", 9, 8, 0)}
 
 
-def test_vicuna_is_the_template_of_longchat(everything, brief, tmp_path, capsys, monkeypatch):
+def test_vicuna_is_the_template_of_longchat(everything, brief, tmp_path, capsys, texts):
     """The prompt that FastChat makes of the conversation template vicuna_v1.1."""
-    seen = []
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, **_: seen.append(text) or [1, 2])
-    case = next(make_cases("longeval", 2, 1, 0))
-    measured(everything, capsys, tmp_path / "rows", "longeval", "--caches", "full", "--vicuna")
+    more = ["--caches", "full", "--vicuna"]
+    measured(everything, capsys, tmp_path / "rows", "longeval", *more)
     system = (
         "A chat between a curious user and an artificial intelligence assistant. The assistant "
         "gives helpful, detailed, and polite answers to the user's questions."
     )
-    assert seen[0] == f"{system} USER: {case.prompt} ASSISTANT:"
-    seen.clear()
-    measured(everything, capsys, tmp_path / "rows", "passkey", "--caches", "full", "--vicuna")
-    assert seen[0] == next(make_cases("passkey", 2, 1, 0)).prompt  # a text to continue
+    prompt = next(make_cases("longeval", 2, 1, 0)).prompt
+    assert texts[0] == f"{system} USER: {prompt} ASSISTANT:"
+    texts.clear()
+    measured(everything, capsys, tmp_path / "rows", "passkey", *more)
+    assert texts[0] == next(make_cases("passkey", 2, 1, 0)).prompt  # a text to continue
 
 
-# ------------------------------------------------------------------------- LongBench-E and LV-Eval
+# ------------------------------------------------------------------------------------ LongBench-E
 
 
 def scripted(monkeypatch, *answers):
@@ -275,46 +260,44 @@ def scripted(monkeypatch, *answers):
 def test_longbench_by_hand(everything, tmp_path, capsys, monkeypatch):
     """Best F1 over the answers: 2 * 2 / (3 + 2), 0, 2 * 1 / (2 + 1); first F1 of 1; two sets."""
     cases = [
-        ("hotpotqa_e", "t11 t12", "t1 t2 t3", ["t9", "t3 t1"], 100, 0.8),
-        ("hotpotqa_e", "t13 t14", "t1", ["t2"], 3999, 0.0),
-        ("hotpotqa_e", "t15 t16", "t1 t2", ["t2"], 8000, 2 / 3),
-        ("triviaqa_e", "t17 t18", "t4 t5", ["T4, the T5!"], 4000, 1.0),
-        ("triviaqa_e", "t19 t20", "t6", ["t6 t6 t6"], 7999, 0.5),
+        ("hotpotqa_e", "t13 t14", "t1", ["t2"], 3999),  # scores 0
+        ("hotpotqa_e", "t15 t16", "t1 t2", ["t2"], 8000),  # 2 / 3
+        ("hotpotqa_e", "t11 t12", "t1 t2 t3", ["t9", "t3 t1"], 100),  # 4 / 5
+        ("triviaqa_e", "t17 t18", "t4 t5", ["T4, the T5!"], 4000),  # 1
+        ("triviaqa_e", "t19 t20", "t6", ["t6 t6 t6"], 7999),  # 1 / 2
     ]
-    records = {"hotpotqa_e": [], "triviaqa_e": []}
-    for name, asked, _, answers, length, _ in cases:
+    sets = {"hotpotqa_e": [], "triviaqa_e": []}
+    for name, asked, _, answers, length in cases:
         record = {"input": asked, "context": "t1 {t2}", "answers": answers, "length": length}
-        records[name].append(record)
-    for name in records:
-        write_records(tmp_path / f"{name}.jsonl", *records[name])
+        sets[name].append(record)
+        write_records(tmp_path / f"{name}.jsonl", *sets[name])
     answers = [said for _, _, said, *_ in cases for _ in ("full", "streaming")]
     prompts = scripted(monkeypatch, *answers)
     more = ["--caches", "full,streaming", "--data", tmp_path, "--sets", "hotpotqa_e,triviaqa_e"]
     rows = measured(everything, capsys, tmp_path / "rows", "longbench", *more)
-    expected = [
-        ("hotpotqa_e", "0-4k", 2, 40.0),
-        ("hotpotqa_e", "8k+", 1, 200 / 3),
-        ("hotpotqa_e", "all", 3, (80 + 200 / 3) / 3),
-        ("triviaqa_e", "4-8k", 2, 75.0),
-        ("triviaqa_e", "all", 2, 75.0),
-        ("average", "0-4k", 2, 40.0),
-        ("average", "4-8k", 2, 75.0),
-        ("average", "8k+", 1, 200 / 3),
-        ("average", "all", 5, ((80 + 200 / 3) / 3 + 75) / 2),
-    ]
-    for name in ("full", "streaming"):
-        own = [row for row in rows if row["cache"] == name]
-        found = [(r["set"], r["bucket"], r["cases"], r["score"]) for r in own]
-        assert found == [(*key, pytest.approx(score)) for *key, score in expected]
+    of_full, of_streaming = rows[::2], rows[1::2]
+    for own in (of_full, of_streaming):
+        found = [(row["set"], row["bucket"], row["cases"], round(row["score"], 2)) for row in own]
+        assert found == [
+            ("hotpotqa_e", "0-4k", 2, 40.0),
+            ("hotpotqa_e", "8k+", 1, 66.67),
+            ("hotpotqa_e", "all", 3, 48.89),
+            ("triviaqa_e", "4-8k", 2, 75.0),
+            ("triviaqa_e", "all", 2, 75.0),
+            ("average", "0-4k", 2, 40.0),
+            ("average", "4-8k", 2, 75.0),
+            ("average", "8k+", 1, 66.67),
+            ("average", "all", 5, 61.94),
+        ]
     # Lengths and bytes of several sets: every token once. The full cache has room for the answer.
     tokenizer = load_tokenizer(everything / "model")
     for prompt, (name, asked, *_) in zip(prompts, cases, strict=True):
         text = longbench.TASKS[name].prompt({"context": "t1 {t2}", "input": asked})
         assert prompt == tokenizer.encode(text)
     total = sum(len(prompt) for prompt in prompts)
-    assert rows[8]["tokens"] == pytest.approx(total / 5)
-    assert (rows[1]["tokens"], rows[7]["tokens"]) == (len(prompts[2]), len(prompts[2]))  # 8k+
-    assert rows[8]["measured_ratio"] == pytest.approx(1 - 2 * (total + 5 * 32) / total)
+    assert of_full[8]["tokens"] == pytest.approx(total / 5)
+    assert of_full[1]["tokens"] == of_full[7]["tokens"] == len(prompts[1])  # 8k+
+    assert of_full[8]["measured_ratio"] == pytest.approx(1 - 2 * (total + 5 * 32) / total)
 
 
 def test_long_prompts_lose_their_middle(everything, tmp_path, capsys, monkeypatch):
@@ -329,22 +312,6 @@ def test_long_prompts_lose_their_middle(everything, tmp_path, capsys, monkeypatc
     assert prompts == [[*ids[:251], 0, *ids[-251:]]]  # the words at the seam become one
 
 
-def test_lveval_by_hand(everything, tmp_path, capsys, monkeypatch):
-    """Keywords t1 to t6: one found of six is under 0.2, two are not. factrecall has no gate."""
-    name, keywords = "multifieldqa_en_mixup_16k", "t1 t2 t3 t4 t5 t6"
-    record = {"input": "t11", "context": "t1", "answers": ["t1 t9"], "answer_keywords": keywords}
-    write_records(tmp_path / f"{name}.jsonl", record, {**record, "answers": ["t1 t2 t9"]})
-    write_records(tmp_path / "factrecall_en_16k.jsonl", record)
-    scripted(monkeypatch, "t1 t7", "t1 t2", "t1 t7")
-    more = ["--caches", "full", "--data", tmp_path, "--sets", f"{name},factrecall_en_16k"]
-    rows = measured(everything, capsys, tmp_path / "rows", "lveval", *more)
-    gated, open_to_all = 100 * (0 + 2 * 2 / 5) / 2, 100 * 2 * 1 / 4
-    expected = [(name, 2, gated), ("factrecall_en_16k", 1, open_to_all)]
-    expected.append(("average", 3, (gated + open_to_all) / 2))
-    found = [(row["set"], row["bucket"], row["cases"], row["score"]) for row in rows]
-    assert found == [(name, "all", n, pytest.approx(score)) for name, n, score in expected]
-
-
 # ---------------------------------------------------------------------------------------- mistakes
 
 EQUAL = ["--caches", "streaming", "--equal"]
@@ -353,43 +320,32 @@ MISTAKES = {
     "a short text": ("perplexity", ["--passages", 100], "100 passages of 50 need more"),
     "past the context": ("perplexity", ["--context", 595], "605 tokens do not fit into 600"),
     "no text": ("perplexity", ["--text", "no.txt"], "no file no.txt"),
-    "unknown cache": ("longeval", ["--caches", "full,best"], "no cache 'best'"),
-    "no such bits": ("perplexity", ["--bits", "4,5"], "no number of bits '5'; choose of 2,3"),
+    "unknown cache": ("longeval", ["--caches", "full,best"], "no 'best' here; choose of full,"),
+    "no such bits": ("perplexity", ["--bits", "4,5"], "no 5 here; choose of 2,3"),
     "ratio 1": ("perplexity", ["--ratios", "0.5,1"], "'1' is not a number from 0"),
     "a ratio twice": ("passkey", ["--ratios", "0.5,0.5"], "0.5 is given twice in '0.5,0.5'"),
     "no size holds it": ("longeval", [*EQUAL, 60, "--ratios", "0.99"], "no cache can hold those"),
-    "bytes beyond reach": ("longeval", [*EQUAL, 601], "--equal 601 exceeds the context of 600"),
+    "bytes beyond reach": ("longeval", ["--equal", 601], "--equal 601 exceeds the context of 600"),
     "files of one name": ("longeval", ["--factors", "F/f", "F/copy/f"], "two rows for cskv f"),
-    "no factors": ("longeval", ["--factors", "no"], "no factors file no"),
-    "nowhere to write": ("longeval", ["--json", "no/such/rows.json"], "no folder no/such"),
     "too long a case": ("longeval", ["--lines", 300], "leaves no room in a context of 600"),
-    "unknown set": ("longbench", ["--sets", "qasper"], "no set 'qasper'"),
-    "a Chinese set": ("lveval", ["--sets", "cmrc_mixup_16k"], "no set 'cmrc_mixup_16k'"),
-    "no data": ("longbench", ["--data", "no"], "no file no/triviaqa_e.jsonl"),
-    "a damaged line": ("longbench", ["--data", "F/damaged"], "triviaqa_e.jsonl, line 3: not JSON"),
-    "a missing field": ("lveval", ["--data", "F/damaged"], "line 1: no 'answers' of type list"),
+    "unknown set": ("longbench", ["--sets", "qasper"], "no 'qasper' here; choose of"),
     "no calibration": ("longbench", [], "give --calibrate TEXT"),
-    "no room": ("longbench", [*GOV_REPORT, "--model", "F/short"], "do not fit into"),
+    "no room": ("longbench", [*GOV_REPORT, "--model", "F/short"], "leaves no room in a context"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line(everything, tmp_path, capsys, mistake):
+def test_a_mistake_is_one_line(everything, tmp_path, refused, mistake):
     what, more, message = MISTAKES[mistake]
-    (tmp_path / "copy").mkdir()
     for file in (tmp_path / "f", tmp_path / "copy" / "f"):
+        file.parent.mkdir(exist_ok=True)
         file.write_bytes((everything / "f").read_bytes())
-    good = (everything / "data" / "triviaqa_e.jsonl").read_text()
-    write_records(tmp_path / "damaged" / "factrecall_en_16k.jsonl", {"input": "", "context": ""})
-    (tmp_path / "damaged" / "triviaqa_e.jsonl").write_text(f"{good}\n{good[:20]}\n{good}")
-    write_records(tmp_path / "long" / "gov_report_e.jsonl", json.loads(good))
+    record = {"input": "", "context": "", "answers": ["t1"], "length": 1}
+    write_records(tmp_path / "long" / "gov_report_e.jsonl", record)
     save_checkpoint(tiny_model(max_position_embeddings=500), tmp_path / "short")
     args = arguments(everything, what, *more)
     if mistake == "no calibration":
         at = args.index("--calibrate")
-        args = args[:at] + args[at + 2 :]
+        del args[at : at + 2]
     args = [str(word).replace("F/", f"{tmp_path}/") for word in args]
-    code, out, err = call(evaluate, capsys, *args)
-    error = err.splitlines()[-1]
-    assert (code, out) == (2, "") and error.startswith("error: ") and message in error
-    assert err.count("error") == 1 and "Traceback" not in err
+    assert message in refused(evaluate, *args, notes=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import cskv
 import quant
-from cskv import Factors, LowRank, init_factors, rank_for
+from cskv import Factors, LayerFactors, LowRank, init_factors, rank_for
 from support.command import UserError
 from support.factors_file import load_factors, save_factors
 from support.processes import calibrate_together
@@ -47,10 +47,11 @@ def test_rotation_spreads_outliers():
     generator = torch.Generator().manual_seed(0)
     A, B = torch.randn(64, 32, generator=generator), torch.randn(32, 48, generator=generator)
     A[:, 0] *= 20
+    plain = Factors([LayerFactors(LowRank(A, B), LowRank(A, B))])
     x = torch.randn(200, 64, generator=generator)
     errors = []
-    mixed = cskv.mix_latents(LowRank(A, B), torch.Generator().manual_seed(0))
-    for pair in (LowRank(A, B), mixed):
+    for factors in (plain, plain.in_bits(v_bits=4)):
+        pair = factors.layers[0].v
         c = quant.fake_quantize(x @ pair.A, 4, quant.Grouping(quant.CHANNELS))
         errors.append((c @ pair.B - x @ A @ B).square().mean())
     assert errors[1] < errors[0] / 2
@@ -63,7 +64,7 @@ def test_rotation_spreads_outliers():
         ("optimal", [1, 1], "needs calibration"),
         ("svd", [0, 1], "not in 1"),
         ("svd", [1, 13], "not in 1"),
-        ("svd", [1], "ranks for 2 layers"),
+        ("svd", [1], "zip"),
         ("svd", [3, 3], "layer 1: v_proj has weights that are not finite"),
     ],
 )

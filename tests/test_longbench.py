@@ -12,15 +12,15 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
 from experiments.tasks import longbench, lveval, records
-from experiments.tasks.longbench import best_rouge_l
-from experiments.tasks.lveval import BLACKLIST, keyword_recall
+from experiments.tasks.lveval import BLACKLIST
 from experiments.tasks.prompts import read_prompt
 from experiments.tasks.records import prompt_ids, read_records
 from experiments.tasks.scores import f1, normalize, rouge_l
 from support.command import UserError
 from support.huggingface.tokenizer import Tokenizer
+from tests.evaluating import write_records
 
-quick = settings(max_examples=30, deadline=None, derandomize=True)
+quick = settings(max_examples=20, deadline=None, derandomize=True)
 RECORD = {
     "input": "Who wrote it?",
     "context": "Passage 1:\nIt was written by {Ada}.",
@@ -30,7 +30,6 @@ RECORD = {
 }
 TASKS = {**longbench.TASKS, **lveval.TASKS}
 HOTPOT = TASKS["hotpotqa_e"]
-LOOGLE = TASKS["loogle_SD_mixup_16k"]
 
 
 # ------------------------------------------------------------------------------------- prompts
@@ -45,6 +44,10 @@ def test_prompts_word_for_word(tasks, sha256):
     """As they were compared with the public repositories: no edit goes unseen."""
     prompts = "".join(read_prompt(name) for name in tasks)
     assert hashlib.sha256(prompts.encode()).hexdigest().startswith(sha256)
+    for name, task in tasks.items():
+        prompt = task.prompt({"context": "[{C}{input}]", "input": "[{Q}]"})
+        asked = name != "gov_report_e"  # a summary has no question
+        assert (prompt.count("[{C}{input}]"), prompt.count("[{Q}]")) == (1, asked)
 
 
 def test_settings_of_the_sets():
@@ -54,31 +57,9 @@ def test_settings_of_the_sets():
     for name, task in lveval.TASKS.items():
         assert f"{name}.zip" == task.archive.replace(".zip", "_16k.zip")
         assert ("answer_keywords" in task.fields) == (name != "factrecall_en_16k")
-
-
-def test_a_prompt_has_the_context_and_the_question():
-    assert HOTPOT.prompt(RECORD).split("\n")[4:6] == ["It was written by {Ada}.", ""]
-    assert HOTPOT.prompt({"context": "{input}", "input": "?"}).count("{input}") == 1
-    for task in TASKS.values():
-        prompt = task.prompt({"context": "[C]", "input": "[Q]"})
-        asked = task.name != "gov_report_e"  # a summary has no question
-        assert (prompt.count("[C]"), prompt.count("[Q]"), "{" in prompt) == (1, asked, False)
-
-
-@pytest.fixture
-def tokenizer(monkeypatch):
-    """A tokenizer with words as tokens, <s> before every text, and a chat template; and prompts
-    that are the context and the question alone."""
-    monkeypatch.setattr(records, "read_prompt", lambda name: "{context} {input}")
-    tokens = ["<unk>", "<s>", "[user]", "[assistant]", *map(str, range(10)), "17"]
-    backend = Backend(models.WordLevel({w: i for i, w in enumerate(tokens)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(["<s>"])
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    template = "{{bos_token}} [user] {{messages[0].content}} [assistant]"
-    return Tokenizer(backend, {"bos_token": "<s>"}, template)
+    for task in longbench.TASKS.values():
+        buckets = [task.bucket({"length": n}) for n in (0, 3999, 4000, 7999, 8000, 99999)]
+        assert buckets == ["0-4k", "0-4k", "4-8k", "4-8k", "8k+", "8k+"]
 
 
 @pytest.mark.parametrize(
@@ -94,10 +75,20 @@ def tokenizer(monkeypatch):
         ("triviaqa_e", 6, True, "<s> 0 17 8 9"),  # few-shot prompts are not chat
     ],
 )
-def test_prompt_ids(tokenizer, name, max_length, chat, tokens):
+def test_prompt_ids(monkeypatch, name, max_length, chat, tokens):
+    """Of a tokenizer with words as tokens, <s> before every text, and a chat template; of prompts
+    that are the context and the question alone."""
+    monkeypatch.setattr(records, "read_prompt", lambda name: "{context} {input}")
+    words = ["<unk>", "<s>", "[user]", "[assistant]", *map(str, range(10)), "17"]
+    backend = Backend(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    template = "{{bos_token}} [user] {{messages[0].content}} [assistant]" if chat else None
+    tokenizer = Tokenizer(backend, {"bos_token": "<s>"}, template)
     record = {"context": "0 1 2 3 4 5 6 7", "input": "8 9"}
-    expected = [tokenizer.backend.token_to_id(token) or 0 for token in tokens.split()]
-    assert prompt_ids(TASKS[name], record, tokenizer, max_length, chat) == expected
+    expected = [backend.token_to_id(token) or 0 for token in tokens.split()]
+    assert prompt_ids(TASKS[name], record, tokenizer, max_length) == expected
 
 
 # ------------------------------------------------------------------------------------- records
@@ -120,81 +111,54 @@ def test_read_records(tmp_path, name):
 )
 def test_from_the_hub(tmp_path, monkeypatch, name, repository, archive):
     path = tmp_path / archive
-    task = TASKS[name]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr(f"__MACOSX/data/._{name}.jsonl", "no record")
         file.writestr("data/hotpotqa.jsonl", "another set")
         file.writestr(f"data/{name}.jsonl", json.dumps(RECORD))
-        file.writestr("data/qasper_e.jsonl", "\n{}\n")
 
     def download(*asked, repo_type):
         assert (*asked, repo_type) == (repository, archive, "dataset")
+        if not path.exists():
+            raise ConnectionError("no route to host\nand a long story")
         return str(path)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    task = TASKS[name]
     assert read_records(task) == [RECORD]
-    with pytest.raises(UserError, match=rf"{archive}/data/qasper_e\.jsonl, line 2: no 'input'"):
-        read_records(replace(task, name="qasper_e"))
-    with pytest.raises(UserError, match=rf"no file .*{archive}/triviaqa_e\.jsonl; give the folder"):
+    with pytest.raises(UserError, match=r"give a folder that has triviaqa_e\.jsonl"):
         read_records(replace(task, name="triviaqa_e"))
-    whole = path.read_bytes()
-    member = f"data/{name}.jsonl".encode()
-    start = whole.index(member) + len(member)
-    for damaged in (whole[:100], whole[:start] + bytes(20) + whole[start + 20 :], b""):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=f"{archive} cannot be read"):
-            read_records(task)
-
-
-def test_no_hub(monkeypatch):
-    def download(*args, **kwargs):
-        raise ConnectionError("no route to host\nand a long story")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    with pytest.raises(UserError, match=r"\(no route to host\); give a folder that has hotpotqa_e"):
-        read_records(HOTPOT)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"the hub did not give {archive} of {repository}"):
+        read_records(task)
+    path.unlink()
+    with pytest.raises(UserError, match=r"\(no route to host\); give a folder that has"):
+        read_records(task)
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("text", "message"),
     [
-        ("\xff\xfe", "line 2: not JSON"),
-        ("[" * 100_000, "line 2: not JSON"),
-        ("[1, 2]", "line 2: no 'input' of type str"),
-        ({**RECORD, "context": None}, "line 2: no 'context' of type str"),
-        ({**RECORD, "length": "4100"}, "line 2: no 'length' of type int"),
-        ({**RECORD, "answers": "Ada"}, "line 2: no 'answers' of type list"),
-        ({**RECORD, "answers": []}, "line 2: no 'answers' of type list of texts"),
-        ({**RECORD, "answers": ["Ada", 1]}, "line 2: no 'answers' of type list of texts"),
+        ("\xff\xfe", "hotpotqa_e.jsonl, line 1: not JSON"),
+        ("\n" + "[" * 100_000, "line 2: not JSON"),
+        ("[1, 2]", "line 1: no 'input' of type str"),
+        (json.dumps({**RECORD, "context": None}), "line 1: no 'context' of type str"),
+        (json.dumps({**RECORD, "length": "4100"}), "line 1: no 'length' of type int"),
+        ("\n", "has no records"),
+        (None, "no file .*hotpotqa_e.jsonl"),
     ],
 )
-def test_damaged_records(tmp_path, line, message):
-    text = line if isinstance(line, str) else json.dumps(line)
-    file = tmp_path / "hotpotqa_e.jsonl"
-    file.write_bytes(f"{json.dumps(RECORD)}\n{text}\n".encode("latin-1"))
-    with pytest.raises(UserError, match=f"hotpotqa_e.jsonl, {message}"):
-        read_records(HOTPOT, tmp_path)
-
-
-def test_records_that_are_not_there(tmp_path):
-    (tmp_path / "qasper_e.jsonl").write_text(json.dumps(RECORD))
-    for folder in (tmp_path, tmp_path / "missing", tmp_path / "qasper_e.jsonl"):
-        with pytest.raises(UserError, match=r"no file .*hotpotqa_e\.jsonl"):
-            read_records(HOTPOT, folder)
-    path = tmp_path / "hotpotqa_e.jsonl"
-    path.write_text("\n")
-    with pytest.raises(UserError, match="has no records"):
-        read_records(HOTPOT, tmp_path)
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(UserError, match="cannot be read"):
+def test_damaged_records(tmp_path, text, message):
+    write_records(tmp_path / "qasper_e.jsonl", RECORD)
+    if text is not None:
+        (tmp_path / "hotpotqa_e.jsonl").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=message):
         read_records(HOTPOT, tmp_path)
 
 
 # -------------------------------------------------------------------------------------- scores
 
-texts = st.text("ab .,-\nTHE", max_size=30) | st.lists(
-    st.sampled_from(["the", "cat", "Cat,", "sat", "an", "a.", "42", "yes-no"]), max_size=8
+texts = st.lists(
+    st.sampled_from(["the", "cat", "Cat,", "sat", "an", "a.", "42", "yes-no", " -\n"]), max_size=8
 ).map(" ".join)
 
 
@@ -202,13 +166,8 @@ texts = st.text("ab .,-\nTHE", max_size=30) | st.lists(
     ("output", "answer", "score"),
     [
         ("The  Cat,\tan  owl & a THE-fish.", "cat owl thefish", 1),
-        ("a a theme", "theme", 1),
-        ("U.S. 1,000", "us 1000", 1),
         ("“café”", "café", 0),  # ASCII punctuation only
-        ("“the”", "“ ”", 1),
-        ("the cat sat on the mat", "cat", 0.4),  # P = 1/4, R = 1
         ("x x y", "x x x z", 4 / 7),  # P = 2/3, R = 2/4: as often as both have it
-        ("", "cat", 0),
         ("", "", 0),
         ("the", "the", 0),  # nothing is left to compare
     ],
@@ -217,6 +176,7 @@ def test_f1_by_hand(output, answer, score):
     assert f1(output, answer) == f1(answer, output) == pytest.approx(score)
 
 
+@pytest.mark.slow  # imports torchmetrics
 @quick
 @given(texts, st.lists(texts, min_size=1, max_size=3))
 def test_f1_equals_squad(output, answers):
@@ -225,21 +185,6 @@ def test_f1_equals_squad(output, answers):
     answer = {"answers": {"answer_start": [0] * len(answers), "text": answers}, "id": "1"}
     theirs = squad({"prediction_text": output, "id": "1"}, answer)["f1"].item() / 100
     assert HOTPOT.score(output, {"answers": answers}) == pytest.approx(theirs, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("name", "output", "score"),
-    [
-        ("hotpotqa_e", "Countess", 1),  # the best of the answers
-        ("qasper_e", "Ada", 2 / 3),
-        ("multifieldqa_en_e", "\nAda\nLovelace", 1),
-        ("triviaqa_e", "\n\nAda\nLovelace", 2 / 3),  # the first line only
-        ("triviaqa_e", " \nAda Lovelace", 0),  # which is a line of one space here
-        ("factrecall_en_16k", "Lovelace", 2 / 3),  # no gate
-    ],
-)
-def test_scores_of_the_sets(name, output, score):
-    assert TASKS[name].score(output, RECORD) == pytest.approx(score)
 
 
 prose = st.text("abc .", max_size=40) | st.lists(st.sampled_from("abcdefgh."), min_size=15).map(
@@ -252,20 +197,16 @@ prose = st.text("abc .", max_size=40) | st.lists(st.sampled_from("abcdefgh."), m
     [
         # Lin's example [3], section 3.2: aligned are 1 2 3 5 of 5, and of 8 distinct ones.
         ("1 2 6 7 8. 1 3 8 9 5", "1 2 3 4 5", 2 * (4 / 8) * (4 / 5) / (4 / 8 + 4 / 5)),
-        ("a b c", "a x c", 2 / 3),
         ("c b a", "a b c", 1 / 3),  # in another order only one word is common
-        ("c. b. a", "a b c", 1),  # but sentences may come in any
         ("b a. b", "a b", 1 / 2),  # twice b: of a and b, equally good, the first sentence gives b
         ("a a a a", "a b", 2 / 3),  # distinct words: P = 1, R = 1/2
         ("A cat, sat", "a cat sat", 1 / 3),  # neither case nor punctuation is dropped
         ("a. ", "a", 2 / 3),  # the space after the last full stop is a sentence, of one empty word
         ("...", "a", 0),
-        ("a", "..", 0),
     ],
 )
 def test_rouge_l_by_hand(output, reference, score):
     assert rouge_l(output, reference) == pytest.approx(score, abs=1e-6)
-    assert best_rouge_l(output, {"answers": ["zzz", reference]}) == rouge_l(output, reference)
 
 
 @quick
@@ -279,48 +220,35 @@ def test_rouge_l_equals_the_package(output, reference):
     assert rouge_l(output, reference) == pytest.approx(theirs, abs=1e-12)
 
 
-def test_buckets():
-    lengths = [0, 3999, 4000, 7999, 8000, 99999]
-    for task in longbench.TASKS.values():
-        buckets = [task.bucket({"length": length}) for length in lengths]
-        assert buckets == ["0-4k", "0-4k", "4-8k", "4-8k", "8k+", "8k+"]
-
-
-# ------------------------------------------------------------------- LV-Eval's gate of keywords
-
-
 def test_blacklist():
     assert len(BLACKLIST) == len(set(BLACKLIST)) == 38
     assert all(normalize(word) == [word] for word in BLACKLIST), "else it could never match"
 
 
-@pytest.mark.parametrize(
-    ("output", "keywords", "recall"),
-    [
-        ("Ada, born in London.", "born in London", 2 / 3),  # `in` counts below the line only
-        ("London London London", "London London Paris", 2 / 3),
-        ("London", "the London", 1),
-        ("Paris", "", 1),
-    ],
-)
-def test_keyword_recall(output, keywords, recall):
-    assert keyword_recall(output, keywords) == pytest.approx(recall)
+LONDON = "Ada was born in London"
 
 
 @pytest.mark.parametrize(
-    ("output", "keywords", "score"),
+    ("name", "output", "keywords", "score"),
     [
-        ("Ada was born in London", "born in London", 1),
-        ("Ada was born in London", "Lisbon", 0),  # the right words, but not the keyword
-        ("Ada was born in Paris", "born in London", 0.8),  # recall 1/3 lets it pass
-        ("Ada born", "Ada one two three four", 2 * 2 / 7),  # recall 1/5 is just enough
-        ("Ada born", "Ada one two three four five", 0),
-        ("in", "in", 0),  # F1 would be 1/3, but a blacklisted word is no keyword
-        ("never scored", "scored", 0),  # the second answer is not looked at
-        ("London", "...", 1 / 3),  # without keywords there is no gate
+        ("hotpotqa_e", "second", "", 1),  # the best of the answers
+        ("qasper_e", "London", "", 1 / 3),
+        ("multifieldqa_en_e", "\nsecond\none", "", 2 / 3),
+        ("triviaqa_e", "\n\nsecond\none", "", 1),  # the first line only
+        ("triviaqa_e", " \nsecond", "", 0),  # which is a line of one space here
+        ("gov_report_e", "second one", "", 2 / 3),  # Rouge-L
+        ("factrecall_en_16k", "London", "Lisbon", 1 / 3),  # no gate
+        ("loogle_SD_mixup_16k", LONDON, "born in London", 1),  # recall 2/3: `in` is blacklisted
+        ("loogle_SD_mixup_16k", LONDON, "Lisbon", 0),  # the right words, but not the keyword
+        ("loogle_SD_mixup_16k", "Ada was born in Paris", "born in London", 0.8),  # recall 1/3
+        ("loogle_SD_mixup_16k", "Ada born", "Ada one two three four", 2 * 2 / 7),  # just enough
+        ("loogle_SD_mixup_16k", "Ada born", "Ada one two three four five", 0),
+        ("loogle_SD_mixup_16k", "Ada Ada", "Ada Ada one two three four five six", 2 * 1 / 7),
+        ("loogle_SD_mixup_16k", "in", "in", 0),  # F1 is 1/3, but a blacklisted word is no keyword
+        ("loogle_SD_mixup_16k", "second", "second", 0),  # the second answer is not looked at
+        ("loogle_SD_mixup_16k", "London", "...", 1 / 3),  # without keywords there is no gate
     ],
 )
-def test_gated_f1_by_hand(output, keywords, score):
-    answers = ["Ada was born in London", "never scored"]
-    record = {"answers": answers, "answer_keywords": keywords}
-    assert LOOGLE.score(output, record) == pytest.approx(score)
+def test_scores_of_the_sets(name, output, keywords, score):
+    record = {"answers": [LONDON, "second"], "answer_keywords": keywords}
+    assert TASKS[name].score(output, record) == pytest.approx(score)

@@ -3,19 +3,19 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from cskv import init_factors
-from experiments import caches, evaluate, measuring
+from experiments import caches, evaluate, measuring, notes
 from experiments.tables import table
 from experiments.tasks.scores import wilson
 from support.command import UserError
 from support.factors_file import save_factors
 from support.resume import load_state
 from tests.evaluating import (
+    ALL,
     ROOT,
     arguments,
     command,
@@ -26,8 +26,6 @@ from tests.evaluating import (
     without_seconds,
 )
 from tests.helpers import call, save_checkpoint, tiny_model, tiny_tokens
-
-ALL = ",".join(caches.CACHES)
 
 
 def test_wilson_by_hand():
@@ -58,8 +56,8 @@ def test_an_interrupted_run_goes_on(everything, brief, tmp_path, capsys, monkeyp
         with monkeypatch.context() as patch:
             interrupt_after(patch, stop)
             assert call(evaluate, capsys, *args)[0] == 130
-    (notes,) = notes_beside(path)
-    notes.with_name(f"{notes.name}.123.tmp").write_bytes(b"half")  # killed while it wrote
+    (noted,) = notes_beside(path)
+    noted.with_name(f"{noted.name}.123.tmp").write_bytes(b"half")  # killed while it wrote
     begun = interrupt_after(monkeypatch, 18)
     rows = measured(everything, capsys, path, *LONGEVAL)
     assert len(begun) == 3 * (6 - count // 3 - 1)
@@ -67,60 +65,53 @@ def test_an_interrupted_run_goes_on(everything, brief, tmp_path, capsys, monkeyp
     assert not notes_beside(path) and not notes_beside(whole)
 
 
-OTHERS = {
-    "cases": (["--cases", 4], "another --cases"),
-    "window": (["--window", 5], "another --window"),
-    "the factors' content": ([], "another --factors"),
-    "the model's weights": ([], "another --model"),
-    "sub-command": ([], "another command"),
-    "a damaged file": ([], "is damaged"),
-}
-
-
-@pytest.mark.parametrize("other", OTHERS)
-def test_notes_of_another_run_are_refused(everything, brief, tmp_path, capsys, monkeypatch, other):
-    more, message = OTHERS[other]
+@pytest.mark.parametrize("other", ["--cases", "--factors", "--model", "--what", "is damaged"])
+def test_notes_of_another_run_are_refused(
+    everything, brief, tmp_path, capsys, monkeypatch, refused, other
+):
+    """Of factors and models it is the content that counts."""
     path, factors, model = tmp_path / "rows", tmp_path / "f", tmp_path / "model"
-    factors.write_bytes((everything / "f").read_bytes())
     save_checkpoint(tiny_model(), model)
     own = ["--factors", factors, "--model", model, "--json", path]
+    save_factors(factors, init_factors("svd", tiny_model(), [4, 4], [4, 4]), tiny_model())
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
         assert call(evaluate, capsys, *arguments(everything, *LONGEVAL, *own))[0] == 130
-    (notes,) = notes_beside(path)
-    if other == "the factors' content":
-        made = init_factors("svd", tiny_model(), [3, 3], [3, 3])
-        save_factors(factors, made, tiny_model())
-    elif other == "the model's weights":
+    (noted,) = notes_beside(path)
+    what, message = LONGEVAL, f"was made with another {other}"
+    if other == "--cases":
+        own += ["--cases", 4]
+    elif other == "--factors":
+        save_factors(factors, init_factors("svd", tiny_model(), [3, 3], [3, 3]), tiny_model())
+    elif other == "--model":
         changed = tiny_model()
         changed.model.layers[0].self_attn.k_proj.weight *= 1.01  # still that of the factors
         save_checkpoint(changed, model)
-    elif other == "a damaged file":
-        notes.write_bytes(notes.read_bytes()[:-99])
-    kept = notes.read_bytes()
-    what = ["passkey"] if other == "sub-command" else LONGEVAL
-    code, out, err = call(evaluate, capsys, *arguments(everything, *what, *own, *more))
-    assert (code, out, err.count("\n")) == (2, "", 1) and message in err and str(notes) in err
-    assert notes.read_bytes() == kept and not path.exists()
+    elif other == "--what":
+        what = ["passkey"]
+    else:
+        noted.write_bytes(noted.read_bytes()[:-99])
+        message = other
+    error = refused(evaluate, *arguments(everything, *what, *own))
+    assert message in error and str(noted) in error
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(everything, tmp_path, capsys):
-    path, many = tmp_path / "rows", [*LONGEVAL, "--lines", 2, "--cases", 8]
+    path, many = tmp_path / "rows", [*LONGEVAL, "--lines", 2, "--cases", 4]
     expected = measured(everything, capsys, tmp_path / "whole", *many)
-    killed = subprocess.Popen(
-        command(everything, *many, "--json", path), cwd=ROOT, stderr=subprocess.DEVNULL
-    )
-    notes, deadline = tmp_path / "rows.cases-0.pt", time.monotonic() + 60
-    while not notes.exists():
+    start = command(everything, *many, "--json", path)
+    killed = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.DEVNULL)
+    noted, deadline = tmp_path / "rows.cases-0.pt", time.monotonic() + 60
+    while not noted.exists():
         assert killed.poll() is None and time.monotonic() < deadline, "it never came that far"
         time.sleep(0.001)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL and not path.exists()
-    done = len(load_state(notes, {}, ("results",))["results"])
+    done = len(load_state(noted, {}, ("results",))["results"])
     code, _, err = call(evaluate, capsys, *arguments(everything, *many, "--json", path))
-    assert code == 0 and f"{done} runs of a cache on a case are done already" in err
-    rows = json.loads(path.read_text())
-    assert without_seconds(rows) == without_seconds(expected)
+    assert code == 0 and f"{done} cases are done already" in err
+    assert without_seconds(json.loads(path.read_text())) == without_seconds(expected)
 
 
 @pytest.mark.slow
@@ -133,41 +124,28 @@ def test_two_processes_print_the_table_of_one(everything, tmp_path, capsys, monk
         assert call(evaluate, capsys, *arguments(everything, *what, "--json", path))[0] == 130
     done = torchrun(*command(everything, *what, "--json", path))
     assert done.stdout, done.stderr  # not its status: gloo may abort a process that has finished
-    done_already = f"{len(caches.CACHES)} runs of a cache on a case are done already"
-    assert done.stderr.count(done_already) == 1
+    assert done.stderr.count("1 cases are done already") == 1
     rows = json.loads(path.read_text())
     assert without_seconds(rows) == without_seconds(expected)
     assert done.stdout == table(rows) + "\n"
     assert not notes_beside(path)
 
 
-FAILING = """
-from experiments import evaluate
-from support.command import UserError, run_command
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_mistake_of_one_process_is_raised_in_all(monkeypatch, failing):
+    """Of the case that one process has and no other. What the other found is not lost."""
+    monkeypatch.setattr(notes, "place", lambda: (0, 2))
+    monkeypatch.setattr(notes, "patient_group", lambda: None)
+    monkeypatch.setattr(notes, "gathered", lambda part, _: [part, ({1: "b"}, mistakes[1])])
+    mistakes = [None, None]
+    mistakes[failing] = UserError("too sad")
 
-def score(self, model, logits, cache):
-    raise UserError("too sad")
+    def run(key):
+        if mistakes[0]:
+            raise mistakes[0]
+        return "a"
 
-def cases(*args, **more):
-    first, second, third = real_cases(*args, **more)
-    return [first, Failing(**vars(second)), third]
-
-real_cases = evaluate.retrieval_cases
-evaluate.retrieval_cases = cases
-Failing = type("Failing", (evaluate.Question,), {"score": score})
-run_command(lambda: evaluate.run(evaluate.parse_arguments()))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("of_one", [False, True])
-def test_one_process_names_a_mistake(everything, tmp_path, of_one):
-    """Be it the same for both, or of the second case, which one process has and no other."""
-    start, message = command(everything, "longeval", "--lines", 300), "leaves no room in a context"
-    if of_one:
-        (tmp_path / "main.py").write_text(FAILING)
-        flags = arguments(everything, "longeval", "--caches", "full", "--cases", 3)
-        start, message = [sys.executable, tmp_path / "main.py", *map(str, flags)], "too sad"
-    done = torchrun(*start)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode and len(lines) == 1 and message in lines[0], done.stderr
+    with pytest.raises(UserError, match="too sad"):
+        notes.run_all([0, 1], run, None)
+    mistakes[failing] = None
+    assert notes.run_all([0, 1], run, None) == {0: "a", 1: "b"}

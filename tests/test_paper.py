@@ -1,29 +1,27 @@
 """The paper's experiments as commands, on a tiny model: what they write, and that they resume."""
 
 import json
-import subprocess
 import sys
-from itertools import product
 
 import pytest
 import torch
 
 import train
 from cskv import INITIALIZATIONS, calibrate, init_factors, rank_for
-from experiments import evaluate, paper, tables
+from experiments import paper, tables
 from experiments.factors import FactorStore, Recipe
+from experiments.measuring import Case
 from support.factors_file import save_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
 from support.text import sample_tokens
-from tests.evaluating import ROOT
-from tests.helpers import call, tiny_model
+from tests.evaluating import torchrun
+from tests.helpers import assert_same_factors, call, tiny_model
 
 
 def flags(everything, what, out, *more):
     common = ["--model", everything / "model", "--out", out, "--work", out / "work"]
-    common += ["--samples", 6, "--seq-len", 40, "--measure-samples", 3, "--ratios", "0.5,0.75"]
-    return [what, *common, *more]
+    return [what, *common, "--samples", 6, "--seq-len", 40, "--ratios", "0.5,0.75", *more]
 
 
 def text_flags(everything, what, out, *more):
@@ -41,79 +39,59 @@ def factor_store(everything, folder, samples=6, length=40):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(everything / "model")
     text = sample_tokens(everything / "text.txt", tokenizer, samples, length, 0)
-    return FactorStore(tiny_model(), text, folder, measured=3)
+    return FactorStore(tiny_model(), text, folder)
 
 
 def read(out, what):
     return json.loads((out / f"{what}.json").read_text())
 
 
-@pytest.fixture
-def rows_of_table(everything, tmp_path, capsys, monkeypatch):
-    """A function that gives the rows that a table asks for, without measuring them: cache, factors,
-    ranks of keys and values, bits, ratio and the column `paper`; all columns; the rows."""
+# ----------------------------------------------------------------------------- what is measured
 
-    def of_table(what, *more):
-        asked = []
-
-        def measure(model, rows, cases, notes, arguments):
-            asked.extend(rows)
-            own = {"scores": [1.0], "cases": 1, "tokens": 9, "measured_ratio": 0.5, "seconds": 0.0}
-            columns = [{"question": q, "lines": 2} for q in ("prefill", "decode")]
-            return [{**row.columns, **c, **own} for c in columns for row in rows]
-
-        monkeypatch.setattr(paper, "measure", measure)
-        for name in ("pyplot", *(name for name in vars(paper.figures) if "_against_" in name)):
-            monkeypatch.setattr(paper.figures, name, lambda *_: None)
-        args = lines_flags(everything, what, tmp_path, "--ratios", "0.5,0.8", *more)
-        assert call(paper, capsys, *args)[0] == 0
-        said, found = read(tmp_path, what), []
-        assert len(said) == 2 * len(asked)  # both protocols
-        for row, printed in zip(asked, said, strict=False):
-            layer = row.factors.layers[0] if row.factors else None
-            ranks = (layer.k.rank, layer.v.rank) if layer else None
-            ratio = round(row.ratio, 4)
-            found.append((row.cache, row.origin, ranks, row.bits, ratio, printed["paper"]))
-        return found, said, asked
-
-    return of_table
+MEASURED = {"question", "lines", "accuracy", "interval", "cases", "tokens", "measured_ratio"}
+MEASURED |= {"seconds", "loss", "floor"}
 
 
-def test_the_rows_of_table_1(rows_of_table, tmp_path):
-    """d_kv is 12: ranks 6 and 2. The paper's numbers are those of its four lengths. A file of a
-    budget has its own ranks and bits; its row and three more have 4 sinks."""
-    model = tiny_model()
-    budget = init_factors("svd", model, [5] * 2, [3] * 2).in_bits(4, 3)
-    save_factors(tmp_path / "b.safetensors", budget, model)
-    found, said, asked = rows_of_table("table1", "--factors", tmp_path / "b.safetensors")
-    trained = "asvd, trained"
-    assert found == [
-        ("full", "", None, "16", 0, "1.00 / 1.00 / 0.98 / 0.98"),
-        ("streaming", "", None, "16", 0.5, "0.12 / 0.16 / 0.06 / 0.20"),
-        ("h2o", "", None, "16", 0.5, "0.62 / 0.56 / 0.52 / 0.50"),
-        ("asvd", "asvd", (6, 6), "16", 0.5, "0.92 / 0.96 / 0.92 / 0.94"),
-        ("asvd", "optimal", (6, 6), "16", 0.5, ""),
-        ("cskv-plain", trained, (6, 6), "16", 0.5, "0.98 / 0.94 / 0.96 / 0.94"),
-        ("cskv-plain", "optimal", (6, 6), "16", 0.5, ""),
-        ("streaming", "", None, "16", 0.8, "0.06 / 0.06 / 0.02 / 0.02"),
-        ("h2o", "", None, "16", 0.8, "0.18 / 0.24 / 0.26 / 0.10"),
-        ("asvd", "asvd", (2, 2), "16", 0.8, "0.26 / 0.12 / 0.06 / 0.04"),
-        ("asvd", "optimal", (2, 2), "16", 0.8, ""),
-        ("cskv-plain", trained, (2, 2), "16", 0.8, "0.92 / 0.94 / 0.94 / 0.90"),
-        ("cskv-plain", "optimal", (2, 2), "16", 0.8, ""),
-        ("kivi-4", "", None, "4", 0, ""),
-        ("kivi-2", "", None, "2", 0, ""),
-        ("streaming", "", None, "16", 0.95, ""),
-        ("h2o", "", None, "16", 0.95, ""),
-        ("cskv-plain", "asvd, trained in 4 bits", (2, 2), "4", 0.95, ""),
-        ("cskv-plain", "optimal", (2, 2), "4", 0.95, ""),
-        ("cskv-plain", "optimal", (6, 6), "16", 0.5, ""),
-        ("cskv-plain", "optimal", (2, 2), "16", 0.8, ""),
-        ("kivi-2", "", None, "2", 0, ""),
-        ("cskv", "budget", (5, 3), "4/3", 0.6667, ""),
-    ]
-    assert [row.sinks for row in asked] == [0] * 19 + [4] * 4
-    assert [row["sinks"] for row in said] == [row.sinks for row in asked] * 2
+def asked_for(rows):
+    """What the rows of one protocol and length ask for. The plain cache was once named `cskv`."""
+    shown = []
+    for row in rows:
+        if row["question"] == "prefill" and row["lines"] in (2, 200):
+            own = {name: value for name, value in row.items() if name not in MEASURED}
+            own["cache"] = own["cache"].removesuffix("-plain")
+            own["nominal_ratio"] = pytest.approx(own["nominal_ratio"])
+            shown.append(own)
+    return shown
+
+
+@pytest.mark.parametrize("what", ["table1", "table2", "table3", "table4", "table5"])
+def test_the_rows_of_a_table_are_those_of_the_results(what, tmp_path, capsys, monkeypatch):
+    """On the teaching model; without measuring them, and so with the least training."""
+    asked = []
+
+    def measure(model, rows, *_):
+        asked.extend(rows)
+        own = {"accuracy": 1.0, "measured_ratio": 0.5, "lines": 2}
+        questions = ("prefill", "decode")
+        return [{**row.columns, "question": q, **own} for q in questions for row in rows]
+
+    monkeypatch.setattr(paper, "measure", measure)
+    for name in ("pyplot", "scores"):
+        monkeypatch.setattr(paper.figures, name, lambda *_, **__: None)
+    monkeypatch.setattr(paper, "LINES", [2])
+    monkeypatch.setattr(paper, "retrieval_cases", lambda *_, **__: [Case({}, None, 9999)])
+    args = ["--out", tmp_path, "--work", tmp_path, "--samples", 2]
+    assert call(paper, capsys, what, *args)[0] == 0
+    said = read(tmp_path, what)
+    published = json.loads((paper.RESULTS / "teacher" / f"{what}.json").read_text())
+    published = [{"lines": 200, **row} for row in published if row["factors"] != "budget"]
+    assert asked_for(said) == asked_for(published)
+    for row, shown in zip(asked, said, strict=False):
+        assert row.window == int(shown.get("window", 32))
+        if "kept_k" in shown:
+            layer = row.factors.layers[0]
+            assert abs(64 * shown["kept_k"] - layer.k.rank) <= 0.5
+            assert abs(64 * shown["kept_v"] - layer.v.rank) <= 0.5
 
 
 def test_lengths_of_the_published_files():
@@ -128,102 +106,48 @@ def test_lengths_of_the_published_files():
         assert paper.parse_arguments([what, *data]).lines == lines
 
 
-def test_the_rows_of_table_3(rows_of_table):
-    found, said, asked = rows_of_table("table3", "--inits", "optimal,asvd")
-    windows = [1, 2, 4, 8, 16, 32, 64]
-    numbers = ["", "0.77", "0.83", "0.85", "0.88", "0.92", "0.93"]
-    few = len(found) // 2  # windows of the length of the cases or more are left out
-    assert found[:few] == [("cskv-plain", "optimal", (2, 2), "16", 0.8, "")] * few
-    trained = "cskv-plain", "asvd, trained", (2, 2), "16", 0.8
-    assert found[few:] == [(*trained, number) for number in numbers[:few]]
-    assert [row.window for row in asked] == windows[:few] * 2
-    assert [row["window"] for row in said] == windows[:few] * 4
-
-
-def test_the_rows_of_table_4(rows_of_table):
-    """Keys keep the first share, values the second."""
-    found, said, _ = rows_of_table("table4", "--inits", "asvd")
-    origin = "asvd, trained"
-    assert found[0] == ("cskv-plain", origin, (10, 2), "16", 0.5, "0.97")
-    assert found[1] == ("cskv-plain", origin, (9, 3), "16", 0.5, "0.98")
-    assert found[6] == ("cskv-plain", origin, (2, 10), "16", 0.5, "0.80")
-    assert found[7] == ("cskv-plain", origin, (5, 1), "16", 0.75, "0.73")
-    assert found[13] == ("cskv-plain", origin, (1, 5), "16", 0.75, "0.43")
-    assert len(found) == 14
-    for row, (_, _, (k, v), *_) in zip(said[:14], found, strict=True):
-        assert abs(12 * row["kept_k"] - k) <= 0.5 and abs(12 * row["kept_v"] - v) <= 0.5
-
-
-def test_the_rows_of_table_5(rows_of_table):
-    found, said, _ = rows_of_table("table5", "--inits", "asvd", "--ratios", "0.8")
-    start, two, clamped = "asvd, trained", (2, 2), ", clamped zero-point"
-    assert found == [
-        ("full", "", None, "16", 0, ""),
-        ("cskv-plain", start, two, "16", 0.8, "0.92"),
-        ("cskv-plain", start, two, "4", 0.8, "0.00"),
-        ("cskv-plain", f"{start} in 4 bits", two, "4", 0.8, "0.90"),
-        ("cskv-plain", start, two, f"4{clamped}", 0.8, "0.00"),
-        ("cskv-plain", f"{start} in 4 bits", two, f"4{clamped}", 0.8, "0.90"),
-        ("cskv-plain", start, two, "3", 0.8, ""),
-        ("cskv-plain", f"{start} in 3 bits", two, "3", 0.8, ""),
-        ("cskv-plain", start, two, f"3{clamped}", 0.8, ""),
-        ("cskv-plain", start, two, "2", 0.8, ""),
-        ("cskv-plain", f"{start} in 2 bits", two, "2", 0.8, ""),
-        ("cskv-plain", start, two, f"2{clamped}", 0.8, ""),
-        ("cskv-plain", "optimal", (6, 12), "3", 0.25, ""),
-        ("kivi-4", "", None, "4", 0, ""),
-        ("kivi-2", "", None, "2", 0, ""),
-    ]
-    four = ["ptq", "qat", "ptq", "qat"]
-    modes = ["none", "none", *four, *["ptq", "qat", "ptq"] * 2, "ptq", "ptq", "ptq"]
-    assert [row["mode"] for row in said] == modes * 2
+# ----------------------------------------------------------------------------- what is written
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "what, make",
-    [*product(paper.COMMANDS, [text_flags]), *product(["table1", "table4"], [lines_flags])],
-)
-def test_every_command_writes_its_table(everything, tmp_path, capsys, monkeypatch, what, make):
+@pytest.mark.parametrize("make", [text_flags, lines_flags])
+@pytest.mark.parametrize("what", paper.COMMANDS)
+def test_every_command_writes_its_table(everything, brief, tmp_path, capsys, what, make):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(evaluate, "ANSWER_TOKENS", {"longeval": 5})  # it is not them that counts
+    if what == "budget":  # of perplexity only
+        make = text_flags
     code, out, err = call(paper, capsys, *make(everything, what, tmp_path))
     assert code == 0, err
     rows = read(tmp_path, what)
     markdown = (tmp_path / f"{what}.md").read_text()
     assert markdown.startswith("`python -m experiments.paper") and out.strip() in markdown
-    if make is text_flags:
-        assert len(out.strip().splitlines()) == len(rows) + 2
-    else:  # a line for each cache: two protocols side by side, lengths averaged
-        lengths = 2 if what == "table1" else 1
-        assert len(out.strip().splitlines()) == len(rows) // (2 * lengths) + 2
+    together = 1  # in a line: two protocols, and all lengths of table 1
+    if "question" in rows[0]:
+        assert {row["question"] for row in rows} == {"prefill", "decode"}
+        together = 4 if what == "table1" else 2
+    assert len(out.strip().splitlines()) == len(rows) // together + 2
     assert (tmp_path / f"{what}.png").exists() == (what not in ("table2", "table5"))
-    if what.startswith("table"):
-        score = "perplexity" if make is text_flags else "accuracy"
-        assert all(row[score] >= 0 and "measured_ratio" in row for row in rows)
-        questions = {None} if make is text_flags else {"prefill", "decode"}
-        assert {row.get("question") for row in rows} == questions
     assert not list((tmp_path / "work" / "model").glob("*.cases-*"))  # notes are gone when done
 
 
 def test_protocols_stand_side_by_side():
     """Accuracies stand beside each other, measured ratios are means over the lengths, by hand."""
-
-    def row(question, lines, cache, accuracy, removed):
-        score = {"question": question, "lines": lines, "accuracy": accuracy, "paper": "0.5"}
-        return {"cache": cache, "nominal_ratio": 0.8, "measured_ratio": removed, **score}
-
-    rows = [row("prefill", 25, "a", 0.8, 0.7), row("prefill", 50, "a", 0.6, 0.72)]
-    rows += [row("decode", 25, "a", 0.5, 0.7), row("decode", 50, "a", 0.4, 0.76)]
-    rows += [row(q, n, "b", 1.0, 0.5) for q in ("prefill", "decode") for n in (25, 50)]
+    rows = []
+    for question, lines, accuracy, removed in (
+        ("prefill", 25, 0.8, 0.7),
+        ("prefill", 50, 0.6, 0.72),
+        ("decode", 25, 0.5, 0.7),
+        ("decode", 50, 0.4, 0.76),
+    ):
+        row = {"question": question, "lines": lines, "nominal_ratio": 0.8, "paper": "0.5"}
+        rows.append({**row, "cache": "a", "accuracy": accuracy, "measured_ratio": removed})
+        rows.append({**row, "cache": "b", "accuracy": 1.0, "measured_ratio": 0.5})
     columns = ["question", "lines", "cache", *paper.SCORES, "paper"]
-    merged, shown = tables.side_by_side(rows, columns)
-    scores = ["prefill, 25 / 50 lines", "decode, 25 / 50 lines"]
-    names = ["cache", "nominal_ratio", "measured_ratio", *scores, "paper"]
-    assert shown == names
-    assert [[r[name] for name in names] for r in merged] == [
-        ["a", 0.8, pytest.approx(0.72), "0.80 / 0.60", "0.50 / 0.40", "0.5"],
-        ["b", 0.8, 0.5, "1.00 / 1.00", "1.00 / 1.00", "0.5"],
+    title, _, *lines = tables.table(*tables.side_by_side(rows, columns)).splitlines()
+    assert title.startswith("| cache | nominal ratio | measured ratio | prefill, 25 / 50 lines | d")
+    assert lines == [
+        "| a | 80.0% | 72.0% | 0.80 / 0.60 | 0.50 / 0.40 | 0.5 |",
+        "| b | 80.0% | 50.0% | 1.00 / 1.00 | 1.00 / 1.00 | 0.5 |",
     ]
 
 
@@ -236,7 +160,7 @@ def test_losses_and_floors(everything, tmp_path, capsys):
     assert len(rows) == 2 * 2 * len(INITIALIZATIONS)  # ratios, learning rates
     store = factor_store(everything, tmp_path / "again")
     moments = []  # means over tokens
-    for layer in calibrate(store.model, store.samples[:3]):
+    for layer in calibrate(store.model, store.samples):
         moments += [layer.k_moment, layer.v_moment]
     for row in rows:
         rank = rank_for(row["ratio"], 12)
@@ -268,31 +192,26 @@ def test_training_together_equals_training_alone_and_resumes(everything, tmp_pat
         together.factors(*recipes)
     steps.clear()
     resumed = together.factors(*recipes)
-    assert 0 < len(steps) < 67
-    assert len(together.history(recipes[0])["losses"]) == len(together.samples)
+    assert len(steps) == 6
+    assert len(together.history(recipes[0])["losses"]) == len(together.samples) == 70
     for one, other in zip(alone, resumed, strict=True):
-        for a, b in zip(one.layers, other.layers, strict=True):
-            assert torch.equal(a.k.A, b.k.A) and torch.equal(a.v.B, b.v.B)
-    assert {p.bits for p in resumed[1].pairs} == {4}
-    assert {p.bits for p in resumed[0].pairs} == {16}
+        assert_same_factors(one, other)
+    assert [{pair.bits for pair in factors.pairs} for factors in resumed] == [{16}, {4}]
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_table_of_one(everything, tmp_path):
+def test_two_processes_make_the_table_of_one(everything, tmp_path, capsys):
     """Training included, which they do together. Sums in another order round differently."""
     pytest.importorskip("matplotlib")
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    tables = []
-    for name, python in (("one", [sys.executable]), ("two", start)):
-        args = text_flags(everything, "table3", tmp_path / name)
-        command = [*python, "-m", "experiments.paper", *map(str, args)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.stdout.count("| question") + done.stdout.count("| factors") == 1, done.stderr
-        tables.append(read(tmp_path / name, "table3"))
-        assert not list((tmp_path / name / "work" / "model").glob("*.cases-*"))
+    one, two = (text_flags(everything, "table3", tmp_path / name) for name in ("one", "two"))
+    assert call(paper, capsys, *one)[0] == 0
+    done = torchrun(sys.executable, "-m", "experiments.paper", *map(str, two))
+    assert done.stdout.count("| factors") == 1, done.stderr
+    tables = [read(tmp_path / name, "table3") for name in ("one", "two")]
     for one, two in zip(*tables, strict=True):
         assert one["perplexity"] == pytest.approx(two["perplexity"], rel=1e-3)
         assert (one["window"], one["measured_ratio"]) == (two["window"], two["measured_ratio"])
+    assert not list(tmp_path.glob("*/work/model/*.cases-*"))
 
 
 def test_budget_compares_all_at_measured_bytes(everything, tmp_path, capsys):
@@ -326,14 +245,15 @@ def test_budget_compares_all_at_measured_bytes(everything, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "what, more, message",
+    "words, message",
     [
-        ("table2", ["--text", "T", "--data", "."], "leave one out"),
-        ("table2", ["--text", "T"], "give some with --calibrate"),
-        ("budget", [], "give held-out text with --text\n"),
+        (["table2", "--text", "a.txt", "--data", "."], "give --calibrate with it, and no --data"),
+        (["table2", "--text", "a.txt"], "give --calibrate with it"),
+        (["budget"], "give held-out text with --text"),
+        (["all"], "give their folder with --data"),
+        (["all", "--data", "."], "no file 200_lines.jsonl"),
+        (["table1", "--processes", 2], "torchrun shares out the work"),
     ],
 )
-def test_a_mistake_is_one_line(everything, tmp_path, capsys, what, more, message):
-    more = [everything / "text.txt" if word == "T" else word for word in more]
-    code, _, err = call(paper, capsys, *flags(everything, what, tmp_path, *more))
-    assert code == 2 and err.count("\n") == 1 and message in err
+def test_a_mistake_is_one_line(refused, words, message):
+    assert message in refused(paper, *words)

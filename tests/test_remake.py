@@ -10,7 +10,6 @@ import pytest
 from experiments import paper
 from experiments.remake import read_blocks, remake, words
 from support.command import UserError
-from tests.helpers import call
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = read_blocks(paper.RESULTS / "commands.txt")
@@ -83,13 +82,3 @@ def test_processes_share_what_torchrun_starts():
     _, *rest = words("torchrun -m a", Path("d"), 3)
     assert rest == ["-m", "torch.distributed.run", "--nproc-per-node", "3", "--", "-m", "a"]
     assert words("python -m a", Path("d"), 3)[1:] == ["-m", "a"]
-
-
-def test_all_needs_the_published_files(tmp_path, capsys):
-    for args, said in (
-        (["all"], "--data"),
-        (["all", "--data", tmp_path], "no file .*200_lines.jsonl"),
-        (["table1", "--processes", 2], "torchrun"),
-    ):
-        code, _, err = call(paper, capsys, *args)
-        assert code == 2 and err.count("\n") == 1 and re.search(said, err)

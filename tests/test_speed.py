@@ -1,107 +1,99 @@
-"""The benchmark of speed: whose times it prints."""
+"""The benchmark of speed: whose times it prints, and the bytes beside them."""
 
 import json
 from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import speed
+from model import Transformer
 from tests.helpers import call, save_checkpoint, tiny_model, tiny_tokens
 
-torch.set_grad_enabled(False)
 
-
-def test_speed_command(everything, capsys, monkeypatch):
+def test_speed_command(everything, tmp_path, capsys, monkeypatch):
+    """Each row is of its own cache: bytes by hand, of 2 layers and d_kv 12, in 32 bits."""
     monkeypatch.setattr(speed, "load_theirs", lambda *_: None)  # slow to import
     args = ["--model", everything / "model", "--lengths", "30,40", "--ratios", "0.5", "--rounds", 2]
-    args += ["--threads", 1]
-    code, out, _ = call(speed, capsys, *args, "--json", everything / "speed.json")
-    rows = json.loads((everything / "speed.json").read_text())
-    full = [row for row in rows if row["cache"] == "full"]
-    assert code == 0 and [row["tokens"] for row in full] == [30, 40]
-    assert all(row["prefill_ratio"] == row["decode_ratio"] == 1 for row in full)
-    for row, own in ((r, f) for r in rows for f in full if f["tokens"] == r["tokens"]):
-        assert row["prefill_ratio"] == pytest.approx(row["prefill_s"] / own["prefill_s"])
-        assert row["decode_ratio"] == pytest.approx(row["decode_ms"] / own["decode_ms"])
-    assert {"full", "cskv 50%"} <= {row["cache"] for row in rows}
-    for row in rows:  # each row is of its own cache: bytes by hand, of 2 layers and d_kv 12
-        length = row["tokens"] + 3 * 8  # with all steps, of which one round warms up
-        packed = (length - 32) // 32 * 32
-        few = packed * (6 * 5 + 6 * (4 + 32 / 6)) / 8 + (length - packed) * 12 * 2
-        own = {
-            "full": 2 * 12 * 4 * (length + 1),
-            "cskv 50%": 12 * 2 * (length + 1) + 2 * 32 * 12 * 4,
-        }
-        own["cskv 50% 4 bits"] = few + 2 * 32 * 12 * 4
-        assert row["cache_mb"] == pytest.approx(2 * own[row["cache"]] / 1e6), row["cache"]
-    assert len(out.splitlines()) == 2 + len(rows)
+    args += ["--bits", 16, "--factors", everything / "f", "--json", tmp_path / "rows.json"]
+    code, out, _ = call(speed, capsys, *args)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert code == 0 and len(out.splitlines()) == 2 + len(rows)
+    found = {(row["cache"], row["tokens"]): row["cache_mb"] for row in rows}
+    expected = {}
+    for tokens in (30, 40):
+        length = tokens + 3 * 8  # with all steps, of which one round warms up
+        window = 2 * 2 * 32 * 12 * 4
+        expected["full", tokens] = 2 * 2 * 12 * 4 * length
+        expected["cskv 50%", tokens] = 2 * (6 + 6) * 2 * length + window
+        expected["cskv f 67%", tokens] = 2 * (4 + 4) * 2 * length + window
+    assert found == {key: nbytes / 1e6 for key, nbytes in expected.items()}
 
 
 def test_speed_times_each_cache_by_itself(monkeypatch):
     """On a clock that only the runners move."""
     now = [0.0]
 
-    def wait(seconds):
-        now[0] += seconds
+    def runner(seconds):
+        waits = [9.0] * 4 + [seconds] * 8  # the first round warms up
 
-    def runner(prefill, step):
-        warm_up = [9.0]  # the first time
-        return (
-            dict,
-            lambda _: wait(prefill + (warm_up.pop() if warm_up else 0)),
-            lambda _: wait(step),
-        )
+        def step(cache):
+            now[0] += waits.pop(0)
+
+        return dict, step
 
     monkeypatch.setattr(speed, "clock", lambda device: now[0])
-    runners = {"full": runner(2.0, 0.25), "slow": runner(3.0, 1.0), "fast": runner(1.0, 0.125)}
-    rows = speed.compare(runners, 9, rounds=2, steps=4, prefills=2, device="cpu", caches={})
-    names = "cache", "tokens", "prefill_s", "prefill_ratio", "decode_ms", "decode_ratio"
-    assert [tuple(row[name] for name in names) for row in rows] == [
-        ("full", 9, 2.0, 1.0, 250.0, 1.0),
-        ("slow", 9, 3.0, 1.5, 1000.0, 4.0),
-        ("fast", 9, 1.0, 0.5, 125.0, 0.5),
+    runners = {"full": runner(0.25), "slow": runner(1.0), "fast": runner(0.125)}
+    rows = speed.compare(runners, 9, rounds=2, steps=4, device="cpu")
+    assert [tuple(row.values()) for row in rows] == [
+        ("full", 9, 250.0, 1.0, None),
+        ("slow", 9, 1000.0, 4.0, None),
+        ("fast", 9, 125.0, 0.5, None),
     ]
 
 
 def test_a_shape_needs_no_checkpoint(tmp_path, capsys):
-    """Bytes and operations of one layer, by hand: 2 heads of D 32, rank 13, and 16-bit latents."""
+    """Bytes of one layer, by hand: 2 heads of D 32, rank 13, and 16-bit latents; and a picture."""
+    pytest.importorskip("matplotlib")
     args = ["--shape", "teacher", "--lengths", "100,300", "--ratios", "0.8", "--bits", "32,16"]
-    args += ["--caches", "cskv,cskv-plain,kivi-2", "--rounds", 1, "--steps", 2, "--threads", 1]
-    code, out, _ = call(speed, capsys, *args, "--json", tmp_path / "rows.json")
+    args += ["--caches", "cskv,cskv-plain,kivi-2", "--rounds", 1, "--steps", 2]
+    args += ["--json", tmp_path / "rows.json", "--picture", tmp_path / "times.png"]
+    code, out, _ = call(speed, capsys, *args)
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert code == 0 and len(out.splitlines()) == 2 + len(rows) == 2 + 2 * 6
     for row in rows:
-        name, tokens = row["cache"].split()[0], row["tokens"] + 5  # with a round to warm up, one
-        old = tokens - 32  # that counts, of 2 steps each, and one more step
-        full, ring, factors = (2 * 64 * n for n in (tokens, 32, 2 * 13))
-        latents = 2 * 13 * tokens
-        if name != "kivi-2":
-            wide = 2 * full if name == "full" else 2 * (ring + factors + latents)
-            wide -= latents if row["cache"].endswith("80%") else 0
-            assert row["read_mb"] == pytest.approx(2 * wide / 1e6)
-        new, rebuilt = 2 * 2 * 64 * 13, 2 * old * 2 * 13 * 64  # x A; C B, of keys and values
-        segments = -(-old // 16)  # all of 16 tokens, the last one filled up
-        into_query = segments * 2 * 64 * 13  # B_k, once a segment; B_v, once a step
-        products = 2 * 2 * 13 * 2 * 16 * segments  # u c^T and p C of two heads
-        counts = {
-            "full": 2 * full,
-            "kivi-2": 2 * full,
-            "cskv-plain": 2 * full + new + rebuilt,
-            "cskv": 2 * ring + new + into_query + 2 * 64 * 13 + products,
-        }
-        assert row["mflop"] == pytest.approx(counts[name] / 1e6), row["cache"]
+        tokens = row["tokens"] + 2 * 2  # a round to warm up, and one that counts, of 2 steps each
+        width = 4 if row["cache"].endswith("32 bits") else 2
+        held = 2 * 64 * 4 * 32 + 2 * 13 * width * tokens
+        if row["cache"] == "full":
+            held = 2 * 64 * 4 * tokens
+        assert row["cache"] == "kivi-2" or row["cache_mb"] == pytest.approx(held / 1e6)
+    assert (tmp_path / "times.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_picture_of_times(tmp_path, capsys):
-    """A line for each cache; a place that cannot be written is known before the work."""
-    pytest.importorskip("matplotlib")
-    args = ["--shape", "teacher", "--lengths", "40,80", "--rounds", 1, "--steps", 1]
-    args += ["--threads", 1]
-    code, _, _ = call(speed, capsys, *args, "--picture", tmp_path / "times.png")
-    assert code == 0 and (tmp_path / "times.png").read_bytes()[:4] == b"\x89PNG"
-    code, out, err = call(speed, capsys, *args, "--picture", tmp_path / "no" / "times.png")
-    assert (code, out, err.count("\n")) == (2, "", 1)
+def test_operations_of_a_step():
+    """Products of one layer as experiments/README.md has them, with the window: 2 heads, D 32, rank
+    13. The plain form of attention is one whose products can be counted."""
+    tokens = 301
+    args = ["--shape", "teacher", "--ratios", "0.8", "--caches", "cskv,cskv-plain,kivi-2"]
+    args = speed.parse_arguments([*args, "--bits", "16"])
+    model = Transformer(speed.shape_config("teacher", tokens))
+    rows = speed.rows_to_time(args, model)
+    counts = {}
+    for name, (start, step) in speed.layer_runners(model, rows, tokens - 1, tokens).items():
+        cache = start()
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            step(cache)
+        counts[name.split()[0]] = counter.get_total_flops()
+    old = tokens - 32
+    segments = -(-old // 16)  # all of 16 tokens, the last one filled up
+    full, new = 4 * tokens * 64, 4 * 64 * 13  # scores and sums over values; x A
+    rebuilt = 4 * old * 13 * 64
+    fast = 4 * 32 * 64 + new + segments * 2 * 64 * 13 + 2 * 64 * 13 + 4 * 13 * 2 * 16 * segments
+    expected = {"full": full, "kivi-2": full, "cskv-plain": full + new + rebuilt, "cskv": fast}
+    assert counts == expected
 
 
 @pytest.mark.slow  # imports transformers
@@ -119,15 +111,19 @@ def test_the_caches_of_transformers(tmp_path, head_dim, length):
     quantized = [name for name in runners if "Quantized" in name]
     assert len(quantized) == (2 if find_spec("hqq") and length == 53 else 0)
     expected = model(torch.cat([tokens, tokens[:, :1]], 1))[:, -1]
-    for name, (make, fill, step) in runners.items():
-        cache = make()
-        fill(cache)
-        logits = step(cache)[:, -1]
+    for name, (start, step) in runners.items():
+        logits = step(start())[:, -1]
         if "Dynamic" in name:
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
         assert logits.shape == expected.shape and logits.isfinite().all()
 
 
-def test_neither_checkpoint_nor_shape(capsys):
-    code, out, err = call(speed, capsys, "--lengths", 30)
-    assert (code, out, err.count("\n")) == (2, "", 1) and "--model FOLDER, or a --shape" in err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--model FOLDER, or a --shape"),
+        (["--shape", "teacher", "--picture", "no/times.png"], "no folder no to write"),
+    ],
+)
+def test_a_mistake_is_one_line(refused, words, message):
+    assert message in refused(speed, *words)

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-from experiments.pictures import pyplot, save_figure
+from experiments.figures import pyplot, save_figure
 from experiments.tasks.longeval import PUBLISHED, RetrievalCase, make_cases, read_cases
 from experiments.tasks.records import read_rows
 from experiments.tasks.scores import is_correct

@@ -31,7 +31,6 @@ def best_rouge_l(output: str, record: dict) -> float:
 
 
 def length_bucket(record: dict) -> str:
-    """LongBench-E's bucket of a record, by its words: under 4000, under 8000, the rest."""
     return BUCKETS[bisect((4000, 8000), record["length"])]
 
 

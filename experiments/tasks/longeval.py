@@ -69,8 +69,8 @@ def spell(rng: random.Random) -> str:
 
 def draw_record(rng: random.Random, lines: int, spelled: bool = False) -> dict[str, int]:
     """`lines` distinct keys, `adjective-noun` or two made-up words, and their numbers, in order."""
-    if lines < 1 or (lines > MOST and not spelled):
-        raise UserError(f"{lines} lines are not in 1 .. {MOST}; choose others, or --spelled")
+    if lines > MOST and not spelled:
+        raise UserError(f"{lines} lines are more than {MOST}; choose fewer, or --spelled")
     record: dict[str, int] = {}
     while len(record) < lines:
         number = rng.randint(1, LARGEST)
@@ -86,7 +86,6 @@ def format_record(record: dict[str, int]) -> str:
 
 
 def longeval_case(rng: random.Random, lines: int, spelled: bool = False) -> RetrievalCase:
-    """A record of `lines` lines and LongEval's question for one of them."""
     record = draw_record(rng, lines, spelled)
     key = rng.choice(list(record))
     return RetrievalCase(PREAMBLE + format_record(record), QUESTION.format(key=key), record[key])
@@ -107,12 +106,10 @@ def make_cases(
     """`cases` cases of "longeval" or "passkey". Case i is the same whatever `cases` is."""
     rng = random.Random(f"{task} {lines} {spelled} {seed}")
     for _ in range(cases):
-        if task == "longeval":
-            yield longeval_case(rng, lines, spelled)
-        elif task == "passkey":
+        if task == "passkey":
             yield passkey_case(rng, lines)
         else:
-            raise UserError(f"no task {task!r}; choose longeval or passkey")
+            yield longeval_case(rng, lines, spelled)
 
 
 def read_cases(folder: Path, lines: int) -> list[RetrievalCase]:
@@ -121,29 +118,22 @@ def read_cases(folder: Path, lines: int) -> list[RetrievalCase]:
     if not path.is_file():
         raise UserError(f"no file {path}; LongEval's testcases have 200, 300, 400, 500 lines")
     cases = []
-    for i, row in enumerate(read_rows(path, {"prompt": str, "expected_number": int}), 1):
-        end = row["prompt"].rfind("\nNow the record is over")
+    for row in read_rows(path, {"prompt": str, "expected_number": int}):
+        prompt = row["prompt"]
+        end = prompt.rfind("\nNow the record is over")
         if end < 0:
-            raise UserError(f"{path}, line {i}: no case of LongEval; fetch it again")
-        cases.append(
-            RetrievalCase(row["prompt"][:end], row["prompt"][end:], row["expected_number"])
-        )
+            raise UserError(f"{path}: a prompt that is none of LongEval's; fetch it again")
+        cases.append(RetrievalCase(prompt[:end], prompt[end:], row["expected_number"]))
     return cases
 
 
 def samples(
-    tokenizer: Tokenizer,
-    length: int,
-    task: str,
-    lines: list[int],
-    count: int,
-    seed: int,
-    spelled: bool = False,
+    tokenizer: Tokenizer, length: int, task: str, lines: list[int], count: int, seed: int
 ) -> list[Tensor]:
     """`count` cases as token ids [1, T], T up to `length`, to calibrate or to train on: never those
     that are measured with the same seed. One of each number of `lines` in turn, so that the first
     are like all."""
-    draws = [make_cases(task, n, count, seed + 10**9, spelled) for n in lines]
+    draws = [make_cases(task, n, count, seed + 10**9) for n in lines]
     cases = [next(draws[i % len(draws)]) for i in range(count)]
     ids = [tokenizer.encode_prompt(case.text, chat=False)[:length] for case in cases]
     return [torch.tensor([tokens]) for tokens in ids]

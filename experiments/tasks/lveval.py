@@ -38,7 +38,7 @@ def keyword_recall(output: str, keywords: str) -> float:
     return had.total() / len(wanted)
 
 
-def plain_f1(output: str, record: dict) -> float:
+def first_f1(output: str, record: dict) -> float:
     return f1(output, record["answers"][0])
 
 
@@ -49,19 +49,20 @@ def gated_f1(output: str, record: dict) -> float:
     """
     if keyword_recall(output, record["answer_keywords"]) < GATE:
         return 0.0
-    return plain_f1(output, record)
+    return first_f1(output, record)
 
 
 FIELDS = {"input": str, "context": str, "answers": list}
-GATED = {**FIELDS, "answer_keywords": str}
 make_task = partial(Task, repository="Infinigence/LVEval", bucket=lambda record: ALL)  # one column
-gated_task = partial(make_task, max_new_tokens=64, score=gated_f1, fields=GATED)
+gated_task = partial(
+    make_task, max_new_tokens=64, score=gated_f1, fields={**FIELDS, "answer_keywords": str}
+)
 SETS = (
     gated_task("hotpotwikiqa_mixup_16k", archive="hotpotwikiqa_mixup.zip"),
     gated_task("loogle_SD_mixup_16k", archive="loogle_SD_mixup.zip"),
     gated_task("loogle_CR_mixup_16k", archive="loogle_CR_mixup.zip"),
     gated_task("loogle_MIR_mixup_16k", archive="loogle_MIR_mixup.zip"),
     gated_task("multifieldqa_en_mixup_16k", archive="multifieldqa_en_mixup.zip"),
-    make_task("factrecall_en_16k", 16, plain_f1, archive="factrecall_en.zip", fields=FIELDS),
+    make_task("factrecall_en_16k", 16, first_f1, archive="factrecall_en.zip", fields=FIELDS),
 )
 TASKS = {task.name: task for task in SETS}

@@ -2,7 +2,6 @@
 
 import json
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +28,8 @@ class Task:
         return read_prompt(self.name).format_map(record)
 
 
-def choose(names: list[str], tasks: dict[str, Task]) -> list[Task]:
-    """The tasks of these names. Raises `UserError` for a name that is not in `tasks`."""
-    for name in names:
-        if name not in tasks:
-            raise UserError(f"no set {name!r}; choose from {', '.join(tasks)}")
-    return [tasks[name] for name in names]
-
-
-def prompt_ids(
-    task: Task, record: dict, tokenizer: Tokenizer, max_length: int, chat: bool = True
-) -> list[int]:
-    """Token ids that ask the record's question, in the chat template if `chat` and the task's.
+def prompt_ids(task: Task, record: dict, tokenizer: Tokenizer, max_length: int) -> list[int]:
+    """Token ids that ask the record's question, in the model's chat template if the task is.
 
     Of more than `max_length` tokens, the template's not counted, the first and the last half stay:
     at the ends are instructions and question. As in LongBench's own code the halves are decoded and
@@ -51,58 +40,51 @@ def prompt_ids(
     if len(ids) > max_length:
         half = max_length // 2
         text = tokenizer.decode(ids[:half]) + tokenizer.decode(ids[len(ids) - half :])
-    return tokenizer.encode_prompt(text, chat and task.chat)
+    return tokenizer.encode_prompt(text, None if task.chat else False)
 
 
 def read_records(task: Task, folder: Path | None = None) -> list[dict]:
-    """The records of a task, from `folder`, or else from the hub. Raises `UserError` if there is no
-    such file, or for the first line that is not such a record."""
-    place = folder if folder is not None else fetch(task)
-    try:
-        return read_rows(find_file(place, f"{task.name}.jsonl"), task.fields)
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{place} cannot be read ({error}); fetch it again") from None
+    """The records of a task, from `folder` or one below it, or else from the hub."""
+    name = f"{task.name}.jsonl"
+    if folder is None:
+        return parse_rows(fetch(task, name), task.fields, name)
+    paths = sorted(folder.rglob(name))
+    if not paths:
+        raise UserError(f"no file {folder / name}; give the folder of the benchmark's .jsonl files")
+    return read_rows(paths[0], task.fields)
 
 
-def fetch(task: Task) -> Path:
-    """The task's archive from the hub's cache, downloaded if it is not there."""
+def fetch(task: Task, name: str) -> bytes:
+    """A file of the task's archive, which is downloaded if it is not in the hub's cache."""
     from huggingface_hub import hf_hub_download  # slow to import, and not needed for a folder
 
     try:
-        return Path(hf_hub_download(task.repository, task.archive, repo_type="dataset"))
-    except Exception as error:  # the hub client raises many kinds, all of which mean the same here
+        path = hf_hub_download(task.repository, task.archive, repo_type="dataset")
+        with zipfile.ZipFile(path) as archive:
+            members = {Path(member).name: member for member in archive.namelist()}
+            return archive.read(members[name])
+    except Exception as error:  # client and archive raise many kinds, which mean the same here
         missing = f"the hub did not give {task.archive} of {task.repository} ({first_line(error)})"
-        raise UserError(f"{missing}; give a folder that has {task.name}.jsonl") from None
+        raise UserError(f"{missing}; give a folder that has {name}") from None
 
 
-def find_file(place: Path, file: str) -> Path | zipfile.Path:
-    """A file of this name in a folder, or one folder below; or anywhere in an archive."""
-    if place.suffix == ".zip":
-        members = zipfile.ZipFile(place).namelist()
-        paths = [zipfile.Path(place, name) for name in members if name.split("/")[-1] == file]
-    else:
-        paths = [*place.glob(file), *sorted(place.glob(f"*/{file}"))]
-    if not paths:
-        raise UserError(f"no file {place / file}; give the folder of the benchmark's .jsonl files")
-    return paths[0]
+def read_rows(path: Path, fields: dict[str, type]) -> list[dict]:
+    """JSON objects, one a line. Raises `UserError` for one without these fields."""
+    return parse_rows(path.read_bytes(), fields, str(path))
 
 
-def read_rows(source: Path | zipfile.Path, fields: dict[str, type]) -> list[dict]:
-    """JSON objects, one a line. Raises `UserError` for one without these fields, lists of texts."""
+def parse_rows(text: bytes, fields: dict[str, type], source: str) -> list[dict]:
     rows = []
-    for i, line in enumerate(source.read_bytes().split(b"\n"), 1):
+    for i, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{source}, line {i}: not JSON ({error}); fetch it again") from None
-        for field, kind in fields.items():
-            value = row.get(field) if isinstance(row, dict) else None
-            texts = value if isinstance(value, list) else [""]
-            if not isinstance(value, kind) or {type(text) for text in texts} != {str}:
-                wanted = "list of texts" if kind is list else kind.__name__
-                wrong = f"no {field!r} of type {wanted}"
+        for name, kind in fields.items():
+            if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+                wrong = f"no {name!r} of type {kind.__name__}"
                 raise UserError(f"{source}, line {i}: {wrong}; fetch it again")
         rows.append(row)
     if not rows:

@@ -9,7 +9,6 @@ import math
 import re
 import string
 from collections import Counter
-from decimal import Decimal
 from itertools import chain
 
 
@@ -66,17 +65,12 @@ def rouge_l(output: str, reference: str) -> float:
     return 2 * P * R / (P + R + 1e-8)
 
 
-def read_answer(output: str, first: bool = False) -> int | None:
-    """The last run of digits, LongEval's rule, or the `first`, as an integer; None without one."""
-    numbers = re.findall(r"[0-9]+", output)
-    if not numbers:
-        return None
-    # int() of a text refuses more than 4300 digits; Decimal reads them all, exactly.
-    return int(Decimal(numbers[0 if first else -1]))
-
-
 def is_correct(output: str, answer: int, first: bool = False) -> bool:
-    return read_answer(output, first) == answer
+    """Whether the last run of digits is the answer, LongEval's rule, or the `first` one is."""
+    numbers = re.findall(r"[0-9]+", output)
+    if first:
+        numbers = numbers[:1]
+    return bool(numbers) and int(numbers[-1]) == answer
 
 
 def wilson(right: float, cases: int) -> tuple[float, float]:
