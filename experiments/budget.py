@@ -195,8 +195,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--spread", type=count, help="spread them over so many last tokens (half of --probe-len)")
     add("--again", type=number(int, 0), default=1, help="probe so often around the plan (1)")
     add("--no-copies", action="store_true", help="leave every second text as it is")
-    inits = ("outputs", "attention")
-    add("--init", choices=inits, default="outputs", help="keep attention's outputs, or its inputs")
+    init = "keep the attention's output, or keys and values (outputs)"
+    add("--init", choices=("outputs", "attention"), default="outputs", help=init)
     add(
         "--layers-together", type=count, default=1, help="share latents: more time, fewer bytes (1)"
     )
