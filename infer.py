@@ -12,6 +12,7 @@ CSKV: a cache is a list of one `LayerCache` a layer, and the model takes whichev
 import support.interrupt  # isort: skip # noqa: F401
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -24,7 +25,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from beyond.segments import FastCache, SmallWindowCache
 from beyond.shared import shared_cache
@@ -32,12 +32,7 @@ from cskv import BiBranchCache, Factors
 from model import LayerCache, Transformer, full_cache
 from support.command import DTYPES, Arguments, UserError, number, run_command, use_device
 from support.factors_file import load_factors
-from support.huggingface.checkpoint import (
-    find_checkpoint,
-    generation_settings,
-    load_model,
-    read_config,
-)
+from support.huggingface import checkpoint
 from support.huggingface.conversation import Conversation
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.interrupt import Postponed
@@ -58,21 +53,19 @@ def make_sampler(temperature: float, top_p: float, seed: int) -> Callable[[Tenso
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def greedy(logits: Tensor) -> int:
-        # Both answers at once: on a GPU each `.tolist()` waits for it.
-        finite, token = torch.stack([logits.isfinite().all(), logits.argmax()]).tolist()
+    def draw(logits: Tensor) -> int:
+        # Both at once: on a GPU each `.tolist()` waits for it.
+        finite, likeliest = torch.stack([logits.isfinite().all(), logits.argmax()]).tolist()
         check_finite(finite)
-        return token
-
-    def sample(logits: Tensor) -> int:
+        if temperature == 0:
+            return likeliest
         logits = logits.double().cpu()
-        check_finite(bool(logits.isfinite().all()))
         p, ids = ((logits - logits.max()) / temperature).softmax(-1).sort(descending=True)
         before = p.cumsum(0) - p
         p[before >= top_p] = 0
         return int(ids[torch.multinomial(p, 1, generator=generator)])
 
-    return sample if temperature else greedy
+    return draw
 
 
 @torch.no_grad()
@@ -115,52 +108,66 @@ def full_bytes(model: Transformer, tokens: int) -> int:
     return 2 * 2 * model.config.num_hidden_layers * model.config.d_kv * tokens
 
 
-stream = partial(print, end="", flush=True)
+@dataclass(frozen=True)
+class Source:
+    """A model and a cache to answer from."""
 
+    model: Transformer
+    tokenizer: Tokenizer
+    cache: list[LayerCache]
+    sample: Callable[[Tensor], int]
+    nominal_ratio: float
 
-def silent(text: str) -> None:
-    pass
-
-
-def answer(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: list[int],
-    cache: list[LayerCache],
-    max_new_tokens: int,
-    sample: Callable[[Tensor], int],
-    write: Callable[[str], None],
-    interrupt: Postponed | None = None,
-) -> dict:
-    """Generates from `cache`, streams the text through `write`, and measures bytes and seconds.
-    It ends early after an `interrupt`."""
-    tokens, seconds = [], []
-    written = ""
-    for token in generate(model, prompt, cache, max_new_tokens, sample, seconds):
-        tokens.append(token)
-        if interrupt and interrupt.asked:
-            break
-        settled = tokenizer.settled(tokens)
-        if len(settled) > len(written):
-            write(settled[len(written) :])
-            written = settled
-    text = tokenizer.decode(tokens)
-    if text.startswith(written):
+    def answer(self, tokens: list[int], most: int, write: Callable, interrupt=None) -> dict:
+        """Up to `most` tokens after `tokens`, of which the cache may hold the first ones. Streams
+        the text through `write`, measures bytes and seconds, ends early after an `interrupt`."""
+        new = []
+        seconds = []
+        written = ""
+        prompt = tokens[self.cache[0].length :]
+        for token in generate(self.model, prompt, self.cache, most, self.sample, seconds):
+            new.append(token)
+            if interrupt and interrupt.asked:
+                break
+            settled = self.tokenizer.settled(new)
+            if len(settled) > len(written):
+                write(settled[len(written) :])
+                written = settled
+        text = self.tokenizer.decode(new)
         write(text[len(written) :])
-    else:  # for a decoder of another kind: once more, and right
-        write(f"\n{text}")
-    steps = seconds[1:]
-    full = full_bytes(model, cache[0].length)
-    return {
-        "text": text,
-        "tokens": tokens,
-        "prompt_tokens": len(prompt),
-        "cache_bytes": held_bytes(cache),
-        "full_cache_bytes": full,
-        "measured_ratio": 1 - held_bytes(cache) / full,
-        "prefill_seconds": sum(seconds[:1]),
-        "decode_seconds_per_token": sum(steps) / max(1, len(steps)),
-    }
+        held, full = held_bytes(self.cache), full_bytes(self.model, self.cache[0].length)
+        return {
+            "text": text,
+            "tokens": new,
+            "prompt_tokens": len(tokens),
+            "cache_bytes": held,
+            "full_cache_bytes": full,
+            "measured_ratio": 1 - held / full,
+            "nominal_ratio": self.nominal_ratio,
+            "prefill_seconds": sum(seconds[:1]),
+            "decode_seconds_per_token": sum(seconds[1:]) / max(1, len(seconds) - 1),
+        }
+
+
+def answer_each(sources: dict, prompts: dict, most: int, write: Callable, interrupt=None) -> dict:
+    """The results of all sources by name, each for its prompt."""
+    results = {}
+    for name, source in sources.items():
+        prompt = prompts[name]
+        if len(sources) > 1:
+            write(f"--- {name} cache, {len(prompt)} tokens of prompt\n")
+        room = source.model.config.context_length - len(prompt)
+        results[name] = source.answer(prompt, min(most, room), write, interrupt)
+        write("\n\n" if len(sources) > 1 else "\n")
+    return results
+
+
+def print_json(results: dict[str, dict], **more: str) -> None:
+    """The last cache's result as one line, and in it that of the full one."""
+    *others, last = results.values()
+    if others:
+        more["full"] = others[0]
+    print(json.dumps({**last, **more}), flush=True)
 
 
 def report(results: dict[str, dict]) -> str:
@@ -173,62 +180,22 @@ def report(results: dict[str, dict]) -> str:
         "prefill, s": lambda r: f"{r['prefill_seconds']:.2f}",
         "decode, ms a token": lambda r: f"{1e3 * r['decode_seconds_per_token']:.1f}",
     }
-    width = 8 + max(map(len, results))
-    lines = [" " * 25 + "".join(f"{name:>{width}}" for name in results)]
+    lines = [" " * 25 + "".join([f"{name:>12}" for name in results])]
     for label, show in rows.items():
         line = f"{label:25}"
         for name, result in results.items():
             cell = "" if name == "full" and "ratio" in label else show(result)
-            line += f"{cell:>{width}}"
+            line += f"{cell:>12}"
         lines.append(line)
     return "\n".join(lines)
 
 
-def as_object(results: dict[str, dict]) -> dict:
-    """What --json prints: the last cache's result, and beside it that of the full one."""
-    shown = dict(list(results.values())[-1])
-    if len(results) > 1:
-        shown["full"] = results["full"]
-    return shown
-
-
 def shorten(case: str) -> str:
     """What matters of a LongEval case: how it begins, the line that is asked for, the question."""
-    first, *lines, question = case.strip().splitlines()
-    key = question.split(" in line ")[1].split("?")[0]
-    asked = next(line for line in lines if line.startswith(f"line {key}:"))
-    return f"{first[:76]} [...]\n[...]\n{asked}\n[...]\n{question}\n"
-
-
-# --------------------------------------------------------------------------------- conversation
-
-
-@dataclass(frozen=True)
-class Talk:
-    """A conversation, and the cache that holds it."""
-
-    conversation: Conversation
-    cache: list[LayerCache]
-    nominal_ratio: float
-    sample: Callable[[Tensor], int]
-
-
-@torch.no_grad()
-def read(model: Transformer, name: str, talk: Talk) -> None:
-    """Prefills the cache with the text, and shows on standard error how many layers are done."""
-    tokens = talk.conversation.tokens
-    label = f"reading {len(tokens)} tokens, {name} cache"
-    with tqdm(total=len(talk.cache), desc=label, unit="layer") as bar:
-
-        def step(*_: object) -> None:
-            bar.update()
-
-        hooks = [layer.register_forward_hook(step) for layer in model.model.layers]
-        try:
-            model(torch.tensor([tokens], device=model.lm_head.weight.device), talk.cache, 1)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    lines = case.strip().splitlines()
+    key = lines[-1].split(" in line ")[1].split("?")[0]
+    shown = [line for line in lines if key in line]
+    return "\n[...]\n".join([f"{lines[0][:76]} [...]", *shown])
 
 
 def questions() -> Iterator[str]:
@@ -240,140 +207,114 @@ def questions() -> Iterator[str]:
                 yield line.strip()
 
 
-def converse(
-    model: Transformer, tokenizer: Tokenizer, talks: dict[str, Talk], most: int, as_json: bool
-) -> None:
-    """Reads the text into each cache, then answers questions until they or the context end."""
-    for name, talk in talks.items():
-        if talk.conversation.tokens:  # none if the first question changes all of a short text
-            read(model, name, talk)
-    limit = model.config.context_length
+@torch.no_grad()
+def converse(sources: dict, text: Conversation, most: int, write: Callable) -> Iterator[tuple]:
+    """Reads the text into each cache. Then yields each question and the results for it, until the
+    questions or the context end."""
+    talks = {}
+    for name, source in sources.items():
+        talks[name] = copy(text)
+        if text.tokens:  # none if the first question changes all of a short text
+            say(f"reading {len(text.tokens)} tokens, {name} cache")
+            device = source.model.lm_head.weight.device
+            source.model(torch.tensor([text.tokens], device=device), source.cache, 1)
     for question in questions():
-        results = {}
+        prompts = {}
         for name, talk in talks.items():
-            conversation, cache = talk.conversation, talk.cache
-            conversation.ask(question)
-            length = len(conversation.tokens)
-            if length >= limit:
+            talk.ask(question)
+            prompts[name] = talk.tokens
+            limit = sources[name].model.config.context_length
+            if len(talk.tokens) >= limit:
                 say(f"the context of {limit} tokens is full; ask in a new conversation")
                 return
-            if len(talks) > 1 and not as_json:
-                print(f"--- {name} cache")
-            with Postponed() as interrupt:
-                result = answer(
-                    model,
-                    tokenizer,
-                    conversation.tokens[cache[0].length :],
-                    cache,
-                    min(most, limit - length),
-                    talk.sample,
-                    silent if as_json else stream,
-                    interrupt,
-                )
-            conversation.add_answer(result["tokens"], result["text"])
-            result |= {"prompt_tokens": length, "nominal_ratio": talk.nominal_ratio}
-            results[name] = result
-            if not as_json:
-                print(flush=True)
+        with Postponed() as interrupt:
+            results = answer_each(sources, prompts, most, write, interrupt)
+        for name, result in results.items():
+            talks[name].add_answer(result["tokens"], result["text"])
             held, full = result["cache_bytes"] / 1e6, result["full_cache_bytes"] / 1e6
-            say(f"{cache[0].length} tokens, {held:.2f} MB; a full 16-bit cache: {full:.2f} MB")
-        if as_json:
-            print(json.dumps({"question": question, **as_object(results)}), flush=True)
+            length = sources[name].cache[0].length
+            say(f"{length} tokens, {held:.2f} MB; a full 16-bit cache: {full:.2f} MB")
+        yield question, results
 
 
 # --------------------------------------------------------------------------------- command line
 
 
+def fill_in(args: argparse.Namespace) -> str:
+    """Checks what needs no model, and adds what the embedded model brings along: its factors and,
+    without a prompt, a demonstration. Returns what to say about it."""
+    if args.ask and args.prompt_file == "-":
+        raise UserError("--ask reads questions from standard input; give the text as a file")
+    if args.prompt_file is not None:
+        args.prompt = read_file(args.prompt_file)
+    hint = ""
+    if os.path.realpath(args.model) == str(TEACHER):
+        args.factors = args.factors or TEACHER / "cskv-80.safetensors"
+        hint = HINT
+        if args.prompt is None and not args.ask:
+            args.prompt = (TEACHER / "prompt.txt").read_text(encoding="utf-8")
+            args.compare = True
+            args.max_new_tokens = min(args.max_new_tokens, 8)  # a number and its end
+            hint = shorten(args.prompt)
+    if args.prompt is None or not args.prompt.strip():
+        raise UserError('the prompt is empty; give some text: --prompt "..."')
+    if args.cache != "full" and args.factors is None:
+        problem = f"the {args.cache} cache needs --factors FILE, made by train.py"
+        raise UserError(f"{problem}; or use --cache full")
+    return hint
+
+
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     use_device(args.device)
-    text, file, compare, most = args.prompt, args.factors, args.compare, args.max_new_tokens
-    if args.prompt_file is not None:
-        if text is not None:
-            raise UserError("--prompt and --prompt-file are both given; leave one of them out")
-        if args.ask and args.prompt_file == "-":
-            raise UserError("--ask reads questions from standard input; give the text as a file")
-        text = read_file(args.prompt_file)
-    if args.ask and text is None:
-        raise UserError("--ask needs a text to ask about; give --prompt-file FILE")
-    hint = ""
-    if os.path.realpath(args.model) == str(TEACHER):
-        file = file or TEACHER / "cskv-80.safetensors"
-        hint = HINT
-        if text is None:
-            text = (TEACHER / "prompt.txt").read_text(encoding="utf-8")
-            hint = shorten(text)
-            compare = True
-            most = min(most, 8)  # a number and its end
-    if text is None:
-        raise UserError('no prompt; give some text: --prompt "..."')
-    if not text.strip():
-        raise UserError('the prompt is empty; give some text: --prompt "..."')
-    caches = [args.cache]
-    if compare:
-        caches = ["full", "cskv" if args.cache == "full" else args.cache]
-    if args.window_bits == 8 and caches[-1] != "cskv":
-        raise UserError(f"--window-bits 8 is not for the {caches[-1]} cache; use --cache cskv")
-    if caches != ["full"] and file is None:
-        message = f"the {caches[-1]} cache needs --factors FILE, made by train.py"
-        raise UserError(f"{message}; or use --cache full")
-    folder = find_checkpoint(args.model)
-    config = read_config(folder)
+    hint = fill_in(args)
+    folder = checkpoint.find_checkpoint(args.model)
+    config = checkpoint.read_config(folder)
     tokenizer = load_tokenizer(folder, config.vocab_size)
-    prompt = tokenizer.encode_prompt(text, args.chat)
-    limit = config.context_length
-    if len(prompt) >= limit:  # known before the weights are read
+    prompt = tokenizer.encode_prompt(args.prompt, args.chat)
+    most, limit = args.max_new_tokens, config.context_length
+    room = limit - len(prompt)
+    if room <= 0:  # known before the weights are read
         problem = f"the prompt has {len(prompt)} tokens, the model's context {limit}"
         raise UserError(f"{problem}; shorten it")
-    model = load_model(folder, args.device, DTYPES[args.dtype])
-    ignored = generation_settings(folder)
+    model = checkpoint.load_model(folder, args.device, DTYPES[args.dtype])
+    ignored = checkpoint.generation_settings(folder)
     if ignored:
         say(f"not honoured, of generation_config.json: {', '.join(ignored)}")
-    if caches != ["full"]:
-        factors = load_factors(file, model)
+    # The last new token is never fed back. Nobody knows how long a conversation will be.
+    expected = 0 if args.ask else len(prompt) + min(most, room) - 1
+    sample = partial(make_sampler, args.temperature, args.top_p, args.seed)
+    sources = {}
+    if args.compare or args.cache == "full":
+        cache = full_cache(model, expected)
+        sources["full"] = Source(model, tokenizer, cache, sample(), nominal_ratio=0.0)
+    if args.cache != "full":
+        factors = load_factors(args.factors, model)
         factors = factors.in_bits(args.k_bits or args.bits, args.v_bits or args.bits)
-
-    def make(name: str, expected: int = 0) -> tuple[list[LayerCache], float]:
-        """An empty cache, and its nominal ratio."""
-        if name == "full":
-            return full_cache(model, expected), 0.0
-        window_bits = args.window_bits or factors.info.get("window_bits")
-        kind = KINDS[name]
-        if name == "cskv" and window_bits in (8, "8"):
+        kind = KINDS[args.cache]
+        if kind is FastCache and factors.info.get("window_bits") == "8":
             kind = SmallWindowCache
         cache = shared_cache(model, factors, args.window, expected, kind, args.sinks)
-        return cache, nominal_ratio(model, factors)
+        ratio = nominal_ratio(model, factors)
+        sources[args.cache] = Source(model, tokenizer, cache, sample(), ratio)
 
+    output = io.StringIO() if args.json else sys.stdout
+    write = partial(print, end="", flush=True, file=output)
     if args.ask:
-        conversation = Conversation(tokenizer, text, args.chat)
-        talks = {}
-        for name in caches:
-            sample = make_sampler(args.temperature, args.top_p, args.seed)
-            talks[name] = Talk(copy(conversation), *make(name), sample)
-        converse(model, tokenizer, talks, most, args.json)
+        text = Conversation(tokenizer, args.prompt, args.chat)
+        for question, results in converse(sources, text, most, write):
+            if args.json:
+                print_json(results, question=question)
         return
     if hint:
         say(hint)
-    new_tokens = min(most, limit - len(prompt))
-    if new_tokens < most:
-        say(f"only {new_tokens} new tokens fit into the context")
-    expected = len(prompt) + new_tokens - 1  # the last new token is never fed back
-
-    results = {}
-    for name in caches:
-        cache, nominal = make(name, expected)
-        if compare and not args.json:
-            print(f"--- {name} cache, {len(prompt)} tokens of prompt")
-        sample = make_sampler(args.temperature, args.top_p, args.seed)
-        write = silent if args.json else stream
-        result = answer(model, tokenizer, prompt, cache, new_tokens, sample, write)
-        results[name] = {**result, "nominal_ratio": nominal}
-        if not args.json:
-            print("\n" if compare else "")
+    if room < most:
+        say(f"only {room} new tokens fit into the context")
+    results = answer_each(sources, dict.fromkeys(sources, prompt), most, write)
     if args.json:
-        print(json.dumps(as_object(results)))
+        print_json(results)
     else:
-        print(report(results), file=sys.stdout if compare else sys.stderr)
+        print(report(results), file=sys.stdout if args.compare else sys.stderr)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -381,29 +322,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     count = number(int, 1)
     widths = (2, 3, 4, 8, 16, 32)
-    add("--prompt", help="text to answer or to continue (without --model: a LongEval case)")
-    add("--prompt-file", help="a UTF-8 file of that text instead; - for standard input")
-    ask = "then answer questions from standard input about the text, one a line, until it ends"
-    add("--ask", action="store_true", help=ask)
+    text = parser.add_mutually_exclusive_group().add_argument
+    text("--prompt", help="text to answer or to continue (without --model: a LongEval case)")
+    text("--prompt-file", help="a UTF-8 file of that text instead; - for standard input")
+    add("--ask", action="store_true", help="then answer questions, a line each of standard input")
     add("--model", default=TEACHER, help="checkpoint folder or hub name (the embedded model)")
     add("--factors", help="factors file for this model, made by train.py")
-    kinds = "cskv: fast, old keys share positions, which costs SmolLM2 up to 0.7%% of perplexity "
-    kinds += "(experiments/README.md); cskv-plain: the paper's, exact positions, slow"
+    kinds = "cskv: fast, old keys share positions; cskv-plain: the paper's, slow"
     add("--cache", choices=[*KINDS, "full"], default="cskv", help=kinds)
     add("--compare", action="store_true", help="answer from the full cache as well, side by side")
-    window = "newest tokens kept in full precision: costs memory, helps a little (32)"
-    add("--window", type=count, default=32, help=window)
-    window_bits = "keep these, and the sinks, in 8 or 16 bits (those the factors were made for)"
-    add("--window-bits", type=int, choices=(8, 16), help=window_bits)
+    add("--window", type=count, default=32, help="newest tokens kept in full precision (32)")
     add("--sinks", type=number(int, 0), default=4, help="first tokens likewise (4; the paper: 0)")
-    bits = "bits of a stored latent (those the factors were made for)"
-    add("--bits", type=int, choices=widths, help=bits)
+    add("--bits", type=int, choices=widths, help="bits of a latent (as the factors were made for)")
     add("--k-bits", type=int, choices=widths, help="bits for keys alone")
     add("--v-bits", type=int, choices=widths, help="bits for values alone")
     add("--max-new-tokens", type=count, default=128, help="end the answer there (128)")
     add("--temperature", type=number(float, 0, 100), default=0.0, help="sample, if above 0 (0)")
-    nucleus = "sample from the likeliest tokens of this probability in all (1)"
-    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help=nucleus)
+    likeliest = "sample from the likeliest tokens of this probability in all (1)"
+    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help=likeliest)
     add("--seed", type=number(int, 0), default=0, help="another seed samples another text (0)")
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (if any)")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")

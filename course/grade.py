@@ -29,7 +29,7 @@ import torch
 from course import problems
 from course.problems import GIVEN, ROOT, NotFound, Part, Problem, Reference, function_text
 from course.sandbox import Draw, Failed, Limits, Sandbox, Stopped, bounded
-from support.command import Arguments, UserError, comma_list, number, one_of, replacing, run_command
+from support.command import Arguments, UserError, comma_list, number, replacing, run_command
 
 SECONDS = 8 * 60  # for all problems of a student, who share them
 EXIT = "exit codes: 0 all points (of a class: it is graded), 1 points are missing, 2 an error"
@@ -196,7 +196,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__, epilog=EXIT)
     ids = tuple(problem.id for problem in problems.load_problems())
     parser.add_argument("folder", type=Path, nargs="?", help="of a student (this one)")
-    problem = comma_list(one_of(ids, "problem"))
+    problem = comma_list(str, ids)
     parser.add_argument("--problem", type=problem, help="check only this one, such as b or b,c")
     parser.add_argument("--seed", type=number(int, 0), help="repeat a run, with the inputs it had")
     parser.add_argument("--all", type=Path, help="grade a class: this has a folder a student")

@@ -43,7 +43,6 @@ from support.command import (
     check_files,
     comma_list,
     number,
-    one_of,
     run_command,
     user_values,
 )
@@ -187,7 +186,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     count = number(int, 1)
     share = number(float, 0, 0.9999)
-    widths = comma_list(one_of(quant.BITS, "number of bits"))
+    widths = comma_list(number(int, 1), quant.BITS)
     several = {"nargs": "+", "action": "extend", "required": True}
     add("--model", required=True, help="checkpoint folder or hub name of the frozen model")
     add("--data", type=Path, required=True, help="text to calibrate and to probe on")

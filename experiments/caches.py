@@ -29,7 +29,7 @@ from experiments.baselines import (
 )
 from infer import full_bytes, nominal_ratio
 from model import FullCache, LayerCache, Rope, Transformer
-from support.command import UserError, comma_list, number, one_of
+from support.command import UserError, comma_list, number
 from support.processes import say
 
 TOKENS, CHANNELS = "tokens", "channels"  # what a compression ratio removes
@@ -337,8 +337,8 @@ def make_rows(
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
     """The options of `evaluate` and `speed` that choose caches."""
     add = parser.add_argument
-    names = comma_list(one_of(tuple(CACHES), "cache"))
-    widths = comma_list(one_of((*quant.BITS, 16, 32), "number of bits"))
+    names = comma_list(str, CACHES)
+    widths = comma_list(number(int, 1), (*quant.BITS, 16, 32))
     ratios = comma_list(number(float, 0, 0.9999))
     add("--caches", type=names, default="full,cskv", help=f"compare these of {','.join(CACHES)}")
     add("--ratios", type=ratios, default="0.5,0.8", help="remove such shares (default: 0.5,0.8)")

@@ -46,7 +46,6 @@ from support.command import (
     check_files,
     comma_list,
     number,
-    one_of,
     run_command,
     user_values,
 )
@@ -298,10 +297,10 @@ def shared_options() -> Arguments:
     parser = Arguments(add_help=False)
     add_cache_options(parser)
     add = parser.add_argument
-    init = one_of(INITIALIZATIONS, "initialization")
+    inits = comma_list(str, INITIALIZATIONS)
     count = number(int, 1)
     add("--model", required=True, help="measure this checkpoint, a folder or a hub name")
-    add("--inits", type=comma_list(init), help="make such factors (without --factors: attention)")
+    add("--inits", type=inits, help="make such factors (without --factors: attention)")
     help = "take --ratios as measured ones, of a full cache of so many tokens: each cache gets the "
     help += "size, tokens kept or rank, at which it holds that much less"
     add("--equal", type=count, metavar="TOKENS", help=help)
@@ -331,7 +330,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--passages", type=count, default=16, help="measure on so many (default: 16)")
     add("--batch", type=count, default=8, help="read so many at a time, as memory allows (8)")
 
-    protocols = comma_list(one_of(PROTOCOLS, "protocol"))
+    protocols = comma_list(str, PROTOCOLS)
     for name, unit in (("longeval", "lines in a record"), ("passkey", "repetitions of filler")):
         add = commands.add_parser(name, parents=[shared], help="retrieval").add_argument
         add("--lines", type=comma_list(count), help=f"ask with so many {unit}: 25,50 (default: 50)")
@@ -342,7 +341,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     for name, module in BENCHMARKS.items():
         add = commands.add_parser(name, parents=[shared], help="a benchmark").add_argument
-        sets = comma_list(one_of(module.TASKS, "set"))
+        sets = comma_list(str, module.TASKS)
         add("--sets", type=sets, help=f"ask these of {', '.join(module.TASKS)}")
         add("--data", type=Path, help="read the benchmark in this folder, not from the hub")
         add("--cases", type=count, help="ask the first so many of each set (default: all)")

@@ -75,7 +75,7 @@ def contents(path: Path) -> str:
     """A digest of a file, or of the text in a folder: notes may be kept there as well."""
     files = [path]
     if path.is_dir():
-        files = sorted(file for pattern in TEXTS for file in path.rglob(pattern))
+        files = sorted(file for file in path.rglob("*") if TEXTS.match(file.name))
     digest = hashlib.sha256()
     for file in files:
         if file.is_file():

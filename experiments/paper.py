@@ -42,7 +42,6 @@ from support.command import (
     comma_list,
     make_folder,
     number,
-    one_of,
     run_command,
 )
 from support.factors_file import load_factors
@@ -370,7 +369,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add, count = parser.add_argument, number(int, 1)
     counts = comma_list(count)
     ratios = comma_list(number(float, 0, 0.9999))
-    inits = comma_list(one_of(INITIALIZATIONS, "initialization"))
+    inits = comma_list(str, INITIALIZATIONS)
     add("what", choices=[*COMMANDS, "all"])
     add("--processes", type=count, default=1, help="share the work of all out among so many (1)")
     add("--model", default=TEACHER, help="measure this checkpoint, a folder or a hub name")

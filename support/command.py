@@ -1,16 +1,13 @@
 """What command lines share: how a mistake is said, how numbers are read and files written."""
 
 import argparse
-import math
 import os
 import re
 import signal
 import stat
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import NoReturn
@@ -20,11 +17,11 @@ from safetensors import SafetensorError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGEST = 2**31  # no count of tokens, no seed needs more
-TEXTS = ("?*.txt", "?*.jsonl", "?*.parquet")  # what is read in a folder of text
-# In a folder of a model: that, and the shards which an index names.
-MODEL_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json")
-MODEL_FILES += ("added_tokens.json", "vocab*", "merges*", "chat_template*", "adapter*")
-MODEL_FILES += ("model*.safetensors*", "pytorch_model*", "additional_chat_templates/*")
+TEXTS = re.compile(r".+\.(txt|jsonl|parquet)$")  # what is read in a folder of text
+MODEL_FILES = re.compile(  # in a folder of a model
+    r"(generation_)?config\.json|special_tokens_map|added_tokens|tokenizer|vocab|merges"
+    r"|chat_template|adapter|model.*\.safetensors|pytorch_model"
+)
 
 
 class UserError(ValueError):
@@ -50,14 +47,11 @@ def run_command(command: Callable[[], None]) -> None:
 
     A character that the terminal lacks is written as "?"; what a closed stream would get is lost.
     """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of interrupt.py's
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of interrupt.py's
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the end)
-        elif hasattr(stream, "reconfigure"):  # else one that a test put there
-            stream.reconfigure(errors="replace")
+        getattr(sys, name).reconfigure(errors="replace")
     try:
         try:
             command()
@@ -67,13 +61,14 @@ def run_command(command: Callable[[], None]) -> None:
         fail(" ".join(str(error).split()))
     except torch.OutOfMemoryError:
         fail("out of GPU memory; try --dtype bfloat16 or a shorter text")
-    except BrokenPipeError:  # the reader of our output has seen enough, as `head` does
-        drop_output()
-        sys.exit(1)
     except OSError as error:
         if error.filename is not None:
             fail(f"{error.filename} cannot be used ({error.strerror}); check where it is")
-        drop_output()
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what is still to be written
+        if isinstance(error, BrokenPipeError):  # the reader has seen enough, as `head` does
+            sys.exit(1)
         fail(f"the output cannot be written ({error}); write it to another place")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -87,32 +82,24 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def drop_output() -> None:
-    """What is still to be written to standard output goes nowhere, and fails no more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 class Arguments(argparse.ArgumentParser):
-    """argparse, with a mistake as one line instead of the usage text and a line. The description is
-    the first line of a module's docstring, which is None with `python -OO`."""
+    """argparse, with a mistake as one line instead of the usage text and a line."""
 
     def __init__(self, description: str | None = None, **options: object):
-        super().__init__(description=(description or "").partition("\n")[0], **options)
+        first_line = (description or "").partition("\n")[0]  # a docstring is None with `python -OO`
+        super().__init__(description=first_line, **options)
 
     def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:
         """As argparse does. Refuses names and text that files, and what is in them, cannot hold."""
-        parsed = super().parse_args(args)
+        words = sys.argv[1:] if args is None else args
         encoding = sys.getfilesystemencoding().upper()
-        for name, value in vars(parsed).items():
-            for text in value if isinstance(value, list) else [value]:
-                try:
-                    str(text).encode(encoding)
-                except UnicodeEncodeError:
-                    mend = "rename the file, give other text, or set LC_ALL=C.UTF-8"
-                    place = [action.dest for action in self._get_positional_actions()]
-                    flag = name if name in place else "--" + name.replace("_", "-")
-                    self.error(f"{flag} {str(text)!a} is not valid {encoding}; {mend}")
-        return parsed
+        for word in words:
+            try:
+                word.encode(encoding)
+            except UnicodeEncodeError:
+                mend = "rename the file, give other text, or set LC_ALL=C.UTF-8"
+                self.error(f"{word!a} is not valid {encoding}; {mend}")
+        return super().parse_args(words)
 
     def error(self, message: str) -> None:
         flag = re.match(r"argument (--[\w-]+): expected one argument", message)
@@ -125,42 +112,28 @@ def number(kind: type, low: float, high: float = LARGEST):
     """For argparse's `type`: an int or a float in [low, high]."""
 
     def read(text: str) -> int | float:
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            noun = "a whole number" if kind is int else "a number"
-            limits = f"from {low} to {high}"
-            if high == LARGEST and not value > high:
-                limits = f"of at least {low}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {limits}")
-        return value
+            if low <= value <= high:
+                return value
+        noun = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {noun} from {low} to {high}")
 
     return read
 
 
-def comma_list(read_one: Callable[[str], object]) -> Callable[[str], list]:
-    """For argparse's `type`: values with commas between them, each as `read_one` reads it."""
+def comma_list(read_one: Callable, known: Iterable | None = None) -> Callable[[str], list]:
+    """For argparse's `type`: values with commas between them, each one of the `known`, if given."""
 
     def read(text: str) -> list:
         values = [read_one(word) for word in text.split(",")]
-        twice = [value for value in values if values.count(value) > 1]
-        if twice:
-            raise argparse.ArgumentTypeError(f"{twice[0]!r} is given twice in {text!r}")
+        for value in values:
+            if known is not None and value not in known:
+                choices = ",".join(map(str, known))
+                raise argparse.ArgumentTypeError(f"no {value!r} here; choose of {choices}")
+            if values.count(value) > 1:
+                raise argparse.ArgumentTypeError(f"{value!r} is given twice in {text!r}")
         return values
-
-    return read
-
-
-def one_of(known: tuple, noun: str) -> Callable[[str], object]:
-    """For argparse's `type`: one of the known values. (`choices` cannot look into a list.)"""
-    by_name = {str(value): value for value in known}
-
-    def read(text: str) -> object:
-        if text not in by_name:
-            raise argparse.ArgumentTypeError(f"no {noun} {text!r}; choose of {','.join(by_name)}")
-        return by_name[text]
 
     return read
 
@@ -187,10 +160,8 @@ def writing(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be written ({error}); choose another place") from None
 
 
-def check_writable(path: Path | None) -> None:
+def check_writable(path: Path) -> None:
     """Raises `UserError` if `path` cannot be written or replaced: before the work, not after."""
-    if path is None:
-        return
     if not path.parent.is_dir():
         raise UserError(f"no folder {path.parent} to write {path.name} in; make it first")
     with writing(path):
@@ -202,7 +173,6 @@ def check_writable(path: Path | None) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder, if it is not there. Raises `UserError` if that cannot be."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
 
@@ -211,36 +181,25 @@ def check_files(
     written: dict[str, Path | None], read: dict[str, Path | None], model: str | Path | None = None
 ) -> None:
     """Raises `UserError` if a file cannot be written, or is another one that is written or read,
-    whatever links lead there. Of folders it is those files that are read in one of text, or in the
-    `model`'s. Files by the names that a message shall give them, such as "--out"."""
+    whatever links lead there. Files by the names that a message shall give them, such as "--out".
+    In a folder that is read, a new file counts if the next command would read it."""
     taken: dict[object, str] = {}
-    names = [path.name for path in written.values() if path]
-    for name, path in {**read, "--model": model, **written}.items():
+    new_names = [path.name for path in written.values() if path]
+    for name, path in {**read, "--model": model}.items():
         if path is None:
             continue
-        files = [path]
-        if name in written:
-            check_writable(path)
-        elif os.path.isdir(path):
-            patterns = MODEL_FILES if name == "--model" else TEXTS
-            files = files_in(Path(path), patterns, names)
-            name = f"a file of {name}"
-        for file in files:
-            other = taken.setdefault(identity(file), name)
-            if other != name and name in written:
-                raise UserError(f"{name} and {other} are both {path}; choose another name")
-
-
-def files_in(folder: Path, patterns: tuple[str, ...], names: Iterable[str] = ()) -> list[Path]:
-    """The files of a folder that fit one of the patterns. `names` count as if they were there: the
-    next command would read them. Where an index names a model's shards, these are added."""
-    if patterns == MODEL_FILES:
-        for index in folder.glob("*.index.json"):
-            patterns += tuple(re.findall(r'"(\w[^"/*?[]*)"', index.read_text("utf-8", "replace")))
-    files = [folder / name for name in names if any(fnmatch(name, p) for p in patterns)]
-    for pattern in patterns:
-        files += folder.glob(pattern)
-    return files
+        taken[identity(path)] = name
+        if os.path.isdir(path):
+            is_read = MODEL_FILES if name == "--model" else TEXTS
+            for file in filter(is_read.match, os.listdir(path) + new_names):
+                taken[identity(Path(path, file))] = f"a file of {name}"
+    for name, path in written.items():
+        if path is None:
+            continue
+        check_writable(path)
+        other = taken.setdefault(identity(path), name)
+        if other != name:
+            raise UserError(f"{name} and {other} are both {path}; choose another name")
 
 
 def identity(path: str | Path) -> object:

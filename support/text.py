@@ -9,7 +9,7 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from support.command import TEXTS, UserError, files_in
+from support.command import TEXTS, UserError
 from support.huggingface.tokenizer import Tokenizer
 
 UTF_8 = "utf-8-sig"  # editors on Windows write a mark first
@@ -19,12 +19,12 @@ def read_documents(path: Path) -> Iterator[str]:
     """Yields the documents of a .txt file (one), a .jsonl or .parquet file (`text` of each row), or
     a folder of these, in the order of the names. Raises `UserError` naming file and line."""
     if path.is_dir():
-        files = sorted(files_in(path, TEXTS))
+        files = sorted(file for file in path.iterdir() if TEXTS.match(file.name))
         if not files:
             raise UserError(f"{path} has no .txt or .jsonl files, nor .parquet; give text to read")
         for file in files:
             yield from read_documents(file)
-    elif f"?*{path.suffix}" not in TEXTS:
+    elif not TEXTS.match(path.name):
         raise UserError(f"{path} is not a .txt or .jsonl file, nor .parquet, nor a folder of them")
     elif not path.exists():
         raise UserError(f"no file {path}; give text to read")

@@ -171,7 +171,7 @@ def talk(everything, capsys, monkeypatch, tmp_path):
 
 def test_each_answer_is_followed_by_its_bytes(talk):
     code, out, err = talk(b"\xef\xbb\xbft1 t2 t3", b"t4 t5\n\nt6\n", "--compare")
-    assert code == 0 and out.count("--- full cache\n") == out.count("--- cskv cache\n") == 2
+    assert code == 0 and out.count("--- full cache, ") == out.count("--- cskv cache, ") == 2
     said = re.findall(r"^(\d+) tokens, ([\d.]+) MB; a full 16-bit cache: ([\d.]+) MB$", err, re.M)
     assert [int(tokens) for tokens, *_ in said] == [8, 8, 13, 13]
     assert "reading 3 tokens, full cache" in err and "reading 3 tokens, cskv cache" in err
@@ -221,9 +221,9 @@ def test_ctrl_c_ends_an_answer_only(talk, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "more", "message"),
     [
-        (None, ["--ask"], "--ask needs a text to ask about"),
+        (None, ["--ask"], "the prompt is empty"),
         (None, ["--ask", "--prompt-file", "-"], "questions from standard input; give the text as"),
-        (b"t1", ["--prompt", "t1"], "--prompt and --prompt-file are both given"),
+        (b"t1", ["--prompt", "t1"], "not allowed with argument --prompt"),
         (b"", [], "the prompt is empty"),
         (b"\xff\xfe", [], "is no UTF-8 text"),
         (b"t1 " * 300_000, [], r"the prompt has \d+ tokens, the model's context \d+; shorten it"),

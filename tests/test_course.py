@@ -65,11 +65,23 @@ class InThisProcess(Sandbox):
         return sandbox.read_answer(answer)
 
 
-@pytest.fixture
-def here(monkeypatch, tmp_path):
+def grade_here(monkeypatch, tmp_path):
     """Grades in this process."""
     monkeypatch.setattr(InThisProcess, "parent", tmp_path, raising=False)
     monkeypatch.setattr(grade, "Sandbox", InThisProcess)
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    grade_here(monkeypatch, tmp_path)
+
+
+def put_solutions(modules, ids):
+    """The files with right functions of these problems."""
+    for id in ids:
+        for name in PROBLEMS[id].names:
+            modules = problems.put_function(modules, name, function_text(SOLVED, name))
+    return modules
 
 
 def write_body(modules, name, body):
@@ -88,19 +100,18 @@ def wrong(name, change):
     return problems.put_function(SOLVED, name, function.replace(*change))
 
 
-ALL_WRONG = [
-    pytest.param(name, what, marks=[pytest.mark.slow] if i else [])
-    for name, changes in WRONG.items()
-    for i, what in enumerate(changes)
-]
+ALL_WRONG = []
+for name, changes in WRONG.items():
+    for i, what in enumerate(changes):
+        ALL_WRONG.append(pytest.param(name, what, marks=[pytest.mark.slow] if i else []))
 
 
-def graded(id, student, name=None, seed=1):
+def graded(id, student, name=None, seed=1, limits=Limits()):  # noqa: B008 (frozen)
     """The verdict on a problem, or on the part of it that a function belongs to."""
     problem = PROBLEMS[id]
     if name:
         problem = replace(problem, parts=[part for part in problem.parts if name in part.names])
-    return grade.grade_problem(problem, REFERENCE, student, seed, Limits())
+    return grade.grade_problem(problem, REFERENCE, student, seed, limits)
 
 
 # ---------------------------------------------------------------------------------- what is graded
@@ -130,9 +141,8 @@ def test_wrong_solution_loses_in_its_problem(name, what, here):
 
 @pytest.mark.slow
 def test_wrong_solution_loses_in_no_other():
-    """The verdict on a part depends on nothing but the files that it is checked with. These have of
-    a student only the functions of the part (the next test): and each wrong solution differs from
-    the right one in one function, which is in one part."""
+    """A verdict depends on the files that a part is checked with, which have only the part's
+    functions of a student (the next test), and each wrong solution changes a single function."""
     for name, changes in WRONG.items():
         for change in changes.values():
             student = wrong(name, change)

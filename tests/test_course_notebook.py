@@ -4,32 +4,23 @@ import os
 
 import pytest
 
-from course import problems, release
-from course.problems import function_text, read_modules, write_modules
-from tests.test_course import PROBLEM_OF, SOLVED
+from course import release
+from course.problems import read_modules, write_modules
+from tests.test_course import put_solutions
 
 pytestmark = pytest.mark.slow
-NOTEBOOK = "course/student.ipynb"
 
 
-def released(folder, solved=()):
-    """A release with the functions of the problems `solved` put in."""
-    release.write_release(folder)
-    modules = read_modules(folder)
-    for name, problem in PROBLEM_OF.items():
-        if problem in solved:
-            modules = problems.put_function(modules, name, function_text(SOLVED, name))
-    write_modules(folder, modules)
-    return folder
-
-
-def execute(folder):
-    """What each code cell of the notebook prints, and how many pictures it draws."""
+def execute(folder, solved):
+    """Of the notebook of a release with these problems solved: what each code cell prints, and how
+    many pictures it draws."""
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     pytest.importorskip("matplotlib")
-    notebook = nbformat.read(folder / NOTEBOOK, as_version=4)
+    release.write_release(folder)
+    write_modules(folder, put_solutions(read_modules(folder), solved))
+    notebook = nbformat.read(folder / "course" / "student.ipynb", as_version=4)
     where = {"metadata": {"path": os.fspath(folder / "course")}}
     nbclient.NotebookClient(notebook, timeout=300, startup_timeout=120, resources=where).execute()
     printed = []
@@ -45,7 +36,7 @@ def execute(folder):
 
 def test_students_notebook_draws_their_functions(tmp_path):
     """With problems b, c and e it has all its pictures, and the floor is below every loss."""
-    printed, pictures = execute(released(tmp_path, "bce"))
+    printed, pictures = execute(tmp_path, "bce")
     assert pictures == [0, 0, 1, 1, 1, 0, 1, 1]
     assert not any("Not yet" in text for text in printed)
     assert "<- lost" in printed[5]
@@ -56,7 +47,7 @@ def test_students_notebook_draws_their_functions(tmp_path):
 
 def test_students_notebook_says_what_it_needs(tmp_path):
     """With only problem b, sections of c and e name the function that is missing, and no more."""
-    printed, pictures = execute(released(tmp_path, "b"))
+    printed, pictures = execute(tmp_path, "b")
     assert pictures == [0, 0, 1, 1, 0, 0, 0, 0]
     for text, letter in zip(printed[4:], "ccce", strict=True):
         assert text.startswith(f"Not yet. problem {letter}: ")

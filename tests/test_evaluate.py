@@ -320,7 +320,7 @@ MISTAKES = {
     "bytes beyond reach": ("longeval", ["--equal", 601], "--equal 601 exceeds the context of 600"),
     "files of one name": ("longeval", ["--factors", "F/f", "F/copy/f"], "two rows for cskv f"),
     "too long a case": ("longeval", ["--lines", 300], "leaves no room in a context of 600"),
-    "unknown set": ("longbench", ["--sets", "qasper"], "no set 'qasper'"),
+    "unknown set": ("longbench", ["--sets", "qasper"], "no 'qasper' here; choose of hotpotqa_e,"),
     "no calibration": ("longbench", [], "give --calibrate TEXT"),
     "no room": ("longbench", [*GOV_REPORT, "--model", "F/short"], "leaves no room in a context"),
 }

@@ -11,7 +11,6 @@ import train
 from beyond.segments import FastCache
 from cskv import BiBranchCache, bi_branch_cache, init_factors
 from experiments import evaluate
-from model import full_cache
 from support.command import UserError
 from support.factors_file import load_factors, save_factors
 from tests import helpers
@@ -33,28 +32,22 @@ def large_model(which):
     return model
 
 
-@pytest.fixture(scope="module", params=["mlp", "keys", "values", "logits"])
-def large(request, tmp_path_factory):
-    return save_checkpoint(large_model(request.param), tmp_path_factory.mktemp(request.param))
-
-
-def test_infer_refuses_logits_that_are_not_finite(large, refused, capsys):
-    args = ["--model", large, "--cache", "full", "--prompt", "t5 t6 t7", "--dtype"]
+@pytest.mark.parametrize("which", ["mlp", "keys", "values", "logits"])
+def test_commands_refuse_numbers_that_are_not_finite(which, everything, tmp_path, refused, capsys):
+    model = ["--model", save_checkpoint(large_model(which), tmp_path / "model"), "--dtype"]
+    prompt = ["--cache", "full", "--prompt", "t5 t6 t7"]
     for more in ([], ["--temperature", 1], ["--json"]):
-        assert "--dtype" in refused(infer, *args, "float16", *more)
+        assert "--dtype" in refused(infer, *model, "float16", *prompt, *more)
     for dtype in ("bfloat16", "float32"):
-        assert call(infer, capsys, *args, dtype)[0] == 0
-
-
-def test_other_commands_refuse_numbers_that_are_not_finite(large, everything, tmp_path, refused):
+        assert call(infer, capsys, *model, dtype, *prompt)[0] == 0
     perplexity = ["perplexity", "--text", everything / "text.txt", *SMALL]
     longeval = ["longeval", "--lines", 2, "--cases", 1, "--caches", "full"]
     for args in (perplexity, longeval):
-        args += ["--model", large, "--dtype", "float16", "--json", tmp_path / args[0]]
+        args += [*model, "float16", "--json", tmp_path / args[0]]
         assert "--dtype" in refused(evaluate, *args, notes=True)
-    if "logits" not in str(large):  # training does not read them
-        args = helpers.arguments(everything, tmp_path / "f", "--model", large, "--init", "optimal")
-        assert "--dtype" in refused(train, *args, "--dtype", "float16", notes=True)
+    if which != "logits":  # training does not read them
+        args = helpers.arguments(everything, tmp_path / "f", "--init", "optimal")
+        assert "--dtype" in refused(train, *args, *model, "float16", notes=True)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -81,7 +74,7 @@ def test_infer_names_the_bits_of_such_latents(tmp_path, refused, capsys, bits):
     model = large_model("keys")
     save_checkpoint(model, tmp_path)
     save_factors(tmp_path / "f", make_factors(model, 6, 6), model, torch.float32)
-    prompt = " ".join(f"t{i % 61}" for i in range(70))
+    prompt = " ".join([f"t{i % 61}" for i in range(70)])
     args = ["--model", tmp_path, "--factors", tmp_path / "f", "--window", 2, "--prompt", prompt]
     error = refused(infer, *args, "--bits", bits)
     assert "--bits 32" in error and "--dtype" in error
@@ -101,21 +94,18 @@ def test_a_huge_loss_is_still_a_number(everything, tmp_path, capsys):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e5])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
-def test_a_weight_that_is_not_finite_or_beyond_its_type_is_named(
-    tmp_path, refused, capsys, name, value
-):
+def test_a_weight_beyond_its_type_is_named(tmp_path, refused, capsys, name, value):
     model = tiny_model()
     model.state_dict()[name].view(-1)[3] = value
-    save_checkpoint(model, tmp_path)
-    args = ["--model", tmp_path, "--cache", "full", "--prompt", "t1 t2", "--dtype"]
-    error = refused(infer, *args, "float16")
+    args = ["--model", save_checkpoint(model, tmp_path), "--cache", "full", "--prompt", "t1 t2"]
+    error = refused(infer, *args, "--dtype", "float16")
     assert name in error
     if math.isfinite(value):
         assert "float16 cannot hold; try --dtype bfloat16" in error
-        assert call(infer, capsys, *args, "bfloat16")[0] == 0
+        assert call(infer, capsys, *args, "--dtype", "bfloat16")[0] == 0
     else:
         assert "not finite; fetch it again" in error
-        assert "not finite; fetch it again" in refused(infer, *args, "float32")
+        assert "not finite; fetch it again" in refused(infer, *args)
 
 
 def zeroed(*names):
@@ -128,9 +118,7 @@ def zeroed(*names):
 
 @pytest.mark.parametrize("init", ["random", "svd", "asvd", "optimal", "attention"])
 @pytest.mark.parametrize("names", [["v0"], ["k1"], ["k0", "v0", "k1", "v1"]])
-def test_a_projection_of_zeros_has_factors_of_its_own(
-    everything, tmp_path, trained, capsys, names, init
-):
+def test_a_projection_of_zeros_has_factors(everything, tmp_path, trained, capsys, names, init):
     """As a pruned layer has: trained, saved, loaded, and used."""
     model = ["--model", save_checkpoint(zeroed(*names), tmp_path)]
     trained("f", *model, "--init", init, "--samples", 3, "--seq-len", 40)
@@ -150,10 +138,3 @@ def test_zeros_do_not_hide_another_model(tmp_path):
         for other in others:
             with pytest.raises(UserError, match="another model"):
                 load_factors(tmp_path / "f", other)
-
-
-def test_a_full_cache_of_zeros_is_unharmed():
-    model = zeroed("k0", "v0")
-    tokens = tiny_tokens(model, 1, 9)
-    ours = helpers.decode_all(model, tokens, 8, full_cache(model))
-    torch.testing.assert_close(ours, model(tokens))
