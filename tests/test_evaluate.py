@@ -245,11 +245,11 @@ def scripted(monkeypatch, *answers):
         prompts.append(make_prompt(*arguments))
         return prompts[-1]
 
-    def greedy_answer(*arguments):
+    def answer(*arguments):
         return [int(word[1:]) for word in next(said).split()]
 
     monkeypatch.setattr(evaluate, "prompt_ids", prompt_ids)
-    monkeypatch.setattr(evaluate, "greedy_answer", greedy_answer)
+    monkeypatch.setattr(evaluate.Question, "answer", answer)
     return prompts
 
 
