@@ -1,9 +1,9 @@
 """The frozen model: Llama and Mistral in plain PyTorch, and the cache they are usually run with.
 
-Nothing in here knows of compression. Every module has its Hugging Face name, so that a checkpoint
-loads strictly (support/huggingface/checkpoint.py). The one unusual thing is where attention lives:
-the `Attention` module only projects; a `LayerCache` remembers and attends. Caches that compress are
-further subclasses of `LayerCache`, in other files.
+Nothing in here knows of compression. Every module has its Hugging Face name, so that a
+checkpoint loads strictly. The one unusual thing is where attention lives: the `Attention`
+module only projects; a `LayerCache` remembers and attends. Caches that compress are further
+subclasses of it, in other files.
 
 Shapes, everywhere in this project:
     B batch   T tokens   H query heads   H_kv key/value heads   G = H / H_kv   D head dim
@@ -23,8 +23,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-# ------------------------------------------------------------------------------------- config
 
 
 @dataclass(frozen=True)
@@ -56,28 +54,24 @@ class Config:
     def context_length(self) -> int:
         """Longest sequence the model was made for. A linear factor stretches the trained length;
         Llama 3.1's `max_position_embeddings` has the factor in it already."""
-        linear = self.rope_scaling is not None and self.rope_scaling["rope_type"] == "linear"
-        return int(self.max_position_embeddings * (self.rope_scaling["factor"] if linear else 1))
-
-
-# --------------------------------------------------------------------------------------- RoPE
+        if self.rope_scaling and self.rope_scaling["rope_type"] == "linear":
+            return int(self.max_position_embeddings * self.rope_scaling["factor"])
+        return self.max_position_embeddings
 
 
 class Rope:
-    """Rotary position embedding [2]: at position t, the plane f is turned by t * w_f.
-
-    A head's D channels are D/2 planes, in Hugging Face checkpoints half-split: f and f + D/2.
-    """
+    """Rotary position embedding [2]: at position t, the plane f is turned by t * w_f. A head's D
+    channels are D/2 planes, in Hugging Face checkpoints half-split: f and f + D/2."""
 
     def __init__(self, config: Config):
         D = config.head_dim
-        # Operation by operation as in the reference library, so that not even the last bit differs.
+        # Operation by operation as in the reference library, so that no last bit differs.
         exponent = torch.arange(0, D, 2, device="cpu", dtype=torch.float32) / D
         w = 1 / config.rope_theta**exponent
         scaling = config.rope_scaling or {"rope_type": "default"}
         if scaling["rope_type"] == "linear":  # [4]: positions shrink by the factor
             w = w / scaling["factor"]
-        elif scaling["rope_type"] == "llama3":  # [5]: only slow rotations shrink, with a ramp
+        elif scaling["rope_type"] == "llama3":
             w = llama3_frequencies(w, scaling)
         self.frequencies = w  # [D/2]
         self.cos = self.sin = torch.empty(0, D // 2)  # [positions, D/2]
@@ -110,22 +104,15 @@ def llama3_frequencies(w: Tensor, scaling: dict) -> Tensor:
     return (1 - ramp) * (w / scaling["factor"]) + ramp * w
 
 
-# -------------------------------------------------------------------------------------- caches
-
-
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None = None) -> Tensor:
     """Token i attends to the tokens j <= i, with i - j < sliding_window if that is set.
-
-    q [B, H, T, D] and k, v [B, H_kv, T, D], q and k rotated -> [B, H, T, D].
-    """
+    q [B, H, T, D] and k, v [B, H_kv, T, D], q and k rotated -> [B, H, T, D]."""
     T = q.shape[-2]
-    mask = None
-    if sliding_window is not None and sliding_window < T:
-        i = torch.arange(T, device=q.device)
-        mask = seen_by(i, i, sliding_window)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-    )
+    if sliding_window is None or sliding_window >= T:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    i = torch.arange(T, device=q.device)
+    mask = seen_by(i, i, sliding_window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 def seen_by(i: Tensor, j: Tensor, sliding_window: int | None = None) -> Tensor:
@@ -141,15 +128,14 @@ PIECE = 128  # new tokens that caches take at once, if they take several: it bou
 
 
 class LayerCache:
-    """One layer's memory of one batch of sequences of equal length, and the attention over it.
-
-    Subclasses say what is remembered. Keys arrive before RoPE, since that is where caches differ:
-    some store rotated keys, some rebuild keys and rotate those, some renumber the positions.
+    """One layer's memory of a batch of sequences of equal length, and the attention over it. Keys
+    arrive before RoPE, since that is where caches differ: some store rotated keys, some rebuild
+    keys and rotate those, some renumber the positions.
 
         x    [B, T, hidden]     the layer's normed input, which keys and values are projected from
         q    [B, H, T, D]       queries, before RoPE
         k, v [B, H_kv, T, D]    keys and values, k before RoPE
-        out  [B, H, T, D]
+        out  [B, H, T, D]       what attention gives
     """
 
     length = 0  # tokens seen
@@ -166,7 +152,7 @@ class LayerCache:
         raise NotImplementedError
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """One new token (T = 1), after a prefill."""
+        """One new token, after a prefill."""
         raise NotImplementedError
 
     def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
@@ -174,11 +160,11 @@ class LayerCache:
         return self.decode(x, q, k, v, rope)
 
     def at_once(self) -> int:
-        """How many of the next tokens `extend` takes: more than one if a cache has a way."""
+        """How many of the next tokens `extend` takes."""
         return 1
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that this layer keeps for the sequence."""
+        """All that this layer keeps for the sequence."""
         raise NotImplementedError
 
     def nbytes(self) -> int:
@@ -216,11 +202,9 @@ def reserve(buffer: Tensor, length: int, most: int | None = None) -> Tensor:
 
 
 class FullCache(LayerCache):
-    """The usual cache: every token's rotated key and its value, in the model's precision.
-
-    `expected` is the final length, if the caller knows it: memory is then taken once. Under a
-    sliding window old tokens are kept, but not attended.
-    """
+    """The usual cache: every token's rotated key and its value, in the model's precision. Under
+    a sliding window old tokens are kept, but not attended. `expected` is the final length, if
+    it is known: memory is then taken once."""
 
     def __init__(self, config: Config, expected: int = 0):
         self.expected = expected
@@ -234,12 +218,12 @@ class FullCache(LayerCache):
         self.v[:, :, :T] = v
         self.length = T
 
+    def at_once(self) -> int:
+        return PIECE
+
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_decode(q)
         return self.extend(x, q, k, v, rope)
-
-    def at_once(self) -> int:
-        return PIECE
 
     def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_extend()
@@ -262,19 +246,6 @@ class FullCache(LayerCache):
         return [self.k, self.v] if self.length else []
 
 
-# --------------------------------------------------------------------------------------- model
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, config: Config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # 16-bit x: in float32 inside
-
-
 class Attention(nn.Module):
     """Projects; `cache` remembers and attends. Without one, plain causal attention."""
 
@@ -295,9 +266,8 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)
         if cache is None:
-            q = rope.rotate(q, 0)
-            k = rope.rotate(k, 0)
-            out = causal_attention(q, k, v, self.config.sliding_window)
+            window = self.config.sliding_window
+            out = causal_attention(rope.rotate(q, 0), rope.rotate(k, 0), v, window)
         elif cache.length == 0:
             out = cache.prefill(x, q, k, v, rope)
         elif T == 1:
@@ -326,9 +296,9 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None) -> Tensor:
@@ -337,13 +307,13 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below the output matrix; `model.` in a checkpoint's names."""
+    """`model.` in a checkpoint's names."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Transformer(nn.Module):
@@ -358,15 +328,10 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rope = Rope(config)
 
-    def forward(
-        self, tokens: Tensor, cache: list[LayerCache] | None = None, logits_to_keep: int = 0
-    ) -> Tensor:
-        """tokens [B, T] -> logits [B, T, vocab], or of the last `logits_to_keep` tokens only.
-
-        An empty cache prefills, one that holds tokens decodes one more, or is extended by several.
-        Sequences of a batch have equal length: there is no padding. Raises `ValueError` past the
-        context length.
-        """
+    def forward(self, tokens: Tensor, cache: list | None = None, logits_to_keep=0) -> Tensor:
+        """tokens [B, T] -> logits [B, T, vocab], or of the last `logits_to_keep` tokens only. An
+        empty cache prefills, one that holds tokens is extended. Sequences of a batch have equal
+        length: there is no padding. Raises `ValueError` past the context length."""
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be [B, T] with T > 0, got {tuple(tokens.shape)}")
         if cache is not None and len(cache) != len(self.model.layers):
@@ -389,5 +354,5 @@ class Transformer(nn.Module):
 
 
 def full_cache(model: Transformer, expected: int = 0) -> list[LayerCache]:
-    """A full cache for one batch of sequences of `model`, `expected` tokens long in the end."""
+    """A full cache for a batch of sequences that are `expected` tokens long in the end."""
     return [FullCache(model.config, expected) for _ in model.model.layers]

@@ -7,24 +7,22 @@ The numbers of a group share one scale and one minimum, each a 16-bit float (Liu
     code  = round((x - minimum) / scale)          0, 1, ..., 2^bits - 1
     x     ~ minimum + scale * code                off by at most half a step, scale / 2
 
-Keys are grouped along the tokens of a channel: key channels differ much in size, and one of
-outliers must not spoil the others. Values are grouped along the channels of a token. Tensors are
-[..., T, C] with T tokens and C channels.
+Keys are grouped along the tokens of a channel: key channels differ much in size, and one
+of outliers must not spoil the others. Values are grouped along the channels of a token.
+Tensors are [..., T, C] with T tokens and C channels.
 
-What matters is not how many levels there are but where they lie. The published code of CSKV keeps
-no minimum but a whole-number zero-point, forced into 0 .. 2^bits - 1: x ~ scale * (code - zero). So
-zero is always one of the levels, and a group that lies wholly on one side of it, as many groups of
-keys and latents do, loses most of its levels, or all but one:
+CSKV's published code keeps no minimum but a whole-number zero-point, forced into 0 ..
+2^bits - 1: x ~ scale * (code - zero). So zero is always one of the levels, and a group on
+one side of it, as many groups of latents are, loses most of its levels, or all but one:
 
     x = 10.0, 11.0, 12.0, 13.0 in 2 bits        scale = (13 - 10) / 3 = 1
     with a minimum:   minimum 10   codes 0 1 2 3   ->  10 11 12 13
     with zero-point:  zero = clamp(-10, 0, 3) = 0   codes 3 3 3 3   ->  3 3 3 3
 
-`clamped` asks for this, to be measured against: very likely the reason for PTQ = 0.00 in Table 5.
+`clamped` asks for this, to be compared: likely the reason for PTQ = 0.00 in Table 5.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +31,7 @@ from torch import Tensor
 BITS = (2, 3, 4, 8)
 TOKENS, CHANNELS = -2, -1  # the dimension along which neighbours form a group
 GROUP = 32  # numbers in a group of KIVI's
-BLOCK = 32  # tokens whose codes are packed into bytes together; packed groups are multiples of it
+BLOCK = 32  # tokens that are packed together; packed groups are multiples of it
 
 
 @dataclass(frozen=True)
@@ -46,29 +44,22 @@ class Grouping:
 
 
 def bits_per_element(bits: int, size: int = GROUP, length: int = GROUP) -> float:
-    """Bits of storage an element, scale and minimum included: `bits` + 1 in groups of 32.
-
-    `length` is the number of elements along the grouped dimension. If it is no multiple of `size`,
-    the last group is short and costs as much: in groups of 32, 38 channels in 4 bits take
-    4 + 2 * 32 / 38 = 5.7.
-    """
+    """Bits of storage an element, with scale and minimum. `length` elements are grouped; a
+    short last group costs as much as others: 38 take 4 + 2 * 32 / 38 = 5.7 in 4 bits."""
     groups = -(-length // size)
     return bits + 2 * 16 * groups / length
-
-
-# ---------------------------------------------------------------------------------- to codes
 
 
 @dataclass
 class Quantized:
     codes: Tensor  # [..., T, C] uint8, each below 2^bits
-    scale: Tensor  # float16, one a group: the grouped dimension is that of `codes` divided by its
-    minimum: Tensor  # size, rounded up
+    scale: Tensor  # float16, one a group
+    minimum: Tensor
 
 
 def round_down(x: Tensor) -> Tensor:
-    """x in float16, never above x: 16-bit limits of a group still hold all of it. Beyond the range
-    of float16 it is infinite, and the group reads back as NaN or infinite, not as other numbers."""
+    """x in float16, never above x: such limits of a group hold all of it. Beyond float16 it is
+    infinite, and the group reads back as NaN or infinite, not as other numbers."""
     half = x.half()
     lower = (half.float() - half.float().abs() / 1024 - 2**-24).half()
     return torch.where(half > x, lower, half)
@@ -78,7 +69,7 @@ def group_limits(x: Tensor, bits: int, grouping: Grouping) -> tuple[Tensor, Tens
     """Scale and minimum of every group of x [..., T, C], in float16."""
     dim, size = grouping.dim, grouping.size
     n = x.shape[dim]
-    # A short last group is filled up with its last element, which changes neither of its limits.
+    # A short last group is filled up with its last element: its limits stay.
     filled = -(-n // size) * size
     index = torch.arange(filled, device=x.device).clamp(max=n - 1)
     groups = x.float().index_select(dim, index).unflatten(dim, (-1, size))
@@ -116,26 +107,24 @@ def dequantize(q: Quantized, grouping: Grouping, out: Tensor | None = None) -> T
     if out is None:
         out = torch.empty_like(q.codes, dtype=torch.float32)
     out.copy_(q.codes)
-    scale = q.scale.float()
-    minimum = q.minimum.float()
     whole, rest = divmod(out.shape[dim], size)
     # In place on views: a decode step does this to the whole cache, and repeating takes longer.
-    groups = out.narrow(dim, 0, whole * size).unflatten(dim, (whole, size))
-    groups.mul_(scale.narrow(dim, 0, whole).unsqueeze(dim))
-    groups.add_(minimum.narrow(dim, 0, whole).unsqueeze(dim))
-    if rest:  # the short last group
-        last = out.narrow(dim, whole * size, rest)
-        last.mul_(scale.narrow(dim, whole, 1))
-        last.add_(minimum.narrow(dim, whole, 1))
+    for first, count, width in ((0, whole, size), (whole, 1, rest)):  # the last may be short
+        if count * width:
+            part = out.narrow(dim, first * size, count * width).unflatten(dim, (count, width))
+            scale = q.scale.narrow(dim, first, count).unsqueeze(dim).float()
+            minimum = q.minimum.narrow(dim, first, count).unsqueeze(dim).float()
+            if dim == TOKENS:  # in one pass, which along channels takes longer
+                torch.addcmul(minimum, part, scale, out=part)
+            else:
+                part.mul_(scale).add_(minimum)
     return out
 
 
 def fake_quantize(x: Tensor, bits: int, grouping: Grouping) -> Tensor:
-    """What storage makes of x, in x's type and with a gradient: for training with the loss in it.
-
-    Rounding has no useful gradient, so it is passed straight through (Bengio et al., 2013): as if
-    this were the identity for an x within the levels of its group, and a constant for one beyond.
-    """
+    """What storage makes of x, in x's type and with a gradient, for training. Rounding has no
+    useful one, so it is passed straight through (Bengio et al., 2013): as if this were the
+    identity for an x within the levels of its group, and a constant for one beyond."""
     with torch.no_grad():
         q = quantize(x, bits, grouping)
         n = x.shape[grouping.dim]
@@ -155,12 +144,9 @@ def fields(bits: int) -> list[tuple[int, int]]:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes [..., T, C], T a multiple of 32, as bytes [..., T * bits / 8, C]: no bit is wasted.
-
-    A byte holds codes of one channel, in 4 bits those of the tokens i and i + 16 of a block of 32:
-
-        row 0 of the block's 16:   token 16, token 0       bits 7654 and 3210; row 1: 17 and 1, ...
-    """
+    """Codes [..., T, C], T a multiple of 32, as bytes [..., T * bits / 8, C]. A byte holds
+    codes of one channel, in 4 bits those of tokens i and i + 16 of a block: in row 0 of 16,
+    token 16 in bits 7654 and token 0 in bits 3210; in row 1, tokens 17 and 1."""
     blocks = codes.unflatten(TOKENS, (-1, BLOCK))  # [..., T / 32, 32, C]
     rows = []
     for width, lowest in fields(bits):
@@ -172,24 +158,19 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return torch.cat(rows, TOKENS).flatten(-3, -2)
 
 
-@lru_cache
-def shifts(width: int, device: torch.device) -> Tensor:
-    """How far each code of a byte is from its lowest bit, [8 / width, 1]."""
-    return torch.arange(0, 8, width, dtype=torch.int32, device=device)[:, None]
-
-
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """The codes [..., T, C] that `pack` got."""
     if bits == 8:
         return packed
     rows, C = packed.shape[TOKENS:]
-    # Bytes are taken four at a time, as one number: a quarter of the work. What a shift brings in
-    # from the byte beside it, the mask takes out.
+    # Four bytes are one number: a quarter of the work. What a shift brings in from the byte
+    # beside it, the mask takes out.
     words = packed.reshape(-1, 1, BLOCK * bits // 8 * C).view(torch.int32)  # [T / 32, 1, bits * C]
     codes = []
     for width, lowest in fields(bits):
         field = words.narrow(2, lowest * C, width * C)
-        field = field >> shifts(width, packed.device)  # [T / 32, 8 / width, width * C]
+        shifts = torch.arange(0, 8, width, dtype=torch.int32, device=packed.device)
+        field = field >> shifts[:, None]  # [T / 32, 8 / width, width * C]
         field &= 0x01010101 * (2**width - 1)
         codes.append(field.view(-1, BLOCK // 4 * C))
     if bits == 3:
@@ -201,17 +182,15 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 class Packed:
     """Tokens [B, T, C] of a sequence in b bits. It grows.
 
-    Packed are whole blocks of tokens, as many as a group has numbers. A block is packed once all
-    its tokens are older than the newest `residual`. Until then they wait as they are, fewer than
-    residual + block of them. In blocks of 32:
+    A block has as many tokens as a group has numbers. It is packed once all of them are older
+    than the newest `residual`. Until then tokens wait as they are, fewer than residual +
+    block of them; in 16 and 32 bits for ever. In blocks of 32:
 
         residual 4, 70 tokens held     0 .. 31 | 32 .. 63 | 64 65   66 67 68 69
                                         packed |  packed  | wait    the residual
-
-    Raises `ValueError` for groups that are no multiple of 32.
     """
 
-    bits: int  # 2, 3, 4 or 8
+    bits: int
     grouping: Grouping
     residual: int = 0  # newest tokens that are not packed
     expected: int = 0  # final number of tokens, if known; memory is then taken once
@@ -223,10 +202,8 @@ class Packed:
     def __post_init__(self):
         self.block = self.grouping.size
         if self.block % BLOCK:
-            raise ValueError(f"groups of {self.block} cannot be packed, only multiples of {BLOCK}")
-        self.room = max(0, self.expected - self.residual) // self.block
-        # Codes, scales and minima, [B, blocks or more, rows of one block, their channels] each.
-        self.buffers: list[Tensor] = []
+            raise ValueError(f"groups of {self.block} are packed in multiples of {BLOCK} only")
+        self.buffers: list[Tensor] = []  # codes, scales, minima; [B, blocks or more, rows, C]
 
     def append(self, x: Tensor) -> None:
         """x [B, n, C], the next n tokens."""
@@ -235,15 +212,16 @@ class Packed:
             parts.insert(0, self.waiting)
         waiting = torch.cat(parts, dim=1)  # a copy a step, but only of what waits
         self.length += x.shape[1]
-        n = max(0, waiting.shape[1] - self.residual) // self.block * self.block
-        if n:
-            self.pack_blocks(waiting[:, :n])
+        blocks = max(0, waiting.shape[1] - self.residual) // self.block
+        if blocks and self.bits in BITS:
+            n = blocks * self.block
+            self.pack_blocks(waiting[:, :n], blocks)
             waiting = waiting[:, n:].clone()  # a view would keep the memory of the packed ones
-        self.waiting = waiting  # [B, fewer than residual + block, C]
+        self.waiting = waiting
 
     def at_once(self) -> int:
-        """How many tokens can be appended together, and none but the first has a block packed:
-        what any of them reads then is the same as if they came one by one."""
+        """How many tokens can come together, and read the same as if they came one by one:
+        none but the first has a block packed."""
         until = self.until_packed()
         return self.block if until == 1 else until - 1
 
@@ -251,17 +229,15 @@ class Packed:
         """The next block is packed when so many more tokens have come, 1 or more."""
         return self.packed + self.block + self.residual - self.length
 
-    def pack_blocks(self, x: Tensor) -> None:
-        """x [B, n, C], n tokens of whole blocks."""
+    def pack_blocks(self, x: Tensor, blocks: int) -> None:
+        """x [B, n, C], the n tokens of whole blocks."""
         start = self.packed // self.block
-        blocks = x.shape[1] // self.block
         stop = start + blocks
         q = quantize(x, self.bits, self.grouping)
-        parts = []
-        for part in (pack(q.codes, self.bits), q.scale, q.minimum):
-            parts.append(part.unflatten(1, (blocks, -1)))
+        parts = [pack(q.codes, self.bits), q.scale, q.minimum]
+        parts = [part.unflatten(1, (blocks, -1)) for part in parts]
         if not self.buffers:
-            room = max(stop, self.room)
+            room = max(stop, (self.expected - self.residual) // self.block)
             self.buffers = [part.new_empty(len(x), room, *part.shape[2:]) for part in parts]
         missing = stop - self.buffers[0].shape[1]
         if missing > 0:
@@ -280,29 +256,15 @@ class Packed:
             return self.waiting[:, start - end : stop - end].float()
         first = start // self.block * self.block  # of the blocks that they lie in
         last = -(-min(stop, end) // self.block) * self.block
-        packed = last - first
-        waiting = max(0, stop - end)
-        B, _, C = self.waiting.shape
-        x = self.waiting.new_empty(B, packed + waiting, C, dtype=torch.float32)
-        codes, scale, minimum = self.quantized(first, last)
-        blocks = x[:, :packed].view(codes.shape)  # [B, blocks, tokens of one, C]
-        if self.grouping.dim == TOKENS:  # a scale and a minimum for each block and channel
-            blocks.copy_(codes)
-            torch.addcmul(minimum.float(), blocks, scale.float(), out=blocks)
-        else:
-            dequantize(Quantized(codes, scale, minimum), self.grouping, blocks)
-        if waiting:
-            x[:, packed:] = self.waiting[:, :waiting]
+        waiting = self.waiting[:, : max(0, stop - end)]
+        B, n, C = waiting.shape
+        x = waiting.new_empty(B, last - first + n, C, dtype=torch.float32)
+        blocks = slice(first // self.block, last // self.block)
+        codes, scale, minimum = [buffer[:, blocks] for buffer in self.buffers]
+        q = Quantized(unpack(codes, self.bits), scale, minimum)  # [B, blocks, tokens of one, C]
+        dequantize(q, self.grouping, x[:, : last - first].view(q.codes.shape))
+        x[:, last - first :] = waiting
         return x[:, start - first : stop - first]
-
-    def quantized(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The packed tokens from `start` to `stop` - 1, of whole blocks, as they are: codes
-        [B, blocks, tokens of one, C]; scale and minimum, in groups along tokens [B, blocks, 1, C].
-        """
-        first = start // self.block
-        count = stop // self.block - first
-        codes, scale, minimum = [buffer.narrow(1, first, count) for buffer in self.buffers]
-        return unpack(codes, self.bits), scale, minimum
 
     def tensors(self) -> list[Tensor]:
         return [*self.buffers, self.waiting] if self.length else []

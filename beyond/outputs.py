@@ -1,9 +1,8 @@
 """What the attention makes of keys and values: statistics for factors that keep its output.
 
-`cskv.optimal_factors` keeps every key and every value as well as it can. But what a
-layer hands on is a sum over tokens t, o = sum_t p_t v_t, so not every error counts
-alike. Here p are the attention probabilities of a query, and t the tokens that it reads
-through the compressed branch:
+`cskv.optimal_factors` keeps every key and every value as well as it can. But what a layer hands on
+is a sum over tokens t, o = sum_t p_t v_t, so not every error counts alike. Here p are the attention
+probabilities of a query, and t the tokens that it reads through the compressed branch:
 
 Values. The output is off by sum_t p_t (v_t - v^_t), and what is cut from one value may cancel with
     what is cut from another. Cutting is linear: what happens to v happens to u = sum_t p_t v_t.
@@ -19,9 +18,11 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cskv import Observer, Statistics, is_exact
+from beyond.segments import is_exact
+from cskv import Observer, Statistics
 from model import Attention, Rope, Transformer, seen_by
 from support.command import UserError
 from support.processes import calibrate_together, summed
@@ -46,28 +47,25 @@ class OutputObserver(Observer):
         super().remember(x, q, k, v, rope)
         T = x.shape[1]
         first = min(self.sinks + self.window, T)  # the first query that reads a compressed token
-        at = torch.arange(first, T, EVERY, device=x.device)
-        if not len(at):
-            return
+        i = torch.arange(first, T, EVERY, device=x.device)  # n of them
         j = torch.arange(T, device=x.device)
-        seen = seen_by(at, j, self.sliding_window)  # [n, T]
-        exact = is_exact(at, j, self.window, self.sinks)
-        q_at = rope.rotate(q, 0)[:, :, at].float().unflatten(1, (k.shape[1], -1))
-        k_all = rope.rotate(k, 0).float().unsqueeze(2)
-        scores = q_at @ k_all.transpose(-1, -2) / math.sqrt(k.shape[-1])
-        p = scores.masked_fill(~seen, -math.inf).softmax(-1)  # [B, H_kv, G, n, T]
-        self.add(p * (seen & ~exact), q[:, :, at], x)
-
-    def add(self, p: Tensor, q: Tensor, x: Tensor) -> None:
-        """p [B, H_kv, G, n, T], of the queries q [B, H, n, D] before RoPE, and x [B, T, hidden]."""
-        v = x @ self.attention.v_proj.weight.T  # a bias is added to v and to v^ alike
-        u = p.flatten(1, 3) @ v.float()
-        u = u.flatten(0, 1).double()  # [B * H * n, d_kv]
-        energy = q.double().square().unflatten(-1, (2, -1)).mean(-2)  # of each plane
+        seen = seen_by(i, j, self.sliding_window)  # [n, T]
+        compressed = seen & ~is_exact(i, j, self.window, self.sinks)
+        # 1. What these queries read: p, and the compressed branch's part of it.
+        q_i = rope.rotate(q, 0)[:, :, i].float().unflatten(1, (k.shape[1], -1))
+        k_j = rope.rotate(k, 0).float().unsqueeze(2)
+        scores = q_i @ k_j.mT / math.sqrt(k.shape[-1])
+        p = scores.masked_fill(~seen, -math.inf).softmax(-1) * compressed  # [B, H_kv, G, n, T]
+        self.attended = p.sum((1, 2, 3))  # how much each token is read, [B, T]
+        # 2. Values: u. A bias is added to v and to v^ alike.
+        v = F.linear(x, self.attention.v_proj.weight).float()  # [B, T, d_kv]
+        u = (p.flatten(1, 3) @ v).flatten(0, 1).double()  # [B * H * n, d_kv]
+        # 3. Keys: the energy of each plane of a query, before RoPE, as often as it reads.
+        energy = q[:, :, i].double().square().unflatten(-1, (2, -1)).mean(-2)  # [B, H, n, D / 2]
         energy = energy.repeat(1, 1, 1, 2) * p.sum(-1).flatten(1, 2)[..., None]  # [B, H, n, D]
         self.mass += p.sum()
         self.values += u.T @ u
-        self.queries += energy.sum((0, 2)).unflatten(0, (p.shape[1], -1)).sum(1)
+        self.queries += energy.sum((0, 2)).unflatten(0, (k.shape[1], -1)).sum(1)
 
 
 @torch.no_grad()
@@ -78,11 +76,11 @@ def calibrate_outputs(
     sinks: int,
     kind: Callable[..., OutputObserver] = OutputObserver,
 ) -> list[Statistics]:
-    """`cskv.calibrate`, but with the moment of the values, and the metric for keys,
-    that are explained above. `kind` makes the observer of a layer, in their order.
+    """`cskv.calibrate`, but with the moment of the values, and the metric for keys, that are
+    explained above. `kind` makes the observer of a layer.
 
-    Raises `UserError` as `calibrate_together` does, and for samples in which no token
-    leaves the window.
+    Raises `UserError` as `calibrate_together` does, and for samples in which no token leaves the
+    window.
     """
     observers = []
 

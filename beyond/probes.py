@@ -5,15 +5,17 @@ or some neighbours, at a time (`Probe`): a text is read exactly once, and the in
 each layer is kept.
 """
 
+import math
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import quant
-from cskv import Factors, LowRank, Together, is_exact
+from beyond.segments import is_exact
+from cskv import LowRank, Together
 from model import Attention, LayerCache, Rope, Transformer, seen_by
 from support.command import UserError
 
@@ -22,6 +24,7 @@ NAMES = {"k": "keys", "v": "values"}
 AT_ONCE = 2**13  # tokens that a probe reads at once: many small texts together take less time
 
 
+@dataclass(eq=False)
 class DecodeMode(LayerCache):
     """Reads a text at once, and gives what decoding it token by token would: a token attends to the
     first `sinks` tokens and to the last `window` exactly, and to those between through `pairs`.
@@ -31,27 +34,17 @@ class DecodeMode(LayerCache):
     sides that share them with other layers; the others are this layer's x A.
     """
 
-    def __init__(
-        self,
-        attention: Attention,
-        pairs: dict[str, LowRank],
-        window: int,
-        sinks: int,
-        latents: dict[str, Tensor] | None = None,
-    ):
-        self.attention = attention
-        self.latents = latents or {}
-        self.sliding_window = attention.config.sliding_window
-        self.pairs = pairs
-        self.window = window
-        self.sinks = sinks
+    attention: Attention
+    pairs: dict[str, LowRank | None]
+    window: int
+    sinks: int
+    latents: dict[str, Tensor] = field(default_factory=dict)
 
     def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        T = x.shape[1]
         k_hat = rope.rotate(self.rebuild("k", x, k), 0)
         v_hat = self.rebuild("v", x, v)
-        i = torch.arange(T, device=x.device)
-        seen = seen_by(i, i, self.sliding_window)
+        i = torch.arange(x.shape[1], device=x.device)
+        seen = seen_by(i, i, self.attention.config.sliding_window)
         exact = is_exact(i, i, self.window, self.sinks)
         # Every token is there twice, exact and rebuilt, and one softmax sees it once.
         mask = torch.cat([seen & exact, seen & ~exact], dim=1)  # [T, 2 T]
@@ -70,20 +63,33 @@ class DecodeMode(LayerCache):
         if pair.bits < 16:
             grouping = pair.grouping(SIDES[side])
             c[:, self.sinks :] = quant.fake_quantize(c[:, self.sinks :], pair.bits, grouping)
-        rebuilt = F.linear(c, pair.B.T, bias)
+        rebuilt = F.linear(c, pair.B.T.to(c), bias)
         return rebuilt.unflatten(-1, (-1, y.shape[-1])).transpose(1, 2)
 
 
-class Probe:
-    """Texts, and what it costs to read them with some layers in decode mode.
+@dataclass(frozen=True)
+class Texts:
+    """Texts of one length, as a `Probe` has read them."""
 
-    All other layers are exact, or read through the factors of `around`.
+    at: Tensor  # the positions that are predicted from
+    exact: Tensor  # log-probabilities of the exact model there, [B, n, vocab]
+    exact_inputs: list[Tensor]  # of all layers, [B, T, hidden]
+    inputs: list[Tensor]  # where they read through `pairs`
+    pairs: list[dict[str, LowRank]]  # of all layers, by their side
+    latents: list[dict[str, Tensor]]  # likewise
+
+
+class Probe:
+    """Texts that are read with some sides of layers in decode mode, and what that costs: the KL
+    divergence of predictions from the exact model's, in nats. At first all are exact.
 
     Args:
         texts: token ids [1, T].
         predictions: of a text, how many next tokens are predicted, evenly spread.
         spread: over so many of its last tokens; None is over all that meet a rebuilt one.
     """
+
+    cost = 0.0
 
     @torch.no_grad()
     def __init__(
@@ -98,33 +104,65 @@ class Probe:
         self.model = model
         self.window = window
         self.sinks = sinks
-        self.pairs: list[dict[str, LowRank]] = [{} for _ in model.model.layers]
         self.texts = []
         device = model.lm_head.weight.device
-        lengths = sorted({text.shape[1] for text in texts})
-        for T in lengths:
+        exact = [{} for _ in model.model.layers]
+        for T in sorted({text.shape[1] for text in texts}):
             first = min(sinks + window, T - 1)  # the first token that meets a rebuilt one
             first = max(first, T - (spread or T))
             at = torch.linspace(first, T - 1, min(predictions, T - first)).long().to(device)
             tokens = torch.cat([text for text in texts if text.shape[1] == T]).to(device)
             for some in tokens.split(max(1, AT_ONCE // T)):
-                x = model.model.embed_tokens(some)
-                inputs, x = self.read(x, self.pairs, self.pairs)
-                exact = self.log_probabilities(x, at)
-                self.texts.append(Texts(at, exact, inputs, inputs, self.pairs))
+                inputs, x = self.read(model.model.embed_tokens(some), 0, exact, exact)
+                y = self.log_probabilities(x, at)
+                self.texts.append(Texts(at, y, inputs, inputs, exact, exact))
+
+    @torch.no_grad()
+    def changed(self, sides: dict[Together, list[LowRank | None]]) -> "Probe":
+        """The same texts, with the layers of each of these sides reading through pairs, one for
+        each layer, and one latent for all; None makes a side exact.
+
+        Raises `UserError` for a cost that is not finite: no comparison may take a NaN for the best.
+        """
+        start = min(sides, key=lambda side: side.first)  # below, nothing changes
+        divergences = []
+        other = copy(self)
+        other.texts = []
+        for text in self.texts:
+            pairs = [dict(own) for own in text.pairs]
+            latents = [dict(own) for own in text.latents]
+            for side, of_layers in sides.items():
+                z = 0  # latents of the exact inputs, as those of a prompt are: [B, T, r]
+                for i, pair in zip(side.layers, of_layers, strict=True):
+                    pairs[i][side.side] = pair
+                    if pair:
+                        x = self.model.model.layers[i].input_layernorm(text.exact_inputs[i])
+                        z = z + x @ pair.A.to(x)
+                for i in side.layers:
+                    latents[i][side.side] = z
+            inputs, x = self.read(text.inputs[start.first], start.first, pairs, latents)
+            inputs = text.inputs[: start.first] + inputs
+            other.texts.append(replace(text, inputs=inputs, pairs=pairs, latents=latents))
+            y = self.log_probabilities(x, text.at)
+            divergence = (text.exact.exp() * (text.exact - y)).sum(-1)  # [B, n]
+            divergences.append(divergence.flatten())
+        cost = torch.cat(divergences).mean().item()
+        if not math.isfinite(cost):
+            name = f"layer {start.first}, {NAMES[start.side]}"
+            raise UserError(f"{name}: the cost is not finite; try another --dtype")
+        other.cost = max(0.0, cost)  # below 0 by rounding alone
+        return other
 
     def read(
-        self, x: Tensor, pairs: list[dict], latents: list[dict]
+        self, x: Tensor, first: int, pairs: list[dict], latents: list[dict]
     ) -> tuple[list[Tensor], Tensor]:
-        """The last layers of the model, as many as `pairs`: the input of each, and the output of
-        the last, [B, T, hidden]."""
+        """The layers from the `first` on: their inputs, and the output of the last."""
         inputs = []
-        layers = self.model.model.layers[-len(pairs) :]
-        for layer, own, shared in zip(layers, pairs, latents, strict=True):
+        for i, layer in enumerate(self.model.model.layers[first:], first):
             inputs.append(x)
             cache = None
-            if own:
-                cache = DecodeMode(layer.self_attn, own, self.window, self.sinks, shared)
+            if pairs[i]:
+                cache = DecodeMode(layer.self_attn, pairs[i], self.window, self.sinks, latents[i])
             x = layer(x, self.model.rope, cache)
         return inputs, x
 
@@ -132,65 +170,3 @@ class Probe:
         """Of the token after each of those `at`, from the last layer's output: [B, n, vocab]."""
         logits = self.model.lm_head(self.model.model.norm(x[:, at]))
         return logits.float().log_softmax(-1)
-
-    @torch.no_grad()
-    def around(self, factors: Factors, sides: list[Together]) -> "Probe":
-        """The same texts, with all layers reading through `factors`, which have these sides."""
-        other = copy(self)
-        other.pairs = [dict(vars(layer)) for layer in factors.layers]
-        other.texts = []
-        for text in self.texts:
-            latents = self.shared_latents(text, 0, other.pairs, sides)
-            inputs, _ = self.read(text.exact_inputs[0], other.pairs, latents)
-            other.texts.append(replace(text, inputs=inputs, latents=latents))
-        return other
-
-    @torch.no_grad()
-    def cost(self, i: int, *pairs: dict[str, LowRank | None], together: tuple = ()) -> float:
-        """KL divergence in nats, a mean over all predictions, with `pairs` in layer i, and in the
-        next ones if there are more; None makes a side exact. `together` are the groups of these
-        that share latents.
-
-        Raises `UserError` if it is not finite: no comparison may take a NaN for the best cost.
-        """
-        divergences = []
-        for text in self.texts:
-            read = [dict(own) for own in self.pairs[i:]]
-            latents = [dict(own) for own in text.latents[i:]]
-            shared = self.shared_latents(text, i, pairs, together)
-            for n, own in enumerate(pairs):
-                read[n].update(own)
-                latents[n].update(shared[n])
-            _, x = self.read(text.inputs[i], read, latents)
-            rebuilt = self.log_probabilities(x, text.at)
-            divergence = (text.exact.exp() * (text.exact - rebuilt)).sum(-1)  # [B, n]
-            divergences.append(divergence.flatten())
-        divergences = torch.cat(divergences)
-        if not divergences.isfinite().all():
-            names = " and ".join(NAMES[side] for side in pairs[0])
-            raise UserError(f"layer {i}, {names}: the cost is not finite; try another --dtype")
-        return max(0.0, divergences.mean().item())  # below 0 by rounding alone
-
-    def shared_latents(self, text: "Texts", i: int, pairs, together) -> list[dict]:
-        """For each of `pairs`, from layer i on, the latents that it shares, by their side: of the
-        exact inputs, as those of a prompt are."""
-        latents: list[dict] = [{} for _ in pairs]
-        for group in together:
-            z = 0
-            for n in group.layers:
-                x = self.model.model.layers[n].input_layernorm(text.exact_inputs[n])
-                z = z + x @ pairs[n - i][group.side].A
-            for n in group.layers:
-                latents[n - i][group.side] = z
-        return latents
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Texts of one length, as a `Probe` keeps them, with inputs of all layers, [B, T, hidden]."""
-
-    at: Tensor  # the positions that are predicted from
-    exact: Tensor  # log-probabilities of the exact model there, [B, n, vocab]
-    exact_inputs: list[Tensor]
-    inputs: list[Tensor]  # where layers read through factors
-    latents: list[dict[str, Tensor]]  # that a layer then shares, by their side

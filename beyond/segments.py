@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quant
-from cskv import BiBranchCache, Latents, LayerFactors, is_exact
+from cskv import BiBranchCache, LayerFactors
 from model import PIECE, Attention, Rope, reserve, seen_by
 
 # Lengths of segments, the newest first, and how many old tokens lie in such. Each length is a
@@ -91,6 +91,12 @@ def cut(start: int, stop: int, segments=SEGMENTS) -> tuple[Span, ...]:
     return tuple(reversed(spans))
 
 
+def is_exact(i: Tensor, j: Tensor, window: int, sinks: int) -> Tensor:
+    """Whether the tokens at positions i [n] see those at positions j [m] in full precision, if
+    they see them: [n, m]."""
+    return (j < sinks) | (j > i[:, None] - window)
+
+
 def damping(w: Tensor, length: int) -> Tensor:
     """a_f (S1) of the frequencies w."""
     return (w * length / 2).sin() / (length * (w / 2).sin())
@@ -133,7 +139,9 @@ def near(rope: Rope, block: int, device: torch.device) -> tuple:
 
 
 @lru_cache(maxsize=8)  # the same for some steps
-def middles(rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.device) -> tuple:
+def middles(
+    rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.device, damped: bool = True
+) -> tuple:
     """Tables [M, D] that turn a query at position 0 back by each segment's middle t0, and damp it:
     of a exp(-i t0 w)."""
     w = frequencies(rope, device)
@@ -142,12 +150,21 @@ def middles(rope: Rope, sinks: int, spans: tuple[Span, ...], device: torch.devic
         segment = torch.arange(span.count, dtype=torch.float64, device=device)
         t0 = sinks + span.start + segment * span.length + (span.length - 1) / 2
         angle = torch.outer(-t0, w)
-        turns.append(torch.polar(damping(w, span.length).expand_as(angle), angle))
+        a = damping(w, span.length if damped else 1)
+        turns.append(torch.polar(a.expand_as(angle), angle))
     return tables(torch.cat(turns))
 
 
-class GrowingLatents(Latents):
-    """Latents in a buffer for `expected` tokens, or more as they come: a copy every 256 steps."""
+class GrowingLatents:
+    """Latents [B, n, r] of 16 or 32 bits in a buffer for the `expected` tokens, or more as they
+    come: a copy every 256 steps, and not at every one."""
+
+    length = packed = 0
+
+    def __init__(self, dtype: torch.dtype, expected: int):
+        self.dtype = dtype
+        self.expected = expected
+        self.c: Tensor | None = None
 
     def append(self, c: Tensor) -> None:
         B, m, r = c.shape
@@ -157,6 +174,12 @@ class GrowingLatents(Latents):
         self.length = start + m
         self.c = reserve(self.c, self.length)
         self.c[:, start : self.length] = c
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.c[:, start:stop]
+
+    def tensors(self) -> list[Tensor]:
+        return [] if self.c is None else [self.c]
 
     def at_once(self) -> int:
         """As many as you like: see `quant.Packed`."""
@@ -213,8 +236,8 @@ class FastCache(BiBranchCache):
         sinks 1, window 4, token 10 arrives   slots 0 | 1 2 3 4   hold positions 0 | 9 10 7 8
     """
 
-    kept_in = GrowingLatents
     segments = SEGMENTS  # ((1, 0),) gives the results of `BiBranchCache`
+    damped = True  # without a_f something is lost; experiments/segments.py shows what
     window_bits = 16  # or more: those of the model
     written = 0  # tokens that the rings have seen
 
@@ -227,6 +250,10 @@ class FastCache(BiBranchCache):
         sinks: int = 0,
     ):
         super().__init__(attention, factors, window, expected, sinks)
+        if factors.k.bits not in quant.BITS:
+            self.c_k = GrowingLatents(self.c_k.dtype, expected)
+        if factors.v.bits not in quant.BITS:
+            self.c_v = GrowingLatents(self.c_v.dtype, expected)
         self.k, self.v = Ring(self.window_bits), Ring(self.window_bits)
         self.H = attention.config.num_attention_heads
         self.H_kv = attention.config.num_key_value_heads
@@ -404,7 +431,7 @@ class FastCache(BiBranchCache):
         B, H, _ = out.shape
         H_kv, D = self.H_kv, self.D
         # 1. The query as each segment sees it.
-        cos, sin = middles(rope, self.sinks, spans, q.device)  # [M, D]
+        cos, sin = middles(rope, self.sinks, spans, q.device, self.damped)  # [M, D]
         q = q.view(B, H_kv, -1, 1, D).transpose(0, 1)  # [H_kv, B, G, 1, D]
         seen = turn(q, cos, sin).to(self.dtype).reshape(H_kv, -1, D)  # [H_kv, B * G * M, D]
         # 2. B_k, and the bias, absorbed into it.
@@ -477,7 +504,7 @@ def parts_of(spans: tuple[Span, ...], chunk: int) -> tuple[Span, ...]:
     return tuple(parts)
 
 
-def read(latents: Latents | quant.Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+def read(latents: GrowingLatents | quant.Packed, start: int, stop: int, dtype) -> Tensor:
     """Latents [B, stop - start, r]; of tokens that are still to come, zeros."""
     c = latents.read(start, min(stop, latents.length)).to(dtype)
     missing = stop - start - c.shape[1]

@@ -23,65 +23,62 @@ The reading side does not change: a layer multiplies with all r channels of the 
 they rebuilt or not. That is what is paid for the bytes: time.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import cskv
 from beyond.outputs import OutputObserver, calibrate_outputs
-from cskv import (
-    BiBranchCache,
-    Factors,
-    Latents,
-    LowRank,
-    Statistics,
-    Together,
-    attention_metric,
-    bi_branch_cache,
-    optimal_factors,
-)
+from beyond.segments import GrowingLatents
+from cskv import BiBranchCache, Factors, LowRank, Statistics, Together
 from model import Attention, LayerCache, Rope, Transformer
 from quant import Packed
 from support.processes import summed
 
 
+@dataclass(eq=False)
 class Sum:
     """The latents of a group of layers, and those of the tokens that pass it at the moment."""
 
-    def __init__(self, latents: Latents | Packed, count: int):
-        self.latents = latents
-        self.count = count  # layers
-        self.added = 0  # of them, to `open`
-        self.open: Tensor | None = None  # [B, n, r], the newest tokens' sum so far
+    latents: GrowingLatents | Packed
+    count: int  # layers
+    window: int
+    added = 0  # layers, to `open`
+    open = None  # [B, n, r], the newest tokens' sum so far
+
+    def __post_init__(self):
         self.values: dict[tuple[int, int], Tensor] = {}  # until all layers have read them
 
-    def add(self, layer: int, c: Tensor) -> None:
-        """c [B, n, r], what a layer adds to the latents of the next n tokens."""
-        if layer != self.added:
-            raise ValueError("layers that share latents take every token together, in order")
-        wide = torch.promote_types(c.dtype, torch.float32)
-        self.open = c.to(wide) if self.open is None else self.open + c
-        self.added += 1
-        if self.added == self.count:
-            packed = self.latents.packed
-            self.latents.append(self.open)
-            self.open = None
-            self.added = 0
-            if self.latents.packed > packed:  # the last layer reads what the others saw unpacked
-                self.values.clear()
 
-
+@dataclass(eq=False)
 class Part:
-    """A layer's way to the latents that it shares: `Latents` for its cache."""
+    """A layer's way to the latents that it shares, in place of its cache's own."""
 
-    def __init__(self, total: Sum, layer: int, window: int):
-        self.total = total
-        self.layer = layer  # its number in the group
-        self.window = window
+    total: Sum
+    layer: int  # its number in the group
+
+    @property
+    def is_last(self) -> bool:
+        return self.layer + 1 == self.total.count
 
     def append(self, c: Tensor) -> None:
-        self.total.add(self.layer, c)
+        """c [B, n, r], what the layer adds to the latents of the next n tokens."""
+        total = self.total
+        if self.layer != total.added:
+            raise ValueError("layers that share latents take every token together, in order")
+        total.added += 1
+        c = c.to(torch.promote_types(c.dtype, torch.float32))
+        total.open = c if self.layer == 0 else total.open + c
+        if self.is_last:
+            packed = total.latents.packed
+            total.latents.append(total.open)
+            total.added = 0
+            total.open = None
+            if total.latents.packed > packed:  # it reads what the others saw unpacked
+                total.values.clear()
 
     def at_once(self) -> int:
         """No new token may see another one's latent, which is not closed; and all layers must read
@@ -89,24 +86,21 @@ class Part:
         latents = self.total.latents
         if isinstance(latents, Packed) and latents.until_packed() == 1:
             return 1
-        return min(self.window, latents.at_once())
+        return min(self.total.window, latents.at_once())
 
     def read(self, start: int, stop: int) -> Tensor:
-        """As in `quant.Packed`; dequantized once a step, and not once a layer."""
+        """As the group's latents do; dequantized once a step, and not once a layer."""
         values = self.total.values
         if (start, stop) not in values:
             values[start, stop] = self.total.latents.read(start, stop)
         c = values[start, stop]
-        if self.is_last():
+        if self.is_last:
             values.clear()
         return c
 
-    def is_last(self) -> bool:
-        return self.layer + 1 == self.total.count
-
     def tensors(self) -> list[Tensor]:
         """All of the group's for the last layer, so that they are counted once."""
-        return self.total.latents.tensors() if self.is_last() else []
+        return self.total.latents.tensors() if self.is_last else []
 
     def __getattr__(self, name: str):
         """`length` and all else is that of the group's latents."""
@@ -116,7 +110,7 @@ class Part:
 def shared_cache(model: Transformer, factors: Factors, *args, **settings) -> list[LayerCache]:
     """`cskv.bi_branch_cache`, whose arguments these are, also for factors with layers that share
     latents."""
-    cache = bi_branch_cache(model, replace(factors, together=()), *args, **settings)
+    cache = cskv.bi_branch_cache(model, replace(factors, together=()), *args, **settings)
     connect(cache, factors)
     return cache
 
@@ -125,9 +119,10 @@ def connect(caches: list[BiBranchCache], factors: Factors) -> None:
     """Gives the layers of each group one place for their latents, in caches that are empty."""
     for group in factors.together:
         name = f"c_{group.side}"
-        total = Sum(getattr(caches[group.first], name), group.count)
+        first = caches[group.first]
+        total = Sum(getattr(first, name), group.count, first.window)
         for n, i in enumerate(group.layers):
-            setattr(caches[i], name, Part(total, n, caches[i].window))
+            setattr(caches[i], name, Part(total, n))
 
 
 # ------------------------------------------------------------------------------- closed form
@@ -143,7 +138,7 @@ class Moments:
     """
 
     def __init__(self, group: Together, model: Transformer):
-        self.group = group
+        self.count = group.count
         n = group.count * model.config.d_kv
         zero = model.lm_head.weight.new_zeros((), dtype=torch.float64)
         self.plain = zero.repeat(n, n)
@@ -155,7 +150,7 @@ class Moments:
         """The next layer's y [B, T, d_kv], and how much attention each token gets there [B, T]."""
         self.rows.append(y.flatten(0, 1).float())
         self.mass = self.mass + mass.flatten().float()
-        if len(self.rows) == self.group.count:
+        if len(self.rows) == self.count:
             Y = torch.cat(self.rows, dim=1)
             self.plain += Y.T @ Y
             Y *= self.mass.sqrt()[:, None]
@@ -168,27 +163,22 @@ class Moments:
         for moment in (self.plain, self.read):
             summed(moment)
             total = total + moment / moment.trace().clamp(min=1e-38)
-        return total
+        return total.float()
 
 
 class GroupObserver(OutputObserver):
-    """Also adds the layer's keys and values to the `moments` of the groups that it is in."""
+    """Also adds the keys and values of its layer to the `moments` of the groups that it is in."""
 
-    def __init__(self, attention: Attention, see, sinks: int, window: int, moments: dict):
-        super().__init__(attention, see, sinks, window)
-        self.moments = moments  # by side
+    def __init__(self, attention: Attention, *settings, moments: dict[Attention, dict]):
+        super().__init__(attention, *settings)
+        self.moments = moments[attention]  # by side
 
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
-        self.attended = x.new_zeros(x.shape[:2])  # [B, T]
         super().remember(x, q, k, v, rope)
         x = x[:, self.sinks :]
         for side, moments in self.moments.items():
             W = getattr(self.attention, f"{side}_proj").weight
             moments.add(F.linear(x, W), self.attended[:, self.sinks :])
-
-    def add(self, p: Tensor, q: Tensor, x: Tensor) -> None:
-        super().add(p, q, x)
-        self.attended = p.sum((1, 2, 3))
 
 
 def calibrate_groups(
@@ -197,60 +187,38 @@ def calibrate_groups(
     """`calibrate_outputs`, and the moments of groups of layers, in float32.
 
     The samples are read as often as it takes to have no more bytes of sums at a time than the
-    model's weights have.
+    model's weights have, if one group has not.
     """
     result = {}
-    for some in passes(model, groups):
-        moments = {group: Moments(group, model) for group in some}
-        of_layer: list[dict] = [{} for _ in model.model.layers]
-        for group in some:
-            for i in group.layers:
-                of_layer[i][group.side] = moments[group]
-        layers = iter(of_layer)
-
-        def observe(*settings) -> GroupObserver:
-            return GroupObserver(*settings, next(layers))  # noqa: B023 (called in this pass)
-
-        seen = calibrate_outputs(model, samples, window, sinks, observe)
-        for group in some:
-            result[group] = moments.pop(group).finish().float()
-    return seen, result
-
-
-def passes(model: Transformer, groups: list[Together]) -> list[list[Together]]:
-    """The groups in parts, whose moments together have fewer bytes than the model, if any part of
-    several groups has."""
+    most = max([group.count for group in groups], default=1) * model.config.d_kv
     weights = sum(weight.nbytes for weight in model.parameters())
-    parts: list[list[Together]] = []
-    left = 0
-    for group in groups:
-        size = 2 * 8 * (group.count * model.config.d_kv) ** 2
-        if size > left:
-            parts.append([])
-            left = weights
-        parts[-1].append(group)
-        left -= size
-    return parts
+    at_once = max(1, weights // (2 * 8 * most**2))
+    for start in range(0, max(1, len(groups)), at_once):
+        moments = {group: Moments(group, model) for group in groups[start : start + at_once]}
+        of_layer: dict[Attention, dict] = {layer.self_attn: {} for layer in model.model.layers}
+        for group, sums in moments.items():
+            for i in group.layers:
+                of_layer[model.model.layers[i].self_attn][group.side] = sums
+        observe = partial(GroupObserver, moments=of_layer)
+        seen = calibrate_outputs(model, samples, window, sinks, observe)
+        for group, sums in moments.items():
+            result[group] = sums.finish()
+    return seen, result
 
 
 def shared_basis(
     model: Transformer, group: Together, moment: Tensor, seen: list[Statistics], weights
 ) -> LowRank:
     """C [g d_kv, g d_kv] and B of a group, for z = sum_l k_l C_l and k_l ~ z B_l, in float32: a
-    rank keeps the first columns and rows.
-
-    Args:
-        moment: of the layers' keys or values side by side, [g d_kv, g d_kv].
-        seen: of all layers; their metrics for keys.
-        weights: s_l^2, what an error of each layer of the group costs.
-    """
+    rank keeps the first columns and rows. `moment` is that of `Moments`, `seen` are statistics of
+    all layers, and `weights` the group's s_l^2."""
     metrics = []
     for i, weight in zip(group.layers, weights, strict=True):
         attention = model.model.layers[i].self_attn
-        metrics.append(weight * attention_metric(attention, group.side, seen[i]))
+        metrics.append(weight * cskv.attention_metric(attention, group.side, seen[i]))
     # The keys k themselves take the place of the inputs x, and the identity that of W.
     identity = torch.eye(len(moment), device=moment.device)
-    return optimal_factors(identity, len(moment), moment, torch.block_diag(*metrics))
+    return cskv.optimal_factors(identity, len(moment), moment, torch.block_diag(*metrics))
 
 
 def shared_pairs(model: Transformer, group: Together, basis: LowRank, rank: int) -> list[LowRank]:

@@ -1,7 +1,7 @@
-"""The caches that the paper's Table 1 compares CSKV with, and KIVI beside.
+"""The caches that the paper's Table 1 compares CSKV with, and KIVI and TurboQuant beside.
 
-Each is one more `model.LayerCache`, for one layer. What they remember, of a prompt of T
-tokens at compression ratio c:
+Each is one more `model.LayerCache`, for one layer. What they remember, of a prompt of T tokens at
+compression ratio c:
 
     StreamingCache    all channels of (1 - c) T tokens: the first 4 and the newest [1]
     HeavyHitterCache  all channels of (1 - c) T tokens: the most attended and the newest [2]
@@ -9,10 +9,8 @@ tokens at compression ratio c:
     TurboQuantCache   all channels of all tokens, rotated, in 2 to 4 bits [5]
     LowRankCache      (1 - c) d_kv channels of all tokens, the newest no better [4]
 
-All but the last read the prompt exactly, with logits bit-equal to the model's, and shrink
-after it. The last replaces W_K and W_V themselves, so its prefill is lossy too.
-
-Shapes as in model.py, and n the number of kept tokens.
+All but the last read the prompt exactly, with logits bit-equal to the model's, and shrink after it.
+The last replaces W_K and W_V themselves. Shapes as in model.py, and n the number of kept tokens.
 
 Sources:
     [1] Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023
@@ -25,16 +23,16 @@ Sources:
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import lru_cache
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beyond.segments import GrowingLatents
 from cskv import BiBranchCache, LayerFactors
-from model import Attention, Config, LayerCache, Rope, reserve
+from model import Attention, Config, LayerCache, Rope
 from quant import BITS, BLOCK, CHANNELS, TOKENS, Grouping, Packed, pack, unpack
 from support.command import UserError
 
@@ -43,26 +41,23 @@ class PrunedCache(LayerCache):
     """What the two token-pruning caches share: a budget of tokens; the rest is gone.
 
     The budget is `budget`, or max(least, round((1 - ratio) * T)) of the prompt's length T, and
-    fixed then: each new token evicts an old one before it attends, so that no step attends to more
-    tokens, itself included. `length` still counts all tokens seen.
+    fixed then: each new token evicts an old one before it attends. `length` still counts all.
     """
 
     least = 1  # tokens without which the method makes no sense
 
     def __init__(self, config: Config, ratio: float = 0.0, budget: int | None = None):
         if not 0 <= ratio < 1:
-            raise UserError(
-                f"compression ratio {ratio} is not in [0, 1): 0.8 keeps a fifth of the tokens"
-            )
-        if budget is not None and budget < self.least:
-            raise UserError(f"a budget of {budget} tokens is below {self.least}; raise it")
+            raise ValueError(f"compression ratio {ratio} is not in [0, 1): 0.8 keeps a fifth")
         self.ratio = ratio
         self.budget = budget
         self.sliding_window = config.sliding_window
 
     def set_budget(self, T: int) -> None:
-        if self.budget is None:
-            self.budget = max(self.least, round((1 - self.ratio) * T))
+        budget = self.budget or max(self.least, round((1 - self.ratio) * T))
+        self.budget = min(budget, self.sliding_window or budget)
+        if self.budget < self.least:
+            raise UserError(f"{self.budget} tokens are below {self.least}; use another cache")
 
 
 class StreamingCache(PrunedCache):
@@ -82,19 +77,9 @@ class StreamingCache(PrunedCache):
     sinks = 4
     least = sinks + 1
 
-    def __init__(self, config: Config, ratio: float = 0.0, budget: int | None = None):
-        super().__init__(config, ratio, budget)
-        if config.sliding_window is not None and config.sliding_window < self.least:
-            raise UserError(
-                f"a sliding window of {config.sliding_window} has no room for {self.sinks} "
-                "sinks and a new token; use another cache"
-            )
-
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
         self.length = k.shape[2]
         self.set_budget(self.length)
-        if self.sliding_window is not None:
-            self.budget = min(self.budget, self.sliding_window)
         self.k = self.within_budget(k)  # before RoPE
         self.v = self.within_budget(v)
 
@@ -105,8 +90,7 @@ class StreamingCache(PrunedCache):
         self.k = self.within_budget(torch.cat([self.k, k], dim=2))
         self.v = self.within_budget(torch.cat([self.v, v], dim=2))
         # 2. Positions are those in the cache: 0 .. n - 1 for keys, n - 1 for the query.
-        n = self.k.shape[2]
-        q = rope.rotate(q, n - 1)
+        q = rope.rotate(q, self.k.shape[2] - 1)
         k = rope.rotate(self.k, 0)
         return F.scaled_dot_product_attention(q, k, self.v, enable_gqa=True)
 
@@ -127,14 +111,13 @@ def attention_received(q: Tensor, k: Tensor) -> Tensor:
     key, attend to each key: q [B, H, T, D] and k [B, H_kv, T, D], rotated -> [B, H_kv, T, 1]."""
     B, H_kv, T, D = k.shape
     q = q.view(B, H_kv, -1, T, D) / math.sqrt(D)  # [B, H_kv, G, T, D]
-    k = k.float().transpose(-1, -2)  # [B, H_kv, D, T]
+    k = k.float().mT  # [B, H_kv, D, T]
     received = k.new_zeros(B, H_kv, T, 1)
     for start in range(0, T, QUERIES):
         stop = min(start + QUERIES, T)
         n = stop - start  # these queries see the keys 0 .. stop - 1 at most
         queries = q[..., start:stop, :].flatten(2, 3).float()  # [B, H_kv, G * n, D]
-        scores = queries @ k[..., :stop]  # [B, H_kv, G * n, stop]
-        scores = scores.unflatten(2, (-1, n))  # [B, H_kv, G, n, stop]
+        scores = (queries @ k[..., :stop]).unflatten(2, (-1, n))  # [B, H_kv, G, n, stop]
         seen = torch.ones(n, stop, dtype=torch.bool, device=k.device).tril(start)
         p = scores.masked_fill_(~seen, -math.inf).softmax(-1)
         received[:, :, :stop] += p.sum((2, 3)).unsqueeze(-1)
@@ -165,32 +148,29 @@ class HeavyHitterCache(PrunedCache):
     def __init__(self, config: Config, ratio: float = 0.0, budget: int | None = None):
         super().__init__(config, ratio, budget)
         if config.sliding_window is not None:
-            raise UserError(
-                "H2O keeps tokens of any age, but this model sees the last "
-                f"{config.sliding_window} only (sliding_window); use another cache"
-            )
+            seen = f"this model sees the last {config.sliding_window} only (sliding_window)"
+            raise UserError(f"H2O keeps tokens of any age, but {seen}; use another cache")
 
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
         T = k.shape[2]
         self.length = T
         self.set_budget(T)
         self.heavy = self.budget // 2
-        k = rope.rotate(k, 0)
         # 1. Scores: the attention that each token receives in the prompt.
-        scores = attention_received(rope.rotate(q, 0), k)  # [B, H_kv, T, 1]
+        self.k = rope.rotate(k, 0)
+        self.v = v
+        self.scores = attention_received(rope.rotate(q, 0), self.k)  # [B, H_kv, T, 1]
         # 2. The highest scores outside the recent part, and the recent part.
         kept = torch.arange(T, device=k.device).expand(*k.shape[:2], T).unsqueeze(-1)
         if self.budget < T:
             recent = T - (self.budget - self.heavy)
-            heavy = scores[:, :, :recent].topk(self.heavy, dim=2).indices
+            heavy = self.scores[:, :, :recent].topk(self.heavy, dim=2).indices
             kept = torch.cat([heavy, kept[:, :, recent:]], dim=2)  # [B, H_kv, budget, 1]
-        self.k, self.v, self.scores = k, v, scores
         self.keep(kept)
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_decode(q)
-        B, H, _, D = q.shape
-        H_kv = k.shape[1]
+        B, H_kv, _, D = k.shape
         t = self.length
         self.length = t + 1
         # 1. Evict: of the heavy tokens and the oldest recent one, the lowest score.
@@ -205,10 +185,10 @@ class HeavyHitterCache(PrunedCache):
         self.scores = F.pad(self.scores, (0, 0, 0, 1))
         # 3. Attention over all that is kept. Queries of a group share a key head.
         q = rope.rotate(q, t).view(B, H_kv, -1, D).float() / math.sqrt(D)  # [B, H_kv, G, D]
-        p = (q @ self.k.float().transpose(-1, -2)).softmax(-1)  # [B, H_kv, G, n]
+        p = (q @ self.k.float().mT).softmax(-1)  # [B, H_kv, G, n]
         # 4. Every kept token's score grows by the attention it has just received.
         self.scores += p.sum(2).unsqueeze(-1)
-        return (p.to(v.dtype) @ self.v).view(B, H, 1, D)
+        return (p.to(v.dtype) @ self.v).view(B, -1, 1, D)
 
     def keep(self, slots: Tensor) -> None:
         """Keeps the tokens in `slots` [B, H_kv, n, 1], in that order, and no others."""
@@ -223,10 +203,9 @@ class HeavyHitterCache(PrunedCache):
 class KiviCache(LayerCache):
     """KIVI [3, section 3]: keys and values of all tokens in few bits, but for the newest.
 
-    Keys, rotated, are quantized per channel in groups of 32 tokens; values per token in
-    groups of 32 channels of a head. A group of 32 tokens is packed as soon as all of them are
-    older than the newest `residual`; up to then, they wait in the model's own precision.
-    With residual 32:
+    Keys, rotated, are quantized per channel in groups of 32 tokens; values per token in groups of
+    32 channels of a head. A group of 32 tokens is packed as soon as all of them are older than the
+    newest `residual`; up to then, they wait in the model's own precision. With residual 32:
 
         length 95     tokens  0 .. 31 packed | 32 .. 94 in full precision, 63 of them
         length 96     tokens  0 .. 63 packed | 64 .. 95 in full precision, 32 of them
@@ -237,15 +216,13 @@ class KiviCache(LayerCache):
     """
 
     def __init__(self, config: Config, bits: int = 4, residual=32, expected: int = 0, sinks=0):
-        if bits not in BITS:
-            raise UserError(f"KIVI in {bits} bits; choose one of {', '.join(map(str, BITS))}")
-        if residual < 1:
-            raise UserError(f"residual {residual} is below 1; the newest token needs a place")
-        self.bits = bits
-        self.residual = residual
-        self.expected = max(0, expected - sinks)
+        if bits not in BITS or residual < 1:
+            raise ValueError(f"KIVI in {bits} bits, not {BITS}; or residual {residual} below 1")
         self.sinks = sinks
         self.sliding_window = config.sliding_window
+        # Heads count as sequences: [B * H_kv, T, D].
+        self.k = Packed(bits, Grouping(TOKENS), residual, max(0, expected - sinks))
+        self.v = Packed(bits, Grouping(CHANNELS), residual, max(0, expected - sinks))
 
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
         self.length = k.shape[2]
@@ -256,9 +233,6 @@ class KiviCache(LayerCache):
         k = rope.rotate(k, 0)
         self.first_k = k[:, :, : self.sinks].clone()
         self.first_v = v[:, :, : self.sinks].clone()
-        # Heads count as sequences: [B * H_kv, T, D].
-        self.k = Packed(self.bits, Grouping(TOKENS), self.residual, self.expected)
-        self.v = Packed(self.bits, Grouping(CHANNELS), self.residual, self.expected)
         self.k.append(k[:, :, self.sinks :].flatten(0, 1))
         self.v.append(v[:, :, self.sinks :].flatten(0, 1))
 
@@ -275,38 +249,29 @@ class KiviCache(LayerCache):
         else:
             self.k.append(k.flatten(0, 1))
             self.v.append(v.flatten(0, 1))
-        # 2. Attended are the tokens from `seen` on, in chunks: the working memory is one chunk,
-        #    however long the sequence is.
-        seen = max(0, t + 1 - (self.sliding_window or t + 1))
-        chunks = self.chunks(seen)
-        # 3. Scores. Queries of a group share a key head.
+        # 2. Scores. Queries of a group share a key head.
         q = rope.rotate(q, t).view(B, H_kv, -1, D).float() / math.sqrt(D)  # [B, H_kv, G, D]
-        scores = q.new_empty(B, H_kv, q.shape[2], self.length - seen)
-        for start, stop in chunks:
-            k_hat = self.read(self.first_k, self.k, start, stop)  # [B, H_kv, n, D]
-            scores[..., start - seen : stop - seen] = q @ k_hat.transpose(-1, -2)
-        # 4. One softmax over all of them; values are unpacked in the same chunks.
-        p = scores.softmax(-1)  # [B, H_kv, G, length - seen]
+        scores = [q @ k_hat.mT for k_hat in self.parts(self.first_k, self.k)]
+        # 3. One softmax over all of them; values are unpacked in the same parts.
+        p = torch.cat(scores, dim=3).softmax(-1)  # [B, H_kv, G, tokens that are seen]
         out = torch.zeros_like(q)
-        for start, stop in chunks:
-            v_hat = self.read(self.first_v, self.v, start, stop)  # [B, H_kv, n, D]
-            out += p[..., start - seen : stop - seen] @ v_hat
+        start = 0
+        for v_hat in self.parts(self.first_v, self.v):
+            stop = start + v_hat.shape[2]
+            out += p[..., start:stop] @ v_hat
+            start = stop
         return out.to(v.dtype).view(B, -1, 1, D)
 
-    def chunks(self, seen: int) -> list[tuple[int, int]]:
-        """The tokens seen .. length - 1: sinks, packed ones `chunk` at a time, the others."""
-        sinks = min(self.sinks, self.length)
-        start = max(seen, sinks)
-        packed = max(start, sinks + self.k.packed)
-        ends = [seen, start, *range(start, packed, self.chunk), packed, self.length]
-        return [(s, e) for s, e in pairwise(ends) if s < e]
-
-    def read(self, first: Tensor, packed: Packed, start: int, stop: int) -> Tensor:
-        """The tokens start .. stop - 1 of a chunk, in float32: [B, H_kv, n, D]."""
+    def parts(self, first: Tensor, packed: Packed) -> Iterator[Tensor]:
+        """The tokens that the newest one sees, in float32, [B, H_kv, n, D]: the sinks, then at most
+        `chunk` at a time. So the working memory is one chunk, however long the sequence is."""
         B, H_kv, S, D = first.shape
-        if stop <= S:
-            return first[:, :, start:stop].float()
-        return packed.read(start - S, stop - S).view(B, H_kv, stop - start, D)
+        seen = max(0, self.length - (self.sliding_window or self.length))
+        if seen < S:
+            yield first[:, :, seen:].float()
+        for start in range(max(0, seen - S), packed.length, self.chunk):
+            stop = min(start + self.chunk, packed.length)
+            yield packed.read(start, stop).view(B, H_kv, -1, D)
 
     def tensors(self) -> list[Tensor]:
         if not self.length:
@@ -328,27 +293,23 @@ class TurboQuantCache(LayerCache):
     of `bits` and a norm of 16. `expected` is the final length in tokens, if known."""
 
     def __init__(self, config: Config, bits: int = 2, expected: int = 0):
-        self.expected = expected
         self.sliding_window = config.sliding_window
         self.bits = bits
-        self.parts: list[Tensor] = []  # codes and norms of the keys, then of the values
+        # Codes and norms of the keys, then of the values; heads count as sequences.
+        types = (torch.uint8, torch.float16, torch.uint8, torch.float16)
+        self.parts = [GrowingLatents(dtype, expected) for dtype in types]
 
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
-        t = self.length
-        self.length = t + k.shape[2]
-        new = [*self.encode(rope.rotate(k, t)), *self.encode(v)]
-        if not self.parts:
-            room = max(self.expected, self.length)
-            self.parts = [part.new_empty(*part.shape[:2], room, part.shape[3]) for part in new]
-        self.parts = [reserve(part, self.length) for part in self.parts]
-        for part, of_new in zip(self.parts, new, strict=True):
-            part[:, :, t : self.length] = of_new
+        k = rope.rotate(k, self.length)
+        self.length += k.shape[2]
+        for part, new in zip(self.parts, (*self.encode(k), *self.encode(v)), strict=True):
+            part.append(new.flatten(0, 1))
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_decode(q)
         self.remember(x, q, k, v, rope)
         first = max(0, self.length - (self.sliding_window or self.length))
-        parts = [part[:, :, first : self.length] for part in self.parts]
+        parts = [part.read(first, self.length).unflatten(0, k.shape[:2]) for part in self.parts]
         k_hat = self.rebuild(*parts[:2], k)
         v_hat = self.rebuild(*parts[2:], v)
         q = rope.rotate(q, self.length - 1)
@@ -369,7 +330,7 @@ class TurboQuantCache(LayerCache):
         return (z[..., : like.shape[3]] @ rotation.T * norms.float()).to(like.dtype)
 
     def tensors(self) -> list[Tensor]:
-        return self.parts
+        return [tensor for part in self.parts for tensor in part.tensors()]
 
 
 @lru_cache
@@ -388,27 +349,23 @@ class LowRankCache(BiBranchCache):
     makes no difference then, so it has the least, one token.
     """
 
-    def __init__(
-        self, attention: Attention, factors: LayerFactors, expected: int = 0, bits: int = 16
-    ):
-        pairs = LayerFactors(replace(factors.k, bits=bits), replace(factors.v, bits=bits))
-        super().__init__(attention, pairs, 1, expected)
-        self.projections = (factors.k, attention.k_proj.bias), (factors.v, attention.v_proj.bias)
+    def __init__(self, attention: Attention, factors: LayerFactors, expected: int = 0):
+        super().__init__(attention, factors, 1, expected)
 
     def project(self, x: Tensor) -> list[Tensor]:
         """x [B, T, hidden] -> keys and values x A B, [B, H_kv, T, D] each."""
         kv = []
-        for pair, bias in self.projections:
+        k = self.A_k, self.B_k, self.k_bias
+        v = self.A_v, self.B_v, self.v_bias
+        for A, B, bias in (k, v):
+            y = x @ A @ B  # [B, T, d_kv]
             if bias is not None:
-                bias = bias.to(pair.B)
-            y = F.linear(x @ pair.A, pair.B.T, bias)  # [B, T, d_kv]
+                y = y + bias.to(y)
             kv.append(y.unflatten(-1, (-1, self.D)).transpose(1, 2))
         return kv
 
     def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        k, v = self.project(x)
-        return super().prefill(x, q, k, v, rope)
+        return super().prefill(x, q, *self.project(x), rope)
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        k, v = self.project(x)
-        return super().decode(x, q, k, v, rope)
+        return super().decode(x, q, *self.project(x), rope)

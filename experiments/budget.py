@@ -19,23 +19,23 @@ from torch import Tensor
 
 import quant
 from beyond.budget import (
-    Choice,
     Fitted,
     Plan,
-    Planner,
-    probe_side,
-    probed_ranks,
+    free_choices,
+    make_plan,
+    probe_alone,
+    probe_around,
     sides_of,
-    sizes,
     spend,
 )
-from beyond.outputs import calibrate_outputs
 from beyond.probes import NAMES, Probe
 from beyond.shared import calibrate_groups
+from cskv import Together
 from experiments import figures
 from experiments.notes import all_that_counts, delete_notes, own_notes, run_all
 from experiments.tables import write_json
 from infer import full_bytes
+from model import Transformer
 from support.command import (
     DTYPES,
     Arguments,
@@ -53,17 +53,17 @@ from support.processes import calibrate_together, place, processes, say
 from support.text import sample_tokens, with_copies
 
 
-def write_plan(out: Path, planner: Planner, plan: Plan) -> None:
+def write_plan(out: Path, plan: Plan, model: Transformer, widths: list[int]) -> None:
     """Beside each other: the factors of a plan; its choices and the probed costs as JSON; and a
     picture of the choices."""
-    save_factors(out, plan.factors, planner.fitted.model)
+    save_factors(out, plan.factors, model)
     rows = []
-    columns = planner.sides, plan.choices, plan.ranks, plan.costs
-    for side, choice, ranks, costs in zip(*columns, strict=True):
+    for side, choice in plan.choices.items():
         row = {"layer": side.first, "layers": side.count, "of": NAMES[side.side], **asdict(choice)}
-        row["probed_ranks"] = ranks
-        for bits, of_ranks in zip(planner.widths, costs, strict=True):
-            row[f"costs_{bits}_bits"] = of_ranks
+        costs = plan.costs[side]
+        row["probed_ranks"] = sorted({rank for rank, _ in costs})
+        for bits in widths:
+            row[f"costs_{bits}_bits"] = [costs[rank, bits] for rank in row["probed_ranks"]]
         rows.append(row)
     write_json(out.with_suffix(".json"), rows)
     figures.budget_plan(rows, out.with_suffix(".png"))
@@ -91,92 +91,86 @@ def run(args: argparse.Namespace) -> None:
         problem = "--layers-together needs groups of tokens and --init outputs"
         raise UserError(f"{problem}; leave --group and --init as they are")
     figures.pyplot()  # if it is missing, that is known before the work and not after
-    files = {}
+    files = {"the notes of --out": own_notes(args.out[0])}
     for out in args.out:
         for file in (out, out.with_suffix(".json"), out.with_suffix(".png")):
             files[f"file {len(files)} of --out"] = file
-    files["the notes of --out"] = own_notes(args.out[0])
     check_files(files, {"--data": args.data}, args.model)
     with processes(args.device) as device, user_values():
         model = load_model(args.model, device, DTYPES[args.dtype])
         config = model.config
-        args.window = min(args.window, config.sliding_window or args.window)
+        sinks = args.sinks
+        window = args.window = min(args.window, config.sliding_window or args.window)
         if args.length > config.context_length:
             limit = config.context_length
             raise UserError(f"--length {args.length} exceeds the context of {limit}")
-        # What each budget leaves for latents, once the full-precision branch has its bytes.
+
+        # 1. What each budget leaves for latents, once the full-precision branch has its bytes.
         full = full_bytes(model, args.length)
-        exact = full_bytes(model, min(args.length, args.window + args.sinks))
+        exact = full_bytes(model, min(args.length, window + sinks))
         if args.window_bits == 8:  # a scale and a minimum for each head and token
             exact = exact * (8 + 32 / config.head_dim) / 16
         rooms = [(1 - remove) * full - exact for remove in args.remove]
-        old = max(0, args.length - args.sinks)  # tokens that have latents
+        old = max(0, args.length - sinks)  # tokens that have latents
         group = args.group or None
         sides = sides_of(config.num_hidden_layers, args.layers_together)
-        nbytes = [sizes(model, side, old, args.window, args.widths, group) for side in sides]
-        free = []  # as if all choices cost nothing: is there a plan of so few bytes?
-        for of_side in nbytes:
-            free.append([Choice(*choice, size, 0.0) for choice, size in of_side.items()])
-        spend(free, min(rooms))
+        free = {side: free_choices(model, side, args.widths, old, window, group) for side in sides}
+        spend(list(free.values()), min(rooms))  # is there a plan of so few bytes?
 
-        reach = args.window + args.sinks  # tokens that no compressed one lies before
+        # 2. Texts, and what follows from them.
+        reach = window + sinks  # tokens that no compressed one lies before
         for flag, length in (("--probe-len", args.probe_len), ("--seq-len", args.seq_len)):
             if length <= reach:
                 raise UserError(f"{flag} {length} is not above --window and --sinks, {reach}")
         tokenizer = load_tokenizer(args.model, config.vocab_size)
         length = min(args.seq_len, config.context_length)
         count = args.samples + args.passages
-        drawn = sample_tokens(args.data, tokenizer, count, length, args.seed, args.sinks)
+        drawn = sample_tokens(args.data, tokenizer, count, length, args.seed, sinks)
         samples, texts = split_texts(drawn, args.passages, args.probe_len, not args.no_copies)
         if not samples or min(text.shape[1] for text in texts) <= reach:
-            raise UserError(
-                f"{args.data} is too short to calibrate and to probe; give more and longer text"
-            )
-        groups = [side for side in sides if side.count > 1]
-        if groups:
-            seen, moments = calibrate_groups(model, samples, groups, args.window, args.sinks)
-            fitted = Fitted(model, seen, moments, group)
-        elif args.init == "attention":
-            fitted = Fitted(model, calibrate_together(model, samples, args.sinks), group=group)
+            problem = f"{args.data} is too short to calibrate and to probe"
+            raise UserError(f"{problem}; give more and longer text")
+        if args.init == "attention":
+            fitted = Fitted(model, calibrate_together(model, samples, sinks), group)
         else:
-            seen = calibrate_outputs(model, samples, args.window, args.sinks)
-            fitted = Fitted(model, seen, group=group)
+            groups = [side for side in sides if side.count > 1]
+            seen, moments = calibrate_groups(model, samples, groups, window, sinks)
+            fitted = Fitted(model, seen, group, moments)
         spread = args.spread or args.probe_len // 2
-        probe = Probe(model, texts, args.window, args.sinks, args.predictions, spread)
-
+        probe = Probe(model, texts, window, sinks, args.predictions, spread)
         counted = all_that_counts({**vars(args), "out": None}, model, args.model)
 
-        def shared_out(probed: Callable[[int], dict], stage: int) -> list[dict]:
-            """What is probed of each side, by its number, by all processes together."""
+        def shared_out(probed: Callable[[Together], dict], stage: int) -> dict[Together, dict]:
+            """What is probed of each side, by all processes together."""
 
             keys = [(n, stage) for n in range(len(sides))]
-            done = run_all(keys, lambda key: probed(key[0]), args.out[0], counted, "side")
-            return [done[key] for key in keys]
+            done = run_all(keys, lambda key: probed(sides[key[0]]), args.out[0], counted, "side")
+            return {side: done[n, stage] for n, side in enumerate(sides)}
 
-        found = shared_out(lambda n: probe_side(probe, fitted, sides[n], args.widths), 0)
-        weights = [of_side["weights"] for of_side in found]
-        planner = Planner(probe, fitted, sides, nbytes, args.widths, weights)
-        ranks = [probed_ranks(model, side.count) for side in sides]
-        costs = [of_side["costs"] for of_side in found]
+        # 3. A plan for each budget, and one around it while that is better.
+        alone = shared_out(partial(probe_alone, probe, fitted, widths=args.widths), 0)
+        for side, of_side in alone.items():
+            fitted.weights[side] = of_side["weights"]  # those that others have probed, too
         stage = 0
         for remove, room, out in zip(args.remove, rooms, args.out, strict=True):
-            plan = planner.plan(ranks, costs, room)
+            plan = make_plan(probe, fitted, free, alone, room)
             for _ in range(args.again):
                 stage += 1
-                near = planner.near(plan)
-                found = shared_out(partial(planner.costs_around, plan, near), stage)
-                other = planner.plan(near, [of_side["costs"] for of_side in found], room)
-                if other.cost >= plan.cost:
+                again = shared_out(partial(probe_around, plan, fitted, widths=args.widths), stage)
+                other = make_plan(probe, fitted, free, again, room)
+                if other.probe.cost >= plan.probe.cost:
                     break
                 plan = other
+            info = plan.factors.info
             if args.window_bits == 8:
-                plan.factors.info["window_bits"] = "8"
+                info["window_bits"] = "8"
             bought = f"{1 - remove:g} of a full cache's bytes at {args.length} tokens"
-            plan.factors.info.update(init=args.init, data=args.data.name, budget=bought)
+            info.update(init=args.init, data=args.data.name, budget=bought)
             if place()[0] == 0:
-                write_plan(out, planner, plan)
-            held = exact + sum(choice.nbytes for choice in plan.choices)
-            say(f"{out}: {1 - held / full:.1%} of the bytes removed, {plan.cost:.3g} nats in all")
+                write_plan(out, plan, model, args.widths)
+            held = exact + sum(choice.nbytes for choice in plan.choices.values())
+            removed = f"{1 - held / full:.1%} of the bytes removed"
+            say(f"{out}: {removed}, {plan.probe.cost:.3g} nats in all")
         if place()[0] == 0:
             delete_notes(args.out[0])
 
@@ -199,20 +193,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--probe-len", type=count, default=256, help="probe with their last tokens, so many (256)")
     add("--predictions", type=count, default=96, help="compare so many predictions of each (96)")
     add("--spread", type=count, help="spread them over so many last tokens (half of --probe-len)")
-    again = "probe so often around the plan, and spend anew (1)"
-    add("--again", type=number(int, 0), default=1, help=again)
+    add("--again", type=number(int, 0), default=1, help="probe so often around the plan (1)")
     add("--no-copies", action="store_true", help="leave every second text as it is")
-    init = "keep the attention's output, or keys and values; see beyond/outputs.py (outputs)"
-    add("--init", choices=("outputs", "attention"), default="outputs", help=init)
-    together = "so many neighbouring layers share latents: fewer bytes for more time (1)"
-    add("--layers-together", type=count, default=1, help=together)
+    inits = ("outputs", "attention")
+    add("--init", choices=inits, default="outputs", help="keep attention's outputs, or its inputs")
+    add(
+        "--layers-together", type=count, default=1, help="share latents: more time, fewer bytes (1)"
+    )
     add("--widths", type=widths, default=[2, 3, 4], help="choose from these bits and 16 (2,3,4)")
     group = "tokens that share a scale in a channel, a multiple of 32; 0: groups as in KIVI (128)"
     add("--group", type=number(int, 0), default=128, help=group)
     add("--window", type=count, default=32, help="keep so many newest tokens exactly (32)")
     add("--sinks", type=number(int, 0), default=4, help="keep so many first tokens exactly (4)")
-    window_bits = "count the bytes of a cache that keeps both in 8 bits (16)"
-    add("--window-bits", type=int, choices=(8, 16), default=16, help=window_bits)
+    add("--window-bits", type=int, choices=(8, 16), default=16, help="count both in 8 bits (16)")
     add("--seed", type=number(int, 0), default=0, help="draw other pieces of the text (0)")
     add("--device", default="cpu", help="compute on cpu (default), cuda, cuda:1, ...")
     add("--dtype", choices=DTYPES, default="float32", help="run the model in this type (float32)")

@@ -8,6 +8,7 @@ import argparse
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial, partialmethod
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -47,27 +48,19 @@ class Kind:
     sinks: bool = False  # whether it can keep the first tokens exact
 
 
-def bi_branch(cache: type[BiBranchCache], colour: str) -> Kind:
+def bi_branch(cache: type[BiBranchCache], s: SimpleNamespace) -> BiBranchCache:
     """A cache of latents and a window."""
-
-    def make(s: SimpleNamespace) -> LayerCache:
-        return cache(s.attention, s.factors, s.window, s.expected, s.sinks)
-
-    return Kind(make, CHANNELS, colour, sinks=True)
+    return cache(s.attention, s.factors, s.window, s.expected, s.sinks)
 
 
-def kivi(bits: int, colour: str) -> Kind:
+def kivi(bits: int, s: SimpleNamespace) -> KiviCache:
     """KIVI: every token and channel, in few bits."""
-
-    def make(s: SimpleNamespace) -> LayerCache:
-        return KiviCache(s.config, bits, s.window, s.expected, s.sinks)
-
-    return Kind(make, None, colour, bits, sinks=True)
+    return KiviCache(s.config, bits, s.window, s.expected, s.sinks)
 
 
-def turboquant(bits: int, colour: str) -> Kind:
+def turboquant(bits: int, s: SimpleNamespace) -> TurboQuantCache:
     """TurboQuant: every token and channel, rotated at random, in few bits."""
-    return Kind(lambda s: TurboQuantCache(s.config, bits, s.expected), None, colour, bits)
+    return TurboQuantCache(s.config, bits, s.expected)
 
 
 CACHES = {
@@ -81,16 +74,16 @@ CACHES = {
     "asvd": Kind(
         lambda s: LowRankCache(s.attention, s.factors, s.expected), CHANNELS, "tab:orange"
     ),
-    # Factors beside W_K and W_V, and a window: the fast cache, and the paper's.
-    "cskv": bi_branch(FastCache, "tab:blue"),
-    "cskv-plain": bi_branch(BiBranchCache, "tab:cyan"),
-    # The fast one, with its full-precision branch in 8 bits.
-    "cskv-window-8": bi_branch(SmallWindowCache, "tab:purple"),
-    "kivi-2": kivi(2, "limegreen"),
-    "kivi-4": kivi(4, "tab:green"),
-    "turboquant-2": turboquant(2, "salmon"),
-    "turboquant-3": turboquant(3, "tab:red"),
-    "turboquant-4": turboquant(4, "darkred"),
+    # Factors beside W_K and W_V, and a window: the fast cache, the paper's, and the fast one with
+    # its full-precision branch in 8 bits.
+    "cskv": Kind(partial(bi_branch, FastCache), CHANNELS, "tab:blue", sinks=True),
+    "cskv-plain": Kind(partial(bi_branch, BiBranchCache), CHANNELS, "tab:cyan", sinks=True),
+    "cskv-window-8": Kind(partial(bi_branch, SmallWindowCache), CHANNELS, "tab:purple", sinks=True),
+    "kivi-2": Kind(partial(kivi, 2), None, "limegreen", 2, sinks=True),
+    "kivi-4": Kind(partial(kivi, 4), None, "tab:green", 4, sinks=True),
+    "turboquant-2": Kind(partial(turboquant, 2), None, "salmon", 2),
+    "turboquant-3": Kind(partial(turboquant, 3), None, "tab:red", 3),
+    "turboquant-4": Kind(partial(turboquant, 4), None, "darkred", 4),
 }
 
 
@@ -115,13 +108,13 @@ class Row:
         """Of a stored number: "4", or "3/8" for keys and values, the mean over the layers."""
         if self.factors is None:
             return str(CACHES[self.cache].bits)
-        pairs = self.factors.pairs
-        k = f"{fmean([pair.bits for pair in pairs[::2]]):.3g}"
-        v = f"{fmean([pair.bits for pair in pairs[1::2]]):.3g}"
-        bits = k if k == v else f"{k}/{v}"
-        if any(pair.clamped and pair.bits < 16 for pair in pairs):
-            bits += ", clamped zero-point"
-        return bits
+        means = []
+        for side in "kv":
+            bits = [getattr(layer, side).bits for layer in self.factors.layers]
+            means.append(f"{fmean(bits):.3g}")
+        shown = "/".join(dict.fromkeys(means))
+        clamped = [pair for pair in self.factors.pairs if pair.clamped and pair.bits < 16]
+        return f"{shown}, clamped zero-point" if clamped else shown
 
     @property
     def columns(self) -> dict:
@@ -158,21 +151,15 @@ class Rounded(LayerCache):
     def length(self) -> int:
         return self.cache.length
 
-    def call(self, method: Callable, inputs: list[Tensor], rope: Rope) -> Tensor:
-        out = method(*[y.to(self.dtype) for y in inputs], rope)
-        return out.to(inputs[0].dtype)
+    def call(self, name: str, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        inputs = [y.to(self.dtype) for y in (x, q, k, v)]
+        out = getattr(self.cache, name)(*inputs, rope)
+        return out if out is None else out.to(x.dtype)
 
-    def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        return self.call(self.cache.prefill, [x, q, k, v], rope)
-
-    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
-        self.cache.remember(*[y.to(self.dtype) for y in (x, q, k, v)], rope)
-
-    def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        return self.call(self.cache.decode, [x, q, k, v], rope)
-
-    def extend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        return self.call(self.cache.extend, [x, q, k, v], rope)
+    prefill = partialmethod(call, "prefill")
+    remember = partialmethod(call, "remember")
+    decode = partialmethod(call, "decode")
+    extend = partialmethod(call, "extend")
 
 
 def make_row(
@@ -213,13 +200,12 @@ def make_cache(model: Transformer, row: Row, expected: int) -> list[LayerCache]:
     return [Rounded(cache, row.dtype) for cache in caches]
 
 
-# ------------------------------------------------------------------------------- equal bytes
+# ---------------------------------------------------------------------------- rows of a table
 
 
 def layer_bytes(model: Transformer, row: Row, tokens: int) -> int:
     """Bytes that one layer of the cache really holds after a text of `tokens`."""
     config, weight = model.config, model.lm_head.weight
-    model.rope.reach(tokens, weight.device)
     cache = make_cache(model, row, tokens)[0]
     x = weight.new_zeros(1, tokens, config.hidden_size)
     q = weight.new_zeros(1, config.num_attention_heads, tokens, config.head_dim)
@@ -243,9 +229,6 @@ def largest_size(
         say(f"{of_size(most).label}: no size holds those bytes; left out")
         return 0
     return size
-
-
-# ---------------------------------------------------------------------------- rows of a table
 
 
 def make_rows(
@@ -273,58 +256,56 @@ def make_rows(
         equal: a number of tokens, at which `ratios` are of bytes really held: the size of each
             cache, tokens kept or rank, is the largest that holds no more.
     """
+    config = model.config
+    most_ranks = [min(config.d_kv, config.hidden_size)] * config.num_hidden_layers
+    whole = init_factors("random", model, most_ranks, most_ranks) if equal else None
+    rows = []
 
     def row(cache: str, ratio: float | None = None, **settings) -> Row:
         first = sinks if CACHES[cache].sinks else 0
         settings |= {"window": window, "sinks": first, "dtype": dtype}
         return make_row(model, cache, ratio, **settings)
 
-    def token_row(name: str, ratio: float) -> Row | None:
+    def add_tokens(name: str, ratio: float) -> None:
         def keeping(budget: int) -> Row:
             budget = max(5, budget)  # fewer tokens are no StreamingLLM
             return replace(row(name, ratio, budget=budget), nominal_ratio=1 - budget / equal)
 
         if not equal:
-            return row(name, ratio)
-        budget = largest_size(model, ratio, equal, keeping, equal)
-        return keeping(budget) if budget else None
+            rows.append(row(name, ratio))
+        elif budget := largest_size(model, ratio, equal, keeping, equal):
+            rows.append(keeping(budget))
 
-    def channel_row(name: str, ratio: float, init: str, width: int | None) -> Row | None:
+    def add_channels(name: str, ratio: float, init: str, width: int | None) -> None:
         def in_bits(factors: Factors) -> Row:
             factors = factors.map(lambda pair: replace(pair, group=group))
-            factors = factors.in_bits(width, width)
-            return row(name, ratio, factors=factors, origin=init)
+            return row(name, ratio, factors=factors.in_bits(width, width), origin=init)
 
-        config = model.config
-        if not equal:
-            return in_bits(make_factors(init, rank_for(ratio, config.d_kv)))
-        highest = min(config.d_kv, config.hidden_size)
-        ranks = [highest] * config.num_hidden_layers
-        whole = init_factors("random", model, ranks, ranks)  # to count bytes with
-
-        def of_rank(rank: int) -> Row:
+        def of_rank(rank: int) -> Row:  # to count bytes with
             return in_bits(whole.map(lambda pair: LowRank(pair.A[:, :rank], pair.B[:rank])))
 
-        rank = largest_size(model, ratio, equal, of_rank, highest)
-        return in_bits(make_factors(init, rank)) if rank else None
+        rank = rank_for(ratio, config.d_kv)
+        if equal:
+            rank = largest_size(model, ratio, equal, of_rank, most_ranks[0])
+        if rank:
+            rows.append(in_bits(make_factors(init, rank)))
 
-    rows = []
     widths = bits or [None]
     for name in names:
         shrinks = CACHES[name].shrinks
         if shrinks is None:
             rows.append(row(name))
         elif shrinks == TOKENS:
-            rows += [token_row(name, ratio) for ratio in ratios]
+            for ratio in ratios:
+                add_tokens(name, ratio)
         elif name == "asvd":
-            rows += [channel_row(name, ratio, "asvd", 16) for ratio in ratios]
+            for ratio in ratios:
+                add_channels(name, ratio, "asvd", 16)
         else:
             for (file, factors), width in product(files, widths):
-                factors = factors.in_bits(width, width)
-                rows.append(row(name, factors=factors, origin=file))
+                rows.append(row(name, factors=factors.in_bits(width, width), origin=file))
             for ratio, init, width in product(ratios, inits, widths):
-                rows.append(channel_row(name, ratio, init, width))
-    rows = [row for row in rows if row]
+                add_channels(name, ratio, init, width)
     if not rows:
         raise UserError("no cache can hold those bytes; choose other --ratios, or a longer --equal")
     shown = [row.columns for row in rows]

@@ -146,7 +146,7 @@ class FactorStore:
         """Mean k k^T and v v^T over the tokens that are measured, [layers, 2, d_kv, d_kv]."""
         moments = new_moments(self.model)
         run_layers(self.model, self.measured, [], moments=moments)
-        return moments / count_tokens(self.measured, 0)
+        return moments / count_tokens(self.measured)
 
     def floor(self, moments: Tensor, recipe: Recipe) -> float:
         """The least loss (equation 2) that factors of these ranks can have on those samples."""

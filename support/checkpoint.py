@@ -1,5 +1,3 @@
-"""The names that programs around this project load models by; see support/huggingface/."""
+"""The names that programs around this project load models by."""
 
-from support.huggingface.checkpoint import load_model, read_config
-
-__all__ = ["load_model", "read_config"]
+from support.huggingface.checkpoint import load_model, read_config  # noqa: F401

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGEST = 2**31  # no count of tokens, no seed needs more
-TEXTS = re.compile(r".+\.(txt|jsonl|parquet)$")  # what is read in a folder of text
+TEXTS = re.compile(r".+\.(txt|jsonl)$")  # what is read in a folder of text
 MODEL_FILES = re.compile(  # in a folder of a model
     r"(generation_)?config\.json|special_tokens_map|added_tokens|tokenizer|vocab|merges"
     r"|chat_template|adapter|model.*\.safetensors|pytorch_model"

@@ -1,14 +1,12 @@
 """Factors in a file: safetensors, with metadata that says what they are and whose.
 
-A and B of every k_proj and v_proj are tensors, named after the projection; where A follows from B,
-the metric that tells it stands in its place. The metadata hold the format's version, the ranks, the
-bits and their groups, which layers share latents, the initialization, what trained them on what,
-and a fingerprint of the projections they belong to: on another model they would give fluent
-nonsense.
+A and B of every k_proj and v_proj are tensors, named after the projection; where A follows
+from B, the metric that tells it stands in its place. Metadata are the ranks, the bits and
+their groups, which layers share latents, how and on what the factors were made, and a
+fingerprint of the projections they belong to: on another model they give fluent nonsense.
 """
 
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -22,103 +20,76 @@ from model import Attention, Transformer
 from support.command import UserError, first_line, replacing
 
 FORMAT, VERSION = "cskv-factors", "1"
-CLAMPED = "clamped zero-point"  # the quantizer of factors that were trained for it; see quant.py
+CLAMPED = "clamped zero-point"  # a quantizer; see quant.py
 # Metadata that follow from factors and model; the rest is `info`.
-ALWAYS = ("format", "version", "k_ranks", "v_ranks", "k_bits", "v_bits", "fingerprint")
-SOMETIMES = ("quantizer", "group", "together")
+KNOWN = ("format", "version", "k_ranks", "v_ranks", "k_bits", "v_bits", "fingerprint")
+KNOWN += ("quantizer", "group", "together")
 
 
 @torch.no_grad()
 def fingerprint(model: Transformer) -> list[list[float]]:
-    """For every k_proj and v_proj: its norm, then 16 sums over all its weights, in units of it.
+    """For every k_proj and v_proj: its norm, then 16 sums over its weights, in units of it.
 
-    Not a hash, since the same model may be loaded in other bits. Rounding to 16 bits moves the sums
-    by about 0.001, 4-bit weights by 0.04; those of another model lie about 0.7 away.
+    Not a hash, for a model may be loaded in other bits. Rounding to 16 bits moves the sums by
+    0.001, 4-bit weights by 0.04; those of another model lie about 0.7 away.
     """
     result = []
     for layer in model.model.layers:
         for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
             W = projection.weight.float().cpu()  # [d_kv, hidden]
-            waves = [torch.outer(torch.arange(1.0, 5.0), torch.arange(n)).cos() for n in W.shape]
-            sums = waves[0] @ W @ waves[1].T / W.norm().clamp(min=1e-38)  # [4, 4]; W may be zeros
+            n = torch.arange(1.0, 5.0)
+            waves = [torch.outer(n, torch.arange(size)).cos() for size in W.shape]
             norm = W.norm().item()
+            sums = waves[0] @ W @ waves[1].T / W.norm().clamp(min=1e-38)  # W may be zeros
             sums = [round(x, 4) for x in sums.flatten().tolist()]
             result.append([round(norm, 4) if norm > 1 else float(f"{norm:.5g}"), *sums])
     return result
 
 
 def same_model(ours: list[list[float]], theirs: list[list[float]]) -> bool:
-    """Whether two fingerprints are of one model: norms within 5%, sums within 0.1 (rms).
-
-    A 4-bit copy passes, and so may a fine-tune that left these weights nearly as they were.
-    """
+    """Whether two fingerprints are of one model: norms within 5%, sums within 0.1 (rms). A
+    4-bit copy passes, and so may a fine-tune that left these weights nearly as they were."""
     if len(ours) != len(theirs):
         return False
-    a, b = torch.tensor(ours), torch.tensor(theirs)  # [2 * layers, 17]
-    # Of two projections of zeros the norms are equal, whatever 0 / 0 is.
-    norms = (a[:, 0] / b[:, 0]).log().abs().masked_fill(a[:, 0] == b[:, 0], 0).max()
-    return bool(norms < 0.05 and (a - b)[:, 1:].square().mean(1).sqrt().max() < 0.1)
+    a = torch.tensor(ours)  # [2 * layers, 17]
+    b = torch.tensor(theirs)
+    norms = (a[:, 0] / b[:, 0]).log().abs()
+    norms[a[:, 0] == b[:, 0]] = 0  # both may be zeros
+    sums = (a - b)[:, 1:].square().mean(1)
+    return bool(norms.max() < 0.05 and sums.max() < 0.1**2)
 
 
-def save_factors(
-    path: str | Path, factors: Factors, model: Transformer, dtype: torch.dtype = torch.float16
-) -> None:
-    """Writes a safetensors file: A and B of every k_proj and v_proj, and as metadata what they are.
+def name_of(i: int, side: str, name: str) -> str:
+    return f"model.layers.{i}.self_attn.{side}_proj.{name}"
 
-    The file is in float32 if `dtype` cannot hold some number. Raises `UserError` for numbers that
-    are not finite, and if the file cannot be written.
-    """
-    shared = {(i, group.side) for group in factors.together for i in group.layers}
-    exact = {}
+
+def save_factors(path: Path, factors: Factors, model: Transformer, dtype=torch.float16):
+    """Writes a file, in float32 if `dtype` cannot hold some number. Raises `UserError` for
+    numbers that are not finite, and if the file cannot be written."""
+    exact: dict[str, Tensor] = {}
+    shared = {(i, some.side) for some in factors.together for i in some.layers}
     for i, layer in enumerate(factors.layers):
         for side, pair in vars(layer).items():
-            prefix = f"model.layers.{i}.self_attn.{side}_proj"
             A = pair.A.detach().to("cpu", torch.float32)
             B = pair.B.detach().to("cpu", torch.float32)
-            metric = None
-            if (i, side) in shared:  # a sum is the latent, so its parts have one scale
-                metric = metric_between(A, B, model.model.layers[i].self_attn, side, dtype)
-            else:
-                A, B = balanced(A, B)
-            if metric is None:
-                exact[f"{prefix}.A"] = A.contiguous()
-                exact[f"{prefix}.B"] = B.contiguous()
-                continue
-            exact[f"{prefix}.metric"] = metric
-            if pair.bits < 8:  # latents are rounded far more
-                for name, tensor in in_8_bits(B).items():
-                    exact[f"{prefix}.{name}"] = tensor
-            else:
-                exact[f"{prefix}.B"] = B.contiguous()
-    tensors = {}
+            stored = {"A": A, "B": B}
+            if (i, side) in shared:
+                attention = model.model.layers[i].self_attn
+                metric = metric_between(A, B, attention, side, dtype)
+                if metric is not None:
+                    stored = in_8_bits(B) if pair.bits < 8 else {"B": B}
+                    stored["metric"] = metric
+            for name, tensor in stored.items():
+                exact[name_of(i, side, name)] = tensor.contiguous()
+    rounded = {}
     for name, tensor in exact.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{name} has numbers that are not finite; make the factors again")
-        rounded = name.endswith((".A", ".B")) and tensor.is_floating_point()
-        tensors[name] = tensor.to(dtype) if rounded else tensor
-    if not all(holds(tensors[name], tensor) for name, tensor in exact.items()):
-        tensors = exact
-    metadata = {
-        **factors.info,
-        "format": FORMAT,
-        "version": VERSION,
-        "fingerprint": json.dumps(fingerprint(model)),
-    }
-    for side in ("k", "v"):
-        pairs = [getattr(layer, side) for layer in factors.layers]
-        bits = [pair.bits for pair in pairs]
-        metadata[f"{side}_ranks"] = json.dumps([pair.rank for pair in pairs])
-        metadata[f"{side}_bits"] = json.dumps(bits[0] if len(set(bits)) == 1 else bits)
-    if any(pair.clamped for pair in factors.pairs):
-        metadata["quantizer"] = CLAMPED
-    groups = {pair.group for pair in factors.pairs}
-    if len(groups) > 1:
-        raise UserError(f"factors with groups of {groups} tokens in one file; give all the same")
-    if groups != {None}:
-        metadata["group"] = str(groups.pop())
-    if factors.together:
-        metadata["together"] = json.dumps([[*vars(some).values()] for some in factors.together])
-    data = save(tensors, metadata)
+            raise UserError(f"{name} has numbers that are not finite; make it again")
+        rounded[name] = tensor
+        if name.endswith((".A", ".B")) and tensor.is_floating_point():
+            rounded[name] = tensor.to(dtype)
+    lost = [name for name, tensor in exact.items() if not holds(rounded[name], tensor)]
+    data = save(exact if lost else rounded, metadata_of(factors, model))
     # safetensors orders metadata by chance; sorted, equal factors are equal files.
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"))
@@ -127,37 +98,48 @@ def save_factors(
         temporary.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
 
 
-def balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the largest number of one is below 0.001, which may be too small for 16 bits, a power
-    of two is moved from one to the other: A B stays, bit for bit."""
-    a, b = A.abs().max().item(), B.abs().max().item()
-    if 0 < min(a, b) < 1e-3 and math.isfinite(a + b):
-        scale = 2.0 ** round(math.log2(b / a) / 2)
-        A, B = A * scale, B / scale
-    return A, B
+def metadata_of(factors: Factors, model: Transformer) -> dict[str, str]:
+    metadata = factors.info | {"format": FORMAT, "version": VERSION}
+    metadata["fingerprint"] = json.dumps(fingerprint(model))
+    for side in "kv":
+        pairs = [getattr(layer, side) for layer in factors.layers]
+        bits = [pair.bits for pair in pairs]
+        metadata[f"{side}_ranks"] = json.dumps([pair.rank for pair in pairs])
+        metadata[f"{side}_bits"] = json.dumps(bits[0] if len(set(bits)) == 1 else bits)
+    if any(pair.clamped for pair in factors.pairs):
+        metadata["quantizer"] = CLAMPED
+    groups = {pair.group for pair in factors.pairs}
+    if len(groups) > 1:
+        raise UserError(f"groups of {groups} tokens in one file; give all the same")
+    if groups != {None}:
+        metadata["group"] = str(groups.pop())
+    if factors.together:
+        groups = [list(vars(some).values()) for some in factors.together]
+        metadata["together"] = json.dumps(groups)
+    return metadata
 
 
 @torch.no_grad()
-def metric_between(
-    A: Tensor, B: Tensor, attention: Attention, side: str, dtype: torch.dtype
-) -> Tensor | None:
-    """Where factors are the closed form of a metric M that the model's weights, or d_kv numbers,
-    tell, A = W M B^T follows from B and need not be stored: a third of a file or less is left.
+def metric_between(A: Tensor, B: Tensor, attention: Attention, side: str, dtype) -> Tensor | None:
+    """Where factors are the closed form of a metric M that the model's weights, or d_kv
+    numbers, tell, A = W M B^T follows from B: a third of a file or less is left.
 
-    M is a diagonal [d_kv] for keys, and for values `cskv.output_metric` times a number [1]. None if
-    these are other factors, or if B in `dtype` would give another A.
+    M is a diagonal [d_kv] for keys, `cskv.output_metric` times a number [1] for values. None
+    if these are other factors, or if B in `dtype` would give another A.
     """
-    projection = getattr(attention, f"{side}_proj")
-    W = projection.weight.T.double().cpu()  # [hidden, d_kv]
-    A, B = A.double(), B.double()
+    W = getattr(attention, f"{side}_proj").weight.T.double().cpu()  # [hidden, d_kv]
+    A = A.double()
+    B = B.double()
     if not (A.isfinite().all() and B.isfinite().all() and W.isfinite().all()):
         return None
     if side == "k":
         gram = (W.T @ W) * (B.T @ B)
-        metric = torch.linalg.lstsq(gram, ((W.T @ A) * B.T).sum(1, keepdim=True)).solution[:, 0]
+        right = ((W.T @ A) * B.T).sum(1, keepdim=True)
+        metric = torch.linalg.lstsq(gram, right).solution[:, 0]
     else:
         plain = W @ output_metric(attention).cpu() @ B.T
-        metric = (A * plain).sum(0, keepdim=True).sum(1) / plain.square().sum().clamp(min=1e-300)
+        scale = plain.square().sum().clamp(min=1e-300)
+        metric = (A * plain).sum(0, keepdim=True).sum(1) / scale
     metric = metric.float()
     again = shrinking(B.to(dtype), attention, side, metric)
     same = (again - A).norm() <= 2e-3 * A.norm()
@@ -174,11 +156,12 @@ def shrinking(B: Tensor, attention: Attention, side: str, metric: Tensor) -> Ten
 
 
 def in_8_bits(B: Tensor) -> dict[str, Tensor]:
-    """B [r, d_kv] as int8 with a scale for each row and for each column: B, rows [r, 1] and columns
-    [d_kv], whose product it is. Columns that matter are small, for their errors count much."""
+    """B [r, d_kv] as int8, times rows [r, 1] and columns [d_kv]. Columns that matter are
+    small, for their errors count much."""
     columns = B.square().mean(0).sqrt().clamp(min=1e-30)
     rows = (B / columns).abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-    return {"B": (B / columns / rows).round().to(torch.int8), "rows": rows, "columns": columns}
+    codes = (B / columns / rows).round().to(torch.int8)
+    return {"B": codes, "rows": rows, "columns": columns}
 
 
 def holds(rounded: Tensor, exact: Tensor) -> bool:
@@ -188,10 +171,8 @@ def holds(rounded: Tensor, exact: Tensor) -> bool:
 
 
 def load_factors(path: str | Path, model: Transformer) -> Factors:
-    """Reads a factors file for `model`, on the model's device and in its precision.
-
-    Raises `UserError` if it is no factors file, is damaged, or belongs to another model.
-    """
+    """Factors for `model`, on its device and in its precision. Raises `UserError` if the file
+    is none of factors, is damaged, or belongs to another model."""
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder; give a factors file, made by train.py")
     try:
@@ -205,83 +186,79 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
     if info.get("format") != FORMAT:
         raise UserError(f"{path} is not a CSKV factors file; make one with train.py")
     if info.get("version") != VERSION:
-        raise UserError(
-            f"{path} has format version {info.get('version')}, this code reads {VERSION}; make it "
-            "again with train.py"
-        )
+        other = f"format version {info.get('version')}, this code reads {VERSION}"
+        raise UserError(f"{path} has {other}; make it again with train.py")
     count = len(model.model.layers)
     try:
         theirs = json.loads(info["fingerprint"])
-        k_bits = for_each(info["k_bits"], count)
-        v_bits = for_each(info["v_bits"], count)
+        bits = {side: for_each(json.loads(info[f"{side}_bits"]), count) for side in "kv"}
         group = int(info["group"]) if "group" in info else None
         if group is not None and (group < 1 or group % quant.BLOCK):
             raise ValueError(f"group {group} is no multiple of {quant.BLOCK}")
         together = read_together(json.loads(info.get("together", "[]")), count)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged (metadata: {error}); make it again") from None
-
     # A wrong model gives fluent nonsense, not an error, unless it is refused here.
     if not same_model(fingerprint(model), theirs):
-        raise UserError(f"{path} belongs to another model; make factors for this one with train.py")
-
+        raise UserError(f"{path} belongs to another model; make it with train.py")
     clamped = info.get("quantizer") == CLAMPED
-
-    def read_pair(i: int, side: str, bits: int) -> LowRank:
-        prefix = f"model.layers.{i}.self_attn.{side}_proj"
-        B = tensors[f"{prefix}.B"]
-        if B.dtype == torch.int8:
-            rows, columns = tensors[f"{prefix}.rows"], tensors[f"{prefix}.columns"]
-            if B.dim() != 2 or rows.shape != (len(B), 1) or columns.shape != B.shape[1:]:
-                raise UserError(f"{path}: {prefix} has scales of another size; make it again")
-            B = B * rows * columns
-        metric = tensors.get(f"{prefix}.metric")
-        if metric is None:
-            A = tensors[f"{prefix}.A"]
-        elif B.dim() != 2 or metric.numel() != (B.shape[1] if side == "k" else 1):
-            raise UserError(f"{path}: {prefix} has a metric of another size; make it again")
-        else:
-            A = shrinking(B, model.model.layers[i].self_attn, side, metric).float()
-        if A.shape != (model.config.hidden_size, len(B)) or B.shape[1] != model.config.d_kv:
-            raise UserError(
-                f"{path}: {prefix} has A {tuple(A.shape)} and B {tuple(B.shape)}, which do not fit "
-                f"hidden size {model.config.hidden_size} and {model.config.d_kv} channels"
-            )
-        return LowRank(A, B, bits, clamped, group)
-
     layers = []
     try:
         for i in range(count):
-            k = read_pair(i, "k", k_bits[i])
-            v = read_pair(i, "v", v_bits[i])
-            layers.append(LayerFactors(k, v))
+            pairs = {}
+            for side in "kv":
+                A, B = read_pair(tensors, model.model.layers[i].self_attn, i, side)
+                pairs[side] = LowRank(A, B, bits[side][i], clamped, group)
+            layers.append(LayerFactors(**pairs))
     except KeyError as error:
         raise UserError(f"{path} lacks {error}; make it again with train.py") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; make it again with train.py") from None
     for some in together:
-        kept = {(p.rank, p.bits) for p in (getattr(layers[i], some.side) for i in some.layers)}
+        pairs = [getattr(layers[i], some.side) for i in some.layers]
+        kept = {(pair.rank, pair.bits) for pair in pairs}
         if len(kept) > 1 or group is None:
-            raise UserError(f"{path} is damaged (layers together of ranks and bits {kept})")
-    info = {name: value for name, value in info.items() if name not in ALWAYS + SOMETIMES}
+            raise UserError(f"{path} has layers together of ranks and bits {kept}")
+    info = {name: value for name, value in info.items() if name not in KNOWN}
     return Factors(layers, info, together).to(model.lm_head.weight)
+
+
+def read_pair(tensors: dict, attention: Attention, i: int, side: str) -> tuple[Tensor, Tensor]:
+    """A and B. Raises `KeyError` for a missing tensor, `ValueError` for another size."""
+    B = tensors[name_of(i, side, "B")]
+    hidden, d_kv = attention.config.hidden_size, attention.config.d_kv
+    r = B.shape[0] if B.dim() else 0
+    shapes = {"A": (hidden, r), "B": (r, d_kv), "rows": (r, 1), "columns": (d_kv,)}
+    shapes["metric"] = (d_kv,) if side == "k" else (1,)
+    for name, shape in shapes.items():
+        found = tensors.get(name_of(i, side, name))
+        if found is not None and found.shape != shape:
+            size = f"the size {tuple(found.shape)} instead of {shape}"
+            raise ValueError(f"{name_of(i, side, name)} has {size}")
+    if B.dtype == torch.int8:
+        B = B * tensors[name_of(i, side, "rows")]
+        B = B * tensors[name_of(i, side, "columns")]
+    metric = tensors.get(name_of(i, side, "metric"))
+    if metric is None:
+        return tensors[name_of(i, side, "A")], B
+    return shrinking(B, attention, side, metric).float(), B
 
 
 def read_together(groups: list, layers: int) -> tuple[Together, ...]:
     """The groups of layers that a file names. Raises `ValueError` if they are none."""
-    together = tuple(Together(*group) for group in groups)
+    together = tuple([Together(*group) for group in groups])
+    sides = {(side, i) for side in "kv" for i in range(layers)}
     for some in together:
-        if some.side not in ("k", "v") or not 0 <= some.first < some.first + some.count <= layers:
-            raise ValueError(f"{some} is no group of {layers} layers")
-    used = [(some.side, i) for some in together for i in some.layers]
-    if len(used) > len(set(used)):
-        raise ValueError("a layer is in two groups")
+        members = {(some.side, i) for i in some.layers}
+        if not members or not members <= sides:
+            raise ValueError(f"{some} is no group of {layers} layers, each in one")
+        sides -= members
     return together
 
 
-def for_each(text: str, count: int) -> list[int]:
-    """The bits of each layer: a list, or one number for all. Raises `ValueError` for anything
-    else."""
-    value = json.loads(text)
-    values = value if isinstance(value, list) else [value] * count
-    if len(values) != count or not all(bits in (2, 3, 4, 8, 16, 32) for bits in values):
-        raise ValueError(f"{value} is no number of bits for {count} layers")
-    return values
+def for_each(bits: int | list, count: int) -> list[int]:
+    """The bits of each layer, from a list or one number."""
+    each = bits if isinstance(bits, list) else [bits] * count
+    if len(each) != count or not set(each) <= {2, 3, 4, 8, 16, 32}:
+        raise ValueError(f"{bits} is no number of bits for {count} layers")
+    return each

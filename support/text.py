@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -16,44 +15,32 @@ UTF_8 = "utf-8-sig"  # editors on Windows write a mark first
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """Yields the documents of a .txt file (one), a .jsonl or .parquet file (`text` of each row), or
-    a folder of these, in the order of the names. Raises `UserError` naming file and line."""
+    """Yields the documents of a .txt file (one), a .jsonl file (`text` of each line), or a folder
+    of these, in the order of the names. Raises `UserError` naming file and line."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if TEXTS.match(file.name))
         if not files:
-            raise UserError(f"{path} has no .txt or .jsonl files, nor .parquet; give text to read")
+            raise UserError(f"{path} has no .txt or .jsonl files; give text to read")
         for file in files:
             yield from read_documents(file)
     elif not TEXTS.match(path.name):
-        raise UserError(f"{path} is not a .txt or .jsonl file, nor .parquet, nor a folder of them")
+        raise UserError(f"{path} is not a .txt or .jsonl file, nor a folder of them; convert it")
     elif not path.exists():
         raise UserError(f"no file {path}; give text to read")
-    elif path.suffix == ".parquet":
-        yield from read_parquet(path)
+    elif path.suffix == ".txt":
+        yield read_file(path)
     else:
-        yield from read_text(path)
+        with readable(path), path.open(encoding=UTF_8) as lines:
+            for i, line in enumerate(lines, 1):
+                if line.strip():
+                    yield read_line(line, f"{path}, line {i}")
 
 
-def read_text(path: Path) -> Iterator[str]:
-    """Yields the documents of a .txt or .jsonl file."""
-    with readable(path), path.open(encoding=UTF_8) as lines:
-        if path.suffix == ".txt":
-            yield whole_text(lines, path)
-            return
-        for i, line in enumerate(lines, 1):
-            if line.strip():
-                yield read_line(line, f"{path}, line {i}")
-
-
-def read_file(name: str) -> str:
+def read_file(name: str | Path) -> str:
     """The text of a file of any name, or of standard input for "-"."""
     source = 0 if name == "-" else name
     with readable(name), open(source, encoding=UTF_8, closefd=name != "-") as file:
-        return whole_text(file, name)
-
-
-def whole_text(file: TextIO, name: str | Path) -> str:
-    text = file.read()
+        text = file.read()
     if "\0" in text:  # UTF-16 without a mark is valid UTF-8, of letters and NULs
         raise UserError(f"{name} has NUL bytes, so it is no UTF-8 text; save it as such")
     return text
@@ -81,26 +68,6 @@ def read_line(line: str, place: str) -> str:
         raise UserError(f"{place}: {problem}; mend or remove that line") from None
 
 
-def read_parquet(path: Path) -> Iterator[str]:
-    """Yields the column `text` of a .parquet file, a block of rows in memory at a time."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UserError(f"{path} needs pyarrow; pip install pyarrow, or give .jsonl") from None
-    try:
-        with path.open("rb") as opened:  # pyarrow itself takes only names in UTF-8
-            file = parquet.ParquetFile(opened)
-            if "text" not in file.schema_arrow.names:
-                raise UserError(f"{path} has no column `text`; it has {file.schema_arrow.names}")
-            for block in file.iter_batches(columns=["text"]):
-                for text in block.column(0).to_pylist():
-                    if not isinstance(text, str):
-                        raise UserError(f"{path}: column `text` holds {text!r}, which is not text")
-                    yield text
-    except (OSError, ArrowException) as error:
-        raise UserError(f"{path} is damaged ({error}); fetch it again") from None
-
-
 def sample_tokens(
     path: Path, tokenizer: Tokenizer, samples: int, length: int, seed: int, sinks: int = 0
 ) -> list[Tensor]:
@@ -121,9 +88,9 @@ def sample_tokens(
 def with_copies(texts: list[Tensor]) -> list[Tensor]:
     """Texts [1, T], but of every second one only the first half, twice."""
     copied = list(texts)
-    for n, text in enumerate(texts):
-        if n % 2:
-            copied[n] = text[:, : text.shape[1] // 2].repeat(1, 2)
+    for n in range(1, len(texts), 2):
+        half = texts[n].shape[1] // 2
+        copied[n] = texts[n][:, :half].repeat(1, 2)
     return copied
 
 

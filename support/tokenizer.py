@@ -1,5 +1,3 @@
-"""The names that programs around this project load tokenizers by; see support/huggingface/."""
+"""The names that programs around this project load tokenizers by."""
 
-from support.huggingface.tokenizer import Tokenizer, load_tokenizer
-
-__all__ = ["Tokenizer", "load_tokenizer"]
+from support.huggingface.tokenizer import Tokenizer, load_tokenizer  # noqa: F401

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import beyond.budget as algorithm
 import quant
-from beyond.budget import Choice, convex_hull, spend
+from beyond.budget import Choice, convex_hull, free_choices, make_plan, sides_of, spend
 from beyond.outputs import calibrate_outputs
 from beyond.probes import DecodeMode, Probe
 from beyond.shared import calibrate_groups, shared_cache
@@ -28,25 +28,9 @@ from support.huggingface.tokenizer import load_tokenizer
 from tests import helpers
 from tests.drawn import bits, groups, quick, ranks, shapes, sinks, windows
 from tests.evaluating import notes_beside, torchrun
-from tests.helpers import (
-    call,
-    decode_all,
-    in_bits,
-    layer_inputs,
-    make_factors,
-    tiny_model,
-    tiny_tokens,
-)
+from tests.helpers import call, decode_all, in_bits, make_factors, tiny_model, tiny_tokens
 
 # --------------------------------------------------------------------------------- decode mode
-
-
-def with_decode_mode(model, tokens, pairs, window, first):
-    """Logits with the layers named in `pairs` in decode mode, and all others exact."""
-    caches = full_cache(model)
-    for i, some in pairs.items():
-        caches[i] = DecodeMode(model.model.layers[i].self_attn, some, window, first)
-    return model(tokens, caches)
 
 
 @quick
@@ -60,7 +44,10 @@ def test_decode_mode_is_the_window_mask_written_out(shape, T, window, first, ran
     layers = [replace(layer, **some) for layer, some in zip(whole.layers, pairs, strict=True)]
     tokens = tiny_tokens(model, 1, T)
     expected = helpers.naive_forward(model, tokens[0], Factors(layers), window, 0, first)
-    found = with_decode_mode(model, tokens, dict(enumerate(pairs)), window, first)[0]
+    caches = []
+    for layer, some in zip(model.model.layers, pairs, strict=True):
+        caches.append(DecodeMode(layer.self_attn, some, window, first))
+    found = model(tokens, caches)[0]
     torch.testing.assert_close(found, expected.float(), atol=2e-4, rtol=2e-4)
 
 
@@ -85,76 +72,70 @@ def test_decode_mode_rounds_as_the_cache_does(T, first, b, group):
 # ---------------------------------------------------------------------------------------- probe
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("side", ["k", "v"])
-def test_a_probe_from_stored_inputs_is_the_whole_run(layer, side):
-    model = tiny_model()
-    texts = [tiny_tokens(model, 1, 40, seed=3), tiny_tokens(model, 1, 29, seed=4)]
-    probe = Probe(model, texts, 5, 2, predictions=1000)
-    pairs = {side: getattr(make_factors(model, 2, 4).in_bits(4, 4).layers[layer], side)}
+def whole_run(model, texts, sides, window=5, first=2):
+    """The cost of some sides in decode mode, with latents of the exact inputs."""
     divergences = []
     for tokens in texts:
-        other = with_decode_mode(model, tokens, {layer: pairs}, 5, 2)
-        exact, other = (y[0, 7:].double().log_softmax(-1) for y in (model(tokens), other))
+        inputs = [x.float() for x, _, _ in helpers.layer_inputs(model, tokens)]
+        caches = full_cache(model)
+        for side, pairs in sides.items():
+            z = sum(inputs[i] @ pair.A for i, pair in zip(side.layers, pairs, strict=True))
+            for i, pair in zip(side.layers, pairs, strict=True):
+                if not isinstance(caches[i], DecodeMode):
+                    attention = model.model.layers[i].self_attn
+                    caches[i] = DecodeMode(attention, {}, window, first)
+                caches[i].pairs[side.side] = pair
+                caches[i].latents[side.side] = z
+        runs = model(tokens)[0], model(tokens, caches)[0]
+        exact, other = (y[first + window :].double().log_softmax(-1) for y in runs)
         divergences.append(F.kl_div(other, exact, log_target=True, reduction="none").sum(-1))
-    expected = torch.cat(divergences).mean().item()
+    return torch.cat(divergences).mean().item()
+
+
+def sides_in(factors, *groups):
+    """All sides of factors, and their pairs; some in groups of layers, with one latent for all."""
+    alone = set(sides_of(len(factors.layers)))
+    for group in groups:
+        alone -= {Together(group.side, i, 1) for i in group.layers}
+    sides = sorted([*alone, *groups], key=lambda side: (side.side, side.first))
+    return {s: [getattr(factors.layers[i], s.side) for i in s.layers] for s in sides}
+
+
+def narrower(pairs):
+    return [replace(pair, A=pair.A[:, :3], B=pair.B[:3], bits=2) for pair in pairs]
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("side", [*sides_of(2), Together("v", 1, 2)])
+def test_what_is_changed_costs_what_the_whole_run_does(side, planned):
+    """A side of a layer, or of two, all else exact; or as planned, and then it is exact."""
+    model = tiny_model(num_hidden_layers=3)
+    texts = [tiny_tokens(model, 1, T, seed=T) for T in (40, 29, 40)]
+    factors = in_bits(make_factors(model, 5, 5, "svd"), 4, 4, 32)
+    v = factors.layers[0].v  # of one rank
+    factors = replace(factors, layers=[replace(layer, v=v) for layer in factors.layers])
+    sides = sides_in(factors, *[side] * (side.count > 1))
+    few = {side: narrower(sides[side])}
+    exact = probe = Probe(model, texts, 5, 2, predictions=1000)
+    if planned:
+        probe = exact.changed(sides)
+        assert probe.cost == pytest.approx(whole_run(model, texts, sides), rel=1e-3)
+        without = probe.changed({side: [None] * side.count}).cost
+        others = {other: pairs for other, pairs in sides.items() if other != side}
+        assert without == pytest.approx(whole_run(model, texts, others), rel=1e-3)
+        few = others | few
+        assert probe.cost != without
+    expected = whole_run(model, texts, few)
     assert expected > 1e-3
-    assert probe.cost(layer, pairs) == pytest.approx(expected, rel=1e-3)
+    assert probe.changed({side: few[side]}).cost == pytest.approx(expected, rel=1e-3)
+    assert exact.cost == 0
 
 
 def test_predictions_are_spread_to_the_last_token():
     positions = {None: [7, 17, 28, 39], 99: [7, 17, 28, 39], 30: [10, 19, 29, 39]}
     for spread, at in {**positions, 4: [36, 37, 38, 39]}.items():
         probe = Probe(tiny_model(), [tiny_tokens(tiny_model(), 1, 40)], 5, 2, 4, spread)
-        assert probe.texts[0].at.tolist() == at and probe.cost(0, {}) < 1e-6
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_around_a_plan_all_layers_read_through_it(count):
-    """Against the whole run, with latents of the exact inputs; and with the values of the second
-    layer in other bits, or exact."""
-    model = tiny_model()
-    texts = [tiny_tokens(model, 1, T, seed=T) for T in (40, 29, 40)]
-    factors = in_bits(make_factors(model, 5, 5), 4, 4, 32)
-    together = ()
-    if count == 2:  # of one A: then both layers' latents are one sum
-        layers = [replace(layer, v=factors.layers[0].v) for layer in factors.layers]
-        factors, together = replace(factors, layers=layers), (Together("v", 0, 2),)
-    sides = [*together, *(side for side in algorithm.sides_of(2) if side.side == "k")]
-    if count == 1:
-        sides = algorithm.sides_of(2)
-    probe = Probe(model, texts, 5, 2, predictions=1000)
-    around = probe.around(factors, sides)
-
-    def expected(v):
-        """With the pairs v for the values of the last `count` layers."""
-        divergences = []
-        for tokens in texts:
-            inputs = [x.float() for x, _, _ in layer_inputs(model, tokens)]
-            caches = []
-            for i, layer in enumerate(factors.layers):
-                own = {"k": layer.k, "v": layer.v if i < 2 - count else v[i + count - 2]}
-                latents = {"k": inputs[i] @ layer.k.A}
-                if own["v"]:
-                    latents["v"] = inputs[i] @ own["v"].A
-                    if count == 2:
-                        latents["v"] = sum(x @ own["v"].A for x in inputs)
-                attention = model.model.layers[i].self_attn
-                caches.append(DecodeMode(attention, own, 5, 2, latents))
-            exact, other = (model(tokens, cache)[0, 7:].double() for cache in (None, caches))
-            exact, other = exact.log_softmax(-1), other.log_softmax(-1)
-            divergences.append((exact.exp() * (exact - other)).sum(-1))
-        return torch.cat(divergences).mean().item()
-
-    planned = [layer.v for layer in factors.layers[2 - count :]]
-    few = [replace(pair, A=pair.A[:, :3], B=pair.B[:3], bits=2) for pair in planned]
-    assert around.cost(0) == pytest.approx(expected(planned), rel=1e-3)
-    group = (Together("v", 2 - count, count),)
-    found = around.cost(2 - count, *[{"v": pair} for pair in few], together=group)
-    assert found == pytest.approx(expected(few), rel=1e-3)
-    found = around.cost(2 - count, *[{"v": None}] * count)
-    assert found == pytest.approx(expected([None] * count), rel=1e-3)
-    assert len({around.cost(0), found, probe.cost(0)}) == 3
+        assert probe.texts[0].at.tolist() == at
 
 
 # ---------------------------------------------------------------------------------------- bytes
@@ -172,17 +153,6 @@ def test_bytes_are_what_a_cache_holds(T, rank, window, first, k_bits, v_bits, gr
     for b, side in ((k_bits, "k"), (v_bits, "v")):
         latents += algorithm.latent_bytes(rank, b, side, T - min(T, first), window, group)
     assert held_bytes(cache) == 2 * latents + full_bytes(model, min(T, window + first))
-
-
-@pytest.mark.parametrize("group", [None, 64])
-@pytest.mark.parametrize("side", [Together("v", 1, 1), Together("k", 0, 2)])
-def test_sizes_are_the_bytes_of_each_choice(side, group):
-    model = tiny_model()
-    found = algorithm.sizes(model, side, 200, 4, [2, 3], group)
-    most = 12 * side.count
-    assert len(found) > 8 and (most, 16) in found
-    for (rank, b), size in found.items():
-        assert size == algorithm.latent_bytes(rank, b, side.side, 200, 4, group)
 
 
 # ------------------------------------------------------------------------------------- spending
@@ -237,9 +207,8 @@ def test_the_hull_has_no_choice_above_a_line_of_two_others(side):
     for a, b in itertools.pairwise(hull):
         assert a.nbytes < b.nbytes and a.cost > b.cost
         for c in side:  # none below the line from a to b
-            if a.nbytes <= c.nbytes <= b.nbytes:
-                share = (c.nbytes - a.nbytes) / (b.nbytes - a.nbytes)
-                assert c.cost >= a.cost + share * (b.cost - a.cost) - 1e-6
+            line = a.cost - (c.nbytes - a.nbytes) * algorithm.fall(a, b)
+            assert not a.nbytes <= c.nbytes <= b.nbytes or c.cost >= line - 1e-6
 
 
 def test_what_is_left_goes_to_the_side_whose_step_is_too_large():
@@ -248,13 +217,13 @@ def test_what_is_left_goes_to_the_side_whose_step_is_too_large():
 
 
 def test_costs_between_the_probed_ranks_lie_on_a_line_of_their_logarithm():
-    measured = [[1e-1, 1e-3], [1e-2, 1e-4], [1e-2, 1e-6]]
-    nbytes = {(rank, b): rank * b for rank in (2, 4, 6) for b in (2, 3, 8)} | {(6, 16): 96}
-    found = {(c.rank, c.bits): c for c in algorithm.choices(measured, nbytes, [2, 6], [2, 3, 8])}
-    for (rank, b), cost in {(2, 2): 1e-1, (4, 2): 1e-2, (6, 3): 1e-4, (4, 8): 1e-4}.items():
-        assert found[rank, b].cost == pytest.approx(cost)
-        assert found[rank, b].nbytes == rank * b
-    assert found[6, 16].cost == 0
+    measured = {(2, 2): 1e-1, (6, 2): 1e-3, (2, 3): 1e-2, (6, 3): 1e-6}
+    kinds = [(2, 2), (4, 2), (6, 3), (4, 3), (7, 3), (9, 16)]
+    free = [Choice(rank, b, rank * b, 0.0) for rank, b in kinds]
+    found = algorithm.with_costs(free, measured)
+    assert [(c.rank, c.bits) for c in found] == [*kinds[:4], (9, 16)]  # 7 is no rank between
+    assert all(c.nbytes == c.rank * c.bits for c in found)
+    assert [c.cost for c in found] == pytest.approx([1e-1, 1e-2, 1e-6, 1e-4, 0])
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -262,33 +231,44 @@ def test_a_plan_around_a_plan(count):
     """It has ranks near the first one's, and its cost is that of all sides together."""
     model = tiny_model()
     texts = [tiny_tokens(model, 1, 60, seed=n) for n in range(3)]
-    seen, moments = calibrate_groups(model, texts, algorithm.sides_of(2, count), 4, 2)
-    fitted = algorithm.Fitted(model, seen, moments, 32)
-    sides, bits_of = algorithm.sides_of(2, count), [2, 3, 4]
+    sides, bits_of = sides_of(2, count), [2, 3, 4]
+    seen, moments = calibrate_groups(model, texts, [s for s in sides if count > 1], 4, 2)
+    fitted = algorithm.Fitted(model, seen, 32, moments)
     probe = Probe(model, texts, 4, 2)
-    probed = [algorithm.probe_side(probe, fitted, side, bits_of) for side in sides]
-    nbytes = [algorithm.sizes(model, side, 200, 4, bits_of, 32) for side in sides]
-    weights = [found["weights"] for found in probed]
-    planner = algorithm.Planner(probe, fitted, sides, nbytes, bits_of, weights)
-    ranks = [algorithm.probed_ranks(model, side.count) for side in sides]
-    plan = planner.plan(ranks, [found["costs"] for found in probed], 2500)
-    near = planner.near(plan)
-    costs = [planner.costs_around(plan, near, n)["costs"] for n in range(len(sides))]
-    other = planner.plan(near, costs, 2500)
+    free = {side: free_choices(model, side, bits_of, 200, 4, 32) for side in sides}
+    alone = {side: algorithm.probe_alone(probe, fitted, side, bits_of) for side in sides}
+    plan = make_plan(probe, fitted, free, alone, 2500)
+    around = {side: algorithm.probe_around(plan, fitted, side, bits_of) for side in sides}
+    other = make_plan(probe, fitted, free, around, 2500)
     for made in (plan, other):
-        assert total(made.choices, "nbytes") <= 2500
-        whole = probe.around(made.factors, sides).cost(0)
-        assert made.cost == pytest.approx(whole) and made.cost > 0
-        assert [p.rank for p in made.factors.stored] == [choice.rank for choice in made.choices]
-    for choice, kept, of_side, side in zip(plan.choices, near, costs, sides, strict=True):
-        assert (choice.rank in kept and kept[0] <= 0.8 * choice.rank) or choice.rank <= 4
-        again = kept.index(choice.rank)
+        assert total(made.choices.values(), "nbytes") <= 2500
+        read = sides_in(made.factors, *made.factors.together)
+        assert made.probe.cost == pytest.approx(probe.changed(read).cost)
+        assert made.probe.cost > 0
+        kept = [(pair.rank, pair.bits) for pair in made.factors.stored]
+        assert kept == [(choice.rank, choice.bits) for choice in made.choices.values()]
+    for side, choice in plan.choices.items():
+        near = sorted({rank for rank, _ in other.costs[side]})
+        assert choice.rank in near and (choice.rank <= 4 or near[0] <= 0.8 * choice.rank)
+        assert all(near[0] <= c.rank <= near[-1] or c.bits == 16 for c in [other.choices[side]])
         if choice.bits < 16:  # the plan's own choice costs what it does in the plan
-            exact = plan.probe.cost(side.first, *[{side.side: None}] * side.count)
-            own = of_side[bits_of.index(choice.bits)][again]
-            assert own == pytest.approx(plan.cost - exact, abs=1e-5)
-    fives = planner.plan([[5]] * len(sides), [[[1.0]] * 3] * len(sides), 2500)
-    assert {choice.rank for choice in fives.choices} == {5}  # not one that was not probed
+            exact = plan.probe.changed({side: [None] * side.count}).cost
+            own = other.costs[side][choice.rank, choice.bits]
+            assert own == pytest.approx(plan.probe.cost - exact, abs=1e-5)
+
+
+def test_full_ranks_in_16_bits_are_the_full_cache():
+    model = tiny_model()
+    samples = [tiny_tokens(model, 1, 60, seed=n) for n in range(2)]
+    fitted = algorithm.Fitted(model, calibrate(model, samples, 2))
+    free = {side: free_choices(model, side, [2], 200, 4) for side in sides_of(2)}
+    dear = {side: {"costs": {(1, 2): 1.0, (12, 2): 1.0}} for side in free}
+    factors = make_plan(Probe(model, samples, 4, 2), fitted, free, dear, 10**6).factors
+    assert {(pair.rank, pair.bits) for pair in factors.pairs} == {(12, 16)}
+    tokens = tiny_tokens(model, 2, 50)
+    exact = decode_all(model, tokens, 10, full_cache(model))
+    cache = bi_branch_cache(model, factors.in_bits(32, 32), 4, sinks=2)
+    torch.testing.assert_close(decode_all(model, tokens, 10, cache), exact, atol=2e-4, rtol=1e-3)
 
 
 # -------------------------------------------------------------------------------------- command
@@ -321,40 +301,26 @@ def contents(path):
     return path.read_bytes(), path.with_suffix(".json").read_bytes()
 
 
-@pytest.mark.parametrize("group", [0, 64, 128])
-def test_the_command_writes_what_the_cache_will_hold(everything, tmp_path, planned, group):
-    outs, more = (tmp_path / "a.safetensors", tmp_path / "b.safetensors"), {"widths": "2,3,8"}
-    if group != 128:
-        more["group"] = group
-    assert planned(*flags(everything, *outs, **more)).count("removed, ") == 2
+@pytest.mark.parametrize("more", [{"group": 0}, {"group": 64}, {}, {"layers_together": 2}])
+def test_the_command_writes_what_the_cache_will_hold(everything, tmp_path, planned, more):
+    outs = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert planned(*flags(everything, *outs, widths="2,3,8", **more)).count("removed, ") == 2
     model = load_model(everything / "model", dtype=torch.bfloat16)
+    count = more.get("layers_together", 1)
     for file, remove in zip(outs, (0.4, 0.6), strict=True):
         plan = json.loads(file.with_suffix(".json").read_text())
         factors = load_factors(file, model)
-        assert [(p.rank, p.bits) for p in factors.pairs] == [(r["rank"], r["bits"]) for r in plan]
-        assert {pair.group for pair in factors.pairs} == {group or None}
-        sides = [(i, of) for i in range(2) for of in ("keys", "values")]
-        assert [(r["layer"], r["of"]) for r in plan] == sides
-        cache = bi_branch_cache(model, factors, 4, 200, sinks=2)
+        assert [(p.rank, p.bits) for p in factors.stored] == [(r["rank"], r["bits"]) for r in plan]
+        assert {pair.group for pair in factors.pairs} == {more.get("group", 128) or None}
+        sides = [(i, count, of) for i in range(0, 2, count) for of in ("keys", "values")]
+        assert [(r["layer"], r["layers"], r["of"]) for r in plan] == sides
+        assert factors.together == tuple(side for side in sides_of(2, count) if count > 1)
+        cache = shared_cache(model, factors, 4, 200, sinks=2)
         model(tiny_tokens(model, 1, 200), cache)
         assert held_bytes(cache) == sum(r["nbytes"] for r in plan) + full_bytes(model, 6)
         assert held_bytes(cache) <= (1 - remove) * full_bytes(model, 200)
         assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert sum(r["cost"] for r in plan) >= 0
-
-
-def test_full_ranks_in_16_bits_are_the_full_cache():
-    model = tiny_model()
-    seen = calibrate(model, [tiny_tokens(model, 2, 60)], 2)
-    sides = [[Choice(3, 4, 10, 1.0), Choice(12, 16, 99, 0.0)] for _ in range(4)]
-    fitted = algorithm.Fitted(model, seen)
-    plan = spend(sides, 10**6)
-    factors = algorithm.plan_factors(fitted, algorithm.sides_of(2), plan, [[1.0]] * 4)
-    assert {(pair.rank, pair.bits) for pair in factors.pairs} == {(12, 16)}
-    tokens = tiny_tokens(model, 2, 50)
-    exact = decode_all(model, tokens, 10, full_cache(model))
-    cache = bi_branch_cache(model, factors.in_bits(32, 32), 4, sinks=2)
-    torch.testing.assert_close(decode_all(model, tokens, 10, cache), exact, atol=2e-4, rtol=1e-3)
 
 
 def test_an_interrupted_probing_goes_on(
@@ -363,15 +329,15 @@ def test_an_interrupted_probing_goes_on(
     """And gives what both budgets at once give."""
     whole, other, out = (tmp_path / f"{name}.safetensors" for name in ("whole", "other", "out"))
     planned(*flags(everything, whole, other))
-    real, calls = budget.probe_side, []
+    real, calls = budget.probe_alone, []
 
-    def probe_side(*args):
-        calls.append((args[2].first, args[2].side))
+    def probe_alone(probe, fitted, side, widths):
+        calls.append((side.first, side.side))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(probe, fitted, side, widths)
 
-    monkeypatch.setattr(budget, "probe_side", probe_side)
+    monkeypatch.setattr(budget, "probe_alone", probe_alone)
     assert call(budget, capsys, *flags(everything, out))[0] == 130
     assert len(notes_beside(out)) == 1 and not out.exists()
     refused(budget, *flags(everything, out, window=5), notes=True)
@@ -381,43 +347,35 @@ def test_an_interrupted_probing_goes_on(
 
 
 @pytest.mark.parametrize("init, copies", [("outputs", True), ("attention", False)])
-def test_factors_keep_what_is_asked_for(everything, tmp_path, planned, monkeypatch, init, copies):
-    outs, probes = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], []
-    probed = []
-
-    class Noted(Probe):
-        def __init__(self, *args):
-            super().__init__(*args)
-            probes.append((args[1], [text.at for text in self.texts]))
-
-        def cost(self, i, *pairs, together=()):
-            for side, pair in [item for own in pairs for item in own.items()]:
-                if pair is not None:
-                    probed.append((i, side, pair.rank, pair.bits, pair.group))
-            return super().cost(i, *pairs, together=together)
-
-    monkeypatch.setattr(budget, "Probe", Noted)
-    group = {} if copies else {"group": 0}
-    group["again"] = 0
-    arguments = flags(everything, *outs, init=init, passages=2, probe_len=30, **group)
-    planned(*arguments, *["--no-copies"] * (not copies))
+def test_what_is_fitted_and_probed_is_what_is_asked_for(
+    everything, tmp_path, planned, init, copies
+):
+    out = tmp_path / "a.safetensors"
+    group = 128 if copies else 0
+    more = {"init": init, "group": group, "again": 0, "passages": 2, "probe_len": 30}
+    planned(*flags(everything, out, **more), *["--no-copies"] * (not copies))
     model = load_model(everything / "model")
-    ranks = algorithm.probed_ranks(model)
-    every = itertools.product((0, 1), "kv", (2, 3, 4), ranks, [128 if copies else None])
-    assert probed == [(i, s, rank, b, group) for i, s, b, rank, group in every]
     tokenizer = load_tokenizer(everything / "model")
     drawn = text.sample_tokens(everything / "text.txt", tokenizer, 6 + 2, 50, 0, 2)
     *samples, one, two = sorted(drawn, key=torch.Tensor.numel)
-    one, two = one[:, -30:], two[:, -30:]
+    texts = [one[:, -30:], two[:, -30:]]
     if copies:
-        samples, (one, two) = text.with_copies(samples), text.with_copies([one, two])
-    ((texts, at),) = probes
-    assert torch.equal(texts[0], one) and torch.equal(texts[1], two)
-    assert [own.tolist() for own in at] == [list(range(15, 30))]
+        samples, texts = text.with_copies(samples), text.with_copies(texts)
     seen = calibrate(model, samples, 2)
     if init == "outputs":
         seen = calibrate_outputs(model, samples, 4, 2)
-    factors = load_factors(outs[1], model)
+    fitted = algorithm.Fitted(model, seen, group or None)
+    probe = Probe(model, texts, 4, 2, spread=15)
+    ranks = algorithm.probed_ranks(model)
+    for side, row in zip(
+        sides_of(2), json.loads(out.with_suffix(".json").read_text()), strict=True
+    ):
+        costs = algorithm.side_costs(probe, fitted, side, ranks, [2, 3, 4])
+        assert row["probed_ranks"] == ranks
+        for b in (2, 3, 4):
+            expected = [costs[rank, b] for rank in ranks]
+            assert row[f"costs_{b}_bits"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    factors = load_factors(out, model)
     assert factors.info["init"] == init
     ranks = [[pair.rank for pair in factors.pairs[side::2]] for side in (0, 1)]
     expected = init_factors("attention", model, *ranks, seen)
@@ -425,29 +383,11 @@ def test_factors_keep_what_is_asked_for(everything, tmp_path, planned, monkeypat
         torch.testing.assert_close(ours.A @ ours.B, theirs.A @ theirs.B, rtol=2e-3, atol=2e-3)
 
 
-def test_layers_together_write_what_the_cache_will_hold(everything, tmp_path, planned):
-    """One latent for the keys of both layers, one for their values."""
-    outs = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    planned(*flags(everything, *outs, layers_together=2, widths="2,3,8"))
-    model = load_model(everything / "model", dtype=torch.bfloat16)
-    for file, remove in zip(outs, (0.4, 0.6), strict=True):
-        plan = json.loads(file.with_suffix(".json").read_text())
-        factors = load_factors(file, model)
-        assert factors.together == (Together("k", 0, 2), Together("v", 0, 2))
-        assert [(p.rank, p.bits) for p in factors.stored] == [(r["rank"], r["bits"]) for r in plan]
-        assert [(r["layer"], r["layers"]) for r in plan] == [(0, 2)] * 2
-        cache = shared_cache(model, factors, 4, 200, sinks=2)
-        model(tiny_tokens(model, 1, 200), cache)
-        assert held_bytes(cache) == sum(r["nbytes"] for r in plan) + full_bytes(model, 6)
-        assert held_bytes(cache) <= (1 - remove) * full_bytes(model, 200)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_two_processes_make_the_same_plan(everything, tmp_path, planned, count):
     planned(*flags(everything, tmp_path / "one.safetensors", layers_together=count))
-    arguments = flags(everything, tmp_path / "two.safetensors", layers_together=count)
-    arguments = map(str, arguments)
+    arguments = map(str, flags(everything, tmp_path / "two.safetensors", layers_together=count))
     done = torchrun(sys.executable, "-m", "experiments.budget", *arguments)
     assert done.returncode == 0, done.stderr
     plans = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
@@ -463,11 +403,7 @@ MISTAKES = {
     "a large window": ({"window": 39, "sinks": 4}, [], "--probe-len 40 is not above --window"),
     "one file twice": ({}, ["--remove", 0.7, "--out", "a.safetensors"], "are both"),
     "a group of no whole blocks": ({"group": 33}, [], "--group 33 is no multiple of 32"),
-    "together in KIVI's groups": (
-        {"layers_together": 2, "group": 0},
-        [],
-        "--layers-together needs groups of tokens",
-    ),
+    "together in KIVI's groups": ({"layers_together": 2, "group": 0}, [], "needs groups of tokens"),
     "no text": ({"data": None}, [], "required: --data"),
     "no such text": ({"data": "nowhere.txt"}, [], "nowhere.txt"),
     "a share above 1": ({}, ["--remove", 1.5, "--out", "c"], "'1.5' is not a number"),

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 import quant
 from beyond.segments import FastCache
 from cskv import BiBranchCache, LayerFactors, LowRank, bi_branch_cache, init_factors
-from experiments.baselines import KiviCache
 from infer import nominal_ratio
 from model import Attention, Rope, full_cache
 from tests import helpers
@@ -55,25 +54,20 @@ def test_bytes_are_those_of_the_tensors(shape, T, steps, window, first, kind, da
     factors = init_factors("random", model, [k_rank] * layers, [v_rank] * layers)
     cache = bi_branch_cache(model, factors.in_bits(16, 32), window, expected, kind, first)
     assert sum(layer.nbytes() for layer in cache) == 0
-    tokens = tiny_tokens(model, 2, T + steps)
-    model(tokens[:, :T], cache, logits_to_keep=1)
-
-    def check(length, room):
-        room = length if kind is BiBranchCache else room
-        ring = first + min(window, shape["sliding_window"] or window)
-        for layer in cache:
-            assert layer.nbytes() == sum(t.numel() * t.element_size() for t in layer.tensors())
-            ring_room = layer.tensors()[-1].shape[2]
-            assert min(length, ring) <= ring_room <= min(room, ring)
-            latents = max(0, room - first) * (2 * k_rank + 4 * v_rank)
-            floats = 2 * 4 * d_kv * ring_room  # the ring: keys and values in float32
-            assert layer.nbytes() == 2 * (latents + floats)  # batch of 2
-
-    check(T, max(T, expected))
-    for i in range(T, T + steps):
-        model(tokens[:, i : i + 1], cache)
-    room = max(T, expected)  # past it, in steps of 256 tokens
-    check(T + steps, room if T + steps <= room else room + 256)
+    decode_all(model, tiny_tokens(model, 2, T + steps), T, cache)
+    length, room = T + steps, max(T, expected)
+    if length > room:  # past it, in steps of 256 tokens
+        room += 256
+    if kind is BiBranchCache:
+        room = length
+    ring = first + min(window, shape["sliding_window"] or window)
+    for layer in cache:
+        ring_room = layer.tensors()[-1].shape[2]
+        assert min(length, ring) <= ring_room <= min(room, ring)
+        latents = max(0, room - first) * (2 * k_rank + 4 * v_rank)
+        floats = 2 * 4 * d_kv * ring_room  # the ring: keys and values in float32
+        assert layer.nbytes() == 2 * (latents + floats)  # batch of 2
+        assert layer.nbytes() == sum(t.numel() * t.element_size() for t in layer.tensors())
 
 
 def test_growing_copies_rarely():
@@ -118,31 +112,17 @@ def test_bad_cache_arguments(window, sinks, k_bits, v_bits):
     factors = make_factors(tiny_model(), 3, 3).in_bits(k_bits, v_bits)
     with pytest.raises(ValueError, match=r"is below 1|-bit latents; choose"):
         bi_branch_cache(tiny_model(), factors, window, sinks=sinks)
+    with pytest.raises(ValueError, match="zip"):
+        bi_branch_cache(tiny_model(num_hidden_layers=3), make_factors(tiny_model(), 3, 3))
 
 
-def test_defaults_are_the_paper_s_window_and_no_sinks():
+@pytest.mark.parametrize("kind", [BiBranchCache, FastCache])
+def test_defaults_are_the_paper_s_window_and_no_sinks(kind):
     model = tiny_model()
     factors = make_factors(model, 3, 3)
-    for kind in (BiBranchCache, FastCache):
-        alone = kind(model.model.layers[0].self_attn, factors.layers[0])
-        for cache in (*bi_branch_cache(model, factors, kind=kind), alone):
-            assert (cache.window, cache.sinks, cache.expected) == (32, 0, 0)
-
-
-def test_factors_of_another_number_of_layers_are_an_error():
-    for layers in (1, 3):
-        factors = make_factors(tiny_model(num_hidden_layers=layers), 3, 3)
-        with pytest.raises(ValueError, match="zip"):
-            bi_branch_cache(tiny_model(), factors)
-
-
-@pytest.mark.parametrize(("D", "chunk"), [(64, 4096), (96, 2730), (256, 1024), (300, 1024)])
-def test_a_chunk_of_kivi_s_keys_takes_two_megabytes(D, chunk):
-    """On a CPU, and has at least 1,024 tokens."""
-    config = tiny_config(num_key_value_heads=2, num_attention_heads=2, head_dim=D)
-    kivi, x = KiviCache(config), torch.zeros(1, 2, 1, D)
-    kivi.remember(x, x, x, x, Rope(config))
-    assert kivi.chunk == chunk
+    alone = kind(model.model.layers[0].self_attn, factors.layers[0])
+    for cache in (*bi_branch_cache(model, factors, kind=kind), alone):
+        assert (cache.window, cache.sinks, cache.expected) == (32, 0, 0)
 
 
 def test_nominal_ratio_counts_bits_and_ranks_of_every_layer():

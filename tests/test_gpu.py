@@ -19,7 +19,6 @@ from tests.helpers import OneToken, decode_all, make_factors, tiny_model, tiny_t
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DTYPES = [torch.float32, torch.bfloat16]
-KINDS = [BiBranchCache, OneToken]
 T, STEPS = 100, 12
 
 
@@ -38,32 +37,25 @@ def decoded(model, tokens, cache):
 
 
 @gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_prefill_is_bit_equal(kind, dtype):
-    model, tokens, factors = on_gpu(dtype)
-    cache = bi_branch_cache(model, factors, 8, T, kind)
-    assert torch.equal(model(tokens[:, :T], cache), model(tokens[:, :T]))
-
-
-@gpu
 @pytest.mark.parametrize("shape", [{}, {"attention_bias": True}, {"sliding_window": 40}])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fast_equals_plain_equals_full(dtype, shape):
     """With factors of full rank. In 16 bits keys are rounded three times on the way through A, the
-    latents and B, so they may be three times as far from a model in float32 as a full cache's."""
+    latents and B, so they may be three times as far from a model in float32 as a full cache's.
+    Of a prompt all logits are bit-equal."""
     model, tokens, factors = on_gpu(**shape)
     exact = decoded(model, tokens, full_cache(model))
     model, factors = model.to(dtype), factors.in_bits(32, 32)
     if dtype == torch.bfloat16:
         factors = factors.in_bits(16, 16).to(model.lm_head.weight)
-    full = decoded(model, tokens, full_cache(model))
-    for kind in KINDS:
-        ours = decoded(model, tokens, bi_branch_cache(model, factors, 8, kind=kind))
+    full = decode_all(model, tokens, T, full_cache(model))
+    for kind in (BiBranchCache, OneToken):
+        ours = decode_all(model, tokens, T, bi_branch_cache(model, factors, 8, kind=kind))
+        assert torch.equal(ours[:, :T], model(tokens[:, :T]))
         if dtype == torch.float32:
             torch.testing.assert_close(ours, full, atol=2e-4, rtol=2e-4)
         else:
-            assert (ours - exact).norm() < 3 * (full - exact).norm()
+            assert (ours[:, T:] - exact).norm() < 3 * (full[:, T:] - exact).norm()
 
 
 @gpu
@@ -103,20 +95,6 @@ def test_a_training_step():
         train.run_layers(model, [tokens[:1]], [tuner], train=True)
         tuner.step()
     assert train.run_layers(model, [tokens[:1]], [tuner]).sum() < before
-
-
-@gpu
-def test_two_caches_at_once_are_two_caches_one_by_one():
-    model, tokens, factors = on_gpu()
-    caches = [bi_branch_cache(model, factors, 8), full_cache(model)]
-    alone = [decoded(model, tokens, cache) for cache in caches]
-    caches = [bi_branch_cache(model, factors, 8), full_cache(model)]
-    for cache in caches:
-        model(tokens[:, :T], cache)
-    for t in range(T, T + STEPS):
-        for cache, expected in zip(caches, alone, strict=True):
-            logits = model(tokens[:, t : t + 1], cache)[:, 0]
-            torch.testing.assert_close(logits, expected[:, t - T], atol=1e-5, rtol=1e-5)
 
 
 @gpu

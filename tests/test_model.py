@@ -1,4 +1,4 @@
-"""The model: against the naive computation, against transformers, and from damaged files."""
+"""The model: against the naive computation, and from our own files, whole and damaged."""
 
 import io
 from pathlib import Path
@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 import infer
 from model import full_cache
-from support.command import UserError
 from support.huggingface.checkpoint import load_model
 from tests import helpers
 from tests.drawn import quick, steps
@@ -98,22 +97,11 @@ DAMAGED = {  # a file, its bytes or how many of them are left, what the line mus
     "bin is text": ("pytorch_model.bin", POINTER, "pytorch_model.bin is damaged"),
     "bin with code": ("pytorch_model.bin", CODE.getvalue(), "pytorch_model.bin is damaged"),
 }
-UNSUPPORTED = [  # changes of the config, and what the line must name
-    ({"model_type": "mamba"}, "'mamba' is not supported"),
-    ({"model_type": None}, "model_type"),
-    ({"num_attention_heads": 0}, "positive"),
-    ({"num_attention_heads": 0, "head_dim": None}, "bad value"),
-    ({"hidden_size": -4}, "hidden_size is -4"),
-]
-
-
-def refuse_checkpoint(refused, folder, message):
-    """By the command line, where the mistake of a checkpoint is one line."""
-    assert message in refused(infer, "--model", folder, "--cache", "full", "--prompt", "t1")
 
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_checkpoints_are_named(tmp_path, refused, name):
+    """By the command line. Other mistakes are in tests/test_checkpoint.py."""
     folder = save_checkpoint(tiny_model(), tmp_path)
     file, left, message = DAMAGED[name]
     path = folder / file
@@ -125,74 +113,4 @@ def test_damaged_checkpoints_are_named(tmp_path, refused, name):
         path.write_bytes(data[:left])
     elif left is not None:
         path.write_bytes(left)
-    refuse_checkpoint(refused, folder, message)
-
-
-@pytest.mark.parametrize(("changes", "message"), UNSUPPORTED)
-def test_checkpoints_that_are_not_supported_are_named(tmp_path, refused, changes, message):
-    refuse_checkpoint(refused, save_checkpoint(tiny_model(), tmp_path, **changes), message)
-
-
-def test_a_hub_name_is_fetched(monkeypatch, tmp_path):
-    """Safetensors first; the .bin files only where there are no others. Frequencies of RoPE in
-    these, as in LongChat's, do not count: the config gives them."""
-    import huggingface_hub
-
-    model, asked = tiny_model(), []
-    weights = model.state_dict()
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    torch.save(weights, save_checkpoint(model, tmp_path) / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
-
-    def fetch(name, allow_patterns):
-        asked.append((name, allow_patterns))
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    tokens = tiny_tokens(model, 1, 5)
-    assert torch.equal(load_model("org/name")(tokens), model(tokens))
-    assert [name for name, _ in asked] == ["org/name"] * 2
-    assert "model*.safetensors" in asked[0][1] and "pytorch_model*.bin" in asked[1][1]
-
-    def refuse(*args, **kwargs):
-        raise OSError("cannot reach it\nand more")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(UserError, match=r"the hub did not give that repository: cannot reach it$"):
-        load_model("org/name")
-
-
-# ------------------------------------------------------------------------- against transformers
-
-
-HF = {  # others are in tests/test_checkpoint.py
-    "Llama with biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 12},
-    "tied Llama": {"tie_word_embeddings": True, "rope_scaling": {**LLAMA3, "rope_theta": 5e5}},
-    "Mistral": {"sliding_window": 7},
-}
-
-
-@pytest.mark.parametrize("variant", HF)
-def test_logits_equal_transformers(tmp_path, variant):
-    """From checkpoints in shards, with grouped queries."""
-    transformers = pytest.importorskip("transformers")
-    kind = "Mistral" if variant == "Mistral" else "Llama"
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        **HF[variant],
-    )
-    torch.manual_seed(0)
-    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    for parameter in theirs.parameters():
-        parameter.data.normal_(0, 0.3)
-    theirs.save_pretrained(tmp_path, max_shard_size="20kB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    ours = load_model(tmp_path)
-    tokens = tiny_tokens(ours, 2, 40)
-    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+    assert message in refused(infer, "--model", folder, "--cache", "full", "--prompt", "t1")

@@ -12,7 +12,7 @@ import infer
 from beyond.outputs import calibrate_outputs
 from beyond.probes import Probe
 from beyond.segments import FastCache
-from cskv import BiBranchCache, bi_branch_cache, calibrate, init_factors, output_metric
+from cskv import BiBranchCache, Together, bi_branch_cache, calibrate, init_factors, output_metric
 from experiments import budget
 from experiments.caches import Rounded
 from model import full_cache
@@ -35,15 +35,16 @@ def test_a_cost_that_is_not_finite_is_named(layer, side, name):
     texts[1][0, -1] = 60
     probe = Probe(model, texts, 4, 2)
     pair = getattr(make_factors(model, 3, 3).layers[layer], side)
-    assert probe.cost(layer, {side: pair}) > 0
+    side_of = Together(side, layer, 1)
+    assert probe.changed({side_of: [pair]}).cost > 0
     A = pair.A.clone()
     pair.A[0, 0] = torch.inf
     with pytest.raises(UserError, match=f"layer {layer}, {name}: the cost is not finite"):
-        probe.cost(layer, {side: pair})
+        probe.changed({side_of: [pair]})
     pair.A.copy_(A)
     model.model.embed_tokens.weight[60] = torch.inf
     with pytest.raises(UserError, match="not finite"):
-        Probe(model, texts, 4, 2).cost(layer, {side: pair})
+        Probe(model, texts, 4, 2).changed({side_of: [pair]})
 
 
 # ------------------------------------------------------------------------------- silent layers
@@ -139,7 +140,7 @@ def test_settings_of_generation_that_are_not_honoured_are_named(tmp_path, capsys
 def test_the_list_of_settings_has_names_of_the_reference_library():
     transformers = pytest.importorskip("transformers")
     known = set(transformers.GenerationConfig().to_dict())
-    assert set(NOT_HONOURED) - known <= {"constraints", "force_words_ids", "dola_layers"}
+    assert set(NOT_HONOURED) <= known
 
 
 @pytest.mark.parametrize("dtype", ["float4_e2m1fn_x2", "float8_e4m3fn", "int8"])
@@ -160,32 +161,21 @@ LETTERS = {letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabe
 STEPS = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
 
 
-def words(text):
-    vocab = {word: i for i, word in enumerate(text.split())}
-    return models.WordLevel(vocab, unk_token=next(iter(vocab)))
-
-
-TOKENIZERS = {  # a model, a decoder, and whether text is cleaned up
+TOKENIZERS = {  # a model and a decoder
     # As in Llama 2: bytes for what has no piece, in a row all wrong if one is.
     "bytes": (
         models.BPE(BYTES, [], byte_fallback=True),
         decoders.Sequence([*STEPS, decoders.Strip(" ", 1, 0)]),
-        False,
     ),
-    "letters": (models.BPE(LETTERS, []), decoders.ByteLevel(), False),
-    # With clean_up_tokenization_spaces a space, or two, go when the next word is there.
-    "words": (words("the dog . , ' s 's n't do ? ! 'm 're"), None, True),
-    # The same, where a word is more than one token: do, n, ', t.
-    "pieces": (words("▁do ▁n ' t ▁ . ▁' ▁x s ▁the"), decoders.Metaspace(), True),
+    "letters": (models.BPE(LETTERS, []), decoders.ByteLevel()),
 }
 
 
 def make_tokenizer(name):
-    model, decoder, clean_up = TOKENIZERS[name]
+    model, decoder = TOKENIZERS[name]
     backend = tokenizers.Tokenizer(model)
-    if decoder:
-        backend.decoder = decoder
-    return Tokenizer(backend, {}, None, clean_up=clean_up)
+    backend.decoder = decoder
+    return Tokenizer(backend, {}, None)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

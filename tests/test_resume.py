@@ -46,18 +46,22 @@ def interrupted(everything, tmp_path, capsys, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number, foreign", [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_a_signal_ends_the_step_and_resume_goes_on_exactly(
-    interrupted, tmp_path, trained, monkeypatch, number
+    interrupted, tmp_path, trained, monkeypatch, number, foreign
 ):
+    """Whatever has happened to the log: its lines are those of this training, each once."""
     more = ["--epochs", 2, "--batch-size", 3, "--bits", 4, "--log"]
     trained("whole", *more, tmp_path / "w")
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     err, _ = interrupted(9, *more, tmp_path / "log", number=number)
     assert "10 of 16 steps" in err and "--resume" in err
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]  # as before
-    with (tmp_path / "log").open("a") as file:
-        file.write('{"step": 10}\n{"step": 12, "lo')  # as a kill might leave it
+    if foreign:
+        (tmp_path / "log").write_text('{"step": 0}\n' * 20)
+    else:
+        with (tmp_path / "log").open("a") as file:
+            file.write('{"step": 10}\n{"step": 12, "lo')  # as a kill might leave it
     monkeypatch.setattr(train, "calibrate_together", None)  # the checkpoint has all of it
     assert "going on after step 10" in trained("f", *more, tmp_path / "log", "--resume")
     assert (tmp_path / "f").read_bytes() == (tmp_path / "whole").read_bytes()
@@ -68,19 +72,15 @@ def test_a_signal_ends_the_step_and_resume_goes_on_exactly(
     assert sorted(f.name for f in tmp_path.iterdir()) == ["f", "log", "w", "whole"]
 
 
-def test_resume_after_the_last_step(interrupted, tmp_path, trained):
-    """Interrupted in the last of 6 steps: what is left is to measure and to write."""
+def test_resume_after_the_last_step_of_nothing_and_of_a_finished_training(
+    interrupted, tmp_path, trained, monkeypatch
+):
     more = ["--samples", 6, "--log", tmp_path / "log"]
-    interrupted(5, *more)
+    interrupted(5, *more)  # in the last of 6 steps: what is left is to measure and to write
     trained("f", *more, "--resume", "--checkpoint-every", 7)
     assert [row.get("step") for row in rows_of(tmp_path / "log")] == [*range(6), None]
-    trained("g", "--samples", 6)
+    assert "no checkpoint" in trained("g", *more, "--resume")
     assert (tmp_path / "f").read_bytes() == (tmp_path / "g").read_bytes()
-
-
-def test_resume_of_nothing_and_of_a_finished_training(tmp_path, trained, monkeypatch):
-    more = ["--samples", 2, "--log", tmp_path / "log"]
-    assert "no checkpoint" in trained("f", *more, "--resume") and (tmp_path / "f").exists()
     before = written(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(train, "calibrate_together", None)
@@ -90,17 +90,7 @@ def test_resume_of_nothing_and_of_a_finished_training(tmp_path, trained, monkeyp
     assert before != written(tmp_path)
 
 
-def test_resume_with_the_log_of_another_training_is_refused(interrupted, tmp_path, capsys):
-    """Its first lines would be kept as ours."""
-    _, args = interrupted(3)
-    log = tmp_path / "log"
-    log.write_text('{"step": 0}\n' * 9)
-    code, _, err = call(train, capsys, *args, "--log", log)
-    assert code == 2 and "is not the log of this training" in err.splitlines()[-1]
-    assert log.read_text() == '{"step": 0}\n' * 9 and not (tmp_path / "f").exists()
-
-
-OTHERS = {"lr": 1e-3, "k-bits": 8, "v-ratio": 0.75, "samples": 9, "init": "asvd", "seed": 1}
+OTHERS = {"lr": 1e-3, "bits": 8, "v-ratio": 0.75, "samples": 9, "init": "asvd", "seed": 1}
 OTHERS |= {"batch-size": 2, "epochs": 2, "data": "text.jsonl", "model": "model"}
 
 
@@ -202,15 +192,14 @@ def test_two_processes_equal_one(everything, tmp_path, trained):
     command = torchrun(everything, two, *more, "--log", tmp_path / "2")
     done = subprocess.run(**command, capture_output=True)
     # Not its exit status: gloo's threads may abort a process that has already finished.
-    assert two.exists(), done.stderr
-    assert done.stderr.count("22 samples") == done.stderr.count("idle") == 1  # one process speaks
+    assert two.exists() and done.stderr.count("22 samples") == 1, done.stderr  # one process speaks
     model = load_model(everything / "model")
     ours, theirs = (load_factors(path, model).pairs for path in (one, two))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.A, b.A, rtol=1e-3, atol=1e-6)  # in float16 in the files
         torch.testing.assert_close(a.B, b.B, rtol=1e-3, atol=1e-6)
     for a, b in zip(rows_of(tmp_path / "1"), rows_of(tmp_path / "2"), strict=True):
-        for name in {"loss", "floor", "optimal", "initial", "final"} & set(a):
+        for name in {"loss", "floor", "initial", "final"} & set(a):
             assert a[name] == pytest.approx(b[name], rel=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pydoc
 import re
 from pathlib import Path
 
@@ -36,23 +37,18 @@ def tokenizer():
     return load_tokenizer(FOLDER)
 
 
-def english(tokenizer, length):
-    """[1, length] tokens of prose: the docstrings of the standard library's argparse."""
-    names = sorted(vars(argparse))
-    text = "\n".join(getattr(argparse, name).__doc__ or "" for name in names)
-    ids = tokenizer.encode(text)
-    return torch.tensor([(ids * (1 + length // len(ids)))[:length]])
+@pytest.fixture(scope="module")
+def prose(tokenizer):
+    """[1, 1000] tokens: the documentation of the standard library's argparse."""
+    text = pydoc.render_doc(argparse, renderer=pydoc.plaintext)
+    return torch.tensor([tokenizer.encode(text)[:1000]])
 
 
-def test_logits_equal_transformers(model, tokenizer):
+def test_model_tokenizer_and_chat_template_equal_transformers(model, tokenizer, prose):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
-    tokens = english(tokenizer, 300)
+    tokens = prose[:, :300]
     torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
-
-
-def test_tokenizer_and_chat_template_equal_transformers(tokenizer):
-    transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
     for text in ("The year 1984, in 3 words.", "naïve café 🙂\n\n\tx = 10**6", ""):
         assert tokenizer.encode(text) == theirs.encode(text)
@@ -62,15 +58,14 @@ def test_tokenizer_and_chat_template_equal_transformers(tokenizer):
     assert tokenizer.chat(messages) == rendered
 
 
-def test_cache_right_after_prefill(model, tokenizer):
+def test_cache_right_after_prefill(model, prose):
     """The prefill is the model's own, and what remains after it is the compressed cache alone.
 
     Keeps out what the published code does: hold the full keys and values beside the latents.
     """
     factors = load_factors(WEIGHTS / "smollm2-135m-instruct.cskv-80.safetensors", model)
-    tokens = english(tokenizer, 1000)
     cache = cskv.bi_branch_cache(model, factors)
-    assert torch.equal(model(tokens, cache), model(tokens, full_cache(model)))
+    assert torch.equal(model(prose, cache), model(prose, full_cache(model)))
     rank = rank_for(0.8, 192)
     expected = 30 * (1000 * 2 * rank * 2 + 2 * 32 * 192 * 4)  # 16-bit latents, float32 ring
     assert sum(layer.nbytes() for layer in cache) == expected
@@ -107,9 +102,7 @@ def test_greedy_answer_at_90_percent(model, tokenizer):
     factors = load_factors(WEIGHTS / "smollm2-135m-instruct.cskv-90.safetensors", model)
     chat = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
     prompt, greedy = tokenizer.encode(chat, special=False), make_sampler(0, 1, 0)
-    answers = [
-        tokenizer.decode(list(generate(model, prompt, cache, 20, greedy)))
-        for cache in (full_cache(model), cskv.bi_branch_cache(model, factors, window=4, sinks=4))
-    ]
-    assert answers[0] == "The capital of France is Paris."
-    assert re.fullmatch(r"The capital of France is \w+\.", answers[1])
+    compressed = cskv.bi_branch_cache(model, factors, window=4, sinks=4)
+    for cache, said in ((full_cache(model), "Paris"), (compressed, r"\w+")):
+        answer = tokenizer.decode(list(generate(model, prompt, cache, 20, greedy)))
+        assert re.fullmatch(rf"The capital of France is {said}\.", answer)

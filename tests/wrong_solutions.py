@@ -128,8 +128,8 @@ WRONG = {
         "codes in int16": ("torch.uint8", "torch.int16"),
     },
     "quant.dequantize": {
-        "short group forgotten": ("if rest:", "if False:"),
-        "minimum forgotten": ("groups.add_", "groups.clone().add_"),
+        "short group forgotten": ("(whole, 1, rest))", ")"),
+        "minimum forgotten": (".add_(minimum)", ""),
         "`out` ignored": ("if out is None:", "if True:"),
         "`out` used as it is": ("_(q.codes)", "_(q.codes) if out.numel() % 7 else None"),
         "groups of 32": ("grouping.size", "32"),

