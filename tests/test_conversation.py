@@ -210,8 +210,9 @@ def test_ctrl_c_ends_an_answer_only(talk, monkeypatch):
 
     monkeypatch.setattr(infer, "make_sampler", interrupted)
     code, out, _ = talk(b"t1 t2 t3", b"t4\nt5\n", "--json")
-    assert code == 0
-    assert [len(json.loads(line)["tokens"]) for line in out.splitlines()] == [2, 4]
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [row["question"] for row in rows] == ["t4", "t5"]
+    assert [len(row["tokens"]) for row in rows] == [2, 4]
 
 
 MISTAKES = [  # what the file holds (None where there is none), flags, words of the refusal
