@@ -80,30 +80,31 @@ def test_passages_are_spread_evenly():
 
 
 def test_perplexity_equals_one_parallel_computation(everything, tmp_path, capsys):
-    """Of the full cache, of CSKV with a window of 4, and of ASVD of full rank. Batches of 2 and 1
-    count 3 passages, of which 49 tokens go through a cache; and its bytes, by hand."""
+    """Of the full cache, of CSKV with a window of 4 and 2 sinks, and of ASVD of full rank. Batches
+    of 2 and 1 count 3 passages, of which 49 tokens go through a cache; and bytes, by hand."""
     model, ids = tiny_model(), [i * i % 61 for i in range(400)]
 
     def expected(*factors):
         losses = []
         for start in (0, 175, 350):
             sequence = torch.tensor(ids[start : start + 50])
-            logits = naive_forward(model, sequence, *factors, prompt=40)
+            logits = naive_forward(model, sequence, *factors, prompt=40, sinks=2)
             losses += (-logits.log_softmax(-1)[range(39, 49), sequence[40:]]).tolist()
         return math.exp(sum(losses) / 30)
 
-    more = ["--caches", "full,cskv-plain,asvd", "--ratios", 0, "--factors", everything / "f"]
-    rows = measured(everything, capsys, tmp_path / "rows", "perplexity", *more, "--bits", 32)
-    assert [row["cases"] for row in rows] == [3] * 3 and {row["tokens"] for row in rows} == {49}
-    full, lossy, asvd = (row["perplexity"] for row in rows)
+    more = ["--caches", "full,cskv-plain,asvd,cskv", "--ratios", 0, "--sinks", 2, "--bits", 32]
+    more += ["--factors", everything / "f"]
+    rows = measured(everything, capsys, tmp_path / "rows", "perplexity", *more)
+    assert [row["cases"] for row in rows] == [3] * 4 and {row["tokens"] for row in rows} == {49}
+    full, lossy, asvd, _ = (row["perplexity"] for row in rows)
     assert full == pytest.approx(expected(), rel=1e-5)
     assert lossy == pytest.approx(expected(load_factors(everything / "f", model), 4), rel=1e-4)
     assert lossy != pytest.approx(full, rel=2e-2)
     assert asvd == pytest.approx(full, rel=1e-2)  # its latents are in 16 bits
-    # Of a layer with d_kv 12, in 32 bits: latents of rank 4, and keys and values of the window.
-    held = 2 * 4 * 4 * 49 + 2 * 12 * 4 * 4
-    assert rows[0]["measured_ratio"] == -1
-    assert rows[1]["measured_ratio"] == pytest.approx(1 - held / (2 * 12 * 2 * 49))
+    # Of a layer with d_kv 12, in 32 bits: latents of rank 4; keys and values of window and sinks.
+    held = 2 * 4 * 4 * (49 - 2) + 2 * 12 * 4 * (4 + 2)
+    removed = pytest.approx(1 - held / (2 * 12 * 2 * 49))
+    assert [rows[i]["measured_ratio"] for i in (0, 1, 3)] == [-1, removed, removed]
 
 
 # -------------------------------------------------------------------------------------- retrieval
