@@ -259,11 +259,8 @@ def in_bits(pair: LowRank, bits: int | None, dim: int, clamped: bool, generator)
     return replace(pair, bits=bits or pair.bits, clamped=pair.clamped or clamped)
 
 
-# Appendix B: what the layers of the frozen model see on a text.
-
-
 class Observer(LayerCache):
-    """Attends as the original model does, remembers nothing, shows what its layer gets.
+    """Appendix B: attends as the original model does, and shows what its layer gets of a text.
 
     `see(x, k, v)` gets x [B, T, hidden], the layer's input, and k and v [B, T, d_kv] without RoPE,
     which turns K and K^ alike, and without bias, which both get. All are in float32, and without
@@ -334,11 +331,9 @@ def calibrate(
     return result
 
 
-# Initializations take a rank and W [hidden, d_kv], the weight of k_proj or v_proj, transposed.
-
-
 def random_factors(W: Tensor, rank: int, generator: torch.Generator) -> LowRank:
-    """The paper's negative control (C.1): A ~ N(0, 1 / hidden), B ~ N(0, 1 / r)."""
+    """The paper's negative control (C.1): A ~ N(0, 1 / hidden), B ~ N(0, 1 / r). W [hidden, d_kv]
+    is the weight of k_proj or v_proj, transposed, as for those below."""
     A = torch.randn(W.shape[0], rank, generator=generator) / math.sqrt(W.shape[0])
     B = torch.randn(rank, W.shape[1], generator=generator) / math.sqrt(rank)
     return LowRank(A.to(W.device), B.to(W.device))
@@ -439,11 +434,11 @@ def init_factors(
 ) -> Factors:
     """Factors of every layer by `init_pair`, with ranks and `Statistics` for each."""
     generator = torch.Generator().manual_seed(seed)
+    seen = statistics or [None] * len(model.model.layers)
     layers = []
-    for i, k_rank, v_rank in zip(range(len(model.model.layers)), k_ranks, v_ranks, strict=True):
-        seen = statistics[i] if statistics else None
-        k = init_pair(name, model, i, "k", k_rank, seen, generator)
-        v = init_pair(name, model, i, "v", v_rank, seen, generator)
+    for i, (k_rank, v_rank, one) in enumerate(zip(k_ranks, v_ranks, seen, strict=True)):
+        k = init_pair(name, model, i, "k", k_rank, one, generator)
+        v = init_pair(name, model, i, "v", v_rank, one, generator)
         layers.append(LayerFactors(k, v))
     return Factors(layers, {"init": name, "trained": "none"})
 

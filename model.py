@@ -334,19 +334,18 @@ class Transformer(nn.Module):
         length: there is no padding. Raises `ValueError` past the context length."""
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be [B, T] with T > 0, got {tuple(tokens.shape)}")
-        if cache is not None and len(cache) != len(self.model.layers):
-            raise ValueError(f"{len(cache)} caches for {len(self.model.layers)} layers")
         length = tokens.shape[1] + (cache[0].length if cache else 0)
         if length > self.config.context_length:
             raise ValueError(f"{length} tokens, but the context is {self.config.context_length}")
+        caches = cache or [None] * len(self.model.layers)
         outs = []
         while tokens.shape[1]:
             n = tokens.shape[1]
             if n > 1 and cache and cache[0].length:
                 n = min(n, *(layer.at_once() for layer in cache))
             x = self.model.embed_tokens(tokens[:, :n])  # [B, n, hidden]
-            for i, layer in enumerate(self.model.layers):
-                x = layer(x, self.rope, cache[i] if cache else None)
+            for layer, own in zip(self.model.layers, caches, strict=True):
+                x = layer(x, self.rope, own)
             outs.append(x)
             tokens = tokens[:, n:]
         x = torch.cat(outs, dim=1)

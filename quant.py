@@ -219,15 +219,13 @@ class Packed:
             waiting = waiting[:, n:].clone()  # a view would keep the memory of the packed ones
         self.waiting = waiting
 
-    def at_once(self) -> int:
-        """How many tokens can come together, and read the same as if they came one by one:
-        none but the first has a block packed."""
-        until = self.until_packed()
-        return self.block if until == 1 else until - 1
-
     def until_packed(self) -> int:
         """The next block is packed when so many more tokens have come, 1 or more."""
         return self.packed + self.block + self.residual - self.length
+
+    def at_once(self) -> int:
+        """How many tokens can come together, and read the same as if they came one by one."""
+        return self.block if self.until_packed() == 1 else self.until_packed() - 1
 
     def pack_blocks(self, x: Tensor, blocks: int) -> None:
         """x [B, n, C], the n tokens of whole blocks."""

@@ -251,9 +251,9 @@ class FastCache(BiBranchCache):
     ):
         super().__init__(attention, factors, window, expected, sinks)
         if factors.k.bits not in quant.BITS:
-            self.c_k = GrowingLatents(self.c_k.dtype, expected)
+            self.c_k = GrowingLatents(self.c_k.dtype, self.c_k.expected)
         if factors.v.bits not in quant.BITS:
-            self.c_v = GrowingLatents(self.c_v.dtype, expected)
+            self.c_v = GrowingLatents(self.c_v.dtype, self.c_v.expected)
         self.k, self.v = Ring(self.window_bits), Ring(self.window_bits)
         self.H = attention.config.num_attention_heads
         self.H_kv = attention.config.num_key_value_heads

@@ -128,9 +128,8 @@ def metric_between(A: Tensor, B: Tensor, attention: Attention, side: str, dtype)
     if these are other factors, or if B in `dtype` would give another A.
     """
     W = getattr(attention, f"{side}_proj").weight.T.double().cpu()  # [hidden, d_kv]
-    A = A.double()
-    B = B.double()
-    if not (A.isfinite().all() and B.isfinite().all() and W.isfinite().all()):
+    A, B = A.double(), B.double()
+    if not all(M.isfinite().all() for M in (A, B, W)):
         return None
     if side == "k":
         gram = (W.T @ W) * (B.T @ B)
@@ -179,46 +178,51 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
         with safe_open(path, framework="pt") as file:
             info = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if info.get("format") != FORMAT:
+            raise UserError(f"{path} is not a CSKV factors file; make one with train.py")
+        if info.get("version") != VERSION:
+            other = f"format version {info.get('version')}, this code reads {VERSION}"
+            raise UserError(f"{path} has {other}; make it again with train.py")
+        # A wrong model gives fluent nonsense, not an error, unless it is refused here.
+        if not same_model(fingerprint(model), json.loads(info["fingerprint"])):
+            raise UserError(f"{path} belongs to another model; make it with train.py")
+        return read_factors(info, tensors, model)
     except FileNotFoundError:
         raise UserError(f"no factors file {path}; make one with train.py") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}); make it again") from None
-    if info.get("format") != FORMAT:
-        raise UserError(f"{path} is not a CSKV factors file; make one with train.py")
-    if info.get("version") != VERSION:
-        other = f"format version {info.get('version')}, this code reads {VERSION}"
-        raise UserError(f"{path} has {other}; make it again with train.py")
-    count = len(model.model.layers)
-    try:
-        theirs = json.loads(info["fingerprint"])
-        bits = {side: for_each(json.loads(info[f"{side}_bits"]), count) for side in "kv"}
-        group = int(info["group"]) if "group" in info else None
-        if group is not None and (group < 1 or group % quant.BLOCK):
-            raise ValueError(f"group {group} is no multiple of {quant.BLOCK}")
-        together = read_together(json.loads(info.get("together", "[]")), count)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged (metadata: {error}); make it again") from None
-    # A wrong model gives fluent nonsense, not an error, unless it is refused here.
-    if not same_model(fingerprint(model), theirs):
-        raise UserError(f"{path} belongs to another model; make it with train.py")
-    clamped = info.get("quantizer") == CLAMPED
-    layers = []
-    try:
-        for i in range(count):
-            pairs = {}
-            for side in "kv":
-                A, B = read_pair(tensors, model.model.layers[i].self_attn, i, side)
-                pairs[side] = LowRank(A, B, bits[side][i], clamped, group)
-            layers.append(LayerFactors(**pairs))
+    except UserError:
+        raise
     except KeyError as error:
         raise UserError(f"{path} lacks {error}; make it again with train.py") from None
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; make it again with train.py") from None
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); make it again") from None
+
+
+def read_factors(info: dict[str, str], tensors: dict[str, Tensor], model: Transformer) -> Factors:
+    """Raises `KeyError` for what is missing, `ValueError` or `TypeError` for what is wrong."""
+    count = len(model.model.layers)
+    bits = {side: for_each(json.loads(info[f"{side}_bits"]), count) for side in "kv"}
+    clamped = info.get("quantizer") == CLAMPED
+    group = int(info["group"]) if "group" in info else None
+    if group is not None and (group < 1 or group % quant.BLOCK):
+        raise ValueError(f"group {group} is no multiple of {quant.BLOCK}")
+    layers = []
+    for i, layer in enumerate(model.model.layers):
+        pairs = {}
+        for side in "kv":
+            A, B = read_pair(tensors, layer.self_attn, i, side)
+            pairs[side] = LowRank(A, B, bits[side][i], clamped, group)
+        layers.append(LayerFactors(**pairs))
+    together = tuple([Together(*some) for some in json.loads(info.get("together", "[]"))])
+    free = {(side, i) for side in "kv" for i in range(count)}
     for some in together:
+        members = {(some.side, i) for i in some.layers}
+        if not members or not members <= free:
+            raise ValueError(f"{some} is no group of {count} layers, each in one")
+        free -= members
         pairs = [getattr(layers[i], some.side) for i in some.layers]
         kept = {(pair.rank, pair.bits) for pair in pairs}
         if len(kept) > 1 or group is None:
-            raise UserError(f"{path} has layers together of ranks and bits {kept}")
+            raise ValueError(f"layers together of ranks and bits {kept}")
     info = {name: value for name, value in info.items() if name not in KNOWN}
     return Factors(layers, info, together).to(model.lm_head.weight)
 
@@ -233,27 +237,14 @@ def read_pair(tensors: dict, attention: Attention, i: int, side: str) -> tuple[T
     for name, shape in shapes.items():
         found = tensors.get(name_of(i, side, name))
         if found is not None and found.shape != shape:
-            size = f"the size {tuple(found.shape)} instead of {shape}"
-            raise ValueError(f"{name_of(i, side, name)} has {size}")
+            raise ValueError(f"{name_of(i, side, name)} has the size {tuple(found.shape)}")
     if B.dtype == torch.int8:
-        B = B * tensors[name_of(i, side, "rows")]
-        B = B * tensors[name_of(i, side, "columns")]
+        rows = tensors[name_of(i, side, "rows")]
+        B = B * rows * tensors[name_of(i, side, "columns")]
     metric = tensors.get(name_of(i, side, "metric"))
     if metric is None:
         return tensors[name_of(i, side, "A")], B
     return shrinking(B, attention, side, metric).float(), B
-
-
-def read_together(groups: list, layers: int) -> tuple[Together, ...]:
-    """The groups of layers that a file names. Raises `ValueError` if they are none."""
-    together = tuple([Together(*group) for group in groups])
-    sides = {(side, i) for side in "kv" for i in range(layers)}
-    for some in together:
-        members = {(some.side, i) for i in some.layers}
-        if not members or not members <= sides:
-            raise ValueError(f"{some} is no group of {layers} layers, each in one")
-        sides -= members
-    return together
 
 
 def for_each(bits: int | list, count: int) -> list[int]:

@@ -17,35 +17,17 @@ from model import Config, Transformer
 from support.command import run_command
 
 LINEAR = {"rope_type": "linear", "factor": 8.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 40,
-}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 40}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def tiny_config(**changes) -> Config:
-    values = {
-        "vocab_size": 61,
-        "hidden_size": 24,
-        "intermediate_size": 20,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 6,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 100.0,
-        "rope_scaling": None,
-        "max_position_embeddings": 600,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "sliding_window": None,
-        "eos_token_ids": (),
-    }
-    return Config(**{**values, **changes})
+    values = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "head_dim": 6}
+    values |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    values |= {"rope_theta": 100.0, "rope_scaling": None, "max_position_embeddings": 600}
+    values |= {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
+    values |= {"rms_norm_eps": 1e-5, "sliding_window": None, "eos_token_ids": ()}
+    return Config(**values | changes)
 
 
 def tiny_model(seed: int = 0, scale: float = 0.4, **changes) -> Transformer:
@@ -69,13 +51,13 @@ def save_checkpoint(model: Transformer, folder: Path, **config_changes) -> Path:
 
     c = model.config
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**vars(c), "model_type": "llama", **config_changes}
-    config["eos_token_id"] = config.get("eos_token_id", list(config.pop("eos_token_ids")) or None)
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    if not c.tie_word_embeddings:
-        weights["lm_head.weight"] = model.lm_head.weight
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors")
+    config = {**vars(c), "model_type": "llama", "eos_token_id": list(c.eos_token_ids) or None}
+    del config["eos_token_ids"]
+    (folder / "config.json").write_text(json.dumps(config | config_changes))
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    if c.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors")
     vocab = {f"t{i}": i for i in range(c.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -99,33 +81,25 @@ def naive_rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
 
 def naive_frequencies(config: Config) -> Tensor:
     """RoPE frequencies written out channel by channel, scaling included."""
-    result = []
+    result, s = [], config.rope_scaling
     for f in range(config.head_dim // 2):
         w = config.rope_theta ** (-2 * f / config.head_dim)
-        s = config.rope_scaling
         if s and s["rope_type"] == "linear":
             w /= s["factor"]
         elif s:
-            wavelength = 2 * math.pi / w
-            original = s["original_max_position_embeddings"]
-            if wavelength > original / s["low_freq_factor"]:
+            low, high = s["low_freq_factor"], s["high_freq_factor"]
+            turns = s["original_max_position_embeddings"] * w / (2 * math.pi)
+            if turns < low:
                 w /= s["factor"]
-            elif wavelength > original / s["high_freq_factor"]:
-                smooth = (original / wavelength - s["low_freq_factor"]) / (
-                    s["high_freq_factor"] - s["low_freq_factor"]
-                )
+            elif turns < high:
+                smooth = (turns - low) / (high - low)
                 w = (1 - smooth) * w / s["factor"] + smooth * w
         result.append(w)
     return torch.tensor(result, dtype=torch.float64)
 
 
 def naive_forward(
-    model: Transformer,
-    tokens: Tensor,
-    factors: Factors | None = None,
-    window: int = 1,
-    prompt: int = 0,
-    sinks: int = 0,
+    model: Transformer, tokens: Tensor, factors: Factors | None = None, window=1, prompt=0, sinks=0
 ) -> Tensor:
     """Logits [T, vocab] of one sequence [T], all positions in one go, in float64.
 
@@ -138,8 +112,7 @@ def naive_forward(
     frequencies, positions = naive_frequencies(c), torch.arange(T)
     i, j = positions[:, None], positions[None]
     visible = (j <= i) & (i - j < (c.sliding_window or T))
-    compressed = (i >= prompt) & (i - j >= window) & (j >= sinks)
-    compressed = compressed if factors else torch.zeros(T, T, dtype=bool)
+    compressed = (i >= prompt) & (i - j >= window) & (j >= sinks) & (factors is not None)
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * weight
@@ -187,9 +160,9 @@ class OneToken(FastCache):
 def make_factors(model, k_rank, v_rank, init="optimal"):
     """Factors from statistics of random tokens, with the ranks varied from layer to layer."""
     statistics = calibrate(model, [tiny_tokens(model, 2, 40, 0)])
-    n, most = len(model.model.layers), model.config.d_kv
-    k_ranks = [max(1, min(most, k_rank + i)) for i in range(n)]
-    v_ranks = [max(1, min(most, v_rank - i)) for i in range(n)]
+    layers, most = range(len(model.model.layers)), model.config.d_kv
+    k_ranks = [min(most, k_rank + i) for i in layers]
+    v_ranks = [max(1, min(most, v_rank - i)) for i in layers]
     return init_factors(init, model, k_ranks, v_ranks, statistics)
 
 
@@ -206,8 +179,8 @@ def assert_same_factors(ours, theirs):
 
 def decode_all(model, tokens, prompt, cache):
     """Logits [B, T, vocab]: the first `prompt` tokens as a prompt, the others one by one."""
-    steps = [tokens[:, :prompt]] + [tokens[:, i : i + 1] for i in range(prompt, tokens.shape[1])]
-    return torch.cat([model(step, cache) for step in steps], dim=1)
+    steps = [tokens[:, :prompt], *tokens[:, prompt:].split(1, dim=1)]
+    return torch.cat([model(step, cache) for step in steps if step.shape[1]], dim=1)
 
 
 def feed(cache, prompt, x, q, k, v, rope):
@@ -224,16 +197,12 @@ def feed(cache, prompt, x, q, k, v, rope):
 def layer_inputs(model, tokens):
     """(x, k, v) [B, T, ...] of every layer, before RoPE and without biases, in float64, from the
     model's own modules."""
-    inputs = []
-
-    def keep(attention, args):
-        inputs.append((attention, args[0].double()))
-
-    hooks = [layer.self_attn.register_forward_pre_hook(keep) for layer in model.model.layers]
-    model(tokens)
-    for hook in hooks:
-        hook.remove()
-    return [(x, x @ a.k_proj.weight.T.double(), x @ a.v_proj.weight.T.double()) for a, x in inputs]
+    found, x = [], model.model.embed_tokens(tokens)
+    for layer in model.model.layers:
+        h, a = layer.input_layernorm(x).double(), layer.self_attn
+        found.append((h, h @ a.k_proj.weight.T.double(), h @ a.v_proj.weight.T.double()))
+        x = layer(x, model.rope, None)
+    return found
 
 
 class LargestTensor(TorchDispatchMode):
@@ -259,8 +228,7 @@ def call(module, capsys, *arguments):
         run_command(lambda: module.run(module.parse_arguments([str(a) for a in arguments])))
     except SystemExit as stop:
         code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
+    return code, *capsys.readouterr()
 
 
 def written(*folders):

@@ -40,25 +40,31 @@ def naive_groups(x, dim, size):
 
 
 @quick
-@given(inputs(), bits, dims, groups)
-def test_stored_value_is_the_nearest_level_of_a_narrow_group(x, bits, dim, size):
-    """So the error is at most half a step."""
-    q, stored = (f(x, bits, Grouping(dim, size)) for f in (quantize, fake_quantize))
+@given(inputs(), bits, dims, groups, st.booleans())
+def test_stored_value_is_the_nearest_level(x, bits, dim, size, clamped):
+    """Of a narrow group, so the error is at most half a step. Or of the published code's: x is
+    rounded to s (c - z), with s = (max - min) / levels and z = round(-min / s) clamped to the
+    levels. In Python's numbers, group by group."""
+    q, stored = (f(x, bits, Grouping(dim, size, clamped)) for f in (quantize, fake_quantize))
     assert q.codes.dtype == torch.uint8 and int(q.codes.max()) < 2**bits
     both = zip(naive_groups(x, dim, size), naive_groups(stored, dim, size), strict=True)
     for (place, before), (_, after) in both:
-        scale, minimum = q.scale[place].item(), q.minimum[place].item()
+        scale, minimum, most = q.scale[place].item(), q.minimum[place].item(), 2**bits - 1
         levels = [minimum + scale * i for i in range(2**bits)]
-        largest = max(map(abs, before))
-        # The stored limits hold the whole group, and are no wider than 16 bits make necessary.
-        assert minimum <= min(before) and levels[-1] >= max(before) - 1e-6 * largest
-        slack = largest * 6 / 1024 + 2**bits * 2**-23
-        assert scale * (2**bits - 1) <= max(before) - min(before) + slack
+        largest, width = max(map(abs, before)), max(before) - min(before)
+        if clamped:
+            assert scale == pytest.approx(max(width / most, 2**-24), rel=2e-3, abs=2**-24)
+            zero, expected = -minimum / scale, min(max(round(-min(before) / scale), 0), most)
+            assert zero == pytest.approx(expected, abs=0.02 * most + 0.51)
+            assert 0 <= zero <= most * (1 + 1e-3)
+        else:  # the limits hold the whole group, and are no wider than 16 bits make necessary
+            assert minimum <= min(before) and levels[-1] >= max(before) - 1e-6 * largest
+            assert scale * most <= width + largest * 6 / 1024 + 2**bits * 2**-23
         for a, b in zip(before, after, strict=True):
             nearest = min(abs(level - a) for level in levels)
             assert abs(b - a) <= nearest + 1e-6 * max(1e-4, abs(a))
             assert min(abs(b - level) for level in levels) <= 1e-6 * max(1e-4, abs(b))
-            assert abs(a - b) <= scale / 2 * (1 + 1e-5) + 2**-22 * largest  # float32's rounding
+            assert clamped or abs(a - b) <= scale / 2 * (1 + 1e-5) + 2**-22 * largest
 
 
 @pytest.mark.parametrize("bits", BITS)  # drawn, 3 bits may not come up
@@ -175,22 +181,6 @@ def test_clamped_zero_point_by_hand(numbers, clamped):
     stored = fake_quantize(x, 2, Grouping(TOKENS)).flatten().tolist()
     assert stored == pytest.approx(numbers, abs=0.03)
     assert fake_quantize(x, 2, CLAMPED).flatten().tolist() == pytest.approx(clamped, abs=0.01)
-
-
-@quick
-@given(inputs(), bits, dims)
-def test_the_clamped_zero_point_is_that_of_the_published_code(x, bits, dim):
-    """s = (max - min) / levels, z = round(-min / s) clamped to the levels; x is rounded to
-    s (c - z). Computed in Python's numbers, group by group."""
-    q, levels = quantize(x, bits, Grouping(dim, clamped=True)), 2**bits - 1
-    for place, group in naive_groups(x, dim, GROUP):
-        scale = q.scale[place].item()
-        exact = (max(group) - min(group)) / levels
-        assert scale == pytest.approx(max(exact, 2**-24), rel=2e-3, abs=2**-24)
-        zero = -q.minimum[place].item() / scale
-        expected = min(max(round(-min(group) / scale), 0), levels)
-        assert zero == pytest.approx(expected, abs=0.02 * levels + 0.51)
-        assert 0 <= zero <= levels * (1 + 1e-3)
 
 
 @pytest.mark.parametrize(("offset", "ours", "theirs"), [(5, 0.015, 0.275), (10, 0.008, 0.595)])

@@ -25,20 +25,19 @@ ROOT = Path(__file__).parent.parent
 def interrupted(everything, tmp_path, capsys, monkeypatch):
     """Trains into the file `f`, up to one signal in a step: a second one would kill. Returns what
     it said, and the arguments to go on."""
-    real = train.run_layers
+    real = train.batch_of
 
     def run(step, *more, number=signal.SIGINT):
         sent = []
 
-        def run_layers(model, samples, tuners, *more, **options):
-            if tuners[0].steps_done == step and not sent:
-                sent.append(number)
-                signal.raise_signal(number)
-            return real(model, samples, tuners, *more, **options)
+        def batch_of(samples, n, *order):
+            if n == step and not sent:
+                sent.append(signal.raise_signal(number))
+            return real(samples, n, *order)
 
         args = arguments(everything, tmp_path / "f", *more)
         with monkeypatch.context() as patch:
-            patch.setattr(train, "run_layers", run_layers)
+            patch.setattr(train, "batch_of", batch_of)
             code, _, err = call(train, capsys, *args)
         assert code == 130 and not (tmp_path / "f").exists()
         return err, [*args, "--resume"]
@@ -113,18 +112,10 @@ def test_resume_with_other_arguments_is_refused(
         assert expected in error
 
 
-def test_a_damaged_checkpoint_is_refused(interrupted, tmp_path, refused):
-    _, args = interrupted(3)
-    file = tmp_path / "f.checkpoint"
-    data = file.read_bytes()
-    torch.save({"plan": {}}, file)
-    for damaged in (file.read_bytes(), b"", b"x" * 99, data[: len(data) // 2], data[:-30]):
-        file.write_bytes(damaged)
-        assert "f.checkpoint is damaged" in refused(train, *args, notes=True)
-
-
 @pytest.mark.parametrize("full", ["before", "midway"])
-def test_a_full_disk_leaves_the_old_checkpoint(interrupted, refused, capsys, monkeypatch, full):
+def test_a_full_disk_leaves_the_old_checkpoint_and_a_damaged_one_is_refused(
+    interrupted, tmp_path, refused, capsys, monkeypatch, full
+):
     _, args = interrupted(3)
     real = Path.write_bytes
 
@@ -137,6 +128,13 @@ def test_a_full_disk_leaves_the_old_checkpoint(interrupted, refused, capsys, mon
         patch.setattr(Path, "write_bytes", write_bytes)
         error = refused(train, *args, "--checkpoint-every", 1, notes=True)
     assert "cannot be written" in error and "No space" in error
+    file = tmp_path / "f.checkpoint"
+    data = file.read_bytes()
+    torch.save({"plan": {}}, file)
+    for damaged in (file.read_bytes(), b"", b"x" * 99, data[: len(data) // 2], data[:-30]):
+        file.write_bytes(damaged)
+        assert "f.checkpoint is damaged" in refused(train, *args, notes=True)
+    file.write_bytes(data)
     assert call(train, capsys, *args)[0] == 0
 
 

@@ -322,10 +322,10 @@ def rewritten(path, drop=None, replaced=None, **metadata):
 K = "model.layers.1.self_attn.k_proj"
 NO_GROUPS = ("q", 0, 2), ("k", 3, 2), ("k", 0, 0), ("k", 0)
 DAMAGE = [
-    *[({"together": json.dumps([group])}, "is damaged .metadata") for group in NO_GROUPS],
-    ({"together": '[["k", 0, 2], ["k", 1, 2]]'}, "is damaged .metadata"),
-    ({"together": "3"}, "is damaged .metadata"),
-    *[({"group": n}, "is damaged .metadata") for n in ("0", "-32", "33", "many", "64.0", "")],
+    *[({"together": json.dumps([group])}, "is damaged") for group in NO_GROUPS],
+    ({"together": '[["k", 0, 2], ["k", 1, 2]]'}, "is damaged"),
+    ({"together": "3"}, "is damaged"),
+    *[({"group": n}, "is damaged") for n in ("0", "-32", "33", "many", "64.0", "")],
     ({"replaced": {f"{K}.rows": torch.ones(2)}}, "has the size"),
     ({"replaced": {f"{K}.columns": torch.ones(2)}}, "has the size"),
     ({"drop": f"{K}.rows"}, f"lacks '{K}.rows'"),

@@ -60,15 +60,6 @@ def sides(model, samples, factors):
                 yield j, factors.pairs[j], x[0], y[0]
 
 
-def train_all(model, samples, tuner):
-    """Takes all steps of a tuner. Returns the losses before each."""
-    losses = []
-    while tuner.steps_done < tuner.steps:
-        losses.append(train.run_layers(model, samples, [tuner], train=True)[0])
-        tuner.step()
-    return losses
-
-
 @pytest.fixture(autouse=True, scope="module")
 def gradients():
     """As it is where training is started: run_layers itself decides what has a gradient."""
@@ -159,18 +150,6 @@ def test_no_graph_survives_its_layer(bits):
     assert not boxes and len(counts) == 5 and min(counts) > 0
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_model_in_16_bits_trains_factors_in_float32(dtype):
-    model = tiny_model().to(DTYPES[dtype])
-    samples = make_samples(model)
-    tuner = train.Tuner(make_factors(model, samples), 20, 1e-2)
-    assert {p.dtype for p in tuner.parameters} == {torch.float32}
-    first, *_, last = (loss.sum().item() for loss in train_all(model, samples, tuner))
-    exact = train.Tuner(make_factors(tiny_model(), samples), 20, 1e-2)
-    reference = train.run_layers(tiny_model(), samples, [exact]).sum().item()
-    assert first == pytest.approx(reference, rel=0.03) and last < 0.95 * first
-
-
 def test_only_what_is_measured_is_evaluated_in_float64(model, samples):
     """Training steps report the float32 loss that they differentiate: no second, slower product."""
     tuner = train.Tuner(make_factors(model, samples, "optimal", 12, 12), 1)
@@ -195,27 +174,20 @@ def test_no_loss_is_below_its_floor(model, init, rank, k_bits, v_bits, lengths):
 
 
 @quick
-@given(st.integers(1, 11), st.integers(1, 11))
-def test_the_floor_equals_a_naive_one(model, samples, k_rank, v_rank):
-    """It is what an SVD of K itself drops."""
+@given(ranks, ranks, st.lists(st.integers(2, 12), min_size=1, max_size=3))
+def test_the_floor_equals_a_naive_one(model, samples, k_rank, v_rank, lengths):
+    """It is what an SVD of K itself drops. Where nothing need be lost, since there are fewer tokens
+    than ranks, it is 0, not rounding noise that a loss is 10^9 times."""
     tuner = train.Tuner(make_factors(model, samples, "svd", k_rank, v_rank), 1)
+    samples = make_samples(model, lengths)
     expected = torch.zeros(2, 2, dtype=torch.float64)
     for j, pair in enumerate(tuner.factors.pairs):
         K = torch.cat([y for n, _, _, y in sides(model, samples, tuner.factors) if n == j])
         dropped = torch.linalg.svdvals(K)[pair.rank :].square().sum()
         expected[:, j // 2] += torch.stack([dropped, K.square().sum()]) / K.numel()
     _, floor, zeros = train.measure(model, tuner, samples)
-    torch.testing.assert_close(torch.stack([floor, zeros]), expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("tokens", [4, 5, 6])
-def test_no_floor_under_fewer_tokens_than_ranks(model, tokens):
-    """Where nothing need be lost, the floor is 0, not rounding noise that a loss is 10^9 times."""
-    samples = [tiny_tokens(model, 1, tokens)]
-    tuner = train.Tuner(make_factors(model, samples, "svd", 5, 5), 1)
-    floor = train.measure(model, tuner, samples)[1]
-    assert len(samples[0].unique()) == tokens  # in layer 0 equal tokens are equal rows
-    assert (floor > 1e-9).all() if tokens > 5 else (floor == 0).all()
+    torch.testing.assert_close(torch.stack([floor, zeros]), expected, rtol=1e-5, atol=1e-9)
+    assert sum(lengths) > min(k_rank, v_rank) or (floor == 0).all()
 
 
 def test_optimal_starts_at_the_floor_of_its_own_text(model, samples):
@@ -231,25 +203,32 @@ def test_optimal_starts_at_the_floor_of_its_own_text(model, samples):
         assert (loss >= floor).all()
 
 
-@pytest.mark.parametrize("init", ["random", "svd"])
-def test_training_approaches_the_floor(model, samples, init):
-    tuner = train.Tuner(make_factors(model, samples, init), 120, 0.1)
-    first, floor, _ = train.measure(model, tuner, samples)
-    train_all(model, samples, tuner)
-    last = train.measure(model, tuner, samples)[0]
-    assert first.sum() > 1.3 * floor.sum()
-    assert floor.sum() <= last.sum() < 1.02 * floor.sum()
+LOWERED = [  # init, bits, clamped, the model's type, steps, rate; what is left of the loss at most
+    ("random", 16, False, "float32", 120, 0.1, 0.5),
+    ("svd", 16, False, "float32", 120, 0.1, 0.8),
+    ("svd", 16, False, "bfloat16", 20, 1e-2, 0.95),
+    ("svd", 16, False, "float16", 20, 1e-2, 0.95),
+    ("svd", 4, False, "float32", 30, 2e-2, 0.93),
+    ("optimal", 2, False, "float32", 30, 2e-2, 0.93),  # optimal without bits, where rounding
+    ("optimal", 2, True, "float32", 30, 2e-2, 0.93),  # afterwards leaves it
+]
 
 
-@pytest.mark.parametrize(
-    "init, bits, clamped", [("svd", 4, False), ("optimal", 2, False), ("optimal", 2, True)]
-)
-def test_training_with_rounding_lowers_the_loss(model, init, bits, clamped):
-    """In 2 bits even from the optimum without bits, where rounding afterwards leaves one."""
+@pytest.mark.parametrize("init, bits, clamped, dtype, steps, lr, left", LOWERED)
+def test_training_lowers_the_loss(init, bits, clamped, dtype, steps, lr, left):
+    """Without bits to the floor; in a model of 16 bits from nearly the same loss, in float32."""
+    exact, model = tiny_model(), tiny_model().to(DTYPES[dtype])
     samples = make_samples(model, (64, 64))
     factors = make_factors(model, samples, init, 9, 9).in_bits(bits, bits, clamped)
-    first, *_, last = train_all(model, samples, train.Tuner(factors, 30, 2e-2))
-    assert last.sum() < 0.93 * first.sum()
+    tuner = train.Tuner(factors, steps, lr)
+    assert {p.dtype for p in tuner.parameters} == {torch.float32}
+    begun = train.Tuner(make_factors(exact, samples, init, 9, 9).in_bits(bits, bits, clamped), 1)
+    reference = train.run_layers(exact, samples, [begun]).sum().item()
+    first = train.run_layers(model, samples, [tuner]).sum().item()
+    list(train.train_layers(model, [tuner], samples, 2))
+    last, floor, _ = (y.sum().item() for y in train.measure(model, tuner, samples))
+    assert first == pytest.approx(reference, rel=0.03 if dtype != "float32" else 1e-5)
+    assert floor <= last < left * first and (steps < 120 or last < 1.03 * floor)
 
 
 def test_the_rate_falls_linearly_and_nothing_decays(model, samples):
@@ -266,13 +245,11 @@ def test_the_rate_falls_linearly_and_nothing_decays(model, samples):
 @quick
 @given(st.integers(1, 20), st.integers(1, 7), st.integers(0, 2**31))
 def test_an_epoch_has_every_sample_once(n, size, seed):
-    samples, steps, epochs = list(range(n)), -(-n // size), []
-    for first in (0, steps):
-        batches = [text.batch_of(samples, first + step, size, seed) for step in range(steps)]
-        epochs.append([sample for batch in batches for sample in batch])
-        assert sorted(epochs[-1]) == samples
-        assert [len(batch) for batch in batches[:-1]] == [size] * (steps - 1)
-    assert n < 8 or epochs[0] != epochs[1]
+    samples, steps = list(range(n)), -(-n // size)
+    batches = [text.batch_of(samples, step, size, seed) for step in range(2 * steps)]
+    first, second = (list(itertools.chain(*b)) for b in (batches[:steps], batches[steps:]))
+    assert sorted(first) == sorted(second) == samples and (n < 8 or first != second)
+    assert all(len(batch) == size for batch in batches[: steps - 1])
 
 
 # ----------------------------------------------------------------------------------- the command
@@ -328,31 +305,25 @@ def test_no_floor_without_a_log(trained, monkeypatch):
 
 
 @pytest.mark.parametrize("factor", [math.nan, 1e5])
+@pytest.mark.parametrize("step", [3, 24])
 def test_divergence_stops_and_names_step_and_layer(
-    everything, tmp_path, refused, monkeypatch, factor
+    everything, tmp_path, refused, monkeypatch, factor, step
 ):
+    """In a step, and in what is measured after the last one."""
     real = train.run_layers
 
     def run_layers(model, samples, tuners, *more, **options):
         losses = real(model, samples, tuners, *more, **options)
-        if tuners[0].steps_done == 3:
+        if tuners[0].steps_done == step:
             losses[0, 1] *= factor
         return losses
 
     monkeypatch.setattr(train, "run_layers", run_layers)
-    args = arguments(everything, tmp_path / "f", "--checkpoint-every", 1)
-    error = refused(train, *args, notes=True)  # nor a checkpoint, to go on from into the same
-    assert error.startswith("error: step 3, layer 1: the loss diverges")
+    args = arguments(everything, tmp_path / "f", "--checkpoint-every", 1, "--log", tmp_path / "log")
+    error = refused(train, *args, notes=True, left=["log"])  # and no checkpoint, to go on from
+    assert error.startswith(f"error: step {step}, layer 1: the loss diverges")
     assert "start anew with a lower --lr" in error
-
-
-@pytest.mark.parametrize("steps", [1, 5])
-def test_divergence_in_the_last_update_is_seen(everything, tmp_path, refused, monkeypatch, steps):
-    monkeypatch.setattr(train.Tuner, "rate", lambda t, step: 1e6 * (step == steps - 1))
-    args = arguments(everything, tmp_path / "f", "--samples", steps, "--log", tmp_path / "log")
-    error = refused(train, *args, notes=True, left=["log"])
-    assert error.startswith(f"error: step {steps}, layer 0: the loss diverges")
-    assert [row["step"] for row in rows_of(tmp_path / "log")] == list(range(steps))
+    assert [row["step"] for row in rows_of(tmp_path / "log")] == list(range(step))
 
 
 def test_starting_at_nothing_is_no_divergence(tmp_path, trained):
@@ -365,8 +336,6 @@ def test_starting_at_nothing_is_no_divergence(tmp_path, trained):
 
 MISTAKES = [  # that the tests of text and of commands do not have
     ("--data", "none.txt", "no file none.txt"),
-    ("--data", "kind.py", "not a .txt or .jsonl"),
-    ("--data", "damaged.jsonl", "damaged.jsonl, line 2"),
     ("--data", "folder", "no .txt or .jsonl"),
     ("--out", "no/such/f", "no folder no/such"),
     ("--log", ".", ". is not a regular file"),
@@ -387,8 +356,6 @@ def test_a_mistake_is_one_line(everything, tmp_path, refused, monkeypatch, flag,
     monkeypatch.setattr(train, "calibrate_together", None)
     Path("folder").mkdir()
     Path("folder", "notes.md").write_text("not read")
-    Path("kind.py").write_text("text")
-    Path("damaged.jsonl").write_text('{"text": "t1 t2"}\n{"text": ')
     args = arguments(everything, tmp_path / "f", "--init", "optimal", flag, value)
     assert message in refused(train, *args)
 
