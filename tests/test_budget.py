@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import beyond.budget as algorithm
+import cskv
 import quant
 from beyond.budget import Choice, convex_hull, free_choices, make_plan, sides_of, spend
 from beyond.outputs import calibrate_outputs
-from beyond.probes import DecodeMode, Probe
+from beyond.probes import SIDES, DecodeMode, Probe
 from beyond.shared import calibrate_groups, shared_cache
 from cskv import Factors, Together, bi_branch_cache, calibrate, init_factors
 from experiments import budget
@@ -363,17 +364,20 @@ def test_what_is_fitted_and_probed_is_what_is_asked_for(
     seen = calibrate(model, samples, 2)
     if init == "outputs":
         seen = calibrate_outputs(model, samples, 4, 2)
-    fitted = algorithm.Fitted(model, seen, group or None)
     probe = Probe(model, texts, 4, 2, spread=15)
     ranks = algorithm.probed_ranks(model)
     for side, row in zip(
         sides_of(2), json.loads(out.with_suffix(".json").read_text()), strict=True
     ):
-        costs = algorithm.side_costs(probe, fitted, side, ranks, [2, 3, 4])
         assert row["probed_ranks"] == ranks
-        for b in (2, 3, 4):
-            expected = [costs[rank, b] for rank in ranks]
-            assert row[f"costs_{b}_bits"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        for n, rank in enumerate(ranks):
+            pair = cskv.init_pair("attention", model, side.first, side.side, rank, seen[side.first])
+            pair = replace(pair, group=group or None)
+            for b in (2, 3, 4):
+                generator = torch.Generator().manual_seed(0)
+                few = cskv.in_bits(pair, b, SIDES[side.side], False, generator)
+                cost = probe.changed({side: [few]}).cost
+                assert row[f"costs_{b}_bits"][n] == pytest.approx(cost, rel=1e-2, abs=1e-6)
     factors = load_factors(out, model)
     assert factors.info["init"] == init
     ranks = [[pair.rank for pair in factors.pairs[side::2]] for side in (0, 1)]

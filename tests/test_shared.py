@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 import cskv
 from beyond import shared
-from beyond.budget import Fitted, cut, factors_of, sides_of
+from beyond.budget import Fitted, cut, factors_of, layer_weights, sides_of
 from beyond.outputs import EVERY
+from beyond.probes import Probe
 from beyond.segments import FastCache
 from beyond.shared import calibrate_groups, shared_cache
 from cskv import BiBranchCache, Factors, LayerFactors, LowRank, Together, output_metric
@@ -209,6 +210,20 @@ def test_sums_have_no_more_bytes_at_a_time_than_the_weights(monkeypatch, count, 
         assert torch.equal(fitted.moments[group], alone)
 
 
+def weighed(C, B, moment, M):
+    """The error of k C B for keys or values k of that moment, in a metric M."""
+    error = torch.eye(len(C)).double() - C @ B
+    return (error.T @ moment.double() @ error * M).sum().item()
+
+
+def own_channels(model, fitted, i, side, pair):
+    """C for A = W C of a layer's pair, and the layer's metric."""
+    attention = model.model.layers[i].self_attn
+    W = getattr(attention, f"{side}_proj").weight.T.double()
+    metric = output_metric(attention) if side == "v" else fitted.seen[i].k_metric
+    return torch.linalg.lstsq(W, pair.A.double()).solution, metric
+
+
 @pytest.mark.parametrize("side", ["k", "v"])
 def test_no_shared_latent_of_that_rank_loses_less(side):
     """The weighed error of the closed form is the sum of the dropped eigenvalues, and disturbed
@@ -216,26 +231,39 @@ def test_no_shared_latent_of_that_rank_loses_less(side):
     model = model_of()
     fitted, groups = fitted_on(model, [tiny_tokens(model, 2, 60)], 4)
     (group,) = [group for group in groups if group.side == side]
+    moment = fitted.moments[group]
     columns, rows, metrics = [], [], []
     for i, pair in enumerate(fitted.pairs(group, 7)):
-        attention = model.model.layers[i].self_attn
-        W = getattr(attention, f"{side}_proj").weight.T
-        columns.append(torch.linalg.lstsq(W, pair.A.double()).solution)
+        C, metric = own_channels(model, fitted, i, side, pair)
+        columns.append(C)
         rows.append(pair.B.double())
-        metric = output_metric(attention) if side == "v" else fitted.seen[i].k_metric
         metrics.append(fitted.weights[group][i] * metric)
     C, B, M = torch.cat(columns), torch.cat(rows, 1), torch.block_diag(*metrics)
-    moment = fitted.moments[group].double()
-
-    def loss(C):
-        error = torch.eye(len(C)).double() - C @ B
-        return (error.T @ moment @ error * M).sum().item()
-
-    weighed = torch.linalg.eigvals(moment @ M).real.sort().values
-    assert loss(C) == pytest.approx(weighed[:-7].sum().item(), rel=1e-4)
+    least = weighed(C, B, moment, M)
+    eigenvalues = torch.linalg.eigvals(moment.double() @ M).real.sort().values
+    assert least == pytest.approx(eigenvalues[:-7].sum().item(), rel=1e-4)
     noise = torch.randn(C.shape, generator=torch.Generator().manual_seed(0)).double()
     for size in (1e-2, 1e-1):
-        assert loss(C + size * C.std() * noise) > loss(C)
+        assert weighed(C + size * C.std() * noise, B, moment, M) > least
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_weights_are_what_a_layer_costs_over_what_it_loses(side):
+    """With a sixth of its channels, the other layers exact."""
+    model = tiny_model(num_hidden_layers=LAYERS)
+    samples = [tiny_tokens(model, 1, 60, seed=n) for n in range(2)]
+    fitted, groups = fitted_on(model, samples, 2)
+    group = [group for group in groups if group.side == side][1]
+    probe = Probe(model, samples, 4, 2)
+    for n, weight in enumerate(layer_weights(probe, fitted, group)):
+        i, own = group.first + n, slice(12 * n, 12 * (n + 1))
+        moment = fitted.moments[group][own, own]
+        W = getattr(model.model.layers[i].self_attn, f"{side}_proj").weight.T
+        metric = cskv.attention_metric(model.model.layers[i].self_attn, side, fitted.seen[i])
+        pair = cskv.optimal_factors(W, 2, moment, metric)
+        C, metric = own_channels(model, fitted, i, side, pair)
+        cost = probe.changed({Together(side, i, 1): [pair]}).cost
+        assert weight == pytest.approx(cost / weighed(C, pair.B.double(), moment, metric), rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------- files
