@@ -135,7 +135,8 @@ class Source:
                 written = settled
         text = self.tokenizer.decode(new)
         write(text[len(written) :])
-        held, full = held_bytes(self.cache), full_bytes(self.model, self.cache[0].length)
+        held = held_bytes(self.cache)
+        full = full_bytes(self.model, self.cache[0].length)
         return {
             "text": text,
             "tokens": new,
@@ -149,8 +150,13 @@ class Source:
         }
 
 
-def answer_each(sources: dict, prompts: dict, most: int, write: Callable, interrupt=None) -> dict:
-    """The results of all sources by name, each for its prompt."""
+def answer_each(
+    sources: dict, prompts: dict, most: int, as_json: bool, interrupt=None, **more: str
+) -> dict:
+    """The results of all sources by name, each for its prompt. Prints the texts as they come, or as
+    one JSON object `more`, the last result, and within it that of the full cache."""
+    output = io.StringIO() if as_json else sys.stdout
+    write = partial(print, end="", flush=True, file=output)
     results = {}
     for name, source in sources.items():
         prompt = prompts[name]
@@ -159,15 +165,13 @@ def answer_each(sources: dict, prompts: dict, most: int, write: Callable, interr
         room = source.model.config.context_length - len(prompt)
         results[name] = source.answer(prompt, min(most, room), write, interrupt)
         write("\n\n" if len(sources) > 1 else "\n")
+    if as_json:
+        *others, last = results.values()
+        more |= last
+        if others:
+            more["full"] = others[0]
+        print(json.dumps(more), flush=True)
     return results
-
-
-def print_json(results: dict[str, dict], **more: str) -> None:
-    """The last cache's result as one line, and in it that of the full one."""
-    *others, last = results.values()
-    if others:
-        more["full"] = others[0]
-    print(json.dumps({**last, **more}), flush=True)
 
 
 def report(results: dict[str, dict]) -> str:
@@ -202,15 +206,12 @@ def questions() -> Iterator[str]:
     """The lines of standard input that are not empty."""
     sys.stdin.reconfigure(encoding=UTF_8)
     with readable("a question"):
-        for line in sys.stdin:
-            if line.strip():
-                yield line.strip()
+        yield from filter(None, map(str.strip, sys.stdin))
 
 
 @torch.no_grad()
-def converse(sources: dict, text: Conversation, most: int, write: Callable) -> Iterator[tuple]:
-    """Reads the text into each cache. Then yields each question and the results for it, until the
-    questions or the context end."""
+def converse(sources: dict, text: Conversation, most: int, as_json: bool) -> None:
+    """Reads the text into each cache, then answers questions until they or the context end."""
     talks = {}
     for name, source in sources.items():
         talks[name] = copy(text)
@@ -228,13 +229,12 @@ def converse(sources: dict, text: Conversation, most: int, write: Callable) -> I
                 say(f"the context of {limit} tokens is full; ask in a new conversation")
                 return
         with Postponed() as interrupt:
-            results = answer_each(sources, prompts, most, write, interrupt)
+            results = answer_each(sources, prompts, most, as_json, interrupt, question=question)
         for name, result in results.items():
             talks[name].add_answer(result["tokens"], result["text"])
             held, full = result["cache_bytes"] / 1e6, result["full_cache_bytes"] / 1e6
             length = sources[name].cache[0].length
             say(f"{length} tokens, {held:.2f} MB; a full 16-bit cache: {full:.2f} MB")
-        yield question, results
 
 
 # --------------------------------------------------------------------------------- command line
@@ -272,7 +272,8 @@ def run(args: argparse.Namespace) -> None:
     config = checkpoint.read_config(folder)
     tokenizer = load_tokenizer(folder, config.vocab_size)
     prompt = tokenizer.encode_prompt(args.prompt, args.chat)
-    most, limit = args.max_new_tokens, config.context_length
+    most = args.max_new_tokens
+    limit = config.context_length
     room = limit - len(prompt)
     if room <= 0:  # known before the weights are read
         problem = f"the prompt has {len(prompt)} tokens, the model's context {limit}"
@@ -298,22 +299,15 @@ def run(args: argparse.Namespace) -> None:
         ratio = nominal_ratio(model, factors)
         sources[args.cache] = Source(model, tokenizer, cache, sample(), ratio)
 
-    output = io.StringIO() if args.json else sys.stdout
-    write = partial(print, end="", flush=True, file=output)
     if args.ask:
-        text = Conversation(tokenizer, args.prompt, args.chat)
-        for question, results in converse(sources, text, most, write):
-            if args.json:
-                print_json(results, question=question)
+        converse(sources, Conversation(tokenizer, args.prompt, args.chat), most, args.json)
         return
     if hint:
         say(hint)
     if room < most:
         say(f"only {room} new tokens fit into the context")
-    results = answer_each(sources, dict.fromkeys(sources, prompt), most, write)
-    if args.json:
-        print_json(results)
-    else:
+    results = answer_each(sources, dict.fromkeys(sources, prompt), most, args.json)
+    if not args.json:
         print(report(results), file=sys.stdout if args.compare else sys.stderr)
 
 

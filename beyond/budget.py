@@ -30,7 +30,7 @@ this differs by factors of hundreds, and eigenvalues do not tell. So it is measu
 
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -44,17 +44,17 @@ from cskv import Factors, LayerFactors, LowRank, Statistics, Together
 from model import Transformer
 
 SHARES = (1 / 24, 1 / 3, 2 / 3, 1)  # of the channels, probed in each of the widths
-SHARES_TOGETHER = (1 / 48, 1 / 24, 1 / 12, 1 / 6, 1 / 3, 2 / 3, 1)  # of those of a group of layers
+SHARES_TOGETHER = (1 / 48, 1 / 24, 1 / 12, 1 / 6, 1 / 3, 2 / 3, 1)  # of a group's
 NEAR = (0.6, 0.8, 1.25, 1.6)  # of a planned rank, probed around it
 STEP = 4  # ranks to choose from are its multiples
 
 Costs = dict[tuple[int, int], float]  # of a side at each probed (rank, bits), in nats
 
-# ------------------------------------------------------------------------------- 1. calibrate
+# ------------------------------------------------------------------------- 1. calibrate
 
 
 def sides_of(layers: int, count: int = 1) -> list[Together]:
-    """The keys and the values of every `count` neighbouring layers, fewer in the end."""
+    """Keys and values of every `count` neighbouring layers, fewer in the end."""
     sides = []
     for first in range(0, layers, count):
         for side in SIDES:
@@ -84,8 +84,9 @@ class Fitted:
     def pairs(self, side: Together, rank: int) -> list[LowRank]:
         """Of all layers of a side, in float32."""
         if side.count == 1:
-            seen = self.seen[side.first]
-            whole = [cskv.init_pair("attention", self.model, side.first, side.side, rank, seen)]
+            i = side.first
+            seen = self.seen[i]
+            whole = [cskv.init_pair("attention", self.model, i, side.side, rank, seen)]
         else:
             if side not in self.bases:
                 settings = self.moments[side], self.seen, self.weights[side]
@@ -104,11 +105,11 @@ def cut(pairs: list[LowRank], side: Together, rank: int, bits: int) -> list[LowR
     return result
 
 
-# ------------------------------------------------------------------------------------ 2. probe
+# ----------------------------------------------------------------------------- 2. probe
 
 
 def probed_ranks(model: Transformer, count: int = 1) -> list[int]:
-    """The ranks that are probed of `count` layers together: a few, up to all channels."""
+    """The ranks that are probed of `count` layers together, up to all channels."""
     shares = SHARES
     most = min(model.config.d_kv, model.config.hidden_size)
     if count > 1:
@@ -119,8 +120,8 @@ def probed_ranks(model: Transformer, count: int = 1) -> list[int]:
 
 
 def layer_weights(probe: Probe, fitted: Fitted, side: Together) -> list[float]:
-    """What an error of each layer costs, in nats: what it costs to keep a sixth of its channels
-    alone, over what these lose in the layer's own metric."""
+    """What an error of each layer costs, in nats: what it costs to keep a sixth of its
+    channels alone, over what these lose in the layer's own metric."""
     d_kv = probe.model.config.d_kv
     rank = max(1, d_kv // 6)
     weights = []
@@ -133,8 +134,12 @@ def layer_weights(probe: Probe, fitted: Fitted, side: Together) -> list[float]:
         pair = cskv.optimal_factors(W, rank, moment, metric)
         cost = probe.changed({Together(side.side, i, 1): [pair]}).cost
         L = torch.linalg.cholesky(metric.double())
-        lost = torch.linalg.eigvalsh(L.T @ moment @ L)[:-rank].clamp(min=0).sum().item()
-        weights.append(max(cost, 1e-7) / lost if lost else 1.0)  # a silent layer loses nothing
+        dropped = torch.linalg.eigvalsh(L.T @ moment @ L)[:-rank]
+        lost = dropped.clamp(min=0).sum().item()
+        weight = 1.0  # of a silent layer, which loses nothing
+        if lost:
+            weight = max(cost, 1e-7) / lost
+        weights.append(weight)
     return weights
 
 
@@ -158,7 +163,7 @@ def probe_alone(probe: Probe, fitted: Fitted, side: Together, widths: list[int])
     return {"weights": weights, "costs": side_costs(probe, fitted, side, ranks, widths)}
 
 
-# ------------------------------------------------------------------------------------ 3. spend
+# ----------------------------------------------------------------------------- 3. spend
 
 
 @dataclass(frozen=True)
@@ -175,11 +180,12 @@ class Choice:
 def latent_bytes(
     rank: int, bits: int, side: str, tokens: int, window: int, group: int | None = None
 ) -> int:
-    """Bytes of a side's latents of `tokens`, as a cache really holds them: they are laid out in one
-    that has shapes, but no memory."""
+    """Bytes of a side's latents of `tokens`, as a cache really holds them: they are
+    laid out in one that has shapes, but no memory."""
     A = torch.empty(0, rank, dtype=torch.float16)
     pair = LowRank(A, A.T, bits, group=group)
-    if rank > 1 and pair.grouping(SIDES[side]).dim == quant.TOKENS:  # then all channels are alike
+    alike = pair.grouping(SIDES[side]).dim == quant.TOKENS  # all channels
+    if alike and rank > 1:
         return rank * latent_bytes(1, bits, side, tokens, window, group)
     latents = cskv.empty_latents(pair, SIDES[side], window, tokens)
     latents.append(torch.empty(1, tokens, rank, device="meta"))
@@ -191,17 +197,17 @@ def free_choices(
 ) -> list[Choice]:
     """All that a side may be kept as, as if it cost nothing."""
     least, *_, most = probed_ranks(model, side.count)
-    kinds = [(rank, bits) for rank in (*range(least, most, STEP), most) for bits in widths]
+    ranks = [*range(least, most, STEP), most]
     result = []
-    for rank, bits in (*kinds, (most, 16)):
+    for rank, bits in [*product(ranks, widths), (most, 16)]:
         size = latent_bytes(rank, bits, side.side, tokens, window, group)
         result.append(Choice(rank, bits, size, 0.0))
     return result
 
 
 def with_costs(free: list[Choice], costs: Costs) -> list[Choice]:
-    """Those of ranks between the probed ones, with costs on straight lines of the logarithm. Full
-    rank in 16 bits costs nothing."""
+    """Those of ranks between the probed ones, with costs on straight lines of the
+    logarithm. Full rank in 16 bits costs nothing."""
     probed = sorted({rank for rank, _ in costs})
     result = []
     for choice in free:
@@ -220,8 +226,8 @@ def fall(a: Choice, b: Choice) -> float:
 
 
 def convex_hull(some: list[Choice]) -> list[Choice]:
-    """Of some choices those on the lower convex hull of cost over bytes, up to the least cost: each
-    step to the next one buys less for a byte than the step before."""
+    """Of some choices those on the lower convex hull of cost over bytes, up to the
+    least cost: each step to the next one buys less for a byte than the step before."""
     kept: list[Choice] = []
     for choice in sorted(some, key=lambda c: (c.nbytes, c.cost)):
         if kept and choice.cost >= kept[-1].cost:
@@ -233,12 +239,12 @@ def convex_hull(some: list[Choice]) -> list[Choice]:
 
 
 def spend(sides: list[list[Choice]], budget: float) -> list[Choice]:
-    """A choice for each side, of at most `budget` bytes in all: greedily, so that no plan of as
-    many bytes costs less if the choices of every side are convex.
+    """A choice for each side, of at most `budget` bytes in all: greedily, so that no
+    plan of as many bytes costs less if the choices of every side are convex.
 
-    The first step that the budget does not have ends it, with what is left for the side of that
-    step: so more bytes never buy a worse plan. Raises `ValueError` if even the least choices are
-    too many bytes.
+    The first step that the budget does not have ends it, with what is left for the side
+    of that step: so more bytes never buy a worse plan. Raises `ValueError` if even the
+    least choices are too many bytes.
     """
     hulls = [convex_hull(side) for side in sides]
     plan = [hull[0] for hull in hulls]
@@ -261,7 +267,7 @@ def spend(sides: list[list[Choice]], budget: float) -> list[Choice]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice for each side, after which costs; its factors, and texts read through them."""
+    """A choice for each side, after which costs; its factors, and texts so read."""
 
     choices: dict[Together, Choice]
     costs: dict[Together, Costs]
@@ -269,14 +275,15 @@ class Plan:
     probe: Probe
 
 
-def factors_of(sides: dict[Together, list[LowRank]], layers: int) -> Factors:
-    """Factors of these pairs of all sides."""
-    pairs: list[dict] = [{} for _ in range(layers)]
+def factors_of(sides: dict[Together, list[LowRank]], count: int) -> Factors:
+    """Factors of `count` layers from the pairs of all sides."""
+    pairs: list[dict] = [{} for _ in range(count)]
     for side, of_layers in sides.items():
         for i, pair in zip(side.layers, of_layers, strict=True):
             pairs[i][side.side] = pair
     together = tuple(side for side in sides if side.count > 1)
-    return Factors([LayerFactors(**own) for own in pairs], {"trained": "none"}, together)
+    layers = [LayerFactors(own["k"], own["v"]) for own in pairs]
+    return Factors(layers, {"trained": "none"}, together)
 
 
 def make_plan(
@@ -292,12 +299,13 @@ def make_plan(
     plan = dict(zip(free, chosen, strict=True))
     pairs = {}
     for side, choice in plan.items():
-        pairs[side] = cut(fitted.pairs(side, choice.rank), side, choice.rank, choice.bits)
+        whole = fitted.pairs(side, choice.rank)
+        pairs[side] = cut(whole, side, choice.rank, choice.bits)
     factors = factors_of(pairs, len(probe.model.model.layers))
     return Plan(plan, costs, factors, probe.changed(pairs))
 
 
-# ------------------------------------------------------------------------------ 4. probe again
+# ----------------------------------------------------------------------- 4. probe again
 
 
 def near_ranks(model: Transformer, side: Together, rank: int) -> list[int]:
@@ -308,7 +316,7 @@ def near_ranks(model: Transformer, side: Together, rank: int) -> list[int]:
 
 
 def probe_around(plan: Plan, fitted: Fitted, side: Together, widths: list[int]) -> dict:
-    """The `costs` of a side more than exact, at ranks near its own, all others as planned."""
+    """The `costs` of a side more than exact, near its rank, all others as planned."""
     exact = plan.probe.changed({side: [None] * side.count}).cost
     ranks = near_ranks(fitted.model, side, plan.choices[side].rank)
     costs = side_costs(plan.probe, fitted, side, ranks, widths)

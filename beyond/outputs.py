@@ -1,8 +1,9 @@
 """What the attention makes of keys and values: statistics for factors that keep its output.
 
-`cskv.optimal_factors` keeps every key and every value as well as it can. But what a layer hands on
-is a sum over tokens t, o = sum_t p_t v_t, so not every error counts alike. Here p are the attention
-probabilities of a query, and t the tokens that it reads through the compressed branch:
+`cskv.optimal_factors` keeps every key and every value as well as it can. But what a
+layer hands on is a sum over tokens t, o = sum_t p_t v_t, so not every error counts
+alike. Here p are the attention probabilities of a query, and t the tokens that it reads
+through the compressed branch:
 
 Values. The output is off by sum_t p_t (v_t - v^_t), and what is cut from one value may cancel with
     what is cut from another. Cutting is linear: what happens to v happens to u = sum_t p_t v_t.
@@ -41,13 +42,15 @@ class OutputObserver(Observer):
         zero = attention.k_proj.weight.new_zeros((), dtype=torch.float64)
         self.mass = zero.clone()  # sum of p
         self.values = zero.repeat(config.d_kv, config.d_kv)  # sum of u^T u
-        self.queries = zero.repeat(config.num_key_value_heads, config.head_dim)  # sum of p q^2
+        # sum of p q^2
+        self.queries = zero.repeat(config.num_key_value_heads, config.head_dim)
 
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
         super().remember(x, q, k, v, rope)
         T = x.shape[1]
-        first = min(self.sinks + self.window, T)  # the first query that reads a compressed token
-        i = torch.arange(first, T, EVERY, device=x.device)  # n of them
+        # The n queries i, of those that read a compressed token.
+        first = min(self.sinks + self.window, T)
+        i = torch.arange(first, T, EVERY, device=x.device)
         j = torch.arange(T, device=x.device)
         seen = seen_by(i, j, self.sliding_window)  # [n, T]
         compressed = seen & ~is_exact(i, j, self.window, self.sinks)
@@ -55,17 +58,19 @@ class OutputObserver(Observer):
         q_i = rope.rotate(q, 0)[:, :, i].float().unflatten(1, (k.shape[1], -1))
         k_j = rope.rotate(k, 0).float().unsqueeze(2)
         scores = q_i @ k_j.mT / math.sqrt(k.shape[-1])
-        p = scores.masked_fill(~seen, -math.inf).softmax(-1) * compressed  # [B, H_kv, G, n, T]
+        p = scores.masked_fill(~seen, -math.inf).softmax(-1)
+        p = p * compressed  # [B, H_kv, G, n, T]
         self.attended = p.sum((1, 2, 3))  # how much each token is read, [B, T]
         # 2. Values: u. A bias is added to v and to v^ alike.
         v = F.linear(x, self.attention.v_proj.weight).float()  # [B, T, d_kv]
         u = (p.flatten(1, 3) @ v).flatten(0, 1).double()  # [B * H * n, d_kv]
-        # 3. Keys: the energy of each plane of a query, before RoPE, as often as it reads.
-        energy = q[:, :, i].double().square().unflatten(-1, (2, -1)).mean(-2)  # [B, H, n, D / 2]
-        energy = energy.repeat(1, 1, 1, 2) * p.sum(-1).flatten(1, 2)[..., None]  # [B, H, n, D]
+        # 3. Keys: the energy of each plane of a query, before RoPE, times what it reads.
+        power = q[:, :, i].double().square()  # [B, H, n, D]
+        power = power.unflatten(-1, (2, -1)).mean(-2).repeat(1, 1, 1, 2)
+        power *= p.sum(-1).flatten(1, 2).unsqueeze(-1)
         self.mass += p.sum()
         self.values += u.T @ u
-        self.queries += energy.sum((0, 2)).unflatten(0, (k.shape[1], -1)).sum(1)
+        self.queries += power.sum((0, 2)).unflatten(0, (k.shape[1], -1)).sum(1)
 
 
 @torch.no_grad()
@@ -76,11 +81,11 @@ def calibrate_outputs(
     sinks: int,
     kind: Callable[..., OutputObserver] = OutputObserver,
 ) -> list[Statistics]:
-    """`cskv.calibrate`, but with the moment of the values, and the metric for keys, that are
-    explained above. `kind` makes the observer of a layer.
+    """`cskv.calibrate`, but with the moment of the values, and the metric for keys,
+    that are explained above. `kind` makes the observer of a layer.
 
-    Raises `UserError` as `calibrate_together` does, and for samples in which no token leaves the
-    window.
+    Raises `UserError` as `calibrate_together` does, and for samples in which no token
+    leaves the window.
     """
     observers = []
 

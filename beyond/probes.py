@@ -7,7 +7,7 @@ each layer is kept.
 
 import math
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,26 +23,27 @@ SIDES = {"k": quant.TOKENS, "v": quant.CHANNELS}  # of a layer, and how their la
 NAMES = {"k": "keys", "v": "values"}
 AT_ONCE = 2**13  # tokens that a probe reads at once: many small texts together take less time
 
+Reads = dict[str, tuple[LowRank | None, Tensor]]  # of a side its pair, and latents [B, T, r]
+
 
 @dataclass(eq=False)
 class DecodeMode(LayerCache):
     """Reads a text at once, and gives what decoding it token by token would: a token attends to the
-    first `sinks` tokens and to the last `window` exactly, and to those between through `pairs`.
+    first `sinks` tokens and to the last `window` exactly, and to those between through the pairs of
+    `reads`.
 
     A side without a pair is exact. Latents in few bits are all rounded, while a real cache has some
-    behind its window that still wait for the rest of their group. `latents` are those [B, T, r] of
-    sides that share them with other layers; the others are this layer's x A.
+    behind its window that still wait for the rest of their group.
     """
 
     attention: Attention
-    pairs: dict[str, LowRank | None]
+    reads: Reads
     window: int
     sinks: int
-    latents: dict[str, Tensor] = field(default_factory=dict)
 
     def prefill(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        k_hat = rope.rotate(self.rebuild("k", x, k), 0)
-        v_hat = self.rebuild("v", x, v)
+        k_hat = rope.rotate(self.rebuild("k", k), 0)
+        v_hat = self.rebuild("v", v)
         i = torch.arange(x.shape[1], device=x.device)
         seen = seen_by(i, i, self.attention.config.sliding_window)
         exact = is_exact(i, i, self.window, self.sinks)
@@ -53,16 +54,16 @@ class DecodeMode(LayerCache):
         q = rope.rotate(q, 0)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
-    def rebuild(self, side: str, x: Tensor, y: Tensor) -> Tensor:
-        """Keys or values y [B, H_kv, T, D] of x [B, T, hidden], through the pair of their side."""
-        pair = self.pairs.get(side)
+    def rebuild(self, side: str, y: Tensor) -> Tensor:
+        """Keys or values y [B, H_kv, T, D], through the pair of their side."""
+        pair, c = self.reads.get(side, (None, None))
         if pair is None:
             return y
-        bias = getattr(self.attention, f"{side}_proj").bias
-        c = self.latents[side].clone() if side in self.latents else x @ pair.A  # [B, T, r]
         if pair.bits < 16:
-            grouping = pair.grouping(SIDES[side])
-            c[:, self.sinks :] = quant.fake_quantize(c[:, self.sinks :], pair.bits, grouping)
+            some = c[:, self.sinks :]
+            some = quant.fake_quantize(some, pair.bits, pair.grouping(SIDES[side]))
+            c = torch.cat([c[:, : self.sinks], some], dim=1)
+        bias = getattr(self.attention, f"{side}_proj").bias
         rebuilt = F.linear(c, pair.B.T.to(c), bias)
         return rebuilt.unflatten(-1, (-1, y.shape[-1])).transpose(1, 2)
 
@@ -74,9 +75,8 @@ class Texts:
     at: Tensor  # the positions that are predicted from
     exact: Tensor  # log-probabilities of the exact model there, [B, n, vocab]
     exact_inputs: list[Tensor]  # of all layers, [B, T, hidden]
-    inputs: list[Tensor]  # where they read through `pairs`
-    pairs: list[dict[str, LowRank]]  # of all layers, by their side
-    latents: list[dict[str, Tensor]]  # likewise
+    inputs: list[Tensor]  # where they read through pairs
+    reads: list[Reads]  # of all layers
 
 
 class Probe:
@@ -106,16 +106,15 @@ class Probe:
         self.sinks = sinks
         self.texts = []
         device = model.lm_head.weight.device
-        exact = [{} for _ in model.model.layers]
+        exact: list[Reads] = [{} for _ in model.model.layers]
         for T in sorted({text.shape[1] for text in texts}):
             first = min(sinks + window, T - 1)  # the first token that meets a rebuilt one
             first = max(first, T - (spread or T))
             at = torch.linspace(first, T - 1, min(predictions, T - first)).long().to(device)
             tokens = torch.cat([text for text in texts if text.shape[1] == T]).to(device)
             for some in tokens.split(max(1, AT_ONCE // T)):
-                inputs, x = self.read(model.model.embed_tokens(some), 0, exact, exact)
-                y = self.log_probabilities(x, at)
-                self.texts.append(Texts(at, y, inputs, inputs, exact, exact))
+                inputs, y = self.read(model.model.embed_tokens(some), 0, exact, at)
+                self.texts.append(Texts(at, y, inputs, inputs, exact))
 
     @torch.no_grad()
     def changed(self, sides: dict[Together, list[LowRank | None]]) -> "Probe":
@@ -124,49 +123,41 @@ class Probe:
 
         Raises `UserError` for a cost that is not finite: no comparison may take a NaN for the best.
         """
-        start = min(sides, key=lambda side: side.first)  # below, nothing changes
-        divergences = []
         other = copy(self)
         other.texts = []
+        divergences = []
+        start = min(sides, key=lambda side: side.first)
+        n = start.first  # the inputs of layers below change in nothing
         for text in self.texts:
-            pairs = [dict(own) for own in text.pairs]
-            latents = [dict(own) for own in text.latents]
-            for side, of_layers in sides.items():
-                z = 0  # latents of the exact inputs, as those of a prompt are: [B, T, r]
-                for i, pair in zip(side.layers, of_layers, strict=True):
-                    pairs[i][side.side] = pair
+            reads = list(text.reads)
+            for side, pairs in sides.items():
+                z = 0  # of the exact inputs, as those of a prompt are
+                for i, pair in zip(side.layers, pairs, strict=True):
                     if pair:
                         x = self.model.model.layers[i].input_layernorm(text.exact_inputs[i])
                         z = z + x @ pair.A.to(x)
-                for i in side.layers:
-                    latents[i][side.side] = z
-            inputs, x = self.read(text.inputs[start.first], start.first, pairs, latents)
-            inputs = text.inputs[: start.first] + inputs
-            other.texts.append(replace(text, inputs=inputs, pairs=pairs, latents=latents))
-            y = self.log_probabilities(x, text.at)
+                for i, pair in zip(side.layers, pairs, strict=True):
+                    reads[i] = {**reads[i], side.side: (pair, z)}
+            inputs, y = self.read(text.inputs[n], n, reads, text.at)
+            other.texts.append(replace(text, inputs=text.inputs[:n] + inputs, reads=reads))
             divergence = (text.exact.exp() * (text.exact - y)).sum(-1)  # [B, n]
             divergences.append(divergence.flatten())
         cost = torch.cat(divergences).mean().item()
         if not math.isfinite(cost):
-            name = f"layer {start.first}, {NAMES[start.side]}"
+            name = f"layer {n}, {NAMES[start.side]}"
             raise UserError(f"{name}: the cost is not finite; try another --dtype")
         other.cost = max(0.0, cost)  # below 0 by rounding alone
         return other
 
     def read(
-        self, x: Tensor, first: int, pairs: list[dict], latents: list[dict]
+        self, x: Tensor, first: int, reads: list[Reads], at: Tensor
     ) -> tuple[list[Tensor], Tensor]:
-        """The layers from the `first` on: their inputs, and the output of the last."""
+        """The inputs of the layers from the `first` on, which gets x; and log-probabilities of the
+        token after each of those `at`, [B, n, vocab]."""
         inputs = []
-        for i, layer in enumerate(self.model.model.layers[first:], first):
+        for layer, own in zip(self.model.model.layers[first:], reads[first:], strict=True):
             inputs.append(x)
-            cache = None
-            if pairs[i]:
-                cache = DecodeMode(layer.self_attn, pairs[i], self.window, self.sinks, latents[i])
+            cache = DecodeMode(layer.self_attn, own, self.window, self.sinks) if own else None
             x = layer(x, self.model.rope, cache)
-        return inputs, x
-
-    def log_probabilities(self, x: Tensor, at: Tensor) -> Tensor:
-        """Of the token after each of those `at`, from the last layer's output: [B, n, vocab]."""
         logits = self.model.lm_head(self.model.model.norm(x[:, at]))
-        return logits.float().log_softmax(-1)
+        return inputs, logits.float().log_softmax(-1)

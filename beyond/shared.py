@@ -41,7 +41,7 @@ from support.processes import summed
 
 @dataclass(eq=False)
 class Sum:
-    """The latents of a group of layers, and those of the tokens that pass it at the moment."""
+    """The latents of a group of layers, and of the tokens that pass it at the moment."""
 
     latents: GrowingLatents | Packed
     count: int  # layers
@@ -50,7 +50,7 @@ class Sum:
     open = None  # [B, n, r], the newest tokens' sum so far
 
     def __post_init__(self):
-        self.values: dict[tuple[int, int], Tensor] = {}  # until all layers have read them
+        self.values: dict[tuple[int, int], Tensor] = {}  # until all have read them
 
 
 @dataclass(eq=False)
@@ -68,7 +68,7 @@ class Part:
         """c [B, n, r], what the layer adds to the latents of the next n tokens."""
         total = self.total
         if self.layer != total.added:
-            raise ValueError("layers that share latents take every token together, in order")
+            raise ValueError("layers that share latents take tokens together, in order")
         total.added += 1
         c = c.to(torch.promote_types(c.dtype, torch.float32))
         total.open = c if self.layer == 0 else total.open + c
@@ -116,7 +116,7 @@ def shared_cache(model: Transformer, factors: Factors, *args, **settings) -> lis
 
 
 def connect(caches: list[BiBranchCache], factors: Factors) -> None:
-    """Gives the layers of each group one place for their latents, in caches that are empty."""
+    """Gives the layers of each group one place for their latents, in empty caches."""
     for group in factors.together:
         name = f"c_{group.side}"
         first = caches[group.first]
@@ -125,7 +125,7 @@ def connect(caches: list[BiBranchCache], factors: Factors) -> None:
             setattr(caches[i], name, Part(total, n))
 
 
-# ------------------------------------------------------------------------------- closed form
+# ------------------------------------------------------------------------- closed form
 
 
 class Moments:
@@ -167,7 +167,7 @@ class Moments:
 
 
 class GroupObserver(OutputObserver):
-    """Also adds the keys and values of its layer to the `moments` of the groups that it is in."""
+    """Also adds the layer's keys and values to the `moments` of its groups."""
 
     def __init__(self, attention: Attention, *settings, moments: dict[Attention, dict]):
         super().__init__(attention, *settings)
@@ -216,9 +216,10 @@ def shared_basis(
     for i, weight in zip(group.layers, weights, strict=True):
         attention = model.model.layers[i].self_attn
         metrics.append(weight * cskv.attention_metric(attention, group.side, seen[i]))
+    metric = torch.block_diag(*metrics)
     # The keys k themselves take the place of the inputs x, and the identity that of W.
     identity = torch.eye(len(moment), device=moment.device)
-    return cskv.optimal_factors(identity, len(moment), moment, torch.block_diag(*metrics))
+    return cskv.optimal_factors(identity, len(moment), moment, metric)
 
 
 def shared_pairs(model: Transformer, group: Together, basis: LowRank, rank: int) -> list[LowRank]:

@@ -1,4 +1,4 @@
-"""The caches that the paper's Table 1 compares CSKV with, and KIVI and TurboQuant beside.
+"""The caches that the paper's Table 1 compares with, and KIVI and TurboQuant.
 
 Each is one more `model.LayerCache`, for one layer. What they remember, of a prompt of T tokens at
 compression ratio c:
@@ -9,8 +9,8 @@ compression ratio c:
     TurboQuantCache   all channels of all tokens, rotated, in 2 to 4 bits [5]
     LowRankCache      (1 - c) d_kv channels of all tokens, the newest no better [4]
 
-All but the last read the prompt exactly, with logits bit-equal to the model's, and shrink after it.
-The last replaces W_K and W_V themselves. Shapes as in model.py, and n the number of kept tokens.
+All but the last read the prompt exactly, and shrink after it. The last replaces W_K and
+W_V themselves. Shapes as in model.py, and n the number of kept tokens.
 
 Sources:
     [1] Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023
@@ -40,8 +40,9 @@ from support.command import UserError
 class PrunedCache(LayerCache):
     """What the two token-pruning caches share: a budget of tokens; the rest is gone.
 
-    The budget is `budget`, or max(least, round((1 - ratio) * T)) of the prompt's length T, and
-    fixed then: each new token evicts an old one before it attends. `length` still counts all.
+    The budget is `budget`, or max(least, round((1 - ratio) * T)) of the prompt's length
+    T, and fixed then: each new token evicts an old one before it attends. `length` still
+    counts all.
     """
 
     least = 1  # tokens without which the method makes no sense
@@ -95,7 +96,7 @@ class StreamingCache(PrunedCache):
         return F.scaled_dot_product_attention(q, k, self.v, enable_gqa=True)
 
     def within_budget(self, y: Tensor) -> Tensor:
-        """Of y [B, H_kv, n, D] the sinks and the newest others, `budget` tokens at most."""
+        """Of y [B, H_kv, n, D] the sinks and the newest others, `budget` in all."""
         newest = max(self.sinks, y.shape[2] - self.budget + self.sinks)
         return torch.cat([y[:, :, : self.sinks], y[:, :, newest:]], dim=2)
 
@@ -125,7 +126,8 @@ def attention_received(q: Tensor, k: Tensor) -> Tensor:
 
 
 class HeavyHitterCache(PrunedCache):
-    """H2O [2, section 4]: half of the budget for the most attended tokens, half for the newest.
+    """H2O [2, section 4]: half of the budget for the most attended tokens and half for
+    the newest.
 
     A token's score is the sum of the attention probabilities it has received, over all queries of
     the prompt and all decode steps since; each KV head keeps its own tokens. When a new token
@@ -296,27 +298,28 @@ class TurboQuantCache(LayerCache):
         self.sliding_window = config.sliding_window
         self.bits = bits
         # Codes and norms of the keys, then of the values; heads count as sequences.
-        types = (torch.uint8, torch.float16, torch.uint8, torch.float16)
-        self.parts = [GrowingLatents(dtype, expected) for dtype in types]
+        types = (torch.uint8, torch.float16)
+        self.parts = [GrowingLatents(dtype, expected) for dtype in types * 2]
 
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
         k = rope.rotate(k, self.length)
         self.length += k.shape[2]
-        for part, new in zip(self.parts, (*self.encode(k), *self.encode(v)), strict=True):
-            part.append(new.flatten(0, 1))
+        new = [*self.encode(k), *self.encode(v)]
+        for part, tokens in zip(self.parts, new, strict=True):
+            part.append(tokens.flatten(0, 1))
 
     def decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.check_decode(q)
         self.remember(x, q, k, v, rope)
         first = max(0, self.length - (self.sliding_window or self.length))
-        parts = [part.read(first, self.length).unflatten(0, k.shape[:2]) for part in self.parts]
-        k_hat = self.rebuild(*parts[:2], k)
-        v_hat = self.rebuild(*parts[2:], v)
+        seen = [part.read(first, self.length) for part in self.parts]
+        k_hat = self.rebuild(seen[0], seen[1], k)
+        v_hat = self.rebuild(seen[2], seen[3], v)
         q = rope.rotate(q, self.length - 1)
         return F.scaled_dot_product_attention(q, k_hat, v_hat, enable_gqa=True)
 
     def encode(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """y [B, H_kv, n, D] as codes [B, H_kv, n, D * bits / 8], packed, and norms, a column."""
+        """y [B, H_kv, n, D] as codes [B, H_kv, n, D * bits / 8], and norms, a column."""
         rotation, levels = turboquant_tables(y.shape[3], self.bits, y.device)
         norms = y.float().norm(dim=3, keepdim=True)
         z = y.float() / norms.clamp(min=1e-30) @ rotation
@@ -327,7 +330,8 @@ class TurboQuantCache(LayerCache):
     def rebuild(self, codes: Tensor, norms: Tensor, like: Tensor) -> Tensor:
         rotation, levels = turboquant_tables(like.shape[3], self.bits, like.device)
         z = levels[unpack(codes.mT, self.bits).mT.int()]
-        return (z[..., : like.shape[3]] @ rotation.T * norms.float()).to(like.dtype)
+        y = z[..., : like.shape[3]] @ rotation.T * norms.float()
+        return y.to(like.dtype).view(*like.shape[:2], -1, like.shape[3])
 
     def tensors(self) -> list[Tensor]:
         return [tensor for part in self.parts for tensor in part.tensors()]
@@ -336,7 +340,8 @@ class TurboQuantCache(LayerCache):
 @lru_cache
 def turboquant_tables(D: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """A rotation [D, D] and levels for vectors of norm 1, the same for all caches."""
-    rotation = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0))).Q
+    noise = torch.randn(D, D, generator=torch.Generator().manual_seed(0))
+    rotation = torch.linalg.qr(noise).Q
     above = torch.tensor(LEVELS[bits]) / math.sqrt(D)
     return rotation.to(device), torch.cat([-above.flip(0), above]).to(device)
 

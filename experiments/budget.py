@@ -195,11 +195,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--spread", type=count, help="spread them over so many last tokens (half of --probe-len)")
     add("--again", type=number(int, 0), default=1, help="probe so often around the plan (1)")
     add("--no-copies", action="store_true", help="leave every second text as it is")
-    inits = ("outputs", "attention")
-    add("--init", choices=inits, default="outputs", help="keep attention's outputs, or its inputs")
-    add(
-        "--layers-together", type=count, default=1, help="share latents: more time, fewer bytes (1)"
-    )
+    init = "keep the attention's output, or keys and values (outputs)"
+    add("--init", choices=("outputs", "attention"), default="outputs", help=init)
+    add("--layers-together", type=count, default=1, help="let so many layers share latents (1)")
     add("--widths", type=widths, default=[2, 3, 4], help="choose from these bits and 16 (2,3,4)")
     group = "tokens that share a scale in a channel, a multiple of 32; 0: groups as in KIVI (128)"
     add("--group", type=number(int, 0), default=128, help=group)

@@ -38,12 +38,11 @@ TOKENS, CHANNELS = "tokens", "channels"  # what a compression ratio removes
 
 @dataclass(frozen=True)
 class Kind:
-    """How a cache is made, and shown. `make` gets the settings of a `Row` as attributes, with the
+    """How a cache is made. `make` gets the settings of a `Row` as attributes, with the
     layer's own `factors`, its `attention`, the model's `config`, and the `expected` tokens."""
 
     make: Callable[[SimpleNamespace], LayerCache]
     shrinks: str | None = None  # TOKENS, or CHANNELS, which takes factors
-    colour: str | None = None  # None: matplotlib chooses
     bits: int = 16
     sinks: bool = False  # whether it can keep the first tokens exact
 
@@ -65,25 +64,23 @@ def turboquant(bits: int, s: SimpleNamespace) -> TurboQuantCache:
 
 CACHES = {
     # Every key and value.
-    "full": Kind(lambda s: FullCache(s.config, s.expected), None, "black"),
+    "full": Kind(lambda s: FullCache(s.config, s.expected)),
     # StreamingLLM: 4 sinks and the newest tokens.
-    "streaming": Kind(lambda s: StreamingCache(s.config, s.ratio, s.budget), TOKENS, "tab:gray"),
+    "streaming": Kind(lambda s: StreamingCache(s.config, s.ratio, s.budget), TOKENS),
     # H2O: the newest tokens and the most attended.
-    "h2o": Kind(lambda s: HeavyHitterCache(s.config, s.ratio, s.budget), TOKENS, "tab:brown"),
+    "h2o": Kind(lambda s: HeavyHitterCache(s.config, s.ratio, s.budget), TOKENS),
     # Factors in the place of W_K and W_V themselves.
-    "asvd": Kind(
-        lambda s: LowRankCache(s.attention, s.factors, s.expected), CHANNELS, "tab:orange"
-    ),
+    "asvd": Kind(lambda s: LowRankCache(s.attention, s.factors, s.expected), CHANNELS),
     # Factors beside W_K and W_V, and a window: the fast cache, the paper's, and the fast one with
     # its full-precision branch in 8 bits.
-    "cskv": Kind(partial(bi_branch, FastCache), CHANNELS, "tab:blue", sinks=True),
-    "cskv-plain": Kind(partial(bi_branch, BiBranchCache), CHANNELS, "tab:cyan", sinks=True),
-    "cskv-window-8": Kind(partial(bi_branch, SmallWindowCache), CHANNELS, "tab:purple", sinks=True),
-    "kivi-2": Kind(partial(kivi, 2), None, "limegreen", 2, sinks=True),
-    "kivi-4": Kind(partial(kivi, 4), None, "tab:green", 4, sinks=True),
-    "turboquant-2": Kind(partial(turboquant, 2), None, "salmon", 2),
-    "turboquant-3": Kind(partial(turboquant, 3), None, "tab:red", 3),
-    "turboquant-4": Kind(partial(turboquant, 4), None, "darkred", 4),
+    "cskv": Kind(partial(bi_branch, FastCache), CHANNELS, sinks=True),
+    "cskv-plain": Kind(partial(bi_branch, BiBranchCache), CHANNELS, sinks=True),
+    "cskv-window-8": Kind(partial(bi_branch, SmallWindowCache), CHANNELS, sinks=True),
+    "kivi-2": Kind(partial(kivi, 2), bits=2, sinks=True),
+    "kivi-4": Kind(partial(kivi, 4), bits=4, sinks=True),
+    "turboquant-2": Kind(partial(turboquant, 2), bits=2),
+    "turboquant-3": Kind(partial(turboquant, 3), bits=3),
+    "turboquant-4": Kind(partial(turboquant, 4), bits=4),
 }
 
 

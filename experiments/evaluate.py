@@ -117,22 +117,19 @@ class Question(Case):
     judge: Callable[[str], float]  # of the answer's text
 
     def score(self, model: Transformer, logits: Tensor, cache: list[LayerCache]) -> list[float]:
-        answer = greedy_answer(model, logits, self.question, cache, self.max_new_tokens)
+        answer = self.answer(model, logits, cache)
         return [float(self.judge(self.tokenizer.decode(answer)))]
 
-
-@torch.no_grad()
-def greedy_answer(
-    model: Transformer, logits: Tensor, question: list[int], cache: list[LayerCache], most: int
-) -> list[int]:
-    """Up to `most` tokens behind the `question`; `logits` [1, 1, vocab] are those before it."""
-    greedy = make_sampler(0.0, 1.0, 0)
-    if question:
-        return list(generate(model, question, cache, most, greedy))
-    first = greedy(logits[0, -1])
-    if first in model.config.eos_token_ids:
-        return []
-    return [first, *generate(model, [first], cache, most - 1, greedy)]
+    @torch.no_grad()
+    def answer(self, model: Transformer, logits: Tensor, cache: list[LayerCache]) -> list[int]:
+        """Greedily; `logits` [1, 1, vocab] are those before the question."""
+        greedy = make_sampler(0.0, 1.0, 0)
+        if self.question:
+            return list(generate(model, self.question, cache, self.max_new_tokens, greedy))
+        first = greedy(logits[0, -1])
+        if first in model.config.eos_token_ids:
+            return []
+        return [first, *generate(model, [first], cache, self.max_new_tokens - 1, greedy)]
 
 
 def check_room(model: Transformer, prompt: int, answer: int) -> None:

@@ -31,7 +31,7 @@ from experiments.factors import FactorStore, Recipe
 from experiments.measuring import Case, measure
 from experiments.notes import all_that_counts, delete_notes, own_notes
 from experiments.remake import remake
-from experiments.tables import SCORES, beside, grouped, write_tables
+from experiments.tables import SCORES, beside, grouped, side_by_side, table, write_json
 from experiments.tasks.longeval import PUBLISHED, read_cases, samples
 from infer import TEACHER
 from support.command import (
@@ -42,6 +42,7 @@ from support.command import (
     comma_list,
     make_folder,
     number,
+    replacing,
     run_command,
 )
 from support.factors_file import load_factors
@@ -109,13 +110,26 @@ class Experiment:
         return [{**row, **rows[i % len(rows)][1]} for i, row in enumerate(measured)]
 
     def write(self, rows: list[dict], columns: list[str]) -> None:
-        """Prints a table and writes it, as Markdown and as JSON."""
-        if place()[0] == 0:
-            given = list(sys.argv[1:]) or [self.out.name]
-            if "--data" in given:
-                given[given.index("--data") + 1] = "FOLDER"
-            command = f"python -m experiments.paper {shlex.join(given)}"
-            write_tables(rows, columns, self.out, command, self.began)
+        """Prints a table, and writes it as JSON and as Markdown, with its command above, and when
+        and on what it was made below. Protocols stand side by side; all rows follow."""
+        if place()[0] > 0:
+            return
+        given = list(sys.argv[1:]) or [self.out.name]
+        if "--data" in given:
+            given[given.index("--data") + 1] = "FOLDER"
+        command = f"`python -m experiments.paper {shlex.join(given)}`"
+        minutes = (time.monotonic() - self.began) / 60
+        made = f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, "
+        made += (
+            f"{torch.get_num_threads()} threads, {minutes:.1f} minutes since it was started last"
+        )
+        parts = [command, table(rows, columns), made]
+        if "question" in rows[0]:
+            parts = [command, table(*side_by_side(rows, columns)), made, table(rows, columns)]
+        print(parts[1])
+        write_json(self.out.with_suffix(".json"), rows)
+        with replacing(self.out.with_suffix(".md")) as temporary:
+            temporary.write_text("\n\n".join(parts) + "\n")
 
     @property
     def picture(self) -> Path:

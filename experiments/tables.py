@@ -1,11 +1,8 @@
 """Tables as Markdown and as JSON, and how the value of each column is written."""
 
 import json
-import time
 from pathlib import Path
 from statistics import fmean
-
-import torch
 
 from support.command import replacing
 
@@ -80,24 +77,3 @@ def side_by_side(rows: list[dict], columns: list[str]) -> tuple[list[dict], list
         merged.append(row)
     protocols = [question + lengths for question in grouped(rows, "question")]
     return merged, [*keys, "nominal_ratio", "measured_ratio", *protocols, "paper"]
-
-
-def write_tables(
-    rows: list[dict], columns: list[str], out: Path, command: str, began: float
-) -> None:
-    """Prints a table and writes it, as Markdown and as JSON: `out` with these suffixes. Of rows of
-    several protocols it is `side_by_side`, and the Markdown has all rows as well. Above it stands
-    its `command`, below it when and on what it was made; `began` is of `time.monotonic`.
-    """
-    minutes = (time.monotonic() - began) / 60
-    made = f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, "
-    made += f"{torch.get_num_threads()} threads, {minutes:.1f} minutes since it was started last"
-    whole = table(rows, columns)
-    text = table(*side_by_side(rows, columns)) if "question" in rows[0] else whole
-    parts = [f"`{command}`", text, made]
-    if text != whole:
-        parts.append(whole)
-    print(text)
-    write_json(out.with_suffix(".json"), rows)
-    with replacing(out.with_suffix(".md")) as temporary:
-        temporary.write_text("\n\n".join(parts) + "\n")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -58,25 +57,21 @@ def run_command(command: Callable[[], None]) -> None:
         finally:  # a full disk is noticed here, not in the interpreter's last moments
             sys.stdout.flush()
     except UserError as error:
-        fail(" ".join(str(error).split()))
+        message = " ".join(str(error).split())
     except torch.OutOfMemoryError:
-        fail("out of GPU memory; try --dtype bfloat16 or a shorter text")
+        message = "out of GPU memory; try --dtype bfloat16 or a shorter text"
     except OSError as error:
-        if error.filename is not None:
-            fail(f"{error.filename} cannot be used ({error.strerror}); check where it is")
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what is still to be written
-        if isinstance(error, BrokenPipeError):  # the reader has seen enough, as `head` does
-            sys.exit(1)
-        fail(f"the output cannot be written ({error}); write it to another place")
+        message = f"{error.filename} cannot be used ({error.strerror}); check where it is"
+        if error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to come
+            if isinstance(error, BrokenPipeError):  # the reader has seen enough, as `head` does
+                sys.exit(1)
+            message = f"the output cannot be written ({error}); write it to another place"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def fail(message: str) -> NoReturn:
-    """Says what is wrong, in one line, and exits with 2."""
+    else:
+        return
     with suppress(OSError):  # where even this cannot be written, the exit status still tells
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

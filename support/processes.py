@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -84,20 +84,17 @@ def say(message: str) -> None:
 
 
 def calibrate_together(
-    model: Transformer,
-    samples: list[Tensor],
-    sinks: int = 0,
-    kind: Callable[..., Observer] = Observer,
+    model: Transformer, samples: list[Tensor], sinks=0, kind=Observer
 ) -> list[Statistics]:
     """`cskv.calibrate` with the samples shared out among the processes.
 
     Raises `UserError` where that raises `ValueError`, and for fewer samples than processes.
     """
     rank, count = place()
-    if not samples:
-        raise UserError("no calibration text; give at least one sample")
     if len(samples) < count:
-        raise UserError(f"{len(samples)} samples for {count} processes; start fewer of these")
+        raise UserError(
+            f"{len(samples)} samples for {count} processes; give longer text or start fewer"
+        )
     mine = tqdm(samples[rank::count], "calibrating", unit="sample", disable=rank > 0)
     with user_values():
         return calibrate(model, mine, sinks, summed, kind)

@@ -37,17 +37,16 @@ from tests.helpers import call, decode_all, in_bits, make_factors, tiny_model, t
 @given(shapes, st.integers(2, 24), windows, sinks, ranks, st.sampled_from(["k", "v", "kv"]))
 def test_decode_mode_is_the_window_mask_written_out(shape, T, window, first, rank, sides):
     """A side without a pair is exact, as one of full rank."""
-    model = tiny_model(**shape)
-    whole = make_factors(model, model.config.d_kv, model.config.d_kv + 1)
-    few = make_factors(model, rank, rank + 1).in_bits(32, 32)
-    pairs = [{side: getattr(layer, side) for side in sides} for layer in few.layers]
-    layers = [replace(layer, **some) for layer, some in zip(whole.layers, pairs, strict=True)]
+    model = tiny_model(**shape, num_hidden_layers=1)
+    whole = make_factors(model, model.config.d_kv, model.config.d_kv).layers[0]
+    few = make_factors(model, rank, rank + 1).in_bits(32, 32).layers[0]
+    pairs = {side: getattr(few, side) for side in sides}
     tokens = tiny_tokens(model, 1, T)
-    expected = helpers.naive_forward(model, tokens[0], Factors(layers), window, 0, first)
-    caches = []
-    for layer, some in zip(model.model.layers, pairs, strict=True):
-        caches.append(DecodeMode(layer.self_attn, some, window, first))
-    found = model(tokens, caches)[0]
+    ((x, _, _),) = helpers.layer_inputs(model, tokens)
+    reads = {side: (pair, x.float() @ pair.A) for side, pair in pairs.items()}
+    found = model(tokens, [DecodeMode(model.model.layers[0].self_attn, reads, window, first)])[0]
+    factors = Factors([replace(whole, **pairs)])
+    expected = helpers.naive_forward(model, tokens[0], factors, window, 0, first)
     torch.testing.assert_close(found, expected.float(), atol=2e-4, rtol=2e-4)
 
 
@@ -58,15 +57,16 @@ def test_decode_mode_rounds_as_the_cache_does(T, first, b, group):
     model = tiny_model()
     factors = in_bits(make_factors(model, 5, 5), b, b, group)
     x = torch.randn(1, T, 24, generator=torch.Generator().manual_seed(T))
-    pairs = vars(factors.layers[0])
-    mode = DecodeMode(model.model.layers[0].self_attn, pairs, 1, first)
     for side, dim in (("k", quant.TOKENS), ("v", quant.CHANNELS)):
-        latents = quant.Packed(b, pairs[side].grouping(dim))
-        latents.append((x @ pairs[side].A)[:, first:])
-        packed = latents.read(0, latents.packed) @ pairs[side].B
-        found = mode.rebuild(side, x, torch.empty(1, 2, T, 6)).transpose(1, 2).flatten(2)
-        found = found[:, first : first + latents.packed]
-        torch.testing.assert_close(found, packed, atol=1e-5, rtol=1e-5)
+        pair = getattr(factors.layers[0], side)
+        c = x @ pair.A
+        latents = quant.Packed(b, pair.grouping(dim))
+        latents.append(c[:, first:])
+        expected = torch.cat([c[:, :first], latents.read(0, latents.packed)], 1) @ pair.B
+        mode = DecodeMode(model.model.layers[0].self_attn, {side: (pair, c)}, 1, first)
+        found = mode.rebuild(side, torch.empty(1, 2, T, 6)).transpose(1, 2).flatten(2)
+        found = found[:, : first + latents.packed]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------- probe
@@ -84,8 +84,7 @@ def whole_run(model, texts, sides, window=5, first=2):
                 if not isinstance(caches[i], DecodeMode):
                     attention = model.model.layers[i].self_attn
                     caches[i] = DecodeMode(attention, {}, window, first)
-                caches[i].pairs[side.side] = pair
-                caches[i].latents[side.side] = z
+                caches[i].reads[side.side] = pair, z
         runs = model(tokens)[0], model(tokens, caches)[0]
         exact, other = (y[first + window :].double().log_softmax(-1) for y in runs)
         divergences.append(F.kl_div(other, exact, log_target=True, reduction="none").sum(-1))

@@ -106,15 +106,9 @@ SHAPES = [
 def test_checkpoints_that_transformers_wrote(tmp_path, kind, changes):
     """In shards, with grouped queries."""
     transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **changes,
-    )
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, **changes)
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(0)
     for parameter in theirs.parameters():
@@ -169,23 +163,14 @@ def test_defaults_that_are_longer_than_any_text_here(tiny):
 
 POOL = [None, "61", 2.0, math.nan, math.inf, 0, -4, 10**40, True, [2], [2, "3"], [{"id": 2}]]
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-TAKEN = dict.fromkeys(SIZES, ()) | {  # those that may be meant
-    "num_attention_heads": (),
-    "num_key_value_heads": [None],
-    "head_dim": [None],
-    "max_position_embeddings": [None],
-    "rms_norm_eps": [2.0],
-    "rope_theta": [2.0],
-    "tie_word_embeddings": [True],
-    "attention_bias": [True],
-    "mlp_bias": [True],
-    "sliding_window": [None, 10**40],
-    "eos_token_id": [None, 0, -4, 10**40, [2]],  # ids that no text has do no harm
-    "factor": [2.0],
-    "low_freq_factor": [2.0],
-    "high_freq_factor": [2.0],
-    TRAINED: [2.0],
-}
+SIZES += ("num_attention_heads",)
+DEFAULTS = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+IN_ROPE = ("factor", "low_freq_factor", "high_freq_factor", TRAINED)
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+TAKEN = dict.fromkeys(SIZES, ()) | dict.fromkeys(DEFAULTS, (None,))  # what may be meant
+TAKEN |= dict.fromkeys((*IN_ROPE, "rms_norm_eps", "rope_theta"), (2.0,))
+TAKEN |= dict.fromkeys(FLAGS, (True,))
+TAKEN |= {"sliding_window": (None, 10**40), "eos_token_id": (None, 0, -4, 10**40, [2])}
 
 
 def test_values_that_an_entry_cannot_have(tiny):
@@ -194,7 +179,7 @@ def test_values_that_an_entry_cannot_have(tiny):
         for value in POOL:
             (tiny / "config.json").write_text(good)
             changes = {entry: value}
-            if entry in helpers.LLAMA3:
+            if entry in IN_ROPE:
                 changes = {"rope_parameters": LLAMA3 | changes}
             edit(tiny, changes)
             if repr(value) in map(repr, taken):
@@ -348,7 +333,20 @@ def test_matrices_that_are_missing_or_do_not_fit(tiny):
     assert "is missing (2 in all)" in refusal(load_model, tiny)
 
 
-@pytest.mark.parametrize("write", [torch.save, save_old])
+def save_shards(weights, file):
+    """One shard of each age, and their index."""
+    weight_map = {name: "ab"[i % 2] + ".bin" for i, name in enumerate(weights)}
+    for shard, write in (("a.bin", torch.save), ("b.bin", save_old)):
+        part = {name: weights[name] for name in weights if weight_map[name] == shard}
+        write(part, file.with_name(shard))
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    file.with_name(f"{BIN}.index.json").write_text(index)
+
+
+WRITES = {torch.save: [True], save_old: [False], save_shards: [True, False]}
+
+
+@pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("change", [unchanged, parameters])
 def test_bin_files_of_any_age(tiny, monkeypatch, change, write):
     """Mapped where it can be: or the file is in memory a second time while it is read."""
@@ -357,26 +355,16 @@ def test_bin_files_of_any_age(tiny, monkeypatch, change, write):
     asked, load = [], torch.load
 
     def watched(file, mmap, weights_only, **others):
-        asked.append((mmap, weights_only))
-        return load(file, mmap=mmap, weights_only=weights_only, **others)
+        asked.append(mmap)
+        assert weights_only
+        return load(file, mmap=mmap, weights_only=True, **others)
 
     monkeypatch.setattr(torch, "load", watched)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             model = load_model(tiny, dtype=torch.bfloat16)
         assert all(p.is_leaf and not p.requires_grad for p in model.parameters())
-    assert asked == [(write is torch.save, True)] * 2
-
-
-def test_a_shard_of_each_age(tiny):
-    weights = list(load_file(tiny / "model.safetensors").items())
-    (tiny / "model.safetensors").unlink()
-    torch.save(dict(weights[::2]), tiny / "a.bin")
-    save_old(dict(weights[1::2]), tiny / "b.bin")
-    weight_map = {name: "ab"[i % 2] + ".bin" for i, (name, _) in enumerate(weights)}
-    index = {"metadata": {}, "weight_map": weight_map}
-    (tiny / f"{BIN}.index.json").write_text(json.dumps(index))
-    assert_as_transformers(tiny)
+    assert asked == WRITES[write] * 2
 
 
 @pytest.mark.parametrize("write", [save_old, torch.save])

@@ -8,11 +8,13 @@ import sys
 
 import jinja2
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 import infer
 from infer import TEACHER
 from support.command import UserError
 from support.huggingface.conversation import Conversation
+from support.huggingface.pieces import llama_pipeline
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.interrupt import Postponed
 from tests.helpers import call
@@ -54,7 +56,11 @@ FORGETFUL = {
 
 @pytest.fixture(scope="module")
 def teacher():
-    return load_tokenizer(TEACHER)
+    """The teacher's tokenizer, which here begins a text with a token, as most do."""
+    tokenizer = load_tokenizer(TEACHER)
+    first = tokenizer.backend.id_to_token(1)
+    tokenizer.backend.post_processor = TemplateProcessing(f"{first} $A", None, [(first, 1)])
+    return tokenizer
 
 
 def chat_tokenizer(teacher, template):
@@ -89,13 +95,21 @@ def test_templates_that_change_what_they_wrote_are_refused(teacher, name):
     Conversation(tokenizer, TEXT, chat=False).ask("What is two?")
 
 
-def test_without_a_template_it_is_one_running_text(teacher):
-    talk = Conversation(teacher, TEXT)
+BYTES = {f"<0x{i:02X}>": i for i in range(256)} | {"▁": 256}
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_without_a_template_it_is_one_running_text(teacher, prefix):
+    """Also where a tokenizer puts a space before a text, as that of Llama 2 does. An answer is
+    kept as it was generated, whatever tokens its text may have."""
+    tokenizer = Tokenizer(llama_pipeline(BYTES, [], {}), {}, None) if prefix else teacher
+    talk = Conversation(tokenizer, TEXT)
     talk.ask("What is two?")
-    talk.add_answer(teacher.encode(" 42", special=False), " 42")
+    talk.add_answer(tokenizer.encode(" 17", special=False), " 42")
     talk.ask("And one?")
-    whole = teacher.encode(f"{TEXT}\n\nWhat is two? 42\n\nAnd one?")
-    ours, expected = teacher.backend.decode_batch([talk.tokens, whole], skip_special_tokens=False)
+    whole = tokenizer.encode(f"{TEXT}\n\nWhat is two? 17\n\nAnd one?")
+    decode = tokenizer.backend.decode_batch
+    ours, expected = decode([talk.tokens, whole], skip_special_tokens=False)
     assert ours == expected
 
 
@@ -196,8 +210,9 @@ def test_ctrl_c_ends_an_answer_only(talk, monkeypatch):
 
     monkeypatch.setattr(infer, "make_sampler", interrupted)
     code, out, _ = talk(b"t1 t2 t3", b"t4\nt5\n", "--json")
-    assert code == 0
-    assert [len(json.loads(line)["tokens"]) for line in out.splitlines()] == [2, 4]
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [row["question"] for row in rows] == ["t4", "t5"]
+    assert [len(row["tokens"]) for row in rows] == [2, 4]
 
 
 MISTAKES = [  # what the file holds (None where there is none), flags, words of the refusal

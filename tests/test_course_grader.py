@@ -218,19 +218,17 @@ CHEATS = [  # and what is said of them, if more than that the answer is wrong
 ]
 
 
-def graded_body(body, name=SVD, limits=FAST):
-    """A student's files with nothing but this body of a function, two lines further down than ours,
-    and the verdict on the part that has the function."""
-    student = tests.write_body(REFERENCE.given, name, body)
-    student = {module: f"#\n#\n{text}" for module, text in student.items()}
-    return student, tests.graded(PROBLEM_OF[name], student, name, limits=limits)
+def graded_body(body, limits=FAST):
+    """The verdict on a student who wrote nothing but this body of a function."""
+    student = tests.write_body(REFERENCE.given, SVD, body)
+    return tests.graded("b", student, SVD, limits=limits)
 
 
 @pytest.mark.parametrize(
     "body, message", [CHEATS[0], *(pytest.param(*c, marks=pytest.mark.slow) for c in CHEATS[1:])]
 )
 def test_cheat_has_no_points(body, message):
-    verdict = graded_body(f"{body}\n{ZEROS}")[1]  # it goes on with a wrong answer
+    verdict = graded_body(f"{body}\n{ZEROS}")  # it goes on with a wrong answer
     assert verdict.points == 0, verdict.text()
     assert message in verdict.text(), verdict.text()
 
@@ -260,7 +258,7 @@ def test_an_answer_costs_no_more_than_its_problem(monkeypatch, tmp_path, check, 
     """Whatever a check does with it: an error, a long list, a long loop."""
     tests.grade_here(monkeypatch, tmp_path)
     monkeypatch.setattr(factors, "svd_is_nearest", check)
-    verdict = graded_body(ZEROS, limits=Limits(seconds=seconds))[1]
+    verdict = graded_body(ZEROS, limits=Limits(seconds=seconds))
     assert verdict.points == 0 and message in verdict.text()
 
 
@@ -308,11 +306,16 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path):
 
 def test_messages_teach():
     """The student's own line; what was got and wanted; what to do about it."""
-    student, verdict = graded_body("x = 1\nhelper(W)")
+    student = tests.write_body(REFERENCE.given, SVD, "x = 1\nhelper(W)")
+    student["cskv"] = f"#\n#\n{student['cskv']}"  # two lines further down than ours
     line = student["cskv"].split("\n").index("    helper(W)") + 1
+    text = tests.graded("b", student, SVD, limits=FAST).text()
     only = "only the function is taken"
-    assert f"cskv.py, line {line}: helper(W)" in verdict.text() and only in verdict.text()
-    assert only in graded_body("self.helper()", "model.LayerCache.nbytes")[1].text()
+    assert f"cskv.py, line {line}: helper(W)" in text and only in text
+    for thing, ours in ((Limits(), True), (torch.ones(1), False)):
+        with pytest.raises(AttributeError) as caught:
+            thing.helper()
+        assert (only in worker.explain(caught.value)) == ours
     for error in ("cannot unpack non-iterable NoneType", "B is of type NoneType"):
         message = worker.explain(TypeError(error))
         assert "returned nothing: is there a `return`?" in message and error in message
@@ -329,7 +332,7 @@ ENDS = [pytest.param(e, marks=pytest.mark.slow) for e in ("", "raise ValueError"
 def test_prints_are_shown(end):
     """Without the end of a line too, and when the process ends."""
     body = f"import sys\nprint('one', end='')\nsys.stdout.write('two')\n{end}\n{ZEROS}"
-    assert "| onetwo" in graded_body(body)[1].text()
+    assert "| onetwo" in graded_body(body).text()
 
 
 def test_one_syntax_error_costs_its_function():

@@ -1,8 +1,6 @@
 """The command line of infer.py, from its arguments to its output."""
 
 import json
-import subprocess
-import sys
 from itertools import count
 from pathlib import Path
 
@@ -244,10 +242,3 @@ def test_wrong_factors_are_one_line(everything, refused, tmp_path):
     ):
         path.write_bytes(data)
         assert message in refused(infer, *arguments(everything, "--factors", path))
-
-
-def test_as_a_program(everything):
-    """From the shell, in a process of its own: the exit code and streams that scripts see."""
-    command = [sys.executable, "infer.py", *map(str, arguments(everything, "--window", 0))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -37,7 +37,7 @@ def test_speed_times_each_cache_by_itself(monkeypatch):
     now = [0.0]
 
     def runner(seconds):
-        waits = [9.0] * 4 + [seconds] * 8  # the first round warms up
+        waits = [9.0] * 4 + [seconds] * 4  # the first round warms up
 
         def step(cache):
             now[0] += waits.pop(0)
@@ -46,7 +46,7 @@ def test_speed_times_each_cache_by_itself(monkeypatch):
 
     monkeypatch.setattr(speed, "clock", lambda device: now[0])
     runners = {"full": runner(0.25), "slow": runner(1.0), "fast": runner(0.125)}
-    rows = speed.compare(runners, 9, rounds=2, steps=4, device="cpu")
+    rows = speed.compare(runners, 9, rounds=1, steps=4, device="cpu")
     assert [tuple(row.values()) for row in rows] == [
         ("full", 9, 250.0, 1.0, None),
         ("slow", 9, 1000.0, 4.0, None),
@@ -78,9 +78,10 @@ def test_operations_of_a_step():
     13. The plain form of attention is one whose products can be counted."""
     tokens = 301
     args = ["--shape", "teacher", "--ratios", "0.8", "--caches", "cskv,cskv-plain,kivi-2"]
-    args = speed.parse_arguments([*args, "--bits", "16"])
+    args = speed.parse_arguments([*args, "--bits", "16", "--group", "64"])
     model = Transformer(speed.shape_config("teacher", tokens))
     rows = speed.rows_to_time(args, model)
+    assert [row.factors.layers[0].k.group for row in rows if row.factors] == [64, 64]
     counts = {}
     for name, (start, step) in speed.layer_runners(model, rows, tokens - 1, tokens).items():
         cache = start()

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -12,15 +13,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from support.command import UserError
 from support.huggingface.tokenizer import CLEAN_UP, load_tokenizer
-from tests.helpers import save_checkpoint, tiny_model
 
-TEXT = """The key and value caches grow with every token that a language model reads and writes.
-A cache of fewer channels stores the projections of its inputs, and rebuilds keys when it must.
-Numbers such as 3, 14, 159, 2653 and 58979 are split into digits; tabs, dashes and "quotes" too.
-Another line says that the newest tokens are kept in full precision, the others in fewer numbers.
-"""
-LINES = [f"line number {i}: the register content is <{i * 7919 % 50000}>" for i in range(200)]
-TEXT = TEXT * 3 + "\n".join(LINES) + "\n"
+TEXT = Path(__file__).parent.parent.joinpath("LICENSE").read_text(encoding="utf-8")
 LLAMA = {"tokenizer_class": "LlamaTokenizer"}
 GPT2 = {"tokenizer_class": "GPT2Tokenizer"}
 MISTRAL = {"config": {"model_type": "mistral"}}
@@ -169,7 +163,7 @@ def test_merges_go_by_ids_as_in_transformers(save):
             piece.score = -piece.score
 
     change_model(folder / "tokenizer.model", turn_scores_round)
-    assert_as_transformers(folder, [*CHAT, *TEXT.splitlines()[:4]])
+    assert_as_transformers(folder, [*CHAT, *TEXT.splitlines()[:9]])
 
 
 UNLIKE = [
@@ -231,58 +225,47 @@ STRIPPED = {
 }
 CHAT = ("<|user|> the dog  <|end|>\nthe dogs<|end|>", " the dog", "<s>the</s> dog 's user, it")
 CHAT += ("the  dog , ", "Grüße 漢 1234", "", "  ")
-OLD_MAP = {"pad_token": token("<|user|>", lstrip=True)}
-NO_MAP = {"special_tokens_map": {"eos_token": "dog"}, "added_tokens": {"it": 602}}
+BOTH = {"add_bos_token": True, "add_eos_token": True}
+OLD_MAP = {"special_tokens_map": {"pad_token": token("<|user|>", lstrip=True)}}
+IGNORED = {"special_tokens_map": {"eos_token": "dog"}, "added_tokens": {"it": 602}}
+TWO = {"additional_special_tokens": ["<|user|>"]}
 MORE = {"special_tokens_map": {"additional_special_tokens": list(TAGS)}}
 WORDS = {"additional_special_tokens": ["dog"], "eos_token": token("<e>")}
 IN_LLAMA = {"added_tokens": {"<|end|>": 275}}
-DECLARED = {  # a vocabulary, the settings, the files beside them
-    "flags": ("model", {"added_tokens_decoder": STRIPPED}, {}),
-    "added_tokens.json": ("model", {}, {"added_tokens": TAGS}),
-    "old map": ("model", {"eos_token": "<|end|>"}, {"special_tokens_map": OLD_MAP}),
-    "added, special": ("model", OLD_MAP, {"added_tokens": TAGS, "special_tokens_map": OLD_MAP}),
-    "map is ignored": ("model", DECODER, NO_MAP),
-    "map, additional": ("model", {}, MORE),
-    "class in config": ("model", None, {"config": {"model_type": "llama"} | LLAMA}),
-    "decoder": ("model", DECODER, {}),
-    "additional": ("model", {"additional_special_tokens": list(TAGS)}, {}),
-    "extra list": ("model", {"extra_special_tokens": list(TAGS)}, {}),
-    "extra is empty": ("model", {"extra_special_tokens": {}}, {}),
-    "own name": ("model", {"image_token": "<|user|>", "pad_token": "<|end|>"}, {}),
-    "typed": ("model", {"eos_token": TYPED}, {}),
-    "bos and eos": ("model", {"add_bos_token": True, "add_eos_token": True}, {}),
-    "only eos": ("model", {"add_bos_token": False, "add_eos_token": True}, {}),
-    "nothing asked": ("model", {}, {}),
-    "no bos": ("model", {"add_bos_token": True, "bos_token": None}, {}),
-    "bos is another": ("model", {"add_bos_token": True, "bos_token": "</s>"}, {}),
-    "bos is new": ("model", {"add_bos_token": True, "bos_token": "<bos>"}, {}),
-    "legacy": ("model", {"legacy": True}, {}),
-    "no legacy": ("model", {"legacy": False}, {}),
-    "no space": ("model", {"add_prefix_space": False}, {}),
-    "map, words": ("words", {}, {"special_tokens_map": WORDS}),
-    "words": ("words", {"additional_special_tokens": ["<|user|>", "dog"]}, {}),
-    "own name, typed": ("words", {"image_token": TYPED}, {}),
-    "bos in words": ("words", {"add_bos_token": True, "bos_token": "<s>"}, {}),
-    "split": ("words", {"split_special_tokens": True, "eos_token": "dog"}, {}),
-    "bos in llama": ("llama", LLAMA | {"add_bos_token": False, "add_eos_token": True}, {}),
-    "added beside a file": ("llama", {"eos_token": "<|end|>"}, IN_LLAMA),
-    "added, not special": ("llama", {}, IN_LLAMA),
-    "llama file": ("llama", {}, {}),
-    "llama file, class": ("llama", LLAMA, {}),
-    "llama file, legacy": ("llama", {"tokenizer_class": "LlamaTokenizerFast", "legacy": True}, {}),
-    "llama file, no space": ("llama", LLAMA | {"add_prefix_space": False}, {}),
-    "llama file, mistral": ("llama", LLAMA, MISTRAL),
-    "clean up BPE": ("llama", LLAMA | {CLEAN_UP: True}, {}),
-    "fast": ("llama", {"tokenizer_class": FAST}, {}),
-    "bytes": ("bytes", LLAMA, {}),
-    "bytes, GPT-2": ("bytes", GPT2, {}),
-    "bytes, space": ("bytes", GPT2 | {"add_prefix_space": True}, {}),
-}
+DECLARED = [  # a vocabulary, the settings, the files beside them
+    ("model", {"added_tokens_decoder": STRIPPED}, {}),
+    ("model", DECODER, IGNORED),
+    ("model", DECODER | {"bos_token": "</s>", "legacy": False, **BOTH}, {}),
+    ("model", {"eos_token": "<|end|>"}, {"added_tokens": TAGS, **OLD_MAP}),
+    ("model", {"add_bos_token": False, "add_eos_token": True}, MORE),
+    ("model", {"additional_special_tokens": list(TAGS), "legacy": True, **BOTH}, {}),
+    ("model", {"extra_special_tokens": list(TAGS), "add_prefix_space": False}, {}),
+    ("model", {"extra_special_tokens": {}, "add_bos_token": True, "bos_token": None}, {}),
+    ("model", {"extra_special_tokens": [], "add_bos_token": True, "bos_token": None}, {}),
+    ("model", {"image_token": "<|user|>", "pad_token": "<|end|>"}, {}),
+    ("model", {"bos_token": "<bos>", "eos_token": TYPED, **BOTH, **TWO}, {}),
+    ("model", None, {"config": {"model_type": "llama"} | LLAMA}),  # the class stands there
+    ("words", {"add_bos_token": True, "bos_token": "<s>"}, {"special_tokens_map": WORDS}),
+    ("words", {"additional_special_tokens": ["<|user|>", "dog"], "image_token": TYPED}, {}),
+    ("words", {"split_special_tokens": True, "eos_token": "dog"}, {}),
+    ("llama", {}, {}),
+    ("llama", {}, IN_LLAMA),
+    ("llama", {"extra_special_tokens": {}, "additional_special_tokens": []}, MORE),
+    ("llama", {"eos_token": "<|end|>"}, IN_LLAMA),
+    ("llama", LLAMA, {}),
+    ("llama", LLAMA, MISTRAL),
+    ("llama", LLAMA | {"add_bos_token": False, "add_eos_token": True, CLEAN_UP: True}, {}),
+    ("llama", LLAMA | {"add_prefix_space": False}, {}),
+    ("llama", {"tokenizer_class": "LlamaTokenizerFast", "legacy": True}, {}),
+    ("llama", {"tokenizer_class": FAST}, {}),
+    ("bytes", LLAMA, {}),
+    ("bytes", GPT2, {}),
+    ("bytes", GPT2 | {"add_prefix_space": True}, {}),
+]
 
 
-@pytest.mark.parametrize("name", DECLARED)
-def test_settings_beside_the_vocabulary_as_in_transformers(name, save):
-    kind, settings, files = DECLARED[name]
+@pytest.mark.parametrize(("kind", "settings", "files"), DECLARED)
+def test_settings_beside_the_vocabulary_as_in_transformers(save, kind, settings, files):
     if kind == "model" and settings is not None:
         settings = LLAMA | settings
     assert_as_transformers(save(kind, settings, **files), CHAT)
@@ -336,14 +319,14 @@ def test_what_is_for_a_bpe_or_for_others_only(save):
         load_tokenizer(save("words", {CLEAN_UP: True}))
 
 
-def test_truncation_in_the_file_does_not_cut_prompts(tmp_path):
-    """Some tokenizer.json files carry the truncation and padding of their training."""
-    file = save_checkpoint(tiny_model(), tmp_path) / "tokenizer.json"
-    backend = tokenizers.Tokenizer.from_file(str(file))
+def test_truncation_and_padding_in_the_file_do_not_count(save):
+    """Some files carry those of their training."""
+    folder = save("words", {})
+    backend = words()
     backend.enable_truncation(3)
     backend.enable_padding(length=9)
-    backend.save(str(file))
-    assert load_tokenizer(tmp_path).encode("t1 t2 t3 t4 t5") == [1, 2, 3, 4, 5]
+    backend.save(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder).encode("the dog it user") == [1, 2, 3, 6]
 
 
 def test_a_tokenizer_that_is_damaged_or_missing_is_named(save):

@@ -34,9 +34,7 @@ def add_declared(backend: Tokenizer, folder: Path, settings: dict, in_file: dict
     if unknown:
         raise ValueError(f"special_tokens_map.json has {unknown}; move it to {CONFIG}")
     named = named_tokens(settings | older)
-    extra = settings.get(EXTRA)
-    if not extra:
-        extra = settings.get(OLDER_EXTRA, extra)
+    extra = further_tokens(settings)
     further = read_list(extra)
     if BY_ID in settings:
         by_id = {int(i): read_token(token) for i, token in settings[BY_ID].items()}
@@ -77,6 +75,14 @@ def named_tokens(settings: dict) -> dict[str, AddedToken]:
             names.append(name)
     given = [name for name in names if settings.get(name) is not None]
     return {name: read_token(settings[name]) for name in given}
+
+
+def further_tokens(settings: dict) -> object:
+    """What is declared as further special tokens: an empty list too, but no empty object."""
+    tokens = settings.get(EXTRA)
+    if not tokens:
+        tokens = settings.get(OLDER_EXTRA, tokens)
+    return None if tokens == {} else tokens
 
 
 def read_list(tokens: object) -> list[AddedToken]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import tokenizers
 
 from support.command import UserError, first_line
-from support.huggingface.added_tokens import CONFIG, EXTRA, OLDER_EXTRA, add_declared
+from support.huggingface.added_tokens import CONFIG, EXTRA, add_declared, further_tokens
 from support.huggingface.chat import find_template, render
 from support.huggingface.checkpoint import find_checkpoint, read_json
 from support.huggingface.pieces import DEFAULTS, GPT2, LLAMA, from_model, rebuild, surround
@@ -120,7 +120,7 @@ def load_tokenizer(path: str | Path, vocabulary: int | None = None) -> Tokenizer
         mend = "pip install sentencepiece protobuf, or put its model's tokenizer.json beside it"
         with library(f"{model} cannot be read", mend):
             backend = from_model(model, settings)
-        if not settings.keys() & {EXTRA, OLDER_EXTRA}:
+        if further_tokens(settings) is None:
             settings[EXTRA] = ["<s>", "</s>"]
     refused = UNSUPPORTED
     if not isinstance(backend.model, tokenizers.models.BPE):
