@@ -108,8 +108,8 @@ class Tuner:
 
 
 def trainable(x: Tensor) -> Tensor:
-    """A float32 copy with a gradient. In another layout products would round otherwise, and
-    a restored training would differ."""
+    """A contiguous float32 copy with a gradient: in another layout products would round
+    otherwise, and a restored training would differ."""
     x = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     x.requires_grad_().grad = torch.zeros_like(x)
     return x

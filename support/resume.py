@@ -61,10 +61,8 @@ MAY_CHANGE = ("out", "log", "checkpoint_every", "resume", "device", "model", "da
 def make_plan(arguments: dict, model: Transformer, samples: list[Tensor]) -> dict:
     """All that must be the same to go on with a training."""
     plan = {name: str(value) for name, value in arguments.items() if name not in MAY_CHANGE}
-    weights = json.dumps(fingerprint(model))
-    text = str([sample.tolist() for sample in samples])
-    plan["model"] = hashlib.sha256(weights.encode()).hexdigest()
-    plan["data"] = hashlib.sha256(text.encode()).hexdigest()
+    for name, content in (("model", fingerprint(model)), ("data", [s.tolist() for s in samples])):
+        plan[name] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return plan
 
 
@@ -76,9 +74,8 @@ class Journal:
     """The checkpoint, the log and the progress bar of one training. Only the first process writes.
 
     The checkpoint is written every `every` steps, after the last one, and when Ctrl-C or SIGTERM
-    ends the training after the step that it is in. It has the log's lines too: those of steps that
-    will be done again leave the log, and whatever else was in the file.
-    """
+    ends the training after a step. It has the log's lines too: those of steps that will be done
+    again leave the log, and whatever else was in the file."""
 
     checkpoint: Path
     every: int
@@ -110,8 +107,7 @@ class Journal:
         if self.log and self.first:
             with replacing(self.log) as temporary:
                 temporary.write_text("".join(self.lines), encoding="utf-8")
-        quiet = not self.first or not steps
-        self.bar = tqdm(total=steps, initial=done, unit="step", disable=quiet)
+        self.bar = tqdm(total=steps, initial=done, unit="step", disable=not (self.first and steps))
         with self.bar, Postponed(signal.SIGINT, signal.SIGTERM) as self.interrupt:
             yield
 

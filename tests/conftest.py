@@ -1,7 +1,6 @@
 """What tests are given. One thread for them and for what they start: tensors here are so small that
 a second one only waits, for long where other programs run as well, and rounding differs with it."""
 
-import json
 import os
 import random
 
@@ -30,8 +29,7 @@ def everything(tmp_path_factory):
     (folder / "text.txt").write_text(" ".join(f"t{i * i % 61}" for i in range(400)))
     draw = random.Random(0)
     words = [[f"t{draw.randrange(61)}" for _ in range(draw.randrange(3, 50))] for _ in range(24)]
-    lines = [json.dumps({"text": " ".join(w)}) + "\n" for w in words]
-    (folder / "text.jsonl").write_text("".join(lines))
+    write_records(folder / "text.jsonl", *[{"text": " ".join(some)} for some in words])
     save_factors(folder / "f", init_factors("svd", model, [4, 4], [4, 4]), model)
     record = {"input": "t7", "context": "t1 t2 t3", "answers": ["t5"], "answer_keywords": "t5"}
     write_records(folder / "data" / "triviaqa_e.jsonl", {**record, "length": 5000})
