@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,10 @@ def interrupted(everything, tmp_path, capsys, monkeypatch):
     return run
 
 
+def fail(*args):
+    raise UserError("no")
+
+
 @pytest.mark.parametrize("number, foreign", [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_a_signal_ends_the_step_and_resume_goes_on_exactly(
     interrupted, tmp_path, trained, monkeypatch, number, foreign
@@ -65,6 +70,7 @@ def test_a_signal_ends_the_step_and_resume_goes_on_exactly(
     assert "going on after step 10" in trained("f", *more, tmp_path / "log", "--resume")
     assert (tmp_path / "f").read_bytes() == (tmp_path / "whole").read_bytes()
     ours, theirs = rows_of(tmp_path / "log"), rows_of(tmp_path / "w")
+    assert all(a["seconds"] <= b["seconds"] for a, b in pairwise(ours))
     for row in (*ours, *theirs):
         del row["seconds"]
     assert ours == theirs
@@ -72,11 +78,14 @@ def test_a_signal_ends_the_step_and_resume_goes_on_exactly(
 
 
 def test_resume_after_the_last_step_of_nothing_and_of_a_finished_training(
-    interrupted, tmp_path, trained, monkeypatch
+    everything, tmp_path, trained, monkeypatch, refused
 ):
     more = ["--samples", 6, "--log", tmp_path / "log"]
-    interrupted(5, *more)  # in the last of 6 steps: what is left is to measure and to write
-    trained("f", *more, "--resume", "--checkpoint-every", 7)
+    with monkeypatch.context() as patch:  # what is left of the training is to write its factors
+        patch.setattr(train, "save_factors", fail)
+        args = arguments(everything, tmp_path / "f", *more)
+        refused(train, *args, notes=True, left=["log", "f.checkpoint"])
+    assert "going on after step 6" in trained("f", *more, "--resume", "--checkpoint-every", 7)
     assert [row.get("step") for row in rows_of(tmp_path / "log")] == [*range(6), None]
     assert "no checkpoint" in trained("g", *more, "--resume")
     assert (tmp_path / "f").read_bytes() == (tmp_path / "g").read_bytes()
