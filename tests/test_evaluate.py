@@ -316,6 +316,7 @@ GOV_REPORT = ["--sets", "gov_report_e", "--data", "F/long"]
 MISTAKES = {
     "a short text": ("perplexity", ["--passages", 100], "100 passages of 50 need more"),
     "past the context": ("perplexity", ["--context", 595], "605 tokens do not fit into 600"),
+    "no text": ("perplexity", ["--text", "no.txt"], "no file no.txt"),
     "a ratio twice": ("passkey", ["--ratios", "0.5,0.5"], "0.5 is given twice in '0.5,0.5'"),
     "no size holds it": ("longeval", [*EQUAL, 60, "--ratios", "0.99"], "no cache can hold those"),
     "bytes beyond reach": ("longeval", ["--equal", 601], "--equal 601 exceeds the context of 600"),
