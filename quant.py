@@ -23,6 +23,7 @@ one side of it, as many groups of latents are, loses most of its levels, or all 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -158,6 +159,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return torch.cat(rows, TOKENS).flatten(-3, -2)
 
 
+@lru_cache  # every decode step asks for it, twice a layer
+def shifts(width: int, device: torch.device) -> Tensor:
+    """How far each code of a byte is from its lowest bit, [8 / width, 1]."""
+    return torch.arange(0, 8, width, dtype=torch.int32, device=device)[:, None]
+
+
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """The codes [..., T, C] that `pack` got."""
     if bits == 8:
@@ -169,8 +176,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     codes = []
     for width, lowest in fields(bits):
         field = words.narrow(2, lowest * C, width * C)
-        shifts = torch.arange(0, 8, width, dtype=torch.int32, device=packed.device)
-        field = field >> shifts[:, None]  # [T / 32, 8 / width, width * C]
+        field = field >> shifts(width, packed.device)  # [T / 32, 8 / width, width * C]
         field &= 0x01010101 * (2**width - 1)
         codes.append(field.view(-1, BLOCK // 4 * C))
     if bits == 3:

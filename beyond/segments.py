@@ -412,9 +412,10 @@ class FastCache(BiBranchCache):
         if positions is not None:
             mask = self.mask(T, positions, self.sinks + begin, self.sinks + end)
             scores.unflatten(1, (H, T)).masked_fill_(~mask, -math.inf)
-        # A segment may begin before a sliding window, and end behind the old tokens.
-        scores[..., : start - begin] = -math.inf
+        # A segment may end behind the old tokens, and begin before a sliding window.
         scores[..., stop - begin : n] = -math.inf
+        if begin < start:
+            scores[..., : start - begin] = -math.inf
         # 4. One softmax over both branches, then the values of both.
         p = scores.softmax(-1).to(self.dtype)  # [B, H T, n + m]
         p_full = p.narrow(2, n, m).reshape(B * self.H_kv, -1, m)  # [B * H_kv, G T, m]
