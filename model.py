@@ -79,10 +79,11 @@ class Rope:
     def reach(self, length: int, device: torch.device) -> None:
         """Extends the tables to `length` positions on `device`."""
         if length > len(self.cos) or self.cos.device != device:
-            t = torch.arange(-(-length // 1024) * 1024, dtype=torch.float32)
-            angle = torch.outer(t, self.frequencies)  # [positions, D/2]
-            self.cos = angle.cos().to(device)
-            self.sin = angle.sin().to(device)
+            with torch.inference_mode(False):  # tensors made in it are of no use in training
+                t = torch.arange(-(-length // 1024) * 1024, dtype=torch.float32)
+                angle = torch.outer(t, self.frequencies)  # [positions, D/2]
+                self.cos = angle.cos().to(device)
+                self.sin = angle.sin().to(device)
 
     def rotate(self, x: Tensor, start: int) -> Tensor:
         """Turns x [..., T, D], half-split, standing at positions start .. start + T - 1."""

@@ -105,20 +105,23 @@ def quantize(x: Tensor, bits: int, grouping: Grouping) -> Quantized:
 def dequantize(q: Quantized, grouping: Grouping, out: Tensor | None = None) -> Tensor:
     """minimum + scale * code, [..., T, C] in float32, written to `out` if it is given."""
     dim, size = grouping.dim, grouping.size
+    scale, minimum = q.scale.float(), q.minimum.float()
     if out is None:
         out = torch.empty_like(q.codes, dtype=torch.float32)
     out.copy_(q.codes)
+    # In place: a decode step does this to the whole cache, and repeating scales takes longer.
+    if dim == TOKENS and scale.shape[dim] == 1:  # a packed block
+        return torch.addcmul(minimum, out, scale, out=out)
     whole, rest = divmod(out.shape[dim], size)
-    # In place on views: a decode step does this to the whole cache, and repeating takes longer.
     for first, count, width in ((0, whole, size), (whole, 1, rest)):  # the last may be short
         if count * width:
             part = out.narrow(dim, first * size, count * width).unflatten(dim, (count, width))
-            scale = q.scale.narrow(dim, first, count).unsqueeze(dim).float()
-            minimum = q.minimum.narrow(dim, first, count).unsqueeze(dim).float()
+            step = scale.narrow(dim, first, count).unsqueeze(dim)
+            low = minimum.narrow(dim, first, count).unsqueeze(dim)
             if dim == TOKENS:  # in one pass, which along channels takes longer
-                torch.addcmul(minimum, part, scale, out=part)
+                torch.addcmul(low, part, step, out=part)
             else:
-                part.mul_(scale).add_(minimum)
+                part.mul_(step).add_(low)
     return out
 
 
@@ -175,12 +178,12 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     words = packed.reshape(-1, 1, BLOCK * bits // 8 * C).view(torch.int32)  # [T / 32, 1, bits * C]
     codes = []
     for width, lowest in fields(bits):
-        field = words.narrow(2, lowest * C, width * C)
+        field = words if width == bits else words.narrow(2, lowest * C, width * C)
         field = field >> shifts(width, packed.device)  # [T / 32, 8 / width, width * C]
         field &= 0x01010101 * (2**width - 1)
-        codes.append(field.view(-1, BLOCK // 4 * C))
+        codes.append(field)
     if bits == 3:
-        codes[0].add_(codes[1], alpha=4)
+        codes[0].view(-1).add_(codes[1].view(-1), alpha=4)
     return codes[0].view(torch.uint8).view(*packed.shape[:TOKENS], rows * 8 // bits, C)
 
 
@@ -213,10 +216,10 @@ class Packed:
 
     def append(self, x: Tensor) -> None:
         """x [B, n, C], the next n tokens."""
-        parts = [x.to(self.dtype or x.dtype)]
-        if self.length:
-            parts.insert(0, self.waiting)
-        waiting = torch.cat(parts, dim=1)  # a copy a step, but only of what waits
+        if self.dtype:
+            x = x.to(self.dtype)
+        # A copy a step, but only of what waits.
+        waiting = torch.cat([self.waiting, x], dim=1) if self.length else x.clone()
         self.length += x.shape[1]
         blocks = max(0, waiting.shape[1] - self.residual) // self.block
         if blocks and self.bits in BITS:
@@ -258,16 +261,18 @@ class Packed:
         end = self.packed
         if start >= end:
             return self.waiting[:, start - end : stop - end].float()
-        first = start // self.block * self.block  # of the blocks that they lie in
-        last = -(-min(stop, end) // self.block) * self.block
-        waiting = self.waiting[:, : max(0, stop - end)]
-        B, n, C = waiting.shape
-        x = waiting.new_empty(B, last - first + n, C, dtype=torch.float32)
-        blocks = slice(first // self.block, last // self.block)
-        codes, scale, minimum = [buffer[:, blocks] for buffer in self.buffers]
-        q = Quantized(unpack(codes, self.bits), scale, minimum)  # [B, blocks, tokens of one, C]
-        dequantize(q, self.grouping, x[:, : last - first].view(q.codes.shape))
-        x[:, last - first :] = waiting
+        first = start // self.block  # of the blocks that they lie in
+        last = -(-min(stop, end) // self.block)
+        codes, scale, minimum = [buffer[:, first:last] for buffer in self.buffers]
+        B, blocks, _, C = codes.shape
+        codes = unpack(codes, self.bits)  # [B, blocks, tokens of one, C]
+        packed = blocks * self.block
+        waiting = max(0, stop - end)
+        x = self.waiting.new_empty(B, packed + waiting, C, dtype=torch.float32)
+        q = Quantized(codes, scale, minimum)
+        dequantize(q, self.grouping, x[:, :packed].view(codes.shape))
+        x[:, packed:] = self.waiting[:, :waiting]
+        first *= self.block
         return x[:, start - first : stop - first]
 
     def tensors(self) -> list[Tensor]:

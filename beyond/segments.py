@@ -317,7 +317,7 @@ class FastCache(BiBranchCache):
         # 2. Full-precision branch: it takes the slot of the one that leaves the window.
         start, (cos, sin), _ = near(rope, t // PIECE, q.device)
         both = turn(torch.cat([q, k], dim=1), cos[t - start], sin[t - start]).to(k.dtype)
-        q, k = both.split([self.H, self.H_kv], dim=1)
+        q, k = both[:, : self.H], both[:, self.H :]
         for ring, y in ((self.k, k), (self.v, v)):
             ring.reserve(y, t + 1, self.sinks + self.window)
             ring.write(slice(self.slot(t), self.slot(t) + 1), y)
@@ -433,16 +433,15 @@ class FastCache(BiBranchCache):
         H_kv, D = self.H_kv, self.D
         # 1. The query as each segment sees it.
         cos, sin = middles(rope, self.sinks, spans, q.device, self.damped)  # [M, D]
-        q = q.view(B, H_kv, -1, 1, D).transpose(0, 1)  # [H_kv, B, G, 1, D]
-        seen = turn(q, cos, sin).to(self.dtype).reshape(H_kv, -1, D)  # [H_kv, B * G * M, D]
+        q = q.view(B, H_kv, -1, 1, D).permute(1, 2, 0, 3, 4)  # [H_kv, G, B, 1, D]
+        seen = turn(q, cos, sin).to(self.dtype).reshape(H_kv, -1, D)  # [H_kv, G * B * M, D]
         # 2. B_k, and the bias, absorbed into it.
         u = torch.bmm(seen, self.head_k.to(self.dtype))
-        u = u.view(H_kv, B, H // H_kv, -1, self.r_k).permute(1, 3, 0, 2, 4)
-        u = u.reshape(B, -1, H, self.r_k)  # [B, M, H, r]
+        u = u.view(H, B, -1, self.r_k).permute(1, 2, 0, 3)  # [B, M, H, r]
         constant = None
         if self.k_bias is not None:
             constant = torch.bmm(seen, self.k_bias.to(self.dtype).view(H_kv, D, 1))
-            constant = constant.view(H_kv, B, H // H_kv, -1).transpose(0, 1).reshape(B, H, -1, 1)
+            constant = constant.view(H, B, -1, 1).transpose(0, 1)  # [B, H, M, 1]
         # 3. Times the latents.
         begin, stop = spans[0].start, spans[-1].stop
         done = 0  # segments
@@ -472,12 +471,12 @@ class FastCache(BiBranchCache):
             m = min(self.chunk, n - s)
             c = read(self.c_v, begin + s, begin + s + m, p.dtype)  # [B, m, r]
             sums = weighted_sum(p.narrow(2, s, m), c) + sums
-        sums = sums.view(B, self.H_kv, -1, self.r_v)
-        out = sums @ self.head_v.to(p.dtype)  # [B, H_kv, G, D]
+        sums = sums.view(B, self.H_kv, -1, self.r_v).transpose(0, 1)  # [H_kv, B, G, r]
+        out = torch.bmm(sums.flatten(1, 2), self.head_v.to(p.dtype))  # [H_kv, B * G, D]
         if self.v_bias is not None:
-            total = p.sum(-1).view(B, self.H_kv, -1, 1)
+            total = p.sum(-1).view(B, self.H_kv, -1).transpose(0, 1).reshape(self.H_kv, -1, 1)
             out += total * self.v_bias.to(p.dtype).view(self.H_kv, 1, -1)
-        return out.flatten(0, 1)
+        return out.unflatten(1, (B, -1)).transpose(0, 1).flatten(0, 1)
 
 
 class SmallWindowCache(FastCache):

@@ -7,7 +7,9 @@ Every round times all caches one after the other, so that a slow moment of the m
 them. The rank decides the time, the values of the factors do not, so they are random; `--factors`
 files with ranks and bits of their own come on top. The same checkpoint runs in the transformers
 package too, if that is there. A `--shape` is a layer with random weights: `decode` of its cache is
-timed, without projections and MLP, which are the same for all.
+timed, without projections and MLP, which are the same for all. In a model the other layers' caches
+pass between two steps of a layer, so it does not find its own in the processor's cache: so many
+layers take turns here, too, until their full caches are `PASS` bytes.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -49,22 +51,29 @@ from support.processes import say
 # Makes a cache that has read a prompt; adds a token to it.
 Runner = tuple[Callable[[], object], Callable[[object], Tensor]]
 
-SHAPES = {  # query heads, key heads, D, theta of RoPE, its linear scaling
-    "longchat": (32, 32, 128, 1e4, 8.0),  # LongChat-7B-v1.5-32k
-    "mistral": (32, 8, 128, 1e6, 1.0),  # Mistral-7B-Instruct-v0.2
-    "smollm2": (9, 3, 64, 1e5, 1.0),  # SmolLM2-135M
-    "teacher": (2, 2, 32, 1e6, 1.0),  # the embedded model
+SHAPES = {  # layers, query heads, key heads, D, theta of RoPE, its linear scaling
+    "longchat": (32, 32, 32, 128, 1e4, 8.0),  # LongChat-7B-v1.5-32k
+    "mistral": (32, 32, 8, 128, 1e6, 1.0),  # Mistral-7B-Instruct-v0.2
+    "smollm2": (30, 9, 3, 64, 1e5, 1.0),  # SmolLM2-135M
+    "teacher": (4, 2, 2, 32, 1e6, 1.0),  # the embedded model
 }
+PASS = 2**27  # several times what a processor keeps
 
 
-def shape_config(name: str, tokens: int) -> Config:
-    """One layer of that shape, for so many tokens, and next to nothing beside its attention."""
-    H, H_kv, D, theta, factor = SHAPES[name]
+def layers_in_turn(name: str, tokens: int, dtype: torch.dtype) -> int:
+    """How many layers of that shape: those of the model, but no more than `PASS` bytes."""
+    layers, _, H_kv, D, _, _ = SHAPES[name]
+    return min(layers, -(-PASS // (2 * tokens * H_kv * D * dtype.itemsize)))
+
+
+def shape_config(name: str, tokens: int, layers: int = 1) -> Config:
+    """Layers of that shape, for so many tokens, and next to nothing beside their attention."""
+    _, H, H_kv, D, theta, factor = SHAPES[name]
     return Config(
         vocab_size=1,
         hidden_size=H * D,
         intermediate_size=1,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=H,
         num_key_value_heads=H_kv,
         head_dim=D,
@@ -117,9 +126,9 @@ def our_runners(
 
 
 def layer_runners(
-    model: Transformer, rows: list[Row], tokens: int, expected: int
+    model: Transformer, rows: list[Row], tokens: int, expected: int, layers: int = 1
 ) -> dict[str, Runner]:
-    """The same for the only layer alone, which remembers random numbers and attends to them."""
+    """The same for the first layers alone, which remember random numbers and attend to them."""
     config, weight = model.config, model.lm_head.weight
     H, H_kv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     generator = torch.Generator(weight.device).manual_seed(0)
@@ -135,12 +144,15 @@ def layer_runners(
     token = inputs(1)
 
     def start(row: Row) -> list[LayerCache]:
-        cache = make_cache(model, row, expected)
-        cache[0].remember(*prompt, model.rope)
+        cache = make_cache(model, row, expected)[:layers]
+        for layer in cache:
+            layer.remember(*prompt, model.rope)
         return cache
 
     def step(cache: list[LayerCache]) -> Tensor:
-        return cache[0].decode(*token, model.rope)
+        for layer in cache:
+            out = layer.decode(*token, model.rope)
+        return out
 
     return {row.label: (partial(start, row), step) for row in rows}
 
@@ -182,13 +194,13 @@ def load_theirs(path: str, device: str, dtype: torch.dtype) -> torch.nn.Module |
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
 
 
-@torch.no_grad()
+@torch.inference_mode()  # as `infer.generate`
 def compare(
-    runners: dict[str, Runner], tokens: int, rounds: int, steps: int, device: str
+    runners: dict[str, Runner], tokens: int, rounds: int, steps: int, device: str, layers: int = 1
 ) -> list[dict]:
     """A row for each runner, whose prompt has so many tokens: the milliseconds of a decode step, in
     the median of the rounds, their ratio to those of "full", and the megabytes that a cache of ours
-    holds."""
+    holds; of one of so many layers."""
     names = list(runners)
     caches = {name: start() for name, (start, _) in runners.items()}
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -199,11 +211,11 @@ def compare(
             began = clock(device)
             for _ in range(steps):
                 step(caches[name])
-            times[name].append(1e3 * (clock(device) - began) / steps)
+            times[name].append(1e3 * (clock(device) - began) / steps / layers)
     ms = {name: median(of_rounds[1:]) for name, of_rounds in times.items()}  # one to warm up
     rows = []
     for name, cache in caches.items():
-        held = held_bytes(cache) / 1e6 if isinstance(cache, list) else None
+        held = held_bytes(cache) / layers / 1e6 if isinstance(cache, list) else None
         row = {"cache": name, "tokens": tokens, "decode_ms": ms[name]}
         rows.append({**row, "decode_ratio": ms[name] / ms["full"], "cache_mb": held})
     return rows
@@ -221,7 +233,8 @@ def run(args: argparse.Namespace) -> None:
     longest = max(args.lengths) + more
     theirs = None
     if args.shape:
-        model = Transformer(shape_config(args.shape, longest)).to(args.device, dtype)
+        most = args.layers or layers_in_turn(args.shape, min(args.lengths), dtype)
+        model = Transformer(shape_config(args.shape, longest, most)).to(args.device, dtype)
     elif args.model:
         model = load_model(args.model, args.device, dtype)
         if longest > model.config.context_length:
@@ -232,8 +245,10 @@ def run(args: argparse.Namespace) -> None:
     caches = rows_to_time(args, model)
     rows = []
     for n in args.lengths:
+        layers = 1
         if args.shape:
-            runners = layer_runners(model, caches, n, n + more)
+            layers = args.layers or layers_in_turn(args.shape, n, dtype)
+            runners = layer_runners(model, caches, n, n + more, layers)
         else:
             generator = torch.Generator().manual_seed(0)
             prompt = torch.randint(model.config.vocab_size, (1, n), generator=generator)
@@ -241,7 +256,7 @@ def run(args: argparse.Namespace) -> None:
             runners = our_runners(model, caches, prompt, n + more)
             if theirs:
                 runners |= their_runners(theirs, prompt)
-        rows += compare(runners, n, args.rounds, args.steps, args.device)
+        rows += compare(runners, n, args.rounds, args.steps, args.device, layers)
     print(table(rows))
     write_json(args.json, rows)
     if args.picture:
@@ -255,6 +270,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add, count = parser.add_argument, number(int, 1)
     add("--model", help="time this checkpoint, a folder or a hub name")
     add("--shape", choices=SHAPES, help="time one layer of this shape, with random weights")
+    add("--layers", type=count, help="let so many layers of a --shape take turns")
     add("--lengths", type=comma_list(count), default="2048", help="prefill so many tokens (2048)")
     add("--group", type=number(int, 0), default=0, help="let so many tokens share a scale")
     add("--rounds", type=count, default=5, help="time so many rounds (default: 5)")

@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -34,60 +35,87 @@ from tests.helpers import call, decode_all, in_bits, make_factors, tiny_model, t
 # --------------------------------------------------------------------------------- decode mode
 
 
+def heads(model, y):
+    return y.unflatten(-1, (-1, model.config.head_dim)).transpose(1, 2)
+
+
+def decoded(model, tokens, P, sides, window, first):
+    """Log-probabilities behind the tokens from P on [1, T], with some sides in decode mode, and
+    latents of the exact inputs."""
+    inputs = [x.float() for x, _, _ in helpers.layer_inputs(model, tokens)]
+    hats = {}
+    for side, pairs in sides.items():
+        z = sum(inputs[i] @ pair.A for i, pair in zip(side.layers, pairs, strict=True))
+        if pairs[0].bits < 16:
+            grouping = pairs[0].grouping(SIDES[side.side])
+            few = quant.quantize(z[:, first:], pairs[0].bits, grouping)
+            z = torch.cat([z[:, :first], quant.dequantize(few, grouping)], 1)
+        for i, pair in zip(side.layers, pairs, strict=True):
+            bias = getattr(model.model.layers[i].self_attn, f"{side.side}_proj").bias
+            y = heads(model, z @ pair.B + (0 if bias is None else bias))
+            hats[i, side.side] = model.rope.rotate(y, 0) if side.side == "k" else y
+    x = model.model.embed_tokens(tokens)[:, P:]
+    for i, layer in enumerate(model.model.layers):
+        a = layer.self_attn
+        k = model.rope.rotate(heads(model, a.k_proj(inputs[i][:, :P])), 0)
+        v = heads(model, a.v_proj(inputs[i][:, :P]))
+        own = hats.get((i, "k")), hats.get((i, "v"))
+        x = layer(x, model.rope, DecodeMode(k, v, *own, window, first, model.config.sliding_window))
+    return model.lm_head(model.model.norm(x))[0].double().log_softmax(-1)
+
+
 @quick
-@given(shapes, st.integers(2, 24), windows, sinks, ranks, st.sampled_from(["k", "v", "kv"]))
-def test_decode_mode_is_the_window_mask_written_out(shape, T, window, first, rank, sides):
+@given(
+    shapes, st.integers(2, 24), st.data(), windows, sinks, ranks, st.sampled_from(["k", "v", "kv"])
+)
+def test_decode_mode_is_the_window_mask_written_out(shape, T, data, window, first, rank, names):
     """A side without a pair is exact, as one of full rank."""
     model = tiny_model(**shape, num_hidden_layers=1)
+    P = data.draw(st.integers(1, T - 1))
     whole = make_factors(model, model.config.d_kv, model.config.d_kv).layers[0]
     few = make_factors(model, rank, rank + 1).in_bits(32, 32).layers[0]
-    pairs = {side: getattr(few, side) for side in sides}
+    pairs = {name: getattr(few, name) for name in names}
     tokens = tiny_tokens(model, 1, T)
-    ((x, _, _),) = helpers.layer_inputs(model, tokens)
-    reads = {side: (pair, x.float() @ pair.A) for side, pair in pairs.items()}
-    found = model(tokens, [DecodeMode(model.model.layers[0].self_attn, reads, window, first)])[0]
+    sides = {Together(name, 0, 1): [pair] for name, pair in pairs.items()}
+    found = decoded(model, tokens, P, sides, window, first)
     factors = Factors([replace(whole, **pairs)])
-    expected = helpers.naive_forward(model, tokens[0], factors, window, 0, first)
-    torch.testing.assert_close(found, expected.float(), atol=2e-4, rtol=2e-4)
+    expected = helpers.naive_forward(model, tokens[0], factors, window, P, first)[P:]
+    torch.testing.assert_close(found, expected.log_softmax(-1), atol=2e-4, rtol=2e-4)
 
 
 @quick
 @given(st.integers(40, 80), st.sampled_from([0, 4]), bits, groups)
-def test_decode_mode_rounds_as_the_cache_does(T, first, b, group):
+def test_a_probe_rounds_as_the_cache_does(T, first, b, group):
     """Rebuilt keys and values are those of packed latents, in groups that begin after the sinks."""
     model = tiny_model()
     factors = in_bits(make_factors(model, 5, 5), b, b, group)
-    x = torch.randn(1, T, 24, generator=torch.Generator().manual_seed(T))
-    for side, dim in (("k", quant.TOKENS), ("v", quant.CHANNELS)):
+    tokens = tiny_tokens(model, 1, T)
+    x = helpers.layer_inputs(model, tokens)[0][0].float()
+    exact = Probe(model, [tokens], 1, first)
+    for side, dim in SIDES.items():
         pair = getattr(factors.layers[0], side)
         c = x @ pair.A
         latents = quant.Packed(b, pair.grouping(dim))
         latents.append(c[:, first:])
         expected = torch.cat([c[:, :first], latents.read(0, latents.packed)], 1) @ pair.B
-        mode = DecodeMode(model.model.layers[0].self_attn, {side: (pair, c)}, 1, first)
-        found = mode.rebuild(side, torch.empty(1, 2, T, 6)).transpose(1, 2).flatten(2)
-        found = found[:, : first + latents.packed]
+        expected = heads(model, expected)
+        if side == "k":
+            expected = model.rope.rotate(expected, 0)
+        found = exact.changed({Together(side, 0, 1): [pair]}).texts[0].rebuilt[side, 0]
+        found = found[:, :, : first + latents.packed]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------- probe
 
 
-def whole_run(model, texts, sides, window=5, first=2):
-    """The cost of some sides in decode mode, with latents of the exact inputs."""
+def whole_run(model, texts, sides, window=5, first=2, steps=100):
+    """The cost of some sides, by reading the ends of all texts anew."""
     divergences = []
     for tokens in texts:
-        inputs = [x.float() for x, _, _ in helpers.layer_inputs(model, tokens)]
-        caches = full_cache(model)
-        for side, pairs in sides.items():
-            z = sum(inputs[i] @ pair.A for i, pair in zip(side.layers, pairs, strict=True))
-            for i, pair in zip(side.layers, pairs, strict=True):
-                if not isinstance(caches[i], DecodeMode):
-                    attention = model.model.layers[i].self_attn
-                    caches[i] = DecodeMode(attention, {}, window, first)
-                caches[i].reads[side.side] = pair, z
-        runs = model(tokens)[0], model(tokens, caches)[0]
-        exact, other = (y[first + window :].double().log_softmax(-1) for y in runs)
+        P = max(first + window, tokens.shape[1] - steps)
+        exact = model(tokens)[0, P:].double().log_softmax(-1)
+        other = decoded(model, tokens, P, sides, window, first)
         divergences.append(F.kl_div(other, exact, log_target=True, reduction="none").sum(-1))
     return torch.cat(divergences).mean().item()
 
@@ -105,9 +133,9 @@ def narrower(pairs):
     return [replace(pair, A=pair.A[:, :3], B=pair.B[:3], bits=2) for pair in pairs]
 
 
-@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize(("planned", "steps"), [(False, 100), (True, 100), (True, 20)])
 @pytest.mark.parametrize("side", [*sides_of(2), Together("v", 1, 2)])
-def test_what_is_changed_costs_what_the_whole_run_does(side, planned):
+def test_what_is_changed_costs_what_the_whole_run_does(side, planned, steps):
     """A side of a layer, or of two, all else exact; or as planned, and then it is exact."""
     model = tiny_model(num_hidden_layers=3)
     texts = [tiny_tokens(model, 1, T, seed=T) for T in (40, 29, 40)]
@@ -116,26 +144,36 @@ def test_what_is_changed_costs_what_the_whole_run_does(side, planned):
     factors = replace(factors, layers=[replace(layer, v=v) for layer in factors.layers])
     sides = sides_in(factors, *[side] * (side.count > 1))
     few = {side: narrower(sides[side])}
-    exact = probe = Probe(model, texts, 5, 2, predictions=1000)
+    exact = probe = Probe(model, texts, 5, 2, predictions=1000, steps=steps)
+    run = partial(whole_run, model, texts, steps=steps)
     if planned:
         probe = exact.changed(sides)
-        assert probe.cost == pytest.approx(whole_run(model, texts, sides), rel=1e-3)
+        assert probe.cost == pytest.approx(run(sides), rel=1e-3)
         without = probe.changed({side: [None] * side.count}).cost
         others = {other: pairs for other, pairs in sides.items() if other != side}
-        assert without == pytest.approx(whole_run(model, texts, others), rel=1e-3)
+        assert without == pytest.approx(run(others), rel=1e-3)
         few = others | few
         assert probe.cost != without
-    expected = whole_run(model, texts, few)
+    expected = run(few)
     assert expected > 1e-3
     assert probe.changed({side: few[side]}).cost == pytest.approx(expected, rel=1e-3)
     assert exact.cost == 0
 
 
 def test_predictions_are_spread_to_the_last_token():
-    positions = {None: [7, 17, 28, 39], 99: [7, 17, 28, 39], 30: [10, 19, 29, 39]}
-    for spread, at in {**positions, 4: [36, 37, 38, 39]}.items():
-        probe = Probe(tiny_model(), [tiny_tokens(tiny_model(), 1, 40)], 5, 2, 4, spread)
-        assert probe.texts[0].at.tolist() == at
+    """Over all that are decoded, which are 20 of 40 tokens, or those that meet a rebuilt one."""
+    all_that_meet = [7, 17, 28, 39]
+    for spread, steps, at in (
+        (None, None, all_that_meet),
+        (99, 99, all_that_meet),
+        (30, None, [10, 19, 29, 39]),
+        (None, 20, [20, 26, 32, 39]),
+        (30, 20, [20, 26, 32, 39]),
+        (4, 20, [36, 37, 38, 39]),
+    ):
+        probe = Probe(tiny_model(), [tiny_tokens(tiny_model(), 1, 40)], 5, 2, 4, spread, steps)
+        (text,) = probe.texts
+        assert (40 - text.inputs[0].shape[1] + text.at).tolist() == at
 
 
 # ---------------------------------------------------------------------------------------- bytes
@@ -353,6 +391,7 @@ def test_what_is_fitted_and_probed_is_what_is_asked_for(
     out = tmp_path / "a.safetensors"
     group = 128 if copies else 0
     more = {"init": init, "group": group, "again": 0, "passages": 2, "probe_len": 30}
+    more |= {"steps": 15, "spread": 8}
     planned(*flags(everything, out, **more), *["--no-copies"] * (not copies))
     model = load_model(everything / "model")
     tokenizer = load_tokenizer(everything / "model")
@@ -364,7 +403,7 @@ def test_what_is_fitted_and_probed_is_what_is_asked_for(
     seen = calibrate(model, samples, 2)
     if init == "outputs":
         seen = calibrate_outputs(model, samples, 4, 2)
-    probe = Probe(model, texts, 4, 2, spread=15)
+    probe = Probe(model, texts, 4, 2, spread=8, steps=15)
     ranks = algorithm.probed_ranks(model)
     for side, row in zip(
         sides_of(2), json.loads(out.with_suffix(".json").read_text()), strict=True

@@ -9,11 +9,12 @@ import torch
 
 import infer
 from beyond.segments import FastCache
-from cskv import BiBranchCache, init_factors
+from cskv import BiBranchCache, bi_branch_cache, init_factors
+from model import Rope
 from support.factors_file import load_factors, save_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import load_tokenizer
-from tests.helpers import call, save_checkpoint, tiny_model
+from tests.helpers import call, make_factors, save_checkpoint, tiny_model, tiny_tokens
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "t5 t17 t30 t2 t44 t9 t21 t3 t50 t11"
@@ -242,3 +243,21 @@ def test_wrong_factors_are_one_line(everything, refused, tmp_path):
     ):
         path.write_bytes(data)
         assert message in refused(infer, *arguments(everything, "--factors", path))
+
+
+def test_a_model_that_has_generated_can_be_trained():
+    """Generating is in inference mode, whose tensors cannot be kept for a gradient; tables of RoPE
+    stay from one call to the next."""
+    tokens = tiny_tokens(tiny_model(), 1, 90)
+    grads = []
+    for generated in (True, False):
+        model = tiny_model()
+        cache = bi_branch_cache(model, make_factors(model, 5, 5), 4, kind=FastCache)
+        model.rope = Rope(model.config)  # without tables
+        if generated:
+            list(infer.generate(model, tokens[0].tolist(), cache, 2, infer.make_sampler(0, 1, 0)))
+        with torch.enable_grad():
+            model.requires_grad_()
+            model(tokens).sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*grads)

@@ -33,7 +33,7 @@ def test_speed_command(everything, tmp_path, capsys, monkeypatch):
 
 
 def test_speed_times_each_cache_by_itself(monkeypatch):
-    """On a clock that only the runners move."""
+    """On a clock that only the runners move; of one of 2 layers."""
     now = [0.0]
 
     def runner(seconds):
@@ -46,11 +46,11 @@ def test_speed_times_each_cache_by_itself(monkeypatch):
 
     monkeypatch.setattr(speed, "clock", lambda device: now[0])
     runners = {"full": runner(0.25), "slow": runner(1.0), "fast": runner(0.125)}
-    rows = speed.compare(runners, 9, rounds=1, steps=4, device="cpu")
+    rows = speed.compare(runners, 9, rounds=1, steps=4, device="cpu", layers=2)
     assert [tuple(row.values()) for row in rows] == [
-        ("full", 9, 250.0, 1.0, None),
-        ("slow", 9, 1000.0, 4.0, None),
-        ("fast", 9, 125.0, 0.5, None),
+        ("full", 9, 125.0, 1.0, None),
+        ("slow", 9, 500.0, 4.0, None),
+        ("fast", 9, 62.5, 0.5, None),
     ]
 
 
@@ -71,6 +71,15 @@ def test_a_shape_needs_no_checkpoint(tmp_path, capsys):
             held = 2 * 64 * 4 * tokens
         assert row["cache"] == "kivi-2" or row["cache_mb"] == pytest.approx(held / 1e6)
     assert (tmp_path / "times.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "layers"),
+    [("teacher", 2048, 4), ("smollm2", 2048, 30), ("smollm2", 8192, 11), ("longchat", 8192, 1)],
+)
+def test_layers_that_take_turns(shape, tokens, layers):
+    """Full caches of 1, 3.1, 12.6 and 268 MB, until they are 134 MB or all of the model's."""
+    assert speed.layers_in_turn(shape, tokens, torch.float32) == layers
 
 
 def test_operations_of_a_step():
