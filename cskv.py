@@ -51,10 +51,17 @@ class LowRank:
     bits: int = 16  # of a stored latent: 32, 16, or packed in 8, 4, 3 or 2
     clamped: bool = False  # quantized as the paper's published code does; see quant.py
     group: int | None = None  # tokens that share a scale in a channel; None: as in KIVI
+    # Where channels differ in bits: (bits, channels) of each run, from the first on, and `bits`
+    # is the least. See beyond/budget.py.
+    runs: tuple[tuple[int, int], ...] = ()
 
     @property
     def rank(self) -> int:
         return self.A.shape[1]
+
+    @property
+    def bits_a_token(self) -> int:
+        return sum(bits * channels for bits, channels in self.runs or [(self.bits, self.rank)])
 
     def grouping(self, dim: int) -> quant.Grouping:
         """How its latents are quantized; KIVI groups those of its side along `dim`."""
@@ -256,7 +263,9 @@ def in_bits(pair: LowRank, bits: int | None, dim: int, clamped: bool, generator)
         A = pair.A.float() @ R
         B = R.T @ pair.B.float()
         pair = replace(pair, A=A.to(pair.A), B=B.to(pair.B))
-    return replace(pair, bits=bits or pair.bits, clamped=pair.clamped or clamped)
+    if bits:
+        pair = replace(pair, bits=bits, runs=())
+    return replace(pair, clamped=pair.clamped or clamped)
 
 
 class Observer(LayerCache):

@@ -95,7 +95,7 @@ def generate(
 
 def nominal_ratio(model: Transformer, factors: Factors) -> float:
     """The paper's compression ratio: 1 - density * bits / 16, nothing but latents counted."""
-    kept = sum(pair.rank * pair.bits for pair in factors.stored)
+    kept = sum(pair.bits_a_token for pair in factors.stored)
     return 1 - kept / (2 * 16 * model.config.d_kv * len(factors.layers))
 
 

@@ -21,7 +21,9 @@ this differs by factors of hundreds, and eigenvalues do not tell. So it is measu
 2. Probe: one side of one layer at a few ranks and bits, all else exact. What it costs is the KL
    divergence, in nats, of the next token's distribution from the exact model's, in decode mode.
    Lower layers see nothing of it: it starts from its layer's stored input. Layers that share
-   latents (beyond/shared.py) are one side, probed together.
+   latents (beyond/shared.py) are one side, probed together. They are unpacked once for all these
+   layers, so the rule above can be kept to: channels differ in bits (`water_runs`), and the
+   rank alone is chosen. A side of one layer has the same bits in all its channels.
 3. Spend: every side begins with its least choice; then again and again the step is taken that
    lowers the sum of costs most for a byte. That costs add up is assumed, not known.
 4. Probe again, around that plan: a side at ranks near its own, all others as planned. What it costs
@@ -47,8 +49,11 @@ SHARES = (1 / 24, 1 / 3, 2 / 3, 1)  # of the channels, probed in each of the wid
 SHARES_TOGETHER = (1 / 48, 1 / 24, 1 / 12, 1 / 6, 1 / 3, 2 / 3, 1)  # of a group's
 NEAR = (0.6, 0.8, 1.25, 1.6)  # of a planned rank, probed around it
 STEP = 4  # ranks to choose from are its multiples
+WIDTHS = (2, 3, 4)  # in bits
+MIXED = 0  # in the place of bits: those of `water_runs`
 
 Costs = dict[tuple[int, int], float]  # of a side at each probed (rank, bits), in nats
+Runs = tuple[tuple[int, int], ...]  # (bits, channels), from a side's first channel on
 
 # ------------------------------------------------------------------------- 1. calibrate
 
@@ -69,6 +74,7 @@ class Fitted:
     Args:
         seen: statistics of all layers.
         group: tokens of a channel that share a scale; None is as in KIVI.
+        widths: in bits, that latents are probed in.
         moments: of the groups of layers that share latents.
         weights: of the layers of such a group, see `layer_weights`.
         bases: found so far, for eigenvectors take long.
@@ -77,6 +83,7 @@ class Fitted:
     model: Transformer
     seen: list[Statistics]
     group: int | None = None
+    widths: tuple[int, ...] = WIDTHS
     moments: dict[Together, Tensor] = field(default_factory=dict)
     weights: dict[Together, list[float]] = field(default_factory=dict)
     bases: dict[Together, LowRank] = field(default_factory=dict)
@@ -88,20 +95,58 @@ class Fitted:
             seen = self.seen[i]
             whole = [cskv.init_pair("attention", self.model, i, side.side, rank, seen)]
         else:
-            if side not in self.bases:
-                settings = self.moments[side], self.seen, self.weights[side]
-                self.bases[side] = shared_basis(self.model, side, *settings)
-            whole = shared_pairs(self.model, side, self.bases[side], rank)
+            whole = shared_pairs(self.model, side, self.basis(side), rank)
         return [replace(pair, group=self.group) for pair in whole]
 
+    def basis(self, side: Together) -> LowRank:
+        if side not in self.bases:
+            settings = self.moments[side], self.seen, self.weights[side]
+            self.bases[side] = shared_basis(self.model, side, *settings)
+        return self.bases[side]
 
-def cut(pairs: list[LowRank], side: Together, rank: int, bits: int) -> list[LowRank]:
-    """The first `rank` channels of the pairs of a side, in `bits`."""
+    def runs(self, side: Together, rank: int, bits: int) -> Runs:
+        if bits != MIXED:
+            return ((bits, rank),)
+        C = self.basis(side).A
+        energies = (self.moments[side] @ C * C).sum(0)  # of the latents
+        return water_runs(energies, rank, self.widths, self.group)
+
+    def widths_of(self, side: Together) -> tuple[int, ...]:
+        return (MIXED,) if side.count > 1 else self.widths
+
+
+def water_runs(energies: Tensor, rank: int, widths: tuple[int, ...], group: int) -> Runs:
+    """The bits of a group's first `rank` channels, at the water level at which one more is not
+    worth the fewest: to each the width that is least in its error plus the level times its bits.
+
+    In b bits the error is scale^2 / 12 (quant.py), and 128 normal numbers have a range of 5.3 times
+    their root mean square.
+    """
+    energies = energies.double().flip(0).cummax(0).values.flip(0)[:rank, None]
+    b = torch.tensor(sorted(widths), dtype=torch.float64, device=energies.device)
+    errors = (5.3 / (2**b - 1)) ** 2 / 12  # of an energy of 1
+    price = b + 2 * 16 / group
+    level = energies[-1] * (1 - errors[0]) / price[0]
+    best = (energies * errors + level * price).argmin(1)  # falls from channel to channel
+    runs = []
+    stop = rank
+    for n, bits in enumerate(sorted(widths)):
+        start = STEP * round((best > n).sum().item() / STEP)
+        if stop > start:
+            runs.insert(0, (bits, stop - start))
+            stop = start
+    return tuple(runs)
+
+
+def cut(pairs: list[LowRank], side: Together, runs: Runs) -> list[LowRank]:
+    """The first channels of the pairs of a side, in the bits of these runs."""
+    rank = sum(channels for _, channels in runs)
     result = []
     for pair in pairs:
         pair = replace(pair, A=pair.A[:, :rank], B=pair.B[:rank])
         generator = torch.Generator().manual_seed(0)
-        result.append(cskv.in_bits(pair, bits, SIDES[side.side], False, generator))
+        pair = cskv.in_bits(pair, runs[-1][0], SIDES[side.side], False, generator)
+        result.append(replace(pair, runs=runs if len(runs) > 1 else ()))
     return result
 
 
@@ -143,24 +188,23 @@ def layer_weights(probe: Probe, fitted: Fitted, side: Together) -> list[float]:
     return weights
 
 
-def side_costs(
-    probe: Probe, fitted: Fitted, side: Together, ranks: list[int], widths: list[int]
-) -> Costs:
-    """What a side costs at each of the ranks, in each of the widths in bits."""
+def side_costs(probe: Probe, fitted: Fitted, side: Together, ranks: list[int]) -> Costs:
+    """What a side costs at each of the ranks, in each of its widths in bits."""
     whole = fitted.pairs(side, ranks[-1])
     costs = {}
-    for bits in widths:
+    for bits in fitted.widths_of(side):
         for rank in ranks:
-            costs[rank, bits] = probe.changed({side: cut(whole, side, rank, bits)}).cost
+            pairs = cut(whole, side, fitted.runs(side, rank, bits))
+            costs[rank, bits] = probe.changed({side: pairs}).cost
     return costs
 
 
-def probe_alone(probe: Probe, fitted: Fitted, side: Together, widths: list[int]) -> dict:
+def probe_alone(probe: Probe, fitted: Fitted, side: Together) -> dict:
     """The `costs` of a side, all else exact; and the `weights` of its layers."""
     weights = layer_weights(probe, fitted, side) if side.count > 1 else [1.0]
     fitted.weights[side] = weights
     ranks = probed_ranks(probe.model, side.count)
-    return {"weights": weights, "costs": side_costs(probe, fitted, side, ranks, widths)}
+    return {"weights": weights, "costs": side_costs(probe, fitted, side, ranks)}
 
 
 # ----------------------------------------------------------------------------- 3. spend
@@ -171,9 +215,10 @@ class Choice:
     """What one side of a layer may be kept as, its bytes and what it costs, in nats."""
 
     rank: int
-    bits: int
+    bits: int  # or `MIXED`
     nbytes: int
     cost: float
+    runs: Runs = ()
 
 
 @cache
@@ -192,16 +237,17 @@ def latent_bytes(
     return sum(tensor.untyped_storage().nbytes() for tensor in latents.tensors())
 
 
-def free_choices(
-    model: Transformer, side: Together, widths: list[int], tokens: int, window: int, group=None
-) -> list[Choice]:
+def free_choices(fitted: Fitted, side: Together, tokens: int, window: int) -> list[Choice]:
     """All that a side may be kept as, as if it cost nothing."""
-    least, *_, most = probed_ranks(model, side.count)
+    least, *_, most = probed_ranks(fitted.model, side.count)
     ranks = [*range(least, most, STEP), most]
     result = []
-    for rank, bits in [*product(ranks, widths), (most, 16)]:
-        size = latent_bytes(rank, bits, side.side, tokens, window, group)
-        result.append(Choice(rank, bits, size, 0.0))
+    for rank, bits in [*product(ranks, fitted.widths_of(side)), (most, 16)]:
+        size = 0
+        runs = fitted.runs(side, rank, bits)
+        for width, channels in runs:
+            size += latent_bytes(channels, width, side.side, tokens, window, fitted.group)
+        result.append(Choice(rank, bits, size, 0.0, runs))
     return result
 
 
@@ -300,7 +346,7 @@ def make_plan(
     pairs = {}
     for side, choice in plan.items():
         whole = fitted.pairs(side, choice.rank)
-        pairs[side] = cut(whole, side, choice.rank, choice.bits)
+        pairs[side] = cut(whole, side, choice.runs)
     factors = factors_of(pairs, len(probe.model.model.layers))
     return Plan(plan, costs, factors, probe.changed(pairs))
 
@@ -315,9 +361,9 @@ def near_ranks(model: Transformer, side: Together, rank: int) -> list[int]:
     return sorted({min(max(near, least), most) for near in ranks} | {rank})
 
 
-def probe_around(plan: Plan, fitted: Fitted, side: Together, widths: list[int]) -> dict:
+def probe_around(plan: Plan, fitted: Fitted, side: Together) -> dict:
     """The `costs` of a side more than exact, near its rank, all others as planned."""
     exact = plan.probe.changed({side: [None] * side.count}).cost
     ranks = near_ranks(fitted.model, side, plan.choices[side].rank)
-    costs = side_costs(plan.probe, fitted, side, ranks, widths)
+    costs = side_costs(plan.probe, fitted, side, ranks)
     return {"costs": {kind: cost - exact for kind, cost in costs.items()}}

@@ -180,10 +180,13 @@ class Probe:
             x = layer.input_layernorm(inputs[i])
             c = c + x @ pair.A.to(x)  # [B, T, r]
         pair = pairs[0]
-        if pair.bits in quant.BITS:
-            some = c[:, self.sinks :]
-            some = quant.fake_quantize(some, pair.bits, pair.grouping(SIDES[side.side]))
-            c = torch.cat([c[:, : self.sinks], some], dim=1)
+        grouping = pair.grouping(SIDES[side.side])
+        first = 0  # channel
+        for bits, channels in pair.runs or [(pair.bits, pair.rank)]:
+            some = c[:, self.sinks :, first : first + channels]
+            if bits in quant.BITS:
+                some.copy_(quant.fake_quantize(some, bits, grouping))
+            first += channels
         result = {}
         for i, layer, pair in zip(side.layers, layers, pairs, strict=True):
             bias = getattr(layer.self_attn, f"{side.side}_proj").bias

@@ -40,10 +40,32 @@ from support.processes import summed
 
 
 @dataclass(eq=False)
+class Runs:
+    """Latents whose first channels have more bits: a `Packed` for each run of (bits, channels)."""
+
+    sizes: list[int]  # channels
+    parts: list[Packed]
+
+    def append(self, c: Tensor) -> None:
+        for part, some in zip(self.parts, c.split(self.sizes, dim=2), strict=True):
+            part.append(some)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return torch.cat([part.read(start, stop) for part in self.parts], dim=2)
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for part in self.parts for tensor in part.tensors()]
+
+    def __getattr__(self, name: str):
+        """`length` and what else tokens tell is the same for all."""
+        return getattr(self.parts[0], name)
+
+
+@dataclass(eq=False)
 class Sum:
     """The latents of a group of layers, and of the tokens that pass it at the moment."""
 
-    latents: GrowingLatents | Packed
+    latents: GrowingLatents | Packed | Runs
     count: int  # layers
     window: int
     added = 0  # layers, to `open`
@@ -84,7 +106,7 @@ class Part:
         """No new token may see another one's latent, which is not closed; and all layers must read
         the same packed groups as if the tokens came one by one."""
         latents = self.total.latents
-        if isinstance(latents, Packed) and latents.until_packed() == 1:
+        if not isinstance(latents, GrowingLatents) and latents.until_packed() == 1:
             return 1
         return min(self.total.window, latents.at_once())
 
@@ -120,7 +142,12 @@ def connect(caches: list[BiBranchCache], factors: Factors) -> None:
     for group in factors.together:
         name = f"c_{group.side}"
         first = caches[group.first]
-        total = Sum(getattr(first, name), group.count, first.window)
+        latents = getattr(first, name)
+        pair = getattr(factors.layers[group.first], group.side)
+        if pair.runs:
+            parts = [replace(latents, bits=bits) for bits, _ in pair.runs]
+            latents = Runs([channels for _, channels in pair.runs], parts)
+        total = Sum(latents, group.count, first.window)
         for n, i in enumerate(group.layers):
             setattr(caches[i], name, Part(total, n))
 

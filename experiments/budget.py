@@ -19,12 +19,16 @@ from torch import Tensor
 
 import quant
 from beyond.budget import (
+    WIDTHS,
+    Choice,
     Fitted,
     Plan,
     free_choices,
+    latent_bytes,
     make_plan,
     probe_alone,
     probe_around,
+    probed_ranks,
     sides_of,
     spend,
 )
@@ -53,7 +57,7 @@ from support.processes import calibrate_together, place, processes, say
 from support.text import sample_tokens, with_copies
 
 
-def write_plan(out: Path, plan: Plan, model: Transformer, widths: list[int]) -> None:
+def write_plan(out: Path, plan: Plan, model: Transformer) -> None:
     """Beside each other: the factors of a plan; its choices and the probed costs as JSON; and a
     picture of the choices."""
     save_factors(out, plan.factors, model)
@@ -61,9 +65,11 @@ def write_plan(out: Path, plan: Plan, model: Transformer, widths: list[int]) -> 
     for side, choice in plan.choices.items():
         row = {"layer": side.first, "layers": side.count, "of": NAMES[side.side], **asdict(choice)}
         costs = plan.costs[side]
+        row["bits"] = sum(bits * channels for bits, channels in choice.runs) / choice.rank
         row["probed_ranks"] = sorted({rank for rank, _ in costs})
-        for bits in widths:
-            row[f"costs_{bits}_bits"] = [costs[rank, bits] for rank in row["probed_ranks"]]
+        for bits in sorted({bits for _, bits in costs}):
+            name = f"costs_{bits}_bits" if bits else "costs"
+            row[name] = [costs[rank, bits] for rank in row["probed_ranks"]]
         rows.append(row)
     write_json(out.with_suffix(".json"), rows)
     figures.budget_plan(rows, out.with_suffix(".png"))
@@ -90,6 +96,8 @@ def run(args: argparse.Namespace) -> None:
     if args.layers_together > 1 and (not args.group or args.init != "outputs"):
         problem = "--layers-together needs groups of tokens and --init outputs"
         raise UserError(f"{problem}; leave --group and --init as they are")
+    if args.widths is None:
+        args.widths = (*WIDTHS, 8) if args.layers_together > 1 else WIDTHS
     figures.pyplot()  # if it is missing, that is known before the work and not after
     files = {"the notes of --out": own_notes(args.out[0])}
     for out in args.out:
@@ -114,8 +122,12 @@ def run(args: argparse.Namespace) -> None:
         old = max(0, args.length - sinks)  # tokens that have latents
         group = args.group or None
         sides = sides_of(config.num_hidden_layers, args.layers_together)
-        free = {side: free_choices(model, side, args.widths, old, window, group) for side in sides}
-        spend(list(free.values()), min(rooms))  # is there a plan of so few bytes?
+        least = []
+        for side in sides:
+            kind = probed_ranks(model, side.count)[0], min(args.widths)
+            size = latent_bytes(*kind, side.side, old, window, group)
+            least.append([Choice(*kind, size, 0.0, ())])
+        spend(least, min(rooms))  # is there a plan of so few bytes?
 
         # 2. Texts, and what follows from them.
         reach = window + sinks  # tokens that no compressed one lies before
@@ -131,11 +143,11 @@ def run(args: argparse.Namespace) -> None:
             problem = f"{args.data} is too short to calibrate and to probe"
             raise UserError(f"{problem}; give more and longer text")
         if args.init == "attention":
-            fitted = Fitted(model, calibrate_together(model, samples, sinks), group)
+            fitted = Fitted(model, calibrate_together(model, samples, sinks), group, args.widths)
         else:
             groups = [side for side in sides if side.count > 1]
             seen, moments = calibrate_groups(model, samples, groups, window, sinks)
-            fitted = Fitted(model, seen, group, moments)
+            fitted = Fitted(model, seen, group, args.widths, moments)
         settings = args.predictions, args.spread, args.steps
         probe = Probe(model, texts, window, sinks, *settings)
         counted = all_that_counts({**vars(args), "out": None}, model, args.model)
@@ -148,15 +160,16 @@ def run(args: argparse.Namespace) -> None:
             return {side: done[n, stage] for n, side in enumerate(sides)}
 
         # 3. A plan for each budget, and one around it while that is better.
-        alone = shared_out(partial(probe_alone, probe, fitted, widths=args.widths), 0)
+        alone = shared_out(partial(probe_alone, probe, fitted), 0)
         for side, of_side in alone.items():
             fitted.weights[side] = of_side["weights"]  # those that others have probed, too
+        free = {side: free_choices(fitted, side, old, window) for side in sides}
         stage = 0
         for remove, room, out in zip(args.remove, rooms, args.out, strict=True):
             plan = make_plan(probe, fitted, free, alone, room)
             for _ in range(args.again):
                 stage += 1
-                again = shared_out(partial(probe_around, plan, fitted, widths=args.widths), stage)
+                again = shared_out(partial(probe_around, plan, fitted), stage)
                 other = make_plan(probe, fitted, free, again, room)
                 if other.probe.cost >= plan.probe.cost:
                     break
@@ -167,7 +180,7 @@ def run(args: argparse.Namespace) -> None:
             bought = f"{1 - remove:g} of a full cache's bytes at {args.length} tokens"
             info.update(init=args.init, data=args.data.name, budget=bought)
             if place()[0] == 0:
-                write_plan(out, plan, model, args.widths)
+                write_plan(out, plan, model)
             held = exact + sum(choice.nbytes for choice in plan.choices.values())
             removed = f"{1 - held / full:.1%} of the bytes removed"
             say(f"{out}: {removed}, {plan.probe.cost:.3g} nats in all")
@@ -199,7 +212,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     init = "keep the attention's output, or keys and values (outputs)"
     add("--init", choices=("outputs", "attention"), default="outputs", help=init)
     add("--layers-together", type=count, default=1, help="let so many layers share latents (1)")
-    add("--widths", type=widths, default=[2, 3, 4], help="choose from these bits and 16 (2,3,4)")
+    help = "choose from these bits; layers alone have 16 too (2,3,4; together 2,3,4,8)"
+    add("--widths", type=widths, help=help)
     group = "tokens that share a scale in a channel, a multiple of 32; 0: groups as in KIVI (128)"
     add("--group", type=number(int, 0), default=128, help=group)
     add("--window", type=count, default=32, help="keep so many newest tokens exactly (32)")

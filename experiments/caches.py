@@ -107,8 +107,8 @@ class Row:
             return str(CACHES[self.cache].bits)
         means = []
         for side in "kv":
-            bits = [getattr(layer, side).bits for layer in self.factors.layers]
-            means.append(f"{fmean(bits):.3g}")
+            pairs = [getattr(layer, side) for layer in self.factors.layers]
+            means.append(f"{fmean(pair.bits_a_token / pair.rank for pair in pairs):.3g}")
         shown = "/".join(dict.fromkeys(means))
         clamped = [pair for pair in self.factors.pairs if pair.clamped and pair.bits < 16]
         return f"{shown}, clamped zero-point" if clamped else shown

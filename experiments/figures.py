@@ -130,7 +130,7 @@ def budget_plan(rows: list[dict], path: Path) -> None:
     for y, side in enumerate(sides.values()):
         for x, row in enumerate(side):
             colour = "black" if row["rank"] > 0.6 * most else "white"
-            text = f"{row['rank']}\nx {row['bits']}"
+            text = f"{row['rank']}\nx {row['bits']:.2g}"
             axis.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
     axis.set(xlabel="layer", yticks=range(len(sides)), yticklabels=list(sides))
     names = []

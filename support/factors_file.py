@@ -103,9 +103,10 @@ def metadata_of(factors: Factors, model: Transformer) -> dict[str, str]:
     metadata["fingerprint"] = json.dumps(fingerprint(model))
     for side in "kv":
         pairs = [getattr(layer, side) for layer in factors.layers]
-        bits = [pair.bits for pair in pairs]
+        bits = [pair.runs or pair.bits for pair in pairs]
         metadata[f"{side}_ranks"] = json.dumps([pair.rank for pair in pairs])
-        metadata[f"{side}_bits"] = json.dumps(bits[0] if len(set(bits)) == 1 else bits)
+        alike = len(set(bits)) == 1 and not pairs[0].runs
+        metadata[f"{side}_bits"] = json.dumps(bits[0] if alike else bits)
     if any(pair.clamped for pair in factors.pairs):
         metadata["quantizer"] = CLAMPED
     groups = {pair.group for pair in factors.pairs}
@@ -210,7 +211,9 @@ def read_factors(info: dict[str, str], tensors: dict[str, Tensor], model: Transf
         pairs = {}
         for side in "kv":
             A, B = read_pair(tensors, layer.self_attn, i, side)
-            pairs[side] = LowRank(A, B, bits[side][i], clamped, group)
+            pairs[side] = LowRank(
+                A, B, clamped=clamped, group=group, **bits_or_runs(bits[side][i], len(B))
+            )
         layers.append(LayerFactors(**pairs))
     together = tuple([Together(*some) for some in json.loads(info.get("together", "[]"))])
     free = {(side, i) for side in "kv" for i in range(count)}
@@ -220,9 +223,11 @@ def read_factors(info: dict[str, str], tensors: dict[str, Tensor], model: Transf
             raise ValueError(f"{some} is no group of {count} layers, each in one")
         free -= members
         pairs = [getattr(layers[i], some.side) for i in some.layers]
-        kept = {(pair.rank, pair.bits) for pair in pairs}
+        kept = {(pair.rank, pair.bits, pair.runs) for pair in pairs}
         if len(kept) > 1 or group is None:
             raise ValueError(f"layers together of ranks and bits {kept}")
+    if any(getattr(layers[i], side).runs for side, i in free):
+        raise ValueError("channels of a layer alone differ in bits")
     info = {name: value for name, value in info.items() if name not in KNOWN}
     return Factors(layers, info, together).to(model.lm_head.weight)
 
@@ -247,9 +252,18 @@ def read_pair(tensors: dict, attention: Attention, i: int, side: str) -> tuple[T
     return shrinking(B, attention, side, metric).float(), B
 
 
-def for_each(bits: int | list, count: int) -> list[int]:
-    """The bits of each layer, from a list or one number."""
+def for_each(bits: int | list, count: int) -> list[int | list]:
+    """The bits of each layer, or its runs, from a list or one number."""
     each = bits if isinstance(bits, list) else [bits] * count
-    if len(each) != count or not set(each) <= {2, 3, 4, 8, 16, 32}:
+    if len(each) != count:
         raise ValueError(f"{bits} is no number of bits for {count} layers")
     return each
+
+
+def bits_or_runs(given: int | list, rank: int) -> dict:
+    """What of these a pair has."""
+    runs = given if isinstance(given, list) else [[given, rank]]
+    widths = [bits for bits, _ in runs]
+    if not set(widths) <= {2, 3, 4, 8, 16, 32} or sum([channels for _, channels in runs]) != rank:
+        raise ValueError(f"{given} is no number of bits of {rank} channels")
+    return {"bits": min(widths), "runs": tuple(map(tuple, runs)) if runs is given else ()}

@@ -264,27 +264,51 @@ def test_costs_between_the_probed_ranks_lie_on_a_line_of_their_logarithm():
     assert [c.cost for c in found] == pytest.approx([1e-1, 1e-2, 1e-6, 1e-4, 0])
 
 
+@quick
+@given(st.integers(1, 60), st.sampled_from([(2, 3, 4), (2, 3, 4, 8), (4,), (2, 8)]), st.data())
+def test_bits_of_channels_lie_at_one_water_level(rank, bits_of, data):
+    """Each channel has the width of least error and bits together, but for runs of 4 channels."""
+    steps = data.draw(st.lists(st.floats(1, 3), min_size=64, max_size=64))
+    energies = 1 / torch.tensor(steps).double().cumprod(0)
+    runs = algorithm.water_runs(energies, rank, bits_of, 128)
+    found = [bits for bits, channels in runs for _ in range(channels)]
+    assert len(found) == rank and found == sorted(found, reverse=True)
+    assert all(channels % 4 == 0 for _, channels in runs[:-1]) and {*found} <= {*bits_of}
+    errors = {b: (5.3 / (2**b - 1)) ** 2 / 12 for b in bits_of}
+    least = min(bits_of)
+    level = energies[rank - 1].item() * (1 - errors[least]) / (least + 0.25)
+    best = []
+    for energy in energies[:rank].tolist():
+        best.append(min(bits_of, key=lambda b: energy * errors[b] + level * (b + 0.25)))
+    for width in bits_of:
+        assert abs(sum(b > width for b in found) - sum(b > width for b in best)) <= 2
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_plan_around_a_plan(count):
     """It has ranks near the first one's, and its cost is that of all sides together."""
     model = tiny_model()
     texts = [tiny_tokens(model, 1, 60, seed=n) for n in range(3)]
-    sides, bits_of = sides_of(2, count), [2, 3, 4]
+    sides = sides_of(2, count)
     seen, moments = calibrate_groups(model, texts, [s for s in sides if count > 1], 4, 2)
-    fitted = algorithm.Fitted(model, seen, 32, moments)
+    fitted = algorithm.Fitted(model, seen, 32, moments=moments)
     probe = Probe(model, texts, 4, 2)
-    free = {side: free_choices(model, side, bits_of, 200, 4, 32) for side in sides}
-    alone = {side: algorithm.probe_alone(probe, fitted, side, bits_of) for side in sides}
+    free = {}
+    alone = {side: algorithm.probe_alone(probe, fitted, side) for side in sides}
+    for side in sides:
+        fitted.weights[side] = alone[side]["weights"]
+        free[side] = free_choices(fitted, side, 200, 4)
     plan = make_plan(probe, fitted, free, alone, 2500)
-    around = {side: algorithm.probe_around(plan, fitted, side, bits_of) for side in sides}
+    around = {side: algorithm.probe_around(plan, fitted, side) for side in sides}
     other = make_plan(probe, fitted, free, around, 2500)
     for made in (plan, other):
         assert total(made.choices.values(), "nbytes") <= 2500
         read = sides_in(made.factors, *made.factors.together)
         assert made.probe.cost == pytest.approx(probe.changed(read).cost)
         assert made.probe.cost > 0
-        kept = [(pair.rank, pair.bits) for pair in made.factors.stored]
-        assert kept == [(choice.rank, choice.bits) for choice in made.choices.values()]
+        for pair, choice in zip(made.factors.stored, made.choices.values(), strict=True):
+            assert (pair.runs or ((pair.bits, pair.rank),)) == choice.runs
+            assert pair.rank == choice.rank and choice.bits in (pair.bits, algorithm.MIXED)
     for side, choice in plan.choices.items():
         near = sorted({rank for rank, _ in other.costs[side]})
         assert choice.rank in near and (choice.rank <= 4 or near[0] <= 0.8 * choice.rank)
@@ -298,8 +322,8 @@ def test_a_plan_around_a_plan(count):
 def test_full_ranks_in_16_bits_are_the_full_cache():
     model = tiny_model()
     samples = [tiny_tokens(model, 1, 60, seed=n) for n in range(2)]
-    fitted = algorithm.Fitted(model, calibrate(model, samples, 2))
-    free = {side: free_choices(model, side, [2], 200, 4) for side in sides_of(2)}
+    fitted = algorithm.Fitted(model, calibrate(model, samples, 2), widths=(2,))
+    free = {side: free_choices(fitted, side, 200, 4) for side in sides_of(2)}
     dear = {side: {"costs": {(1, 2): 1.0, (12, 2): 1.0}} for side in free}
     factors = make_plan(Probe(model, samples, 4, 2), fitted, free, dear, 10**6).factors
     assert {(pair.rank, pair.bits) for pair in factors.pairs} == {(12, 16)}
@@ -348,7 +372,10 @@ def test_the_command_writes_what_the_cache_will_hold(everything, tmp_path, plann
     for file, remove in zip(outs, (0.4, 0.6), strict=True):
         plan = json.loads(file.with_suffix(".json").read_text())
         factors = load_factors(file, model)
-        assert [(p.rank, p.bits) for p in factors.stored] == [(r["rank"], r["bits"]) for r in plan]
+        for pair, row in zip(factors.stored, plan, strict=True):
+            assert pair.rank == row["rank"]
+            assert pair.bits_a_token == pytest.approx(pair.rank * row["bits"])
+            assert (pair.runs or ((pair.bits, pair.rank),)) == tuple(map(tuple, row["runs"]))
         assert {pair.group for pair in factors.pairs} == {more.get("group", 128) or None}
         sides = [(i, count, of) for i in range(0, 2, count) for of in ("keys", "values")]
         assert [(r["layer"], r["layers"], r["of"]) for r in plan] == sides
@@ -369,11 +396,11 @@ def test_an_interrupted_probing_goes_on(
     planned(*flags(everything, whole, other))
     real, calls = budget.probe_alone, []
 
-    def probe_alone(probe, fitted, side, widths):
+    def probe_alone(probe, fitted, side):
         calls.append((side.first, side.side))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(probe, fitted, side, widths)
+        return real(probe, fitted, side)
 
     monkeypatch.setattr(budget, "probe_alone", probe_alone)
     assert call(budget, capsys, *flags(everything, out))[0] == 130

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import cskv
+import quant
 from beyond import shared
 from beyond.budget import Fitted, cut, factors_of, layer_weights, sides_of
 from beyond.outputs import EVERY
@@ -76,6 +77,54 @@ def test_layers_side_by_side_are_layers_apart(
     torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
     assert held_bytes(caches[0]) == held_bytes(caches[1])
     assert nominal_ratio(model, joined) == pytest.approx(nominal_ratio(model, apart))
+
+
+runs = st.lists(st.tuples(st.sampled_from([8, 4, 3, 2]), st.integers(1, 5)), min_size=2, max_size=4)
+
+
+@quick
+@given(runs, st.integers(1, 90), st.integers(0, 40), st.sampled_from([32, 64]))
+def test_channels_that_differ_in_bits(some, n, more, group):
+    """Each run is packed as if it were alone, in its own bits, and as many bytes."""
+    grouping = quant.Grouping(quant.TOKENS, group)
+    sizes = [channels for _, channels in some]
+    generator = torch.Generator().manual_seed(n)
+    c = torch.randn(2, n + more, sum(sizes), generator=generator)
+    latents = shared.Runs(sizes, [quant.Packed(bits, grouping) for bits, _ in some])
+    latents.append(c[:, :n])
+    for t in range(n, n + more):
+        latents.append(c[:, t : t + 1])
+    packed = (n + more) // group * group
+    assert (latents.length, latents.packed) == (n + more, packed)
+    expected = [c[:, packed:]]
+    if packed:
+        few = [
+            quant.dequantize(quant.quantize(part, bits, grouping), grouping)
+            for (bits, _), part in zip(some, c[:, :packed].split(sizes, 2), strict=True)
+        ]
+        expected.insert(0, torch.cat(few, 2))
+        codes = sum(part.buffers[0][:, : packed // group].numel() for part in latents.parts)
+        assert codes == 2 * packed * sum(bits * channels for bits, channels in some) / 8
+    torch.testing.assert_close(latents.read(0, n + more), torch.cat(expected, 1))
+    assert len(latents.tensors()) == len(some) * (4 if packed else 1)
+
+
+@quick
+@given(st.integers(1, 4), widths, st.integers(1, 70), kinds)
+def test_runs_of_equal_bits_are_one(channels, bits, n, kind):
+    if bits >= 16:
+        bits = 4
+    model = model_of()
+    one = side_by_side(in_bits(make_factors(model, 4, 5), bits, bits, 32), groups_of((4,), "k"))
+    one = one.to(model.lm_head.weight)
+    runs = (bits, channels), (bits, one.layers[0].k.rank - channels)
+    layers = [replace(layer, k=replace(layer.k, runs=runs)) for layer in one.layers]
+    tokens = tiny_tokens(model, 2, n + 20)
+    ours, theirs = [
+        decode_all(model, tokens, 20, shared_cache(model, factors, 4, 0, kind, 1))
+        for factors in (replace(one, layers=layers), one)
+    ]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def full_rank(model, split):
@@ -153,7 +202,7 @@ def fitted_on(model, samples, count, window=4, first=2):
     groups = sides_of(LAYERS, count)
     seen, moments = calibrate_groups(model, samples, groups, window, first)
     weights = {group: [1.0, 1e-6, 20.0, 3.0][: group.count] for group in groups}
-    return Fitted(model, seen, 32, moments, weights), groups
+    return Fitted(model, seen, 32, moments=moments, weights=weights), groups
 
 
 def test_moments_are_the_sums_written_out():
@@ -272,7 +321,7 @@ def test_weights_are_what_a_layer_costs_over_what_it_loses(side):
 def saved(tmp_path, count=2, bits=3):
     model = tiny_model(num_hidden_layers=LAYERS)
     fitted, groups = fitted_on(model, [tiny_tokens(model, 2, 60)], count)
-    sides = {group: cut(fitted.pairs(group, 5), group, 5, bits) for group in groups}
+    sides = {group: cut(fitted.pairs(group, 5), group, ((bits, 5),)) for group in groups}
     factors = factors_of(sides, LAYERS)
     save_factors(tmp_path / "f", factors, model)
     return model, factors
@@ -304,6 +353,17 @@ def test_shared_factors_survive_a_file(tmp_path, count, bits):
             assert error.max() < 0.501 and tensors[f"{prefix}.B"].abs().amax(1).eq(127).all()
 
 
+def test_runs_survive_a_file(tmp_path):
+    model, factors = saved(tmp_path, 4)
+    runs = (8, 1), (3, 4)
+    layers = [replace(layer, k=replace(layer.k, runs=runs)) for layer in factors.layers]
+    save_factors(tmp_path / "f", replace(factors, layers=layers), model)
+    again = load_factors(tmp_path / "f", model)
+    assert {layer.k.runs for layer in again.layers} == {runs}
+    assert {(layer.k.bits, layer.v.bits, layer.v.runs) for layer in again.layers} == {(3, 3, ())}
+    assert [pair.bits_a_token for pair in again.stored] == [20, 15]
+
+
 def test_other_shared_factors_keep_their_a(tmp_path):
     model = tiny_model(num_hidden_layers=LAYERS)
     factors = in_bits(make_factors(model, 4, 5, "svd"), 16, 16, 32)
@@ -325,6 +385,10 @@ DAMAGE = [
     *[({"together": json.dumps([group])}, "is damaged") for group in NO_GROUPS],
     ({"together": '[["k", 0, 2], ["k", 1, 2]]'}, "is damaged"),
     ({"together": "3"}, "is damaged"),
+    ({"k_bits": json.dumps([[[8, 1], [3, 3]]] * 4)}, "is damaged"),
+    ({"k_bits": json.dumps([[[8, 1], [5, 4]]] * 4)}, "is damaged"),
+    ({"k_bits": json.dumps([[[8, 1], [3, 4]]] + [3] * 3)}, "is damaged"),
+    ({"k_bits": json.dumps([[[8, 1], [3, 4]]] * 4), "together": "[]"}, "is damaged"),
     *[({"group": n}, "is damaged") for n in ("0", "-32", "33", "many", "64.0", "")],
     ({"replaced": {f"{K}.rows": torch.ones(2)}}, "has the size"),
     ({"replaced": {f"{K}.columns": torch.ones(2)}}, "has the size"),
