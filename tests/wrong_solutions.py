@@ -48,7 +48,7 @@ WRONG = {
         "room for a block": ("* tokens", "* (-(-tokens // 32) * 32)"),
     },
     "infer.nominal_ratio": {
-        "bits forgotten": ("pair.rank * pair.bits", "pair.rank * 16"),
+        "bits forgotten": ("pair.bits_a_token", "pair.rank * 16"),
         "kept, not removed": ("return 1 - ", "return "),
     },
     "cskv.svd_factors": {
