@@ -77,7 +77,7 @@ class Fitted:
         widths: in bits, that latents are probed in.
         moments: of the groups of layers that share latents.
         weights: of the layers of such a group, see `layer_weights`.
-        bases: found so far, for eigenvectors take long.
+        bases: found so far, for eigenvectors take long; and the energies of their channels.
     """
 
     model: Transformer
@@ -86,7 +86,7 @@ class Fitted:
     widths: tuple[int, ...] = WIDTHS
     moments: dict[Together, Tensor] = field(default_factory=dict)
     weights: dict[Together, list[float]] = field(default_factory=dict)
-    bases: dict[Together, LowRank] = field(default_factory=dict)
+    bases: dict[Together, tuple[LowRank, Tensor]] = field(default_factory=dict)
 
     def pairs(self, side: Together, rank: int) -> list[LowRank]:
         """Of all layers of a side, in float32."""
@@ -95,21 +95,20 @@ class Fitted:
             seen = self.seen[i]
             whole = [cskv.init_pair("attention", self.model, i, side.side, rank, seen)]
         else:
-            whole = shared_pairs(self.model, side, self.basis(side), rank)
+            whole = shared_pairs(self.model, side, self.basis(side)[0], rank)
         return [replace(pair, group=self.group) for pair in whole]
 
-    def basis(self, side: Together) -> LowRank:
+    def basis(self, side: Together) -> tuple[LowRank, Tensor]:
         if side not in self.bases:
             settings = self.moments[side], self.seen, self.weights[side]
-            self.bases[side] = shared_basis(self.model, side, *settings)
+            basis = shared_basis(self.model, side, *settings)
+            self.bases[side] = basis, (self.moments[side] @ basis.A * basis.A).sum(0)
         return self.bases[side]
 
     def runs(self, side: Together, rank: int, bits: int) -> Runs:
         if bits != MIXED:
             return ((bits, rank),)
-        C = self.basis(side).A
-        energies = (self.moments[side] @ C * C).sum(0)  # of the latents
-        return water_runs(energies, rank, self.widths, self.group)
+        return water_runs(self.basis(side)[1], rank, self.widths, self.group)
 
     def widths_of(self, side: Together) -> tuple[int, ...]:
         return (MIXED,) if side.count > 1 else self.widths
