@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
             groups = [side for side in sides if side.count > 1]
             seen, moments = calibrate_groups(model, samples, groups, window, sinks)
             fitted = Fitted(model, seen, group, args.widths, moments)
-        settings = args.predictions, args.spread, args.steps
+        settings = args.predictions, args.spread, args.steps or args.probe_len // 2
         probe = Probe(model, texts, window, sinks, *settings)
         counted = all_that_counts({**vars(args), "out": None}, model, args.model)
 
@@ -204,7 +204,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seq-len", type=number(int, 2), default=1024, help="cut pieces of so many tokens (1024)")
     add("--passages", type=count, default=4, help="probe with so many other pieces (4)")
     add("--probe-len", type=count, default=256, help="probe with their last tokens, so many (256)")
-    add("--steps", type=count, default=128, help="decode so many of them, the last ones (128)")
+    add("--steps", type=count, help="decode so many of them, the last ones (half of --probe-len)")
     add("--predictions", type=count, default=96, help="compare so many predictions of each (96)")
     add("--spread", type=count, help="spread them over so many last tokens (those of --steps)")
     add("--again", type=number(int, 0), default=1, help="probe so often around the plan (1)")
