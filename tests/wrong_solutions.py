@@ -129,7 +129,7 @@ WRONG = {
     },
     "quant.dequantize": {
         "short group forgotten": ("(whole, 1, rest))", ")"),
-        "minimum forgotten": (".add_(minimum)", ""),
+        "minimum forgotten": (".add_(low)", ""),
         "`out` ignored": ("if out is None:", "if True:"),
         "`out` used as it is": ("_(q.codes)", "_(q.codes) if out.numel() % 7 else None"),
         "groups of 32": ("grouping.size", "32"),
@@ -188,7 +188,7 @@ WRONG = {
         "keys rebuilt in chunks": KEYS,
         "one turn for all": ("turn(q, cos, sin)", "turn(q, cos[:1] + 0 * cos, sin[:1] + 0 * sin)"),
         "neighbours as pairs": ("turn(q, cos, sin)", "torch.addcmul(q * cos, q.roll(1, -1), sin)"),
-        "heads in another order": ("permute(1, 3, 0, 2, 4)", "permute(1, 3, 2, 0, 4)"),
+        "heads in another order": ("permute(1, 2, 0, 3)", "permute(1, 2, 0, 3).flip(2)"),
         "bias of keys forgotten": ("self.k_bias is not None", "False"),
         "every part as the first": ("done += m", "pass"),
         "every span at the same place": ("part.start - begin", "0"),
