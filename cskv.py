@@ -60,8 +60,13 @@ class LowRank:
         return self.A.shape[1]
 
     @property
+    def all_runs(self) -> tuple[tuple[int, int], ...]:
+        """`runs`, or the one of channels that do not differ."""
+        return self.runs or ((self.bits, self.rank),)
+
+    @property
     def bits_a_token(self) -> int:
-        return sum(bits * channels for bits, channels in self.runs or [(self.bits, self.rank)])
+        return sum(bits * channels for bits, channels in self.all_runs)
 
     def grouping(self, dim: int) -> quant.Grouping:
         """How its latents are quantized; KIVI groups those of its side along `dim`."""

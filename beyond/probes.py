@@ -124,7 +124,7 @@ class Probe:
             k, v = [self.heads(getattr(layer.self_attn, f"{s}_proj")(of_prompt)) for s in SIDES]
             prompt.append((self.model.rope.rotate(k, 0), v))
             x = layer(x, self.model.rope, None)
-        ends = [x[:, -n:].clone() for x in inputs]
+        ends = [x[:, -n:] for x in inputs]
         return Texts(at, self.predict(x[:, -n:], at), inputs, prompt, ends, {})
 
     def heads(self, y: Tensor) -> Tensor:
@@ -154,10 +154,11 @@ class Probe:
         for text in self.texts:
             rebuilt = dict(text.rebuilt)
             for side, pairs in sides.items():
-                for i in side.layers:
-                    rebuilt.pop((side.side, i), None)
                 if pairs[0]:
                     rebuilt |= self.rebuild(text.exact_inputs, side, pairs)
+                else:
+                    for i in side.layers:
+                        rebuilt.pop((side.side, i), None)
             inputs, y = self.read(text, rebuilt, n)
             inputs = text.inputs[:n] + inputs
             other.texts.append(replace(text, inputs=inputs, rebuilt=rebuilt))
@@ -182,7 +183,7 @@ class Probe:
         pair = pairs[0]
         grouping = pair.grouping(SIDES[side.side])
         first = 0  # channel
-        for bits, channels in pair.runs or [(pair.bits, pair.rank)]:
+        for bits, channels in pair.all_runs:
             some = c[:, self.sinks :, first : first + channels]
             if bits in quant.BITS:
                 some.copy_(quant.fake_quantize(some, bits, grouping))

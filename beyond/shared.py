@@ -40,7 +40,7 @@ from support.processes import summed
 
 
 @dataclass(eq=False)
-class Runs:
+class PackedRuns:
     """Latents whose first channels have more bits: a `Packed` for each run of (bits, channels)."""
 
     sizes: list[int]  # channels
@@ -65,7 +65,7 @@ class Runs:
 class Sum:
     """The latents of a group of layers, and of the tokens that pass it at the moment."""
 
-    latents: GrowingLatents | Packed | Runs
+    latents: GrowingLatents | Packed | PackedRuns
     count: int  # layers
     window: int
     added = 0  # layers, to `open`
@@ -146,7 +146,7 @@ def connect(caches: list[BiBranchCache], factors: Factors) -> None:
         pair = getattr(factors.layers[group.first], group.side)
         if pair.runs:
             parts = [replace(latents, bits=bits) for bits, _ in pair.runs]
-            latents = Runs([channels for _, channels in pair.runs], parts)
+            latents = PackedRuns([channels for _, channels in pair.runs], parts)
         total = Sum(latents, group.count, first.window)
         for n, i in enumerate(group.layers):
             setattr(caches[i], name, Part(total, n))

@@ -90,7 +90,7 @@ def test_channels_that_differ_in_bits(some, n, more, group):
     sizes = [channels for _, channels in some]
     generator = torch.Generator().manual_seed(n)
     c = torch.randn(2, n + more, sum(sizes), generator=generator)
-    latents = shared.Runs(sizes, [quant.Packed(bits, grouping) for bits, _ in some])
+    latents = shared.PackedRuns(sizes, [quant.Packed(bits, grouping) for bits, _ in some])
     latents.append(c[:, :n])
     for t in range(n, n + more):
         latents.append(c[:, t : t + 1])
