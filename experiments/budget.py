@@ -3,8 +3,10 @@
     python -m experiments.budget --model M --data TEXT --remove 0.9 --out F.safetensors
     torchrun --nproc-per-node 2 -m experiments.budget ...     shares the probing out
 
-Every second text, to calibrate and to probe on, is its first half twice: a long context is there to
-be looked up, and a model that copies reads its cache in layers where plain text hardly does.
+A long context is there to be looked up, and a model that copies reads its cache in layers where
+plain text hardly does. So every second text to calibrate on is its first half twice, and every
+fourth one to probe with, where only the second half counts. Give texts as long as those that the
+cache is for: the more tokens there are, the harder it is to find one.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -83,7 +85,7 @@ def split_texts(
     samples = drawn[:-passages]
     texts = [text[:, -probe_len:] for text in drawn[-passages:]]
     if copies:
-        return with_copies(samples), with_copies(texts)
+        return with_copies(samples, 2), with_copies(texts, 4)
     return samples, texts
 
 
@@ -137,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(args.model, config.vocab_size)
         length = min(args.seq_len, config.context_length)
         count = args.samples + args.passages
-        drawn = sample_tokens(args.data, tokenizer, count, length, args.seed, sinks)
+        drawn = sample_tokens(args.data, tokenizer, count, length, args.seed, sinks, args.join)
         samples, texts = split_texts(drawn, args.passages, args.probe_len, not args.no_copies)
         if not samples or min(text.shape[1] for text in texts) <= reach:
             problem = f"{args.data} is too short to calibrate and to probe"
@@ -148,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
             groups = [side for side in sides if side.count > 1]
             seen, moments = calibrate_groups(model, samples, groups, window, sinks)
             fitted = Fitted(model, seen, group, args.widths, moments)
-        settings = args.predictions, args.spread, args.steps or args.probe_len // 2
+        settings = args.predictions, args.spread, args.steps
         probe = Probe(model, texts, window, sinks, *settings)
         counted = all_that_counts({**vars(args), "out": None}, model, args.model)
 
@@ -202,13 +204,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--length", type=count, default=4000, help="count the bytes of so many tokens (4000)")
     add("--samples", type=count, default=64, help="calibrate on so many pieces of text (64)")
     add("--seq-len", type=number(int, 2), default=1024, help="cut pieces of so many tokens (1024)")
+    join = "cut pieces from all texts one after another: long ones, of short texts"
+    add("--join", action="store_true", help=join)
     add("--passages", type=count, default=4, help="probe with so many other pieces (4)")
     add("--probe-len", type=count, default=256, help="probe with their last tokens, so many (256)")
-    add("--steps", type=count, help="decode so many of them, the last ones (half of --probe-len)")
+    add("--steps", type=count, default=96, help="decode so many of them, the last ones (96)")
     add("--predictions", type=count, default=96, help="compare so many predictions of each (96)")
     add("--spread", type=count, help="spread them over so many last tokens (those of --steps)")
     add("--again", type=number(int, 0), default=1, help="probe so often around the plan (1)")
-    add("--no-copies", action="store_true", help="leave every second text as it is")
+    add("--no-copies", action="store_true", help="leave all texts as they are")
     init = "keep the attention's output, or keys and values (outputs)"
     add("--init", choices=("outputs", "attention"), default="outputs", help=init)
     add("--layers-together", type=count, default=1, help="let so many layers share latents (1)")

@@ -69,13 +69,23 @@ def read_line(line: str, place: str) -> str:
 
 
 def sample_tokens(
-    path: Path, tokenizer: Tokenizer, samples: int, length: int, seed: int, sinks: int = 0
+    path: Path,
+    tokenizer: Tokenizer,
+    samples: int,
+    length: int,
+    seed: int,
+    sinks: int = 0,
+    join: bool = False,
 ) -> list[Tensor]:
     """Up to `samples` tensors [1, T] with 2 <= T <= `length`, longer than the `sinks` that are not
-    learned from, drawn without repetition: whole documents, or pieces of one that is longer."""
+    learned from, drawn without repetition: whole documents, or pieces of one that is longer; with
+    `join`, pieces of all documents one after another."""
     pieces = []
     least = max(2, sinks + 1)
-    for text in read_documents(path):
+    documents = read_documents(path)
+    if join:
+        documents = ["\n\n".join(documents)]
+    for text in documents:
         ids = torch.tensor([tokenizer.encode(text)])  # [1, tokens]
         pieces += [piece for piece in ids.split(length, dim=1) if piece.shape[1] >= least]
     if not pieces:
@@ -85,10 +95,10 @@ def sample_tokens(
     return [pieces[i] for i in order[:samples].tolist()]
 
 
-def with_copies(texts: list[Tensor]) -> list[Tensor]:
-    """Texts [1, T], but of every second one only the first half, twice."""
+def with_copies(texts: list[Tensor], every: int) -> list[Tensor]:
+    """Texts [1, T], but of one in `every` only the first half, twice."""
     copied = list(texts)
-    for n in range(1, len(texts), 2):
+    for n in range(1, len(texts), every):
         half = texts[n].shape[1] // 2
         copied[n] = texts[n][:, :half].repeat(1, 2)
     return copied

@@ -1,6 +1,7 @@
 """Text files to samples, and texts of a model's own."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,10 +93,20 @@ def test_english_is_there_and_the_two_texts_are_apart(tmp_path, capsys):
 # ---------------------------------------------------------------------------- a model's own words
 
 
-def test_every_second_text_is_its_first_half_twice():
+@pytest.mark.parametrize("every, last", [(2, [0, 1, 2, 0, 1, 2]), (4, [0, 1, 2, 3, 4, 5, 6])])
+def test_some_texts_are_their_first_half_twice(every, last):
     texts = [torch.arange(n)[None] for n in (3, 2, 4, 7)]
-    shown = [one[0].tolist() for one in text.with_copies(texts)]
-    assert shown == [[0, 1, 2], [0, 0], [0, 1, 2, 3], [0, 1, 2, 0, 1, 2]]
+    shown = [one[0].tolist() for one in text.with_copies(texts, every)]
+    assert shown == [[0, 1, 2], [0, 0], [0, 1, 2, 3], last]
+
+
+def test_pieces_of_all_texts_one_after_another(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "ab"}\n{"text": "cdefg"}\n')
+    (tmp_path / "b.txt").write_text("h")
+    tokenizer = SimpleNamespace(encode=lambda text: [ord(c) for c in text])
+    drawn = text.sample_tokens(tmp_path, tokenizer, 9, 5, 0, join=True)
+    shown = {"".join(map(chr, piece[0].tolist())) for piece in drawn}
+    assert shown == {"ab\n\nc", "defg\n", "\nh"}
 
 
 def test_own_words_are_drawn_from_the_models_distribution():
