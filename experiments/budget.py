@@ -6,7 +6,7 @@
 A long context is there to be looked up, and a model that copies reads its cache in layers where
 plain text hardly does. So every second text to calibrate on is its first half twice, and every
 fourth one to probe with, where only the second half counts. Give texts as long as those that the
-cache is for: the more tokens there are, the harder it is to find one.
+cache is for: the more tokens there are, the harder it is to find one. The longest are for probing.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 
 from torch import Tensor
@@ -138,8 +139,8 @@ def run(args: argparse.Namespace) -> None:
                 raise UserError(f"{flag} {length} is not above --window and --sinks, {reach}")
         tokenizer = load_tokenizer(args.model, config.vocab_size)
         length = min(args.seq_len, config.context_length)
-        count = args.samples + args.passages
-        drawn = sample_tokens(args.data, tokenizer, count, length, args.seed, sinks, args.join)
+        most = args.samples + args.passages
+        drawn = sample_tokens(args.data, tokenizer, most, length, args.seed, sinks)
         samples, texts = split_texts(drawn, args.passages, args.probe_len, not args.no_copies)
         if not samples or min(text.shape[1] for text in texts) <= reach:
             problem = f"{args.data} is too short to calibrate and to probe"
@@ -166,16 +167,20 @@ def run(args: argparse.Namespace) -> None:
         for side, of_side in alone.items():
             fitted.weights[side] = of_side["weights"]  # those that others have probed, too
         free = {side: free_choices(fitted, side, old, window) for side in sides}
-        stage = 0
-        for remove, room, out in zip(args.remove, rooms, args.out, strict=True):
+        stages = count(1)
+
+        def best_plan(room: float) -> Plan:
             plan = make_plan(probe, fitted, free, alone, room)
-            for _ in range(args.again):
-                stage += 1
+            for stage in islice(stages, args.again):
                 again = shared_out(partial(probe_around, plan, fitted), stage)
                 other = make_plan(probe, fitted, free, again, room)
                 if other.probe.cost >= plan.probe.cost:
                     break
                 plan = other
+            return plan
+
+        for remove, room, out in zip(args.remove, rooms, args.out, strict=True):
+            plan = best_plan(room)
             info = plan.factors.info
             if args.window_bits == 8:
                 info["window_bits"] = "8"
@@ -186,6 +191,7 @@ def run(args: argparse.Namespace) -> None:
             held = exact + sum(choice.nbytes for choice in plan.choices.values())
             removed = f"{1 - held / full:.1%} of the bytes removed"
             say(f"{out}: {removed}, {plan.probe.cost:.3g} nats in all")
+            del plan  # its probe has as many bytes as the texts: gone before the next one comes
         if place()[0] == 0:
             delete_notes(args.out[0])
 
@@ -193,7 +199,7 @@ def run(args: argparse.Namespace) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Arguments(description=__doc__)
     add = parser.add_argument
-    count = number(int, 1)
+    whole = number(int, 1)
     share = number(float, 0, 0.9999)
     widths = comma_list(number(int, 1), quant.BITS)
     several = {"nargs": "+", "action": "extend", "required": True}
@@ -201,26 +207,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="text to calibrate and to probe on")
     add("--remove", type=share, **several, help="shares of a full cache's bytes to remove")
     add("--out", type=Path, **several, help="factors files to write, one for each --remove")
-    add("--length", type=count, default=4000, help="count the bytes of so many tokens (4000)")
-    add("--samples", type=count, default=64, help="calibrate on so many pieces of text (64)")
+    add("--length", type=whole, default=4000, help="count the bytes of so many tokens (4000)")
+    add("--samples", type=whole, default=64, help="calibrate on so many pieces of text (64)")
     add("--seq-len", type=number(int, 2), default=1024, help="cut pieces of so many tokens (1024)")
-    join = "cut pieces from all texts one after another: long ones, of short texts"
-    add("--join", action="store_true", help=join)
-    add("--passages", type=count, default=4, help="probe with so many other pieces (4)")
-    add("--probe-len", type=count, default=256, help="probe with their last tokens, so many (256)")
-    add("--steps", type=count, default=96, help="decode so many of them, the last ones (96)")
-    add("--predictions", type=count, default=96, help="compare so many predictions of each (96)")
-    add("--spread", type=count, help="spread them over so many last tokens (those of --steps)")
+    add("--passages", type=whole, default=4, help="probe with so many other pieces (4)")
+    add("--probe-len", type=whole, default=256, help="probe with their last tokens, so many (256)")
+    add("--steps", type=whole, default=96, help="decode so many of them, the last ones (96)")
+    add("--predictions", type=whole, default=96, help="compare so many predictions of each (96)")
+    add("--spread", type=whole, help="spread them over so many last tokens (those of --steps)")
     add("--again", type=number(int, 0), default=1, help="probe so often around the plan (1)")
     add("--no-copies", action="store_true", help="leave all texts as they are")
     init = "keep the attention's output, or keys and values (outputs)"
     add("--init", choices=("outputs", "attention"), default="outputs", help=init)
-    add("--layers-together", type=count, default=1, help="let so many layers share latents (1)")
+    add("--layers-together", type=whole, default=1, help="let so many layers share latents (1)")
     help = "choose from these bits; layers alone have 16 too (2,3,4; together 2,3,4,8)"
     add("--widths", type=widths, help=help)
     group = "tokens that share a scale in a channel, a multiple of 32; 0: groups as in KIVI (128)"
     add("--group", type=number(int, 0), default=128, help=group)
-    add("--window", type=count, default=32, help="keep so many newest tokens exactly (32)")
+    add("--window", type=whole, default=32, help="keep so many newest tokens exactly (32)")
     add("--sinks", type=number(int, 0), default=4, help="keep so many first tokens exactly (4)")
     add("--window-bits", type=int, choices=(8, 16), default=16, help="count both in 8 bits (16)")
     add("--seed", type=number(int, 0), default=0, help="draw other pieces of the text (0)")

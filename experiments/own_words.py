@@ -7,7 +7,8 @@ was trained on: what it writes, token by token from its own distribution (Liu et
 Data-Free Quantization Aware Training for Large Language Models", 2023, section 2.1). It need not
 make sense. Half of its texts begin with a token drawn at random, as there, and half with one of
 `BEGINNINGS`: programs, letters, tables, other languages. The file has as many pieces of TEXT as
-texts of its own.
+texts of its own. Many short texts side by side are written sooner than few long ones; `--join 4`
+makes long ones of them, for a cache that is to be long.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -15,6 +16,7 @@ import support.interrupt  # isort: skip # noqa: F401
 import argparse
 import json
 import math
+import random
 from pathlib import Path
 
 import torch
@@ -106,6 +108,11 @@ def begin_some(begun: list[list[int]], tokenizer: Tokenizer) -> None:
         begun[n] = tokenizer.encode(BEGINNINGS[n // 2 % len(BEGINNINGS)]) or begun[n]
 
 
+def joined(texts: list[str], count: int) -> list[str]:
+    """Of every `count` texts one, with blank lines between."""
+    return ["\n\n".join(texts[n : n + count]) for n in range(0, len(texts), count)]
+
+
 def run(args: argparse.Namespace) -> None:
     check_files({"--out": args.out}, {"--data": args.data}, args.model)
     if args.out.suffix != ".jsonl":
@@ -124,7 +131,11 @@ def run(args: argparse.Namespace) -> None:
         if not args.no_beginnings:
             begin_some(begun, tokenizer)
         own = write_texts(model, begun, args.seq_len, generator)
-    texts = [tokenizer.decode(ids.flatten().tolist()) for ids in (*own, *others)]
+    own = [tokenizer.decode(ids.tolist()) for ids in own]
+    others = [tokenizer.decode(ids[0].tolist()) for ids in others]
+    if args.join > 1:
+        random.Random(0).shuffle(own)  # so that not all have the same kinds in the same order
+    texts = joined(own, args.join) + joined(others, args.join)
     with replacing(args.out) as temporary:
         temporary.write_text("".join([json.dumps({"text": text}) + "\n" for text in texts]))
     print(f"{args.out}: {len(own)} texts of the model's own, {len(others)} pieces of {args.data}")
@@ -137,6 +148,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="take the other half from this text")
     add("--samples", type=number(int, 1), default=32, help="write so many, take as many (32)")
     add("--seq-len", type=number(int, 2), default=1024, help="write so many tokens each (1024)")
+    add("--join", type=number(int, 1), default=1, help="make one text of so many (1)")
     add("--no-beginnings", action="store_true", help="begin all texts with a token at random")
     add("--device", default="cpu", help="compute on cpu (default), cuda, cuda:1, ...")
     add("--out", type=Path, required=True, help="write this file, .jsonl")

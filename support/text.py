@@ -69,23 +69,13 @@ def read_line(line: str, place: str) -> str:
 
 
 def sample_tokens(
-    path: Path,
-    tokenizer: Tokenizer,
-    samples: int,
-    length: int,
-    seed: int,
-    sinks: int = 0,
-    join: bool = False,
+    path: Path, tokenizer: Tokenizer, samples: int, length: int, seed: int, sinks: int = 0
 ) -> list[Tensor]:
     """Up to `samples` tensors [1, T] with 2 <= T <= `length`, longer than the `sinks` that are not
-    learned from, drawn without repetition: whole documents, or pieces of one that is longer; with
-    `join`, pieces of all documents one after another."""
+    learned from, drawn without repetition: whole documents, or pieces of one that is longer."""
     pieces = []
     least = max(2, sinks + 1)
-    documents = read_documents(path)
-    if join:
-        documents = ["\n\n".join(documents)]
-    for text in documents:
+    for text in read_documents(path):
         ids = torch.tensor([tokenizer.encode(text)])  # [1, tokens]
         pieces += [piece for piece in ids.split(length, dim=1) if piece.shape[1] >= least]
     if not pieces:

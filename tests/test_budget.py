@@ -418,15 +418,11 @@ def test_what_is_fitted_and_probed_is_what_is_asked_for(
     out = tmp_path / "a.safetensors"
     group = 128 if copies else 0
     more = {"init": init, "group": group, "again": 0, "probe_len": 30, "samples": 4}
-    data = tmp_path / "text.jsonl"
-    words = (everything / "text.txt").read_text().split()
-    lines = [" ".join(words[n : n + 40]) for n in range(0, len(words), 40)]
-    data.write_text("".join([json.dumps({"text": line}) + "\n" for line in lines]))
-    more |= {"passages": 4, "steps": 15, "spread": 8, "data": data}
-    planned(*flags(everything, out, **more), "--join" if copies else "--no-copies")
+    more |= {"passages": 4, "steps": 15, "spread": 8}
+    planned(*flags(everything, out, **more), *["--no-copies"] * (not copies))
     model = load_model(everything / "model")
     tokenizer = load_tokenizer(everything / "model")
-    drawn = text.sample_tokens(data, tokenizer, 4 + 4, 50, 0, 2, copies)
+    drawn = text.sample_tokens(everything / "text.txt", tokenizer, 4 + 4, 50, 0, 2)
     drawn = sorted(drawn, key=torch.Tensor.numel)
     samples = drawn[:4]
     texts = [piece[:, -30:] for piece in drawn[4:]]

@@ -1,7 +1,6 @@
 """Text files to samples, and texts of a model's own."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,15 +99,6 @@ def test_some_texts_are_their_first_half_twice(every, last):
     assert shown == [[0, 1, 2], [0, 0], [0, 1, 2, 3], last]
 
 
-def test_pieces_of_all_texts_one_after_another(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "ab"}\n{"text": "cdefg"}\n')
-    (tmp_path / "b.txt").write_text("h")
-    tokenizer = SimpleNamespace(encode=lambda text: [ord(c) for c in text])
-    drawn = text.sample_tokens(tmp_path, tokenizer, 9, 5, 0, join=True)
-    shown = {"".join(map(chr, piece[0].tolist())) for piece in drawn}
-    assert shown == {"ab\n\nc", "defg\n", "\nh"}
-
-
 def test_own_words_are_drawn_from_the_models_distribution():
     model = tiny_model(eos_token_ids=(3, 5))
     begun = [[7], [8, 9, 10], [11]]
@@ -145,6 +135,10 @@ def test_own_words_stand_beside_as_much_other_text(everything, refused, tmp_path
     assert [piece.strip() in others for piece in texts] == [False, False, True, True]
     assert call(own_words, capsys, *args, "--out", again)[0] == 0
     assert file.read_bytes() == again.read_bytes()
+    assert call(own_words, capsys, *args, "--out", again, "--join", 2)[0] == 0
+    first, second = text.read_documents(again)
+    assert first in ("\n\n".join(texts[:2]), "\n\n".join(texts[1::-1]))
+    assert second == "\n\n".join(texts[2:])
     for more, message in {
         ("--out", tmp_path / "own.txt"): r"error: --out .*own\.txt must end in \.jsonl",
         ("--out", file, "--seq-len", 10**6): "error: --seq-len 1000000 exceeds the context of",
