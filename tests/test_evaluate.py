@@ -22,12 +22,12 @@ from support.factors_file import load_factors, save_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.text import passages
-from tests.evaluating import ALL, arguments, measured, without_seconds, write_records
+from tests.evaluating import ALL, arguments, measured, write_records
 from tests.helpers import call, naive_forward, save_checkpoint, tiny_model
 
 # ------------------------------------------------------------------------------- rows and columns
 
-COLUMNS = {*Row.COLUMNS, "cases", "tokens", "measured_ratio", "seconds"}
+COLUMNS = {*Row.COLUMNS, "cases", "tokens", "measured_ratio"}
 OWN_COLUMNS = {
     "perplexity": {"text", "context", "perplexity"},
     "longeval": {"question", "lines", "accuracy", "interval"},
@@ -164,8 +164,7 @@ def test_published_cases_in_the_place_of_ours(everything, brief, tmp_path, capsy
     args = ["longeval", "--caches", "full,kivi-2", "--lines", "2,3", "--question", "prefill,decode"]
     found = []
     for more in (["--data", tmp_path], []):
-        rows = measured(everything, capsys, tmp_path / "rows", *args, *more)
-        found.append(without_seconds(rows))
+        found.append(measured(everything, capsys, tmp_path / "rows", *args, *more))
     assert found[0] == found[1] and len(found[0]) == 2 * 2 * 2
     assert evaluate.parse_arguments(["longeval", "--model", "M", "--data", "F"]).lines[-1] == 500
 
