@@ -5,13 +5,8 @@
     python -m experiments.evaluate longbench --model M --calibrate TEXT --data FOLDER
     torchrun --nproc-per-node 2 -m experiments.evaluate ...       shares the cases out
 
-Perplexity is measured in decode mode: the first `--context` tokens of a passage are prefilled, then
-the next `--steps` are predicted while they go through the cache one by one, and only these count.
-(One forward pass would measure nothing: prefill is exact for nearly every cache here.)
-
-Retrieval (`longeval`, `passkey`) has two protocols. In the paper's, `--question prefill`, the whole
-prompt is prefilled, so that the first digit is read with exact keys and values. In `--question
-decode` the context was compressed before the cache is extended by the question.
+What is measured, and the two protocols of `--question`: experiments/README.md, "How to read the
+numbers". One forward pass would measure nothing: prefill is exact for nearly every cache here.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
