@@ -117,10 +117,10 @@ class Experiment:
             given[given.index("--data") + 1] = "FOLDER"
         command = f"`python -m experiments.paper {shlex.join(given)}`"
         minutes = (time.monotonic() - BEGAN) / 60
-        made = (
-            f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, {torch.get_num_threads()}"
+        made = f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, "
+        made += (
+            f"{torch.get_num_threads()} threads, {minutes:.1f} minutes since it was started last"
         )
-        made += f" threads, {minutes:.1f} minutes since it was started last"
         parts = [command, table(rows, columns), made]
         if "question" in rows[0]:
             merged, shown = side_by_side(rows, columns)
@@ -356,7 +356,7 @@ def run(args: argparse.Namespace) -> None:
             length = min(args.seq_len, limit)
             texts = sample_tokens(args.calibrate, tokenizer, args.samples, length, seed=0)
         else:
-            texts = samples(tokenizer, limit, "longeval", LINES, args.samples, seed=0)
+            texts = samples(tokenizer, limit, "longeval", LINES, args.samples)
         cases = []
         if args.text:
             sizes = {"steps": args.steps, "count": args.passages, "batch": args.batch}
@@ -389,8 +389,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--inits", type=inits, default="asvd,optimal", help="compare such factors (asvd,optimal)")
     add("--ratios", type=ratios, default="0.5,0.8", help="remove such shares (default: 0.5,0.8)")
     add("--factors", type=Path, nargs="*", default=[], help="show these of budget too")
-    help = "ask about so many lines (default: 50, with --data 200; more lengths in table1)"
-    add("--lines", type=counts, help=help)
+    add("--lines", type=counts, help="ask about so many lines (50, with --data 200; table1: more)")
     add("--cases", type=count, default=100, help="ask so often at each length (default: 100)")
     add("--data", type=Path, help="read LongEval's own cases in this folder instead of ours")
     add("--text", type=Path, nargs="+", default=[], help="measure perplexity on this text")

@@ -135,7 +135,7 @@ def test_from_the_hub(tmp_path, monkeypatch):
         ("\xff\xfe", "hotpotqa_e.jsonl, line 1: not JSON"),
         ("\n" + "[" * 100_000, "line 2: not JSON"),
         ("[1, 2]", "line 1: no 'input' of type str"),
-        (json.dumps({**RECORD, "context": None}), "line 1: no 'context' of type str"),
+        (json.dumps({**RECORD, "length": "4100"}), "line 1: no 'length' of type int"),
         ("\n", "has no records"),
         (None, "no file .*hotpotqa_e.jsonl"),
     ],
