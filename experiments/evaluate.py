@@ -5,13 +5,8 @@
     python -m experiments.evaluate longbench --model M --calibrate TEXT --data FOLDER
     torchrun --nproc-per-node 2 -m experiments.evaluate ...       shares the cases out
 
-Perplexity is measured in decode mode: the first `--context` tokens of a passage are prefilled, then
-the next `--steps` are predicted while they go through the cache one by one, and only these count.
-(One forward pass would measure nothing: prefill is exact for nearly every cache here.)
-
-Retrieval (`longeval`, `passkey`) has two protocols. In the paper's, `--question prefill`, the whole
-prompt is prefilled, so that the first digit is read with exact keys and values. In `--question
-decode` the context was compressed before the cache is extended by the question.
+What is measured, and the two protocols of `--question`: experiments/README.md, "How to read the
+numbers". One forward pass would measure nothing: prefill is exact for nearly every cache here.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -149,10 +144,8 @@ def split_prompt(
         return ids, []
     # The context ends where the tokens begin to depend on what is asked.
     context = tokenizer.encode_prompt(case.context, chat)
-    end = 0
-    while end < min(len(ids), len(context)) and ids[end] == context[end]:
-        end += 1
-    end = max(1, end)  # there is no prefill of nothing
+    same = [one == other for one, other in zip(ids, context, strict=False)]
+    end = max(1, [*same, False].index(False))  # there is no prefill of nothing
     return ids[:end], ids[end:]
 
 
@@ -186,22 +179,17 @@ def retrieval_cases(
 
 
 def benchmark_cases(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    benchmark: str,
-    names: list[str] | None,
-    folder: Path | None,
-    count: int | None,
+    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer
 ) -> list[Question]:
-    """The first `count` records of each set; a case's score is its task's, from 0 to 1."""
-    module = BENCHMARKS[benchmark]
+    """The first records of each set; a case's score is its task's, from 0 to 1."""
+    module = BENCHMARKS[args.what]
     questions = []
-    for name in names or module.TASKS:
+    for name in args.sets or module.TASKS:
         task = module.TASKS[name]
         new = task.max_new_tokens
         # Room for the answer, and for what the seam and a chat template may add.
         most = max(2, min(module.MAX_LENGTH, model.config.context_length - new - 64))
-        for record in read_records(task, folder)[:count]:
+        for record in read_records(task, args.data)[: args.cases]:
             ids = prompt_ids(task, record, tokenizer, most)
             check_room(model, len(ids), new)
             columns = {"set": name, "bucket": task.bucket(record)}
@@ -220,7 +208,7 @@ def cases_of(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer)
         sizes = {"count": args.passages, "batch": args.batch, "steps": args.steps}
         return perplexity_cases(model, tokenizer, args.text, args.context, **sizes)
     if args.what in BENCHMARKS:
-        return benchmark_cases(model, tokenizer, args.what, args.sets, args.data, args.cases)
+        return benchmark_cases(args, model, tokenizer)
     drawn = {"count": args.cases, "data": args.data}
     return retrieval_cases(model, tokenizer, args.what, args.question, args.lines, **drawn)
 
@@ -235,11 +223,10 @@ def rows_of(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) 
     def statistics() -> list[Statistics]:
         length = min(args.seq_len, limit)
         if args.calibrate:
-            sizes = {"length": length, "seed": 0, "sinks": args.sinks}
-            texts = sample_tokens(args.calibrate, tokenizer, args.samples, **sizes)
+            texts = sample_tokens(args.calibrate, tokenizer, args.samples, length, 0, args.sinks)
         elif args.what in ANSWER_TOKENS:
             count = min(args.samples, 64)
-            texts = samples(tokenizer, length, args.what, [max(args.lines)], count, seed=0)
+            texts = samples(tokenizer, length, args.what, [max(args.lines)], count)
         else:
             raise UserError("cskv and asvd need factors, made from text; give --calibrate TEXT")
         return calibrate_together(model, texts, args.sinks)
@@ -298,9 +285,8 @@ def shared_options() -> Arguments:
     count = number(int, 1)
     add("--model", required=True, help="measure this checkpoint, a folder or a hub name")
     add("--inits", type=inits, help="make such factors (without --factors: attention)")
-    help = "take --ratios as measured ones, of a full cache of so many tokens: each cache gets the "
-    help += "size, tokens kept or rank, at which it holds that much less"
-    add("--equal", type=count, metavar="TOKENS", help=help)
+    help = "take --ratios as bytes: each cache gets the size that holds so much less than a full "
+    add("--equal", type=count, metavar="TOKENS", help=help + "one, after so many tokens")
     add("--calibrate", type=Path, help="fit factors to this text (LongEval has cases for it)")
     add("--samples", type=count, default=256, help="calibrate on so many texts (default: 256)")
     add("--seq-len", type=number(int, 2), default=1024, help="cut them to so many tokens (1024)")

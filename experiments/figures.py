@@ -8,8 +8,6 @@ from torch import Tensor
 from experiments.tables import grouped
 from support.command import UserError, replacing
 
-LABELS = {"accuracy": "LongEval, share answered right", "perplexity": "perplexity"}
-
 
 def pyplot():
     """matplotlib's pyplot, drawing to files. Raises `UserError` if it is not installed."""
@@ -84,8 +82,10 @@ def scores(rows: list[dict], path: Path, x: str, xlabel: str, log_x: bool = Fals
         if x != "measured_ratio" and row["paper"] and score == "accuracy":
             paper = f"the paper, LongChat-7B, {row['ratio']:.0%}"
             points.append(point(panel, paper, at, float(row["paper"]), ":"))
-    yscale = "log" if score == "perplexity" else "linear"
-    draw(points, path, log_x, xlabel=xlabel, ylabel=LABELS[score], yscale=yscale)
+    of_axis = {"ylabel": "perplexity", "yscale": "log"}
+    if score == "accuracy":
+        of_axis = {"ylabel": "LongEval, share answered right"}
+    draw(points, path, log_x, xlabel=xlabel, **of_axis)
 
 
 def singular_values(values: Tensor, path: Path) -> None:

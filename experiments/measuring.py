@@ -74,7 +74,7 @@ def measure(
     def run(c: int) -> list[dict]:
         return run_case(model, rows, cases[c])
 
-    done = run_all(list(range(len(cases))), run, notes, plan)
+    done = run_all(range(len(cases)), run, notes, plan)
     result = []
     for columns, members in groups_of(cases):
         for r, row in enumerate(rows):
@@ -101,36 +101,23 @@ def groups_of(cases: list[Case]) -> Iterator[tuple[dict, list[int]]]:
 
 @torch.no_grad()
 def run_case(model: Transformer, rows: list[Row], case: Case) -> list[dict]:
-    """What notes keep of the case, for each row."""
+    """What notes keep of the case, for each row; `tokens` are those of all the batch."""
     caches = [make_cache(model, row, case.length) for row in rows]
     exact = [cache for cache in caches if reads_exactly(cache[0])]
-    device = model.lm_head.weight.device
-    prompt = case.prompt.to(device)
-    start = clock(device)
+    prompt = case.prompt.to(model.lm_head.weight.device)
+    shared = None
     if exact:
         together = [SharedPrefill(layer) for layer in zip(*exact, strict=True)]
         shared = model(prompt, together, logits_to_keep=1)  # [B, 1, vocab]
-        share = (clock(device) - start) / len(exact)
     results = []
-    for row, cache in zip(rows, caches, strict=True):
-        start = clock(device)
-        if reads_exactly(cache[0]):
-            logits = shared
-            start -= share
-        else:
+    for cache in caches:
+        logits = shared
+        if not reads_exactly(cache[0]):
             logits = model(prompt, cache, logits_to_keep=1)
-        result = run_cache(model, row, cache, logits, case)
-        results.append({**result, "seconds": clock(device) - start})
+        scores = case.score(model, logits, cache)
+        tokens = len(scores) * cache[0].length
+        results.append({"scores": scores, "tokens": tokens, "bytes": held_bytes(cache)})
     return results
-
-
-def run_cache(
-    model: Transformer, row: Row, cache: list[LayerCache], logits: Tensor, case: Case
-) -> dict:
-    """What becomes of one cache, which has read the prompt; `tokens` are those of all the batch."""
-    scores = case.score(model, logits, cache)
-    tokens = len(scores) * cache[0].length
-    return {"scores": scores, "tokens": tokens, "bytes": held_bytes(cache)}
 
 
 def clock(device: str | torch.device) -> float:
@@ -141,10 +128,10 @@ def clock(device: str | torch.device) -> float:
 
 
 def summary(model: Transformer, results: list[dict]) -> dict:
-    """Finished cases together: `tokens` is the mean length, `seconds` the sum."""
+    """Finished cases together: `tokens` is the mean length."""
     scores = list(chain.from_iterable([result["scores"] for result in results]))
-    tokens = sum(result["tokens"] for result in results)
-    held = sum(result["bytes"] for result in results)
+    tokens = sum([result["tokens"] for result in results])
+    held = sum([result["bytes"] for result in results])
     row = {"cases": len(scores), "tokens": tokens / len(scores)}
     if "set" in results[0]:
         # In percent, and every set counts the same, whatever its size: the paper's Table 1.
@@ -156,5 +143,4 @@ def summary(model: Transformer, results: list[dict]) -> dict:
     else:
         row["perplexity"] = math.exp(min(fmean(scores), 700))  # 1e304 for what is even more
     row["measured_ratio"] = 1 - held / full_bytes(model, tokens)
-    row["seconds"] = sum(result["seconds"] for result in results)
     return row

@@ -5,7 +5,7 @@ command, with as many processes as one likes.
 """
 
 import hashlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from glob import escape
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from support.resume import load_state, save_state
 
 
 def run_all(
-    keys: list[Hashable],
+    keys: Iterable[Hashable],
     run: Callable[[Hashable], object],
     notes: Path | None,
     plan: dict | None = None,
@@ -83,9 +83,6 @@ def contents(path: Path) -> str:
     return digest.hexdigest()
 
 
-SMALL = (".json", ".jinja", ".model")  # a checkpoint's files that are not its weights
-
-
 def all_that_counts(options: dict, model: Transformer, path: str) -> dict:
     """What must be the same to go on with noted cases: the command's options by name, files by
     their contents, and the checkpoint at `path`."""
@@ -94,6 +91,8 @@ def all_that_counts(options: dict, model: Transformer, path: str) -> dict:
         if name not in ("json", "device"):
             values = value if isinstance(value, list) else [value]
             plan[name] = [contents(v) if isinstance(v, Path) else str(v) for v in values]
-    files = sorted(find_checkpoint(path).iterdir())
-    small = [contents(file) for file in files if file.suffix in SMALL]
-    return {**plan, "model": [fingerprint(model), small]}
+    plan["model"] = [fingerprint(model)]
+    for file in sorted(find_checkpoint(path).iterdir()):
+        if file.suffix in (".json", ".jinja", ".model"):  # what a checkpoint has beside weights
+            plan["model"].append(contents(file))
+    return plan

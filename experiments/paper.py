@@ -17,7 +17,7 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -53,6 +53,7 @@ from support.text import sample_tokens
 
 PAPER_LR = 5e-5
 LINES = [25, 50, 100]  # of the LongEval cases that factors are fitted to, and of table 1
+BEGAN = time.monotonic()
 
 
 @dataclass
@@ -67,7 +68,6 @@ class Experiment:
     out: Path  # of the table and the figure, without a suffix
     notes: Path
     plan: dict  # that must be the same to go on with the notes
-    began: float = field(default_factory=time.monotonic)
 
     def row(self, cache: str, ratio: float | None = None, **settings) -> Row:
         """A cache that holds 16-bit numbers."""
@@ -94,9 +94,7 @@ class Experiment:
         rows = []
         for factors in self.files:
             cache = "cskv-window-8" if factors.info.get("window_bits") == "8" else "cskv"
-            layers = max((group.count for group in factors.together), default=1)
-            origin = "budget" if layers == 1 else f"budget, {layers} layers together"
-            rows.append(self.row(cache, factors=factors, origin=origin, sinks=4))
+            rows.append(self.row(cache, factors=factors, origin="budget", sinks=4))
         return rows
 
     def scores(self, rows: list[tuple[Row, dict]], by_lines: bool = False) -> list[dict]:
@@ -118,14 +116,15 @@ class Experiment:
         if "--data" in given:
             given[given.index("--data") + 1] = "FOLDER"
         command = f"`python -m experiments.paper {shlex.join(given)}`"
-        minutes = (time.monotonic() - self.began) / 60
+        minutes = (time.monotonic() - BEGAN) / 60
         made = f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, "
         made += (
             f"{torch.get_num_threads()} threads, {minutes:.1f} minutes since it was started last"
         )
         parts = [command, table(rows, columns), made]
         if "question" in rows[0]:
-            parts = [command, table(*side_by_side(rows, columns)), made, table(rows, columns)]
+            merged, shown = side_by_side(rows, columns)
+            parts = [command, table(merged, shown), made, table(rows, columns)]
         print(parts[1])
         write_json(self.out.with_suffix(".json"), rows)
         with replacing(self.out.with_suffix(".md")) as temporary:
@@ -144,11 +143,11 @@ RESULTS = Path(__file__).parent / "results"
 NUMBERS = json.loads((RESULTS / "paper.json").read_text())
 
 
-def paper_number(table: str, **row) -> str:
+def paper_number(table: str, origin: str = "", **row) -> str:
     """The paper's accuracy in the row of its table that has these values, those of all lengths in
-    table 1; "" if it has none."""
+    table 1; "" if it has none, as for factors that are not of asvd's `origin`."""
     for theirs in NUMBERS[table]:
-        if row.items() <= theirs.items():
+        if row.items() <= theirs.items() and (not origin or origin.startswith("asvd")):
             values = theirs["accuracy"]
             return beside(values if isinstance(values, list) else [values])
     return ""
@@ -175,8 +174,7 @@ def table1(e: Experiment) -> None:
         rows += [e.cskv(recipe) for recipe in recipes if recipe.k_ratio == ratio]
     rows += [e.row("kivi-4"), e.row("kivi-2")]
     # 95%: four bits on top of 80%; of the tokens, a twentieth.
-    if 0.95 not in e.ratios:
-        rows += [e.row(name, 0.95) for name in PRUNING]
+    rows += [e.row(name, 0.95) for name in PRUNING]
     if "asvd" in e.inits:
         rows.append(e.cskv(in_bits, 0.95))
     if "optimal" in e.inits:
@@ -185,9 +183,8 @@ def table1(e: Experiment) -> None:
     rows += [e.row("kivi-2", sinks=4), *e.budgets()]
     with_paper = []
     for row in rows:
-        theirs = row.origin.startswith("asvd") or not row.origin
         name = row.cache.removesuffix("-plain")
-        number = paper_number("table1", cache=name, ratio=row.ratio) if theirs else ""
+        number = paper_number("table1", row.origin, cache=name, ratio=row.ratio)
         with_paper.append((row, {"paper": number}))
     result = e.scores(with_paper, by_lines=True)
     columns = ["question", "lines", "cache", "factors", "bits", "sinks", "ratio"]
@@ -225,8 +222,8 @@ def table3(e: Experiment) -> None:
     rows = []
     for init, window in product(e.inits, windows):
         if window < longest:
-            number = paper_number("table3", window=window) if init == "asvd" else ""
             row = e.cskv(uniform(init, max(e.ratios)), window=window)
+            number = paper_number("table3", init, window=window)
             rows.append((row, {"window": window, "paper": number}))
     result = e.scores(rows)
     e.write(result, ["question", "factors", "window", "ratio", *SCORES, "paper"])
@@ -237,10 +234,9 @@ def table4(e: Experiment) -> None:
     """Channels shared between keys and values, as kept shares, half and a quarter of all."""
     recipes = {}
     for init, theirs in product(e.inits, NUMBERS["table4"]):
-        kept_k, kept_v = theirs["kept_k"], theirs["kept_v"]
-        number = beside([theirs["accuracy"]]) if init == "asvd" else ""
-        recipe = Recipe(init, 1 - kept_k, 1 - kept_v, init == "asvd")
-        recipes[recipe] = {"kept_k": kept_k, "kept_v": kept_v, "paper": number}
+        kept = {"kept_k": theirs["kept_k"], "kept_v": theirs["kept_v"]}
+        recipe = Recipe(init, 1 - kept["kept_k"], 1 - kept["kept_v"], init == "asvd")
+        recipes[recipe] = {**kept, "paper": paper_number("table4", init, **kept)}
     e.store.factors(*recipes)
     rows = []
     for recipe, columns in recipes.items():
@@ -269,8 +265,9 @@ def table5(e: Experiment) -> None:
     e.store.factors(*[recipe for _, recipe, _ in choices])
     rows = [(e.row("full"), {"mode": "none", "paper": ""})]
     for mode, recipe, bits in choices:
-        theirs = recipe.init == "asvd" and bits.get("k_bits", 4) == 4
-        number = paper_number("table5", ratio=recipe.k_ratio, mode=mode) if theirs else ""
+        number = ""
+        if bits.get("k_bits", 4) == 4:
+            number = paper_number("table5", recipe.init, ratio=recipe.k_ratio, mode=mode)
         rows.append((e.cskv(recipe, **bits), {"mode": mode, "paper": number}))
     mixed = e.cskv(Recipe("optimal", 0.5, 0.0), 0.25, k_bits=3, v_bits=3)
     for row in (mixed, e.row("kivi-4"), e.row("kivi-2")):
@@ -359,7 +356,7 @@ def run(args: argparse.Namespace) -> None:
             length = min(args.seq_len, limit)
             texts = sample_tokens(args.calibrate, tokenizer, args.samples, length, seed=0)
         else:
-            texts = samples(tokenizer, limit, "longeval", LINES, args.samples, seed=0)
+            texts = samples(tokenizer, limit, "longeval", LINES, args.samples)
         cases = []
         if args.text:
             sizes = {"steps": args.steps, "count": args.passages, "batch": args.batch}
@@ -392,8 +389,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--inits", type=inits, default="asvd,optimal", help="compare such factors (asvd,optimal)")
     add("--ratios", type=ratios, default="0.5,0.8", help="remove such shares (default: 0.5,0.8)")
     add("--factors", type=Path, nargs="*", default=[], help="show these of budget too")
-    help = "ask about so many lines (default: 50, with --data 200; more lengths in table1)"
-    add("--lines", type=counts, help=help)
+    add("--lines", type=counts, help="ask about so many lines (50, with --data 200; table1: more)")
     add("--cases", type=count, default=100, help="ask so often at each length (default: 100)")
     add("--data", type=Path, help="read LongEval's own cases in this folder instead of ours")
     add("--text", type=Path, nargs="+", default=[], help="measure perplexity on this text")

@@ -10,6 +10,7 @@ from types import FunctionType, ModuleType
 
 import torch
 
+import infer
 from experiments import evaluate, measuring
 from experiments.caches import CACHES
 from tests.helpers import call
@@ -48,27 +49,23 @@ def measured(everything, capsys, path, what, *more):
     return rows
 
 
-def without_seconds(rows):
-    return [{name: row[name] for name in row if name != "seconds"} for row in rows]
-
-
 def notes_beside(path):
     return sorted(path.parent.glob(f"{path.name}.*"))
 
 
 def interrupt_after(monkeypatch, count):
-    """The (count + 1)-th cache to go on with a case is interrupted as by Ctrl-C. Returns a list of
-    those begun."""
-    begun, real = [], measuring.run_cache
+    """The (count + 1)-th cache that a case has been asked of is interrupted as by Ctrl-C. Returns a
+    list of all such."""
+    asked = []
 
-    def run_cache(model, row, *rest):
-        begun.append(row.label)
-        if len(begun) > count:
+    def held_bytes(cache):
+        asked.append(cache)
+        if len(asked) > count:
             raise KeyboardInterrupt
-        return real(model, row, *rest)
+        return infer.held_bytes(cache)
 
-    monkeypatch.setattr(measuring, "run_cache", run_cache)
-    return begun
+    monkeypatch.setattr(measuring, "held_bytes", held_bytes)
+    return asked
 
 
 def command(everything, *more):
@@ -83,9 +80,11 @@ def torchrun(*args):
     return subprocess.run(start, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-def tensors_in(*things):
-    """All tensors that can be reached from these, through attributes, containers and closures."""
+def storages(*things):
+    """The bytes of the memory, by its place, of all tensors that can be reached from these, through
+    attributes, containers and closures."""
     seen = {}
+    found = {}
     todo = list(things)
     while todo:
         thing = todo.pop()
@@ -93,16 +92,10 @@ def tensors_in(*things):
             continue
         seen[id(thing)] = thing  # kept alive, so that no other object gets its id
         if isinstance(thing, torch.Tensor):
-            yield thing
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
         elif isinstance(thing, FunctionType):
             todo.append(thing.__closure__)  # and not all of its module
         else:
             todo += gc.get_referents(thing)
-
-
-def storages(*things):
-    found = {}
-    for tensor in tensors_in(*things):
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
     return found

@@ -17,17 +17,16 @@ from experiments.tasks.longeval import RetrievalCase, make_cases
 from experiments.tasks.scores import wilson
 from infer import TEACHER
 from model import FullCache
-from support.command import UserError
 from support.factors_file import load_factors, save_factors
 from support.huggingface.checkpoint import load_model
 from support.huggingface.tokenizer import Tokenizer, load_tokenizer
 from support.text import passages
-from tests.evaluating import ALL, arguments, measured, without_seconds, write_records
+from tests.evaluating import ALL, arguments, measured, write_records
 from tests.helpers import call, naive_forward, save_checkpoint, tiny_model
 
 # ------------------------------------------------------------------------------- rows and columns
 
-COLUMNS = {*Row.COLUMNS, "cases", "tokens", "measured_ratio", "seconds"}
+COLUMNS = {*Row.COLUMNS, "cases", "tokens", "measured_ratio"}
 OWN_COLUMNS = {
     "perplexity": {"text", "context", "perplexity"},
     "longeval": {"question", "lines", "accuracy", "interval"},
@@ -75,8 +74,6 @@ def test_bits_and_inits_make_rows(everything, tmp_path, capsys):
 def test_passages_are_spread_evenly():
     found = passages(list(range(14)), 3, 4).tolist()
     assert found == [[0, 1, 2, 3], [5, 6, 7, 8], [10, 11, 12, 13]]
-    with pytest.raises(UserError, match="has 10 tokens, 3 passages of 4 need more"):
-        passages(list(range(10)), 3, 4)
 
 
 def test_perplexity_equals_one_parallel_computation(everything, tmp_path, capsys):
@@ -164,8 +161,7 @@ def test_published_cases_in_the_place_of_ours(everything, brief, tmp_path, capsy
     args = ["longeval", "--caches", "full,kivi-2", "--lines", "2,3", "--question", "prefill,decode"]
     found = []
     for more in (["--data", tmp_path], []):
-        rows = measured(everything, capsys, tmp_path / "rows", *args, *more)
-        found.append(without_seconds(rows))
+        found.append(measured(everything, capsys, tmp_path / "rows", *args, *more))
     assert found[0] == found[1] and len(found[0]) == 2 * 2 * 2
     assert evaluate.parse_arguments(["longeval", "--model", "M", "--data", "F"]).lines[-1] == 500
 
@@ -263,11 +259,10 @@ def test_longbench_by_hand(everything, tmp_path, capsys, monkeypatch):
         ("triviaqa_e", "t17 t18", "t4 t5", ["T4, the T5!"], 4000),  # 1
         ("triviaqa_e", "t19 t20", "t6", ["t6 t6 t6"], 7999),  # 1 / 2
     ]
-    sets = {"hotpotqa_e": [], "triviaqa_e": []}
     for name, asked, _, answers, length in cases:
         record = {"input": asked, "context": "t1 {t2}", "answers": answers, "length": length}
-        sets[name].append(record)
-        write_records(tmp_path / f"{name}.jsonl", *sets[name])
+        with (tmp_path / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
     answers = [said for _, _, said, *_ in cases for _ in ("full", "streaming")]
     prompts = scripted(monkeypatch, *answers)
     more = ["--caches", "full,streaming", "--data", tmp_path, "--sets", "hotpotqa_e,triviaqa_e"]
@@ -314,7 +309,7 @@ def test_long_prompts_lose_their_middle(everything, tmp_path, capsys, monkeypatc
 EQUAL = ["--caches", "streaming", "--equal"]
 GOV_REPORT = ["--sets", "gov_report_e", "--data", "F/long"]
 MISTAKES = {
-    "a short text": ("perplexity", ["--passages", 100], "100 passages of 50 need more"),
+    "a short text": ("perplexity", ["--passages", 9], "400 tokens, 9 passages of 50 need more"),
     "past the context": ("perplexity", ["--context", 595], "605 tokens do not fit into 600"),
     "no text": ("perplexity", ["--text", "no.txt"], "no file no.txt"),
     "a ratio twice": ("passkey", ["--ratios", "0.5,0.5"], "0.5 is given twice in '0.5,0.5'"),
