@@ -195,9 +195,7 @@ PAPER = f"experiments.paper table3 --model M {PASSAGES} --work O/w"
 WORDS = "experiments.own_words --model M --data T"
 SEGMENTS = "experiments.segments --model M --text T --factors F"
 OVERWRITES = {
-    "the weights": (f"{TRAIN} --out M/model.safetensors", ""),
     "a link to the folder": (f"{TRAIN} --out O/ln/model.safetensors", "ln->M"),
-    "a hard link to the weights": (f"{TRAIN} --out O/ln", "ln>M/model.safetensors"),
     "the model through a link": ("train --model O/ln --data T --out M/model.safetensors", "ln->M"),
     "a hard link to the text": (f"{TRAIN} --out O/ln", "ln>T"),
     "the checkpoint is the text": (f"{TRAIN} --out O/f", "f.checkpoint>T"),

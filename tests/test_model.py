@@ -88,10 +88,8 @@ CODE = io.BytesIO()
 torch.save({"x": Path("no tensor")}, CODE)
 DAMAGED = [  # a file, its bytes (None: it is missing; a number: so many are left), what is named
     ("config.json", None, "has no config.json"),
-    ("config.json", b"[1]", "not a JSON object"),
     ("tokenizer.json", 30, "tokenizer.json is damaged"),
     ("model.safetensors", None, "has no model.safetensors"),
-    ("model.safetensors", -100, "model.safetensors is damaged"),
     ("model.safetensors", POINTER, "model.safetensors is damaged"),
     ("pytorch_model.bin", CODE.getvalue(), "pytorch_model.bin is damaged"),
 ]

@@ -168,7 +168,6 @@ def test_merges_go_by_ids_as_in_transformers(save):
 
 UNLIKE = [
     lambda proto: setattr(proto.trainer_spec, "model_type", 1),  # Unigram
-    lambda proto: setattr(proto.trainer_spec, "model_type", 4),  # single letters
     lambda proto: setattr(proto.pieces[1], "piece", "[BOS]"),
     lambda proto: setattr(proto.pieces[400], "type", 3),  # a control symbol
     lambda proto: setattr(proto.pieces[400], "type", 4),  # one of a user's
@@ -277,21 +276,18 @@ NEITHER = "is neither a text nor an object with `content`"
 UNKNOWN = "is not supported; take it out there"
 WRONG = [  # settings, the files beside them, words of the refusal
     ({}, {"added_tokens": {"<|user|>": 700}}, "'<|user|>' says its id is 700"),
-    ({}, {"added_tokens": {"x": "600"}}, "says its id is 600, but"),
     ({}, {"added_tokens": ["x"]}, "a list, not a JSON object"),
     ({BY_ID: {"300": token("<|user|>")}}, {}, "says its id is 300, but it would get 600"),
     ({BY_ID: {"600": {}}}, {}, NEITHER),
     ({BY_ID: {"600": token("x", lstrip=1)}}, {}, NO_TOKENS),
     ({BY_ID: {"a": token("x")}}, {}, NO_TOKENS),
-    ({BY_ID: [1]}, {}, NO_TOKENS),
     ({BY_ID: None}, {}, NO_TOKENS),
-    ({"extra_special_tokens": "x"}, {}, "extra_special_tokens is no list"),
     ({"extra_special_tokens": {"v": "x"}}, {}, "extra_special_tokens is no list"),
     ({"extra_special_tokens": [3]}, {}, f"(3 {NEITHER}"),
+    ({"bos_token": {"content": None}}, {}, NEITHER),
     ({}, {"special_tokens_map": {"eos_token": 3}}, f"(3 {NEITHER}"),
     ({}, {"special_tokens_map": {"image_token": "x"}}, "move it to tokenizer_con"),
     ({"eos_token": "\ud800"}, {}, NO_TOKENS),
-    ({"tokenizer_class": "BertTokenizer"}, {}, "tokenizer_class BertTokenizer is not supported"),
     ({"tokenizer_class": 5}, {}, "tokenizer_class 5 is not supported"),
     (GPT2, {}, "tokenizer_class GPT2Tokenizer is not supported"),
     ({"fix_mistral_regex": True}, {}, UNKNOWN),
@@ -299,8 +295,6 @@ WRONG = [  # settings, the files beside them, words of the refusal
     ({f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output": True}, {}, UNKNOWN),
     ({"model_specific_special_tokens": {"v": "<|user|>"}}, {}, UNKNOWN),
 ]
-for value in (5, 1.5, [7], True, {"text": "x"}, {"content": None}):
-    WRONG.append(({"bos_token": value}, {}, f"({value} {NEITHER}"))
 
 
 @pytest.mark.parametrize(("settings", "files", "said"), WRONG)
@@ -349,7 +343,6 @@ TEMPLATES = [
     "{% for m in messages %}" + MARKED + "{% endfor %}",
     " a {%- generation -%} \n b \n  {%endgeneration%}\n c",
     "{% for m in [1, 2, 3] %}{% if m == 2 %}{% break %}{% endif %}{{ m }}{% endfor %}",
-    "{% for m in [1, 2] %}{% if m == 1 %}{% continue %}{% endif %}{{ m }}{% endfor %}",
     "{{ messages | tojson }} {{ {'b': 1, 'a': '<é'} | tojson(indent=2) }}",
     "{{ {'b': 1, 'a': '<é'} | tojson(sort_keys=true) }}",
     "{{ [1, 'é'] | tojson(ensure_ascii=true, separators=(',', ':')) }}",
@@ -398,21 +391,16 @@ def test_the_chat_template_that_transformers_takes(save, setting, files):
 
 
 BROKEN = [  # what stands there as a template, and words of the refusal
-    ("{{ messages[0].content + 1 }}", "TypeError"),
     ("{% for i in range(10**9) %}{% endfor %}", "OverflowError"),
     ("{{ 'x' * 10**15 }}", "MemoryError"),
-    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),
     ("{{ ''.__class__.__mro__ }}", "SecurityError"),
     ("{% if %}", "TemplateSyntaxError"),
     ("{{ raise_exception('only\nfor tools') }}", "only for tools; try"),
     (5, "AttributeError"),
-    ({"default": None}, "AttributeError"),
     (["x"], "TypeError"),
-    ([{"name": [], "template": "x"}], "TypeError"),
     ([{"name": "default"}], "KeyError: 'template'"),
     ([{"name": "rag", "template": "x"}], "KeyError: 'default'"),
-    ([], "KeyError: 'default'"),
 ]
 
 
@@ -432,8 +420,6 @@ def test_what_a_chat_template_raises_is_one_line(save, template, said):
 def test_a_template_file_that_is_not_utf8_and_no_template(save):
     folder = save("words", {"chat_template": None})
     assert load_tokenizer(folder).encode_prompt("the dog") == [1, 2]
-    with pytest.raises(UserError, match="this model has no chat template"):
-        load_tokenizer(folder).chat([])
     (folder / "chat_template.jinja").write_bytes(b"{# \xe9 #}x")
     with pytest.raises(UserError, match=r"template\.jinja: the chat template fails: UnicodeEnc"):
         load_tokenizer(folder).encode_prompt("the dog")
