@@ -221,17 +221,20 @@ def expect(
 
 
 class Draw:
-    """Random inputs, new ones at every run, the same ones for the same seed."""
+    """Random inputs, new ones at every run, the same ones for the same seed. Numbers are those of
+    float32, in float64."""
 
     def __init__(self, seed: str):
         digest = int.from_bytes(seed.encode(), "little") % (2**63 - 25)
         self.generator = torch.Generator().manual_seed(digest)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        numbers = torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        return numbers.float().double()
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+        numbers = torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+        return numbers.float().double()
 
     def whole(self, low: int, high: int, *shape: int) -> Tensor:
         """Whole numbers in low .. high."""
