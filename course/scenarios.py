@@ -72,8 +72,9 @@ def teacher_bytes(prompt: Tensor, room: int) -> dict:
     network, factors = teacher("bfloat16")
     cache = model.full_cache(network, room)
     network(prompt, cache)
+    held = infer.held_bytes(cache)
     ratio = infer.nominal_ratio(network, factors.in_bits(4, 4))
-    return {"held": infer.held_bytes(cache), "full": infer.full_bytes(network, room), "ratio": ratio}
+    return {"held": held, "full": infer.full_bytes(network, room), "ratio": ratio}
 
 
 # ------------------------------------------------------------------------------------- problem a
