@@ -97,6 +97,7 @@ def full_cache_bytes(layers: int, H_kv: int, D: int, tokens: int) -> dict:
 
 def paper_ratio(H_kv: int, D: int, layers: list) -> dict:
     """layers: [rank, bits] of keys, and of values, for every layer."""
+
     def pair(rank: int, bits: int) -> cskv.LowRank:
         return cskv.LowRank(torch.zeros(4, rank), torch.zeros(rank, H_kv * D), bits)
 
