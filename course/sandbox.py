@@ -37,7 +37,6 @@ class Limits:
     cpu_seconds: int = 60
     seconds: float = 240.0  # only against a process that waits for ever: no check looks at a clock
     memory: int = 3 * 2**28  # bytes, beyond what Python and PyTorch take (Linux only)
-    output: int = 2**20  # bytes printed
 
 
 class Failed(Exception):
@@ -101,12 +100,12 @@ class Sandbox:
         self.printed = tempfile.TemporaryFile()
         # -u: what was printed must be there when the process is ended.
         command = [sys.executable, "-I", "-B", "-u", self.folder / "course" / "worker.py"]
-        command += [str(self.limits.cpu_seconds), str(self.limits.memory), str(self.limits.output)]
+        command += [str(self.limits.cpu_seconds), str(self.limits.memory)]
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
         environment["OMP_NUM_THREADS"] = "1"
         # PyTorch wants a folder for what it compiles when the first optimizer is made.
-        for name in ("HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR"):
-            environment[name] = str(self.folder)
+        homes = ("HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR")
+        environment |= dict.fromkeys(homes, str(self.folder))
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -147,14 +146,18 @@ class Sandbox:
         Raises `Failed` if the student's function raised an error, `Stopped` if it ended."""
         tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         request = {"function": function, "numbers": numbers, "tensors": worker.encode(tensors)}
+        return read_answer(self.exchange(json.dumps(request)))
+
+    def exchange(self, request: str) -> bytes:
+        """The line that the process answers. Raises `Stopped` if it ended."""
         answer = b""
         with suppress(OSError):
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.write(request.encode() + b"\n")
             self.process.stdin.flush()
             answer = self.process.stdout.readline(LARGEST_ANSWER)
         if not answer.endswith(b"\n"):
             raise Stopped(self.why_it_ended())
-        return read_answer(answer)
+        return answer
 
     def why_it_ended(self) -> str:
         """Why there is no answer, in a sentence."""
@@ -221,17 +224,18 @@ def expect(
 
 
 class Draw:
-    """Random inputs, new ones at every run, the same ones for the same seed."""
+    """Random inputs, new ones at every run, the same ones for the same seed. Numbers are those of
+    float32, in float64."""
 
     def __init__(self, seed: str):
         digest = int.from_bytes(seed.encode(), "little") % (2**63 - 25)
         self.generator = torch.Generator().manual_seed(digest)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).float().double()
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+        return torch.rand(*shape, generator=self.generator, dtype=torch.float64).float().double()
 
     def whole(self, low: int, high: int, *shape: int) -> Tensor:
         """Whole numbers in low .. high."""

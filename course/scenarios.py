@@ -4,8 +4,10 @@ A scenario gets tensors and numbers, calls the functions, and returns tensors an
 compares nothing: the checks do, in another process.
 """
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -13,11 +15,13 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 import cskv
+import infer
 import model
 import quant
 from beyond.segments import FastCache
 from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model, read_config
+from train import Tuner, layer_loss, train_layers
 
 TEACHER = Path(__file__).resolve().parents[1] / "weights" / "teacher"  # the embedded model
 
@@ -40,14 +44,12 @@ def teacher(dtype: str) -> tuple[model.Transformer, cskv.Factors]:
 def tell(dtype="bfloat16", bits=16, fast=False, init="", rank=0, steps=0, **prompts) -> dict:
     """What infer.py generates after each prompt [1, T], 8 tokens. With `init` factors are new ones,
     and with `steps` trained, both on the first prompt. Losses are returned too."""
-    import infer
-    from train import Tuner, train_layers
-
     network, factors = teacher(dtype)
     texts = [prompts["prompt0"]]
     if init:
         ranks = [rank] * len(factors.layers)
-        factors = cskv.init_factors(init, network, ranks, ranks, cskv.calibrate(network, texts))
+        statistics = cskv.calibrate(network, texts)
+        factors = cskv.init_factors(init, network, ranks, ranks, statistics)
     factors = factors.to(network.lm_head.weight).in_bits(bits, bits)
     result = {}
     if steps:
@@ -67,13 +69,12 @@ def tell(dtype="bfloat16", bits=16, fast=False, init="", rank=0, steps=0, **prom
 
 def teacher_bytes(prompt: Tensor, room: int) -> dict:
     """What infer.py reports of the full cache, and of factors in 4 bits."""
-    import infer
-
     network, factors = teacher("bfloat16")
     cache = model.full_cache(network, room)
     network(prompt, cache)
-    result = {"held": infer.held_bytes(cache), "full": infer.full_bytes(network, room)}
-    return {**result, "ratio": infer.nominal_ratio(network, factors.in_bits(4, 4))}
+    held = infer.held_bytes(cache)
+    ratio = infer.nominal_ratio(network, factors.in_bits(4, 4))
+    return {"held": held, "full": infer.full_bytes(network, room), "ratio": ratio}
 
 
 # ------------------------------------------------------------------------------------- problem a
@@ -90,22 +91,19 @@ def cache_bytes(used: int, **buffers: Tensor) -> dict:
 
 
 def full_cache_bytes(layers: int, H_kv: int, D: int, tokens: int) -> dict:
-    import infer
-
     config = small_config(H_kv, H_kv, D, num_hidden_layers=layers)
     return {"bytes": infer.full_bytes(model.Transformer(config), tokens)}
 
 
 def paper_ratio(H_kv: int, D: int, layers: list) -> dict:
     """layers: [rank, bits] of keys, and of values, for every layer."""
-    import infer
 
     def pair(rank: int, bits: int) -> cskv.LowRank:
         return cskv.LowRank(torch.zeros(4, rank), torch.zeros(rank, H_kv * D), bits)
 
     config = small_config(H_kv, H_kv, D, num_hidden_layers=len(layers))
-    factors = [cskv.LayerFactors(pair(k, b), pair(v, c)) for (k, b), (v, c) in layers]
-    return {"ratio": infer.nominal_ratio(model.Transformer(config), cskv.Factors(factors))}
+    factors = cskv.Factors([cskv.LayerFactors(pair(*k), pair(*v)) for k, v in layers])
+    return {"ratio": infer.nominal_ratio(model.Transformer(config), factors)}
 
 
 # ------------------------------------------------------------------------------- problems c and f
@@ -128,39 +126,27 @@ def make_cache(kind: type, sizes: list, window: int, sinks: int, factors: dict) 
     return cache, model.Rope(config)
 
 
-def prompt_and_steps(prompt: int, sizes: list, window: int, sinks: int, **tensors) -> tuple:
-    """A cache, the arguments of its `prefill` with the first `prompt` tokens, and those of `decode`
-    with every other one. tensors: x, q, k, v of all tokens, and the factors."""
+def sequence(prompt: int, sizes: list, window: int, sinks: int, **tensors) -> dict:
+    """Prefill with the first `prompt` tokens, then decode, token by token: what every step returns,
+    what both branches hold after it, and which tokens `branches` says are seen through them. In the
+    end also the length, and for how many tokens the memory behind k has room. With nothing to
+    decode a second prefill, which must be refused. tensors: x, q, k, v of all tokens, and the
+    factors."""
     x, q, k, v = (tensors.pop(name) for name in "xqkv")
     cache, rope = make_cache(cskv.BiBranchCache, sizes, window, sinks, tensors)
-    calls = []
-    for tokens in [slice(prompt), *(slice(t, t + 1) for t in range(prompt, x.shape[1]))]:
-        calls.append((x[:, tokens], q[:, :, tokens], k[:, :, tokens], v[:, :, tokens], rope))
-    return cache, calls[0], calls[1:]
-
-
-def prefill_only(**text) -> dict:
-    """Prefill; then a second one, which must be refused."""
-    cache, prompt, _ = prompt_and_steps(**text)
-    before = [tensor.clone() for tensor in prompt[:4]]
-    result = {"prefill": cache.prefill(*prompt), "length": cache.length, "refused": False}
-    try:
-        cache.prefill(*prompt)
-    except ValueError:
-        result["refused"] = True
-    result["untouched"] = all(map(torch.equal, prompt, before))
-    return result
-
-
-def sequence(**text) -> dict:
-    """Prefill, then decode, token by token: what every step returns, what both branches hold after
-    it, and which tokens `branches` says are seen through them. In the end also the length, and for
-    how many tokens the memory behind k has room."""
-    cache, prompt, steps = prompt_and_steps(**text)
-    cache.prefill(*prompt)
-    result = {}
-    for i, step in enumerate(steps):
-        result[f"out{i}"] = cache.decode(*step)
+    first = x[:, :prompt], q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt]
+    before = [tensor.clone() for tensor in first]
+    result = {"prefill": cache.prefill(*first, rope), "length": cache.length}
+    if x.shape[1] == prompt:
+        if not all(map(torch.equal, first, before)):
+            raise ValueError("`remember` has changed x, q, k or v")
+        with suppress(ValueError):
+            cache.prefill(*first, rope)
+            raise RuntimeError("a second prefill on the same cache was not refused")
+        return result
+    parts = (x.split(1, 1), q.split(1, 2), k.split(1, 2), v.split(1, 2))
+    for i, new in enumerate(list(zip(*parts, strict=True))[prompt:]):
+        result[f"out{i}"] = cache.decode(*new, rope)
         result |= {f"k{i}": cache.k.clone(), f"v{i}": cache.v.clone()}
         result[f"branches{i}"] = torch.tensor(cache.branches())
     result["room"] = cache.k.untyped_storage().nbytes() // cache.k[:, :, :1].nbytes
@@ -230,12 +216,10 @@ def rounded(x: Tensor, weight: Tensor, bits: int, groups: list) -> dict:
 # ------------------------------------------------------------------------------------- problem e
 
 
-def loss(A: Tensor, B: Tensor, x: Tensor, k: Tensor, dim=-2, double=False, **pair) -> dict:
+def loss(A: Tensor, B: Tensor, x: Tensor, k: Tensor, dim=-2, dtype="float32", **pair) -> dict:
     """layer_loss and its gradients."""
-    from train import layer_loss
-
     pair = cskv.LowRank(A.requires_grad_(), B.requires_grad_(), **pair)
-    value = layer_loss(pair, x, k, dim, torch.float64) if double else layer_loss(pair, x, k, dim)
+    value = layer_loss(pair, x, k, dim, getattr(torch, dtype))
     value.backward()
     return {"loss": value, "A": A.grad, "B": B.grad}
 
@@ -243,21 +227,16 @@ def loss(A: Tensor, B: Tensor, x: Tensor, k: Tensor, dim=-2, double=False, **pai
 def steps(A: Tensor, B: Tensor, gradients: Tensor, planned: int, lr: float) -> dict:
     """Steps of a `Tuner` with one layer, whose keys and values both have A [h, r] and B [r, d].
     gradients [steps, 2 (h r + r d)], of keys and of values; those of another process are all 1."""
-    from support import processes
-    from train import Tuner
-
     layer = cskv.LayerFactors(cskv.LowRank(A, B), cskv.LowRank(A, B))
     tuner = Tuner(cskv.Factors([layer]), planned, lr)
     sizes = [M.numel() for M in tuner.parameters]
+    other = SimpleNamespace(all_reduce=lambda tensor: tensor.add_(1))
     after = []
     left = []
     for gradient in gradients:
         for M, part in zip(tuner.parameters, gradient.split(sizes), strict=True):
             M.grad += part.view_as(M)
-        with (
-            mock.patch.object(processes, "place", lambda: (0, 2)),
-            mock.patch.object(processes.dist, "all_reduce", lambda tensor: tensor.add_(1)),
-        ):
+        with mock.patch.multiple("support.processes", place=lambda: (0, 2), dist=other):
             tuner.step()
         if any(M.grad is None for M in tuner.parameters):
             raise ValueError("a gradient is None after the step; set it to zeros")

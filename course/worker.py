@@ -34,12 +34,12 @@ def memory_limit(more: int) -> int | None:
         return pages * resource.getpagesize() + more
 
 
-def set_limits(cpu_seconds: int, memory: int, output: int) -> None:
-    """For good: no more processor time, memory beyond what is taken now (bytes), bytes in any file,
+def set_limits(cpu_seconds: int, memory: int) -> None:
+    """For good: no more processor time, memory beyond what is taken now (bytes), 1 MiB in any file,
     nor other processes (as root there is no such limit)."""
     if resource is None:
         return
-    limits = {"CPU": cpu_seconds, "FSIZE": output, "CORE": 0, "NPROC": 0}
+    limits = {"CPU": cpu_seconds, "FSIZE": 2**20, "CORE": 0, "NPROC": 0}
     limits["AS"] = memory_limit(memory) or resource.RLIM_INFINITY
     for name, most in limits.items():
         with suppress(ValueError, OSError):  # a lower limit is there already
@@ -110,7 +110,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(1)
-    set_limits(*map(int, sys.argv[1:4]))
+    set_limits(*map(int, sys.argv[1:3]))
     sys.path[:0] = [str(FOLDER), str(FOLDER / "course")]
     for request in sys.stdin:
         print(answer(request), file=answers, flush=True)

@@ -4,12 +4,12 @@ Solutions run in this process here, in a tenth of the time. test_course_grader.p
 of the processes that students' code runs in.
 """
 
-import json
 import re
 import secrets
 import sys
 from dataclasses import replace
 from textwrap import indent
+from unittest import mock
 
 import pytest
 import torch
@@ -51,29 +51,20 @@ class InThisProcess(Sandbox):
     def output(self):
         return ""
 
-    def ask(self, function, tensors, **numbers):
-        tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        request = {"function": function, "numbers": numbers, "tensors": worker.encode(tensors)}
-        before, path = swap_modules(self.modules), sys.path[:]
-        sys.path[:0] = [str(self.folder), str(self.folder / "course")]
-        try:
-            with torch.enable_grad():  # as in a process of its own, whatever other tests have set
-                answer = worker.answer(json.dumps(request))
+    def exchange(self, request):
+        before = swap_modules(self.modules)
+        path = [str(self.folder), str(self.folder / "course"), *sys.path]
+        try:  # gradients: as in a process of its own, whatever other tests have set
+            with mock.patch.object(sys, "path", path), torch.enable_grad():
+                return worker.answer(request)
         finally:
-            sys.path[:] = path
             self.modules = swap_modules(before)
-        return sandbox.read_answer(answer)
 
 
 def grade_here(monkeypatch, tmp_path):
     """Grades in this process."""
     monkeypatch.setattr(InThisProcess, "parent", tmp_path, raising=False)
     monkeypatch.setattr(grade, "Sandbox", InThisProcess)
-
-
-@pytest.fixture
-def here(monkeypatch, tmp_path):
-    grade_here(monkeypatch, tmp_path)
 
 
 def put_solutions(modules, ids):
@@ -128,13 +119,15 @@ def test_points():
 
 
 @pytest.mark.parametrize("id", PROBLEMS)
-def test_right_solution(id, here):
+def test_right_solution(id, monkeypatch, tmp_path):
+    grade_here(monkeypatch, tmp_path)
     verdict = graded(id, SOLVED, seed=secrets.randbelow(2**31))
     assert verdict.points == PROBLEMS[id].points, verdict.text()
 
 
 @pytest.mark.parametrize("name, what", ALL_WRONG)
-def test_wrong_solution_loses_in_its_problem(name, what, here):
+def test_wrong_solution_loses_in_its_problem(name, what, monkeypatch, tmp_path):
+    grade_here(monkeypatch, tmp_path)
     verdict = graded(PROBLEM_OF[name], wrong(name, WRONG[name][what]), name)
     assert verdict.points < verdict.problem.points
 

@@ -23,9 +23,10 @@ from course.sandbox import Failed, Limits, expect
 from tests import test_course as tests
 from tests.helpers import call
 from tests.test_course import PARTS, PROBLEM_OF, PROBLEMS, REFERENCE, SOLVED
-from tests.wrong_solutions import ZEROS
 
+SLOW = pytest.mark.slow
 SVD = "cskv.svd_factors"
+ZEROS = "return LowRank(torch.zeros(W.shape[0], rank).to(W), torch.zeros(rank, W.shape[1]).to(W))"
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +92,11 @@ def test_release_keeps_contracts(released):
 
 
 def test_release_leaves_out_what_is_for_the_instructor(released):
-    """The students' notebook is theirs."""
-    for_instructors = {"INSTRUCTOR.md", "answers.md", "walkthrough.ipynb"}
-    for_instructors |= {"gradescope.py", "release.py"}
+    """And nothing else."""
+    hidden = {"INSTRUCTOR.md", "answers.md", "walkthrough.ipynb", "gradescope.py", "release.py"}
     in_project = {path.name for path in (ROOT / "course").iterdir()}
     left = {path.name for path in (released / "course").iterdir()}
-    assert for_instructors <= in_project and not for_instructors & left
-    assert {"README.md", "student.ipynb", "grade.py"} <= left
+    assert in_project - left - {"__pycache__", ".ipynb_checkpoints"} == hidden
 
 
 def test_release_pins_what_it_needs(released):
@@ -130,7 +129,7 @@ def test_the_students_own_check(released, tmp_path):
     assert points == 10 and out.count("not written yet") == len(PARTS) - 1
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_student_has_no_reference(released, tmp_path):
     """A function that builds on one of another problem: named there, and right for the grader."""
     student = solve(released, tmp_path / "student", "e")
@@ -139,7 +138,7 @@ def test_the_student_has_no_reference(released, tmp_path):
     assert command(ROOT, student, "--problem", "e")[0] == 15
 
 
-@pytest.mark.slow
+@SLOW
 def test_reference_and_empty_release(released):
     """The three commands' results, and their time: well under the three minutes allowed."""
     start = time.time()
@@ -186,30 +185,22 @@ CHEATS = [  # and what is said of them, if more than that the answer is wrong
     (NO_CHECKS, WRONG),
     (SEARCH, WRONG),
     ("import threading, time; threading.Thread(target=time.sleep, args=[1000]).start()", WRONG),
-    ("import atexit, time; atexit.register(time.sleep, 1000)", WRONG),
     ("import sys; sys.exit(0)", "ended the process, with status 0"),
-    ("import os; os._exit(0)", "ended the process, with status 0"),
     ("while True: pass", "over 4 seconds"),
     ("import time; time.sleep(1000)", "did not end within"),
     ("while True: print('x' * 1000)", "File too large"),
-    ("try:\n    while True: print('x' * 1000)\nexcept OSError: pass", ""),
     (WRITE, ""),
     ("[bytearray(2**28) for _ in range(1000)]", "MemoryError"),
     ("import signal; signal.raise_signal(signal.SIGSEGV)", "crashed with signal 11"),
     (FORGED + "m.json.dumps({'tensors': m.encode({})})", "A was not returned"),
-    ("return {str(i): torch.zeros(0) for i in range(10**4)}", "A was not returned"),
     ("return LowRank(torch.zeros(2**25), torch.zeros(2**25))", "bytes"),
     (FORGED + "'[' * 10**6", STRANGE),
-    (FORGED + "'{\"error\": 1' + '0' * 10**7 + '}'", STRANGE),
     (FORGED + "m.json.dumps({'error': 'x', 'frames': 10**9})", STRANGE),
     (FORGED + "m.json.dumps({'tensors': m.base64.b64encode(b'\\xff' * 99).decode()})", STRANGE),
     ("return [W]", "was expected"),
-    ("return 'x' * 10**8", "was expected"),
     ("return LowRank(torch.zeros(0, 2**40), torch.zeros(0))", "was expected"),
     ("return LowRank(torch.zeros(1).expand(10**12), W)", "Error: "),
     ("return LowRank(W.to_sparse(), W)", "Error: "),
-    ("return LowRank(W.to('meta'), W)", "Error: "),
-    ("return LowRank(torch.quantize_per_tensor(W.float(), 1, 0, torch.qint8), W)", "Error: "),
     ("return 10**400", "Error: "),
     ("open('x', 'wb').write(b'x' * 2**21)", "Error: "),
     ("raise ValueError('x' * 10**8)", "Error: "),
@@ -224,9 +215,10 @@ def graded_body(body, limits=FAST):
     return tests.graded("b", student, SVD, limits=limits)
 
 
-@pytest.mark.parametrize(
-    "body, message", [CHEATS[0], *(pytest.param(*c, marks=pytest.mark.slow) for c in CHEATS[1:])]
-)
+SLOW_CHEATS = [pytest.param(*cheat, marks=SLOW) for cheat in CHEATS[1:]]
+
+
+@pytest.mark.parametrize("body, message", [CHEATS[0], *SLOW_CHEATS])
 def test_cheat_has_no_points(body, message):
     verdict = graded_body(f"{body}\n{ZEROS}")  # it goes on with a wrong answer
     assert verdict.points == 0, verdict.text()
@@ -257,16 +249,11 @@ def link_files(folder, link):
         link(file, folder.parents[1] / "source" / f"{module}.py")
 
 
-def link_twice(file, target):
-    file.with_suffix(".other").symlink_to(target)
-    file.symlink_to(file.with_suffix(".other"))
-
-
 LINKS = {  # how a submission leads to the reference, in its parent's folder `source`
     "the submission": lambda folder: folder.symlink_to("../source"),
     "a folder in it": lambda folder: (folder / "inner").symlink_to("../../source"),
     "the folder beyond": lambda folder: (folder / "beyond").symlink_to("../../source/beyond"),
-    "files": lambda folder: link_files(folder, link_twice),
+    "files": lambda folder: link_files(folder, Path.symlink_to),
     "hard links": lambda folder: link_files(folder, Path.hardlink_to),
 }
 
@@ -313,10 +300,7 @@ def test_messages_teach():
         expect({"x": got}, "x", want, 0.1)
 
 
-ENDS = [pytest.param(e, marks=pytest.mark.slow) for e in ("", "raise ValueError", "while True: 0")]
-
-
-@pytest.mark.parametrize("end", ["import os; os._exit(0)", *ENDS])
+@pytest.mark.parametrize("end", ["import os; os._exit(0)", pytest.param("", marks=SLOW)])
 def test_prints_are_shown(end):
     """Without the end of a line too, and when the process ends."""
     body = f"import sys\nprint('one', end='')\nsys.stdout.write('two')\n{end}\n{ZEROS}"
@@ -338,7 +322,7 @@ def test_one_syntax_error_costs_its_function():
             function_text(broken, name)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("length", ["10**13", "4 * 10**7"])
 def test_a_number_of_tokens_that_there_are_not(length):
     """Costs the checks of its problem that decode, and no more."""
@@ -357,7 +341,7 @@ def test_a_text_that_is_hard_to_parse(text):
         function_text(student, "quant.pack")
 
 
-@pytest.mark.slow
+@SLOW
 def test_problems_that_hang_share_the_time(tmp_path):
     """The one that does not hang, among three that do, has its points. The results are there before
     the time is over."""
@@ -367,13 +351,12 @@ def test_problems_that_hang_share_the_time(tmp_path):
             student = tests.write_body(student, name, "import time\ntime.sleep(1000)")
     write_modules(tmp_path, student)
     start = time.monotonic()
-    gradescope.grade_submission(tmp_path, tmp_path / "results.json", 90)
+    results = grade_submission(tmp_path, seconds=90)
     assert 15 < time.monotonic() - start < 90
-    results = json.loads((tmp_path / "results.json").read_text())
     assert [test["score"] for test in results["tests"]] == [0, 0, 0, 20, 0, 0]
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_class(tmp_path, capsys):
     """A line for each student, whatever was handed in."""
     write_modules(tmp_path / "class" / "ann", SOLVED)
@@ -391,7 +374,7 @@ def test_a_class(tmp_path, capsys):
     assert "has none of quant.py" in rows[2]["reasons"]
 
 
-@pytest.mark.slow
+@SLOW
 def test_others_are_graded(tmp_path):
     """Files that have nothing of a function, or are missing, cost their own problems alone; so does
     a function that ends the process."""
@@ -442,7 +425,7 @@ def run_autograder(image, student, python=sys.executable, timeout=None):
     return results
 
 
-@pytest.mark.slow
+@SLOW
 def test_gradescope(image):
     """The zip, a submission, its results."""
     results = run_autograder(image, {**REFERENCE.given, "model": SOLVED["model"]})
@@ -459,8 +442,8 @@ def test_gradescope_has_results_after_a_crash(image, more):
     assert "not come to an end" in results["output"]
 
 
-def grade_submission(folder):
-    gradescope.grade_submission(folder, folder / "results.json")
+def grade_submission(folder, **seconds):
+    gradescope.grade_submission(folder, folder / "results.json", **seconds)
     return json.loads((folder / "results.json").read_text())
 
 

@@ -60,10 +60,9 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @dataclass
 class Layer:
-    """A layer, its factors, and a text of T tokens for it. Exact keys and values, k and v, have
+    """A layer, its factors, and a text for it. Exact keys and values, k and v, have
     nothing to do with x A B: so it shows at once which of them a token is attended through."""
 
-    T: int
     sizes: list  # H, H_kv, D, and the sliding window or None
     window: int
     sinks: int
@@ -90,7 +89,8 @@ class Layer:
 
     def step(self, t: int) -> Tensor:
         """What a decode step of the token at position t returns, [B, H, 1, D]."""
-        exact = self.is_exact(torch.arange(self.T), t)[:, None]
+        positions = torch.arange(self.tensors["x"].shape[1])
+        exact = self.is_exact(positions, t)[:, None]
         both = []
         for name in "kv":
             c = self.tensors["x"] @ self.tensors[f"A_{name}"]
@@ -111,8 +111,8 @@ def draw_layer(draw: Draw, T: int, bias=False, sliding=None, window=3, sinks=0) 
     }
     for name in "kv":
         r = draw.integer(1, 4)
-        tensors[f"A_{name}"] = draw.normal(hidden, r) / math.sqrt(hidden)
-        tensors[f"B_{name}"] = draw.normal(r, H_kv * D) / math.sqrt(r)
+        tensors[f"A_{name}"] = draw.normal(hidden, r) / 2
+        tensors[f"B_{name}"] = draw.normal(r, H_kv * D) / 2
         if bias:
             tensors[f"{name}_bias"] = draw.normal(H_kv * D)
-    return Layer(T, [H, H_kv, D, sliding], window, sinks, tensors)
+    return Layer([H, H_kv, D, sliding], window, sinks, tensors)

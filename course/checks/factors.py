@@ -9,9 +9,9 @@ from course.sandbox import Draw, Failed, Sandbox, expect, look
 
 def draw_weight(draw: Draw) -> tuple[Tensor, int]:
     """W [hidden, d_kv], and a rank below both."""
-    hidden, d_kv = draw.integer(4, 24), draw.integer(4, 16)
-    rank = draw.integer(1, min(hidden, d_kv) - 1)
-    return draw.normal(hidden, d_kv), rank
+    shape = [draw.integer(4, 24), draw.integer(4, 16)]
+    rank = draw.integer(1, min(shape) - 1)
+    return draw.normal(*shape), rank
 
 
 def factorize(student: Sandbox, name: str, tensors: dict, rank: int, **numbers) -> tuple:
@@ -23,8 +23,8 @@ def factorize(student: Sandbox, name: str, tensors: dict, rank: int, **numbers) 
 
 
 def at_floor(name: str, lost: Tensor, whole: Tensor, rank: int, tolerance: float) -> None:
-    """Raises `Failed` unless |lost|^2 is the least that a matrix of this rank can leave of `whole`:
-    the sum of the squares of the singular values left out (Eckart and Young)."""
+    """Raises `Failed` unless |lost|^2 is the least that a matrix of this rank can leave of
+    `whole`: the sum of the squares of the singular values left out (Eckart and Young)."""
     floor = torch.linalg.svdvals(whole)[rank:].square().sum()
     least = floor + 1e-10 * whole.square().sum()
     loss = lost.square().sum()
@@ -33,8 +33,8 @@ def at_floor(name: str, lost: Tensor, whole: Tensor, rank: int, tolerance: float
 
 
 def svd_is_nearest(student: Sandbox, draw: Draw) -> None:
-    """No A B of this rank is nearer to W. The singular values are shared evenly: A^T A = B B^T =
-    diag(S_r), the largest first."""
+    """No A B of this rank is nearer to W. The singular values are shared evenly: A^T A =
+    B B^T = diag(S_r), the largest first."""
     for _ in range(5):
         W, rank = draw_weight(draw)
         A, B = factorize(student, "svd", {"W": W}, rank)
@@ -46,17 +46,17 @@ def svd_is_nearest(student: Sandbox, draw: Draw) -> None:
 
 def asvd_weighs_rows(student: Sandbox, draw: Draw) -> None:
     """No A B of this rank has a smaller |S W - S A B|^2, S = diag(mean |x|^alpha)."""
-    for alpha in ({}, {"alpha": 0.5}, {"alpha": 1.0}, {"alpha": 0.25}):
+    for alpha in (0.5, 0.5, 1.0, 0.25):
         W, rank = draw_weight(draw)
         x_abs = torch.exp(2 * draw.normal(len(W)))
-        A, B = factorize(student, "asvd", {"W": W, "x_abs": x_abs}, rank, **alpha)
-        S = x_abs.pow(alpha.get("alpha", 0.5))[:, None]
-        at_floor(f"the loss with {alpha or 'no alpha'}", S * (W - A @ B), S * W, rank, 1e-6)
+        A, B = factorize(student, "asvd", {"W": W, "x_abs": x_abs}, rank, alpha=alpha)
+        S = x_abs.pow(alpha)[:, None]
+        at_floor(f"the loss with alpha {alpha}", S * (W - A @ B), S * W, rank, 1e-6)
 
 
 def draw_layer(draw: Draw, tokens: int = 48) -> tuple[dict[str, Tensor], Tensor, int]:
-    """W and the moment E k^T k of k = x W, the inputs x [tokens, hidden], whose channels are of
-    different sizes and go together, and a rank."""
+    """W and the moment E k^T k of k = x W, the inputs x [tokens, hidden], whose channels differ in
+    size and go together, and a rank."""
     W, rank = draw_weight(draw)
     mix = draw.normal(len(W), len(W)) * torch.exp(draw.normal(len(W)))
     x = draw.normal(tokens, len(W)) @ mix
@@ -65,8 +65,8 @@ def draw_layer(draw: Draw, tokens: int = 48) -> tuple[dict[str, Tensor], Tensor,
 
 
 def optimal_reaches_the_floor(student: Sandbox, draw: Draw) -> None:
-    """The mean of |x W - x A B|^2 is the sum of the eigenvalues of E k^T k left out, so no other
-    A B of this rank has less. Also with fewer tokens than channels."""
+    """The mean of |x W - x A B|^2 is the sum of the eigenvalues of E k^T k left out, so no
+    other A B of this rank has less. Also with fewer tokens than channels."""
     for tokens in (3, 48, 48, 48, 48):
         tensors, x, rank = draw_layer(draw, tokens)
         W = tensors["W"]
@@ -84,13 +84,11 @@ def metric_weighs_errors(student: Sandbox, draw: Draw) -> None:
         tensors, x, rank = draw_layer(draw)
         W = tensors["W"]
         d_kv = W.shape[1]
-        half = draw.normal(d_kv, d_kv) * torch.exp(draw.normal(d_kv))
-        metric = half.T @ half + 1e-3 * torch.eye(d_kv, dtype=torch.float64)
-        A, B = factorize(student, "optimal", {**tensors, "metric": metric}, rank)
-        # The same by another way: the symmetric square root of M in the place of L.
-        values, vectors = torch.linalg.eigh(metric)
-        root = vectors * values.sqrt() @ vectors.T
-        at_floor("the loss", (x @ W - x @ A @ B) @ root, x @ W @ root, rank, 1e-6)
+        half = draw.normal(2 * d_kv, d_kv) * torch.exp(draw.normal(d_kv))
+        tensors["metric"] = half.T @ half  # of full rank
+        A, B = factorize(student, "optimal", tensors, rank)
+        # |y half^T|^2 is y M y^T: no root of M is needed.
+        at_floor("the loss", (x @ W - x @ A @ B) @ half.T, x @ W @ half.T, rank, 1e-6)
 
 
 def svd_and_optimal_tell(student: Sandbox, draw: Draw) -> None:
@@ -103,8 +101,8 @@ def svd_and_optimal_tell(student: Sandbox, draw: Draw) -> None:
 
 
 def asvd_tells(student: Sandbox, draw: Draw) -> None:
-    """With its factors the teaching model finds numbers. They have the type of W, and a channel of
-    x that is always 0 makes nothing infinite."""
+    """With its factors the teaching model finds numbers. They have the type of W, and a
+    channel of x that is always 0 makes nothing infinite."""
     finds_numbers(student, draw, init="asvd", rank=56)
     W, rank = draw_weight(draw)
     x_abs = W.abs().sum(1).float()

@@ -28,19 +28,19 @@ def draw_regression(draw: Draw) -> dict[str, Tensor]:
 def equation_1(student: Sandbox, draw: Draw) -> None:
     """L_K = MSE(K, K^), K^ = (x A) B, the mean over batch, tokens and channels, and its gradients.
     In float64 if asked for, and close to zero too: there the squares must not be taken apart."""
-    for dtype in (torch.float32, torch.float64, torch.float64):
-        double = dtype == torch.float64
+    for name in ("float32", "float64", "float64"):
+        dtype = getattr(torch, name)
         tensors = draw_regression(draw)
         x, k, A, B = (tensors[name].double() for name in "xkAB")
         c = x @ A
         error = c @ B - k
-        answer = student.ask("scenarios.loss", tensors, double=double)
+        answer = student.ask("scenarios.loss", tensors, dtype=name)
         expect(answer, "loss", error.square().mean(), 1e-5, dtype=dtype)
         error = 2 / k.numel() * error
         expect(answer, "A", (x.mT @ error @ B.T).sum(0), 1e-4, "the gradient of A")
         expect(answer, "B", (c.mT @ error).sum(0), 1e-4, "the gradient of B")
         tensors["k"] = (c @ B + 3e-4 * draw.normal(*k.shape)).float()
-        answer = student.ask("scenarios.loss", tensors, double=double)
+        answer = student.ask("scenarios.loss", tensors, dtype=name)
         want = (tensors["k"].double() - c @ B).square().mean()
         expect(answer, "loss", want, 2e-2, "near 0", dtype)
 
