@@ -17,7 +17,7 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -53,7 +53,6 @@ from support.text import sample_tokens
 
 PAPER_LR = 5e-5
 LINES = [25, 50, 100]  # of the LongEval cases that factors are fitted to, and of table 1
-BEGAN = time.monotonic()
 
 
 @dataclass
@@ -68,6 +67,7 @@ class Experiment:
     out: Path  # of the table and the figure, without a suffix
     notes: Path
     plan: dict  # that must be the same to go on with the notes
+    began: float = field(default_factory=time.monotonic)
 
     def row(self, cache: str, ratio: float | None = None, **settings) -> Row:
         """A cache that holds 16-bit numbers."""
@@ -94,7 +94,9 @@ class Experiment:
         rows = []
         for factors in self.files:
             cache = "cskv-window-8" if factors.info.get("window_bits") == "8" else "cskv"
-            rows.append(self.row(cache, factors=factors, origin="budget", sinks=4))
+            layers = max([group.count for group in factors.together], default=1)
+            origin = "budget" if layers == 1 else f"budget, {layers} layers together"
+            rows.append(self.row(cache, factors=factors, origin=origin, sinks=4))
         return rows
 
     def scores(self, rows: list[tuple[Row, dict]], by_lines: bool = False) -> list[dict]:
@@ -116,7 +118,7 @@ class Experiment:
         if "--data" in given:
             given[given.index("--data") + 1] = "FOLDER"
         command = f"`python -m experiments.paper {shlex.join(given)}`"
-        minutes = (time.monotonic() - BEGAN) / 60
+        minutes = (time.monotonic() - self.began) / 60
         made = f"{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, "
         made += (
             f"{torch.get_num_threads()} threads, {minutes:.1f} minutes since it was started last"
