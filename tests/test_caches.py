@@ -12,7 +12,7 @@ import cskv
 import infer
 import model
 from beyond.segments import SEGMENTS, FastCache
-from cskv import init_factors
+from cskv import Together, init_factors
 from experiments import baselines, caches, evaluate, figures, speed
 from experiments.caches import CACHES, CHANNELS, make_cache, make_row
 from infer import held_bytes
@@ -21,6 +21,7 @@ from support.huggingface.checkpoint import load_model
 from tests.drawn import groups, quick, schedules, shapes, sinks, widths, windows
 from tests.evaluating import ROOT, arguments, measured, storages
 from tests.helpers import OneToken, call, in_bits, make_factors, tiny_model, tiny_tokens
+from tests.test_shared import side_by_side
 
 # The first piece is the prompt.
 pieces = st.lists(st.sampled_from([1, 2, 3, 17, 40, 70]), min_size=2, max_size=4)
@@ -195,19 +196,21 @@ def test_equal_bytes(everything, tmp_path, capsys):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cache_keeps_nothing_that_is_not_counted(name, dtype):
     """No copy of a weight, no table, no buffer beside those of `nbytes()`: with every kind of
-    factors, before and after groups are packed, with biases and grouped heads."""
+    factors, before and after groups are packed, with biases and grouped heads; what layers share
+    counts once."""
     model = tiny_model(attention_bias=True, rope_theta=1e4)
     tokens = tiny_tokens(model, 2, 150)
     kinds = [None]
     if CACHES[name].shrinks == CHANNELS:
         whole = init_factors("svd", model, [5, 6], [4, 7])
         kinds = [whole, in_bits(whole, 32, 4), in_bits(whole, 3, 3), in_bits(whole, 2, 8, 64)]
+    if name.startswith("cskv"):
+        kinds.append(side_by_side(kinds[-1], [Together("k", 0, 2)]))
     for factors in kinds:
         row = make_row(model, name, 0.5, factors, window=8, sinks=2, dtype=dtype)
         cache = make_cache(model, row, 100)
         weights = storages(model, row.factors, factors)
         for piece in tokens.split([90, 1, 1, 58], dim=1):
             model(piece, cache)
-        for layer in cache:
-            own = {at: size for at, size in storages(layer).items() if at not in weights}
-            assert sum(own.values()) == layer.nbytes(), (name, row.bits)
+        own = {at: size for at, size in storages(cache).items() if at not in weights}
+        assert sum(own.values()) == held_bytes(cache), (name, row.bits)
