@@ -35,9 +35,9 @@ def without(entries, *names):
 
 def edit(folder, changes):
     file = folder / "config.json"
-    entries = json.loads(file.read_text()) | changes
-    kept = {name: value for name, value in entries.items() if value is not ...}
-    file.write_text(json.dumps(kept))
+    removed = [name for name, value in changes.items() if value is ...]
+    entries = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps(without(entries, *removed)))
 
 
 def assert_as_transformers(folder):
@@ -195,19 +195,24 @@ REFUSED = [  # changes to a Llama's config.json, and words of the refusal
     ({"layer_types": [SLIDING] * 2, "sliding_window": 8}, "layer_types"),
     ({"head_dim": 2**23}, "4 query heads on 2 key/value heads of dimension 8388608"),
     ({"num_attention_heads": 48, "head_dim": ...}, "head_dim is 0"),
+    ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads is 0"),
     ({"num_attention_heads": 10}, "10 query heads"),
     ({"head_dim": 7}, "of dimension 7"),
     ({**MISTRAL, "num_key_value_heads": ...}, "4 query heads on 8"),
+    ({**MISTRAL, "num_key_value_heads": None}, "4 query heads on 8"),
     ({"rope_theta": 1e-3}, "rope_theta is 0.001, not a number from 0.1"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta is None"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "factor is None"),
     ({"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}}, "not below the high_freq_factor 4.0"),
     ({"rope_parameters": {FULL: LINEAR}}, "RoPE that differs between layers"),
     ({"rope_parameters": [LINEAR]}, "RoPE scaling [{"),
-    ({"rope_scaling": {"rope_type": None, "factor": 2.0}}, "scaling None is not"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "scaling 'yarn' is not"),
     ({"rope_scaling": {"type": ["linear"], "factor": 2.0}}, "['linear']"),
     ({"rope_scaling": {**LINEAR, "partial_rotary_factor": 0.25}}, "partial_rotary_factor of 0.25"),
 ]
+for kind in (None, "dynamic", "yarn", "longrope", "su", "mrope", "proportional"):
+    REFUSED.append(
+        ({"rope_scaling": {"rope_type": kind, "factor": 2.0}}, f"scaling {kind!r} is not")
+    )
 for entry, values in {
     "model_type": ["mamba", None, ["llama"]],
     "hidden_act": [None, "gelu", ["silu"]],
@@ -299,6 +304,7 @@ TIED = [  # what the file of a tied config holds, and whether one matrix is the 
     (lambda w: without(w, OUTPUT), True),
     (lambda w: {**without(w, EMBEDDING), OUTPUT: w[EMBEDDING]}, True),
     (lambda w: {**w, OUTPUT: w[EMBEDDING].clone()}, True),
+    (own_output, False),
     (lambda w: {**w, OUTPUT: w[EMBEDDING].index_fill(0, torch.tensor([60]), 0.5)}, False),
     (lambda w: {**w, OUTPUT: w[EMBEDDING].half()}, False),
 ]
@@ -321,6 +327,8 @@ def test_matrices_that_are_missing_or_do_not_fit(tiny):
     rewrite(tiny, lambda w: without(w, OUTPUT))
     assert "weight lm_head.weight is missing (1 in all)" in refusal(load_model, tiny)
     edit(tiny, {"tie_word_embeddings": True})
+    rewrite(tiny, lambda w: {**w, OUTPUT: torch.ones(9, 24)})
+    assert "'lm_head.weight' has shape (9, 24)" in refusal(load_model, tiny)
     rewrite(tiny, lambda w: without(w, EMBEDDING, OUTPUT))
     assert "is missing (2 in all)" in refusal(load_model, tiny)
 
@@ -383,13 +391,18 @@ def test_a_damaged_bin_is_one_line(tmp_path, write):
 BIAS = "model.layers.0.self_attn.q_proj.bias"
 UNFIT = [  # what a .bin holds instead of weights, and words of the refusal
     (lambda w: {"state_dict": w, "epoch": 3}, "'state_dict' is no weight"),
+    (lambda w: {**w, "epoch": 3}, "'epoch' is no weight"),
     (lambda w: {**w, EMBEDDING: 3}, "'model.embed_tokens.weight' is no weight"),
     (lambda w: {**w, 3: torch.ones(2)}, "3 is no weight"),
     (lambda w: tuple(w.values()), "is damaged, or holds more than weights"),
+    (lambda w: w[EMBEDDING], "is damaged, or holds more than weights"),
     (lambda w: {}, "is missing"),
+    (lambda w: {f"module.{k}": v for k, v in w.items()}, "'module.lm_head"),
+    (lambda w: {k.removeprefix("model."): v for k, v in w.items()}, "'embed_tokens.weight' is no"),
     (lambda w: {**without(w, OUTPUT), "score.weight": torch.ones(2, 24)}, "'score.weight' is no"),
     (lambda w: {**w, BIAS: torch.ones(24)}, "q_proj.bias"),
     (lambda w: {**w, EMBEDDING: w[EMBEDDING].to(torch.int8)}, "torch.int8"),
+    (lambda w: {**w, EMBEDDING: w[EMBEDDING].to(torch.complex64)}, "complex64"),
     (lambda w: {**w, EMBEDDING: w[EMBEDDING].to("meta")}, "on meta"),
     (lambda w: {**w, OUTPUT: w[OUTPUT][:9]}, "'lm_head.weight' has shape (9, 24)"),
     (lambda w: {**w, EMBEDDING: w[EMBEDDING].to_sparse()}, "torch.sparse_coo"),
