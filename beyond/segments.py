@@ -1,8 +1,8 @@
 """Old keys share a position: a decode step in which no key is rebuilt.
 
 RoPE stands between the query and B_k. So the paper's cache rebuilds and rotates every old
-key at every step: 2 r d_kv operations a token, 13 (SmolLM2) to 820 times (LongChat-7B) the
-2 H D of a full cache. If a whole segment of old tokens stood at one position t0, B_k could
+key at every step: 2 r d_kv operations a token, at 80% 13 (SmolLM2) to 820 times (LongChat-7B)
+the 2 H D of a full cache. If a whole segment of old tokens stood at one position t0, B_k could
 go into the query instead, once a segment; R(n) turns a query by n positions:
 
     score = q R(t - t0) B_k^T c^T = u c^T        u = q R(t - t0) B_k^T    [r]
@@ -14,9 +14,9 @@ Segments. Cut the old tokens into segments of L neighbours, and let all of them 
 
         a_f = 1/L sum_tau exp(i tau w_f) = sin(w_f L / 2) / (L sin(w_f / 2))            (S1)
 
-    So each plane of the query is damped by a_f. A slow one, which hardly turns within a
-    segment, counts in full. A fast one, of which a segment holds all phases, counts for its
-    mean, nearly nothing: 1 - a_f^2 of its energy is lost. L = 1 is the paper's cache.
+    So each plane of the query is damped: u = (a * q R(t - t0)) B_k^T. A slow one, which hardly
+    turns within a segment, counts in full. A fast one, of which a segment holds all phases, counts
+    for its mean, nearly nothing: 1 - a_f^2 of its energy is lost. L = 1 is the paper's cache.
 
         L = 128    w = 0.001: a = 0.9993    w = 0.01: a = 0.93    w = 0.1: a = 0.018
 
@@ -226,8 +226,8 @@ class Ring:
 
 
 class FastCache(BiBranchCache):
-    """`BiBranchCache` with its steps 3 and 4 done in segments: for long texts, faster than a full
-    cache. The arguments are the same; `expected` is worth giving, for all memory is taken once.
+    """`BiBranchCache` with its steps 3 and 4 done in segments: on a CPU, for long texts, faster
+    than a full cache. The arguments are the same; with `expected`, all memory is taken once.
 
     It loses what (S1) loses: experiments/README.md, "What sharing positions loses".
 
