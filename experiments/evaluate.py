@@ -226,7 +226,7 @@ def rows_of(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) 
             texts = sample_tokens(args.calibrate, tokenizer, args.samples, length, 0, args.sinks)
         elif args.what in ANSWER_TOKENS:
             count = min(args.samples, 64)
-            texts = samples(tokenizer, length, args.what, [max(args.lines)], count)
+            texts = samples(tokenizer, length, args.what, [max(args.lines)], count, seed=0)
         else:
             raise UserError("cskv and asvd need factors, made from text; give --calibrate TEXT")
         return calibrate_together(model, texts, args.sinks)

@@ -358,7 +358,7 @@ def run(args: argparse.Namespace) -> None:
             length = min(args.seq_len, limit)
             texts = sample_tokens(args.calibrate, tokenizer, args.samples, length, seed=0)
         else:
-            texts = samples(tokenizer, limit, "longeval", LINES, args.samples)
+            texts = samples(tokenizer, limit, "longeval", LINES, args.samples, seed=0)
         cases = []
         if args.text:
             sizes = {"steps": args.steps, "count": args.passages, "batch": args.batch}

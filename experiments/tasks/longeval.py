@@ -128,11 +128,12 @@ def read_cases(folder: Path, lines: int) -> list[RetrievalCase]:
 
 
 def samples(
-    tokenizer: Tokenizer, length: int, task: str, lines: list[int], count: int
+    tokenizer: Tokenizer, length: int, task: str, lines: list[int], count: int, seed: int
 ) -> list[Tensor]:
-    """`count` cases as token ids [1, T], T up to `length`, to calibrate or to train on: of a seed
-    that no measured ones have. One of each number of `lines` in turn: the first are like all."""
-    draws = [make_cases(task, n, count, seed=10**9) for n in lines]
+    """`count` cases as token ids [1, T], T up to `length`, to calibrate or to train on: never those
+    that are measured with the same seed. One of each number of `lines` in turn, so that the first
+    are like all."""
+    draws = [make_cases(task, n, count, seed + 10**9) for n in lines]
     cases = [next(draws[i % len(draws)]) for i in range(count)]
     ids = [tokenizer.encode_prompt(case.text, chat=False)[:length] for case in cases]
     return [torch.tensor([tokens]) for tokens in ids]
