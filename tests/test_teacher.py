@@ -38,8 +38,10 @@ def gradients():
 @example("line amber-acorn: REGISTER_CONTENT is <12345>\n")
 @example("  two  spaces\n\n\n, a\ttab, \x00, <0x41>, ▁, Ġ, e\u0301 and é, \U0001f600")
 @example("")
+@example(EOS)
 def test_any_text_survives(text):
-    assert TOKENIZER.decode(TOKENIZER.encode(text).ids) == text
+    ids = TOKENIZER.encode(text).ids
+    assert TOKENIZER.decode(ids, skip_special_tokens=False) == text
 
 
 @pytest.mark.parametrize("spelled", [False, True])
