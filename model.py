@@ -137,6 +137,9 @@ class LayerCache:
         q    [B, H, T, D]       queries, before RoPE
         k, v [B, H_kv, T, D]    keys and values, k before RoPE
         out  [B, H, T, D]       what attention gives
+
+    A subclass counts `length` up in `remember` and in `decode`, takes `sliding_window` from the
+    config and respects it in `decode`, and keeps tensors of its own, no slices of longer ones.
     """
 
     length = 0  # tokens seen

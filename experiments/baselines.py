@@ -38,7 +38,7 @@ from support.command import UserError
 
 
 class PrunedCache(LayerCache):
-    """What the two token-pruning caches share: a budget of tokens; the rest is gone.
+    """What token-pruning caches share: a budget of tokens; the rest is gone.
 
     The budget is `budget`, or max(least, round((1 - ratio) * T)) of the prompt's length
     T, and fixed then: each new token evicts an old one before it attends. `length` still

@@ -38,8 +38,8 @@ TOKENS, CHANNELS = "tokens", "channels"  # what a compression ratio removes
 
 @dataclass(frozen=True)
 class Kind:
-    """How a cache is made. `make` gets the settings of a `Row` as attributes, with the
-    layer's own `factors`, its `attention`, the model's `config`, and the `expected` tokens."""
+    """How a cache is made. `make` gets the settings of a `Row` as attributes, with the layer's own
+    `factors`, its `attention`, the model's `config`, and the `expected` tokens."""
 
     make: Callable[[SimpleNamespace], LayerCache]
     shrinks: str | None = None  # TOKENS, or CHANNELS, which takes factors

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cskv import CALIBRATED, INITIALIZATIONS, Factors, Statistics, init_factors
+from experiments import figures
 from experiments.caches import Row, add_cache_options, make_rows
 from experiments.measuring import Case, measure
 from experiments.notes import all_that_counts, delete_notes, own_notes
-from experiments.tables import table, write_json
+from experiments.tables import compare_with_full, table, write_json
 from experiments.tasks import longbench, lveval
 from experiments.tasks.longeval import PUBLISHED, RetrievalCase, make_cases, read_cases, samples
 from experiments.tasks.prompts import read_prompt
@@ -83,20 +84,31 @@ class Passages(Case):
 def perplexity_cases(
     model: Transformer,
     tokenizer: Tokenizer,
-    text: Path,
-    context: int,
+    texts: list[Path],
+    contexts: list[int],
     steps: int,
     count: int,
     batch: int,
 ) -> list[Passages]:
-    """`count` passages of a text, `batch` of them a case: `context` tokens, then `steps`."""
-    length = context + steps
-    if length > model.config.context_length:
-        raise UserError(f"{length} tokens do not fit into {model.config.context_length} of context")
-    tokens = passages(tokenizer.encode("\n\n".join(read_documents(text))), count, length)
-    columns = {"text": text.stem, "context": context}
-    parts = tokens.split(batch)
-    return [Passages(columns, p[:, :context], length - 1, p[:, context:]) for p in parts]
+    """`count` passages of each text and for each context, `batch` of them a case: so many tokens of
+    context, then `steps`."""
+    limit = model.config.context_length
+    if max(contexts) + steps > limit:
+        raise UserError(f"{max(contexts) + steps} tokens do not fit into {limit} of context")
+    names = [text.stem for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two texts for {name}; give each once, and each file its own name")
+    cases = []
+    for text in texts:
+        ids = tokenizer.encode("\n\n".join(read_documents(text)))
+        for context in contexts:
+            columns = {"text": text.stem, "context": context}
+            length = context + steps
+            for some in passages(ids, count, length).split(batch):
+                case = Passages(columns, some[:, :context], length - 1, some[:, context:])
+                cases.append(case)
+    return cases
 
 
 # ---------------------------------------------------------------------- questions with answers
@@ -257,8 +269,11 @@ def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     with processes(args.device) as device:
         written = {"--json": args.json, "the notes of --json": own_notes(args.json)}
-        read = {"--text": args.text, "--calibrate": args.calibrate, "--data": args.data}
-        read |= {f"--factors {file}": file for file in args.factors}
+        written["--picture"] = args.picture
+        if args.picture:
+            figures.pyplot()  # if it is missing, that is known before the work and not after
+        read = {"--calibrate": args.calibrate, "--data": args.data}
+        read |= {str(file): file for file in (*args.text, *args.factors)}
         if args.data:  # the sets of a benchmark may lie one folder below
             read |= {str(file): file for file in args.data.glob("*/*.jsonl")}
         check_files(written, read, args.model)
@@ -270,9 +285,13 @@ def run(args: argparse.Namespace) -> None:
         caches = rows_of(args, model, tokenizer)
         plan = all_that_counts(vars(args), model, args.model) if args.json else None
         rows = measure(model, caches, cases, args.json, plan)
+        if args.what == "perplexity" and args.caches[0] == "full":
+            compare_with_full(rows)
         if place()[0] == 0:
             print(table(rows))
             write_json(args.json, rows)
+            if args.picture:
+                figures.scores(rows, args.picture, "measured_ratio", "measured ratio")
             delete_notes(args.json)
 
 
@@ -302,13 +321,16 @@ def shared_options() -> Arguments:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     shared = shared_options()
     parser = Arguments(description=__doc__)
-    parser.set_defaults(text=None, data=None)
+    parser.set_defaults(text=(), data=None, picture=None)
     commands = parser.add_subparsers(dest="what", required=True, parser_class=Arguments)
     count = number(int, 1)
 
     add = commands.add_parser("perplexity", parents=[shared], help="of text").add_argument
-    add("--text", type=Path, required=True, help="predict this held-out .txt or .jsonl")
-    add("--context", type=count, default=1024, help="prefill so many tokens (default: 1024)")
+    help = "predict these held-out .txt or .jsonl files"
+    add("--text", type=Path, nargs="+", required=True, help=help)
+    add("--picture", type=Path, help="draw perplexity against measured bytes, a PNG")
+    contexts = comma_list(count)
+    add("--context", type=contexts, default="1024", help="prefill so many tokens: 1000,4000 (1024)")
     add("--steps", type=count, default=256, help="decode so many one by one (default: 256)")
     add("--passages", type=count, default=16, help="measure on so many (default: 16)")
     add("--batch", type=count, default=8, help="read so many at a time, as memory allows (8)")
@@ -318,7 +340,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         add = commands.add_parser(name, parents=[shared], help="retrieval").add_argument
         add("--lines", type=comma_list(count), help=f"ask with so many {unit}: 25,50 (default: 50)")
         add("--cases", type=count, default=50, help="ask so often at each length (default: 50)")
-        add("--question", type=protocols, default="prefill", help="prefill it, decode it, or both")
+        add(
+            "--question",
+            type=protocols,
+            default="prefill",
+            help="prefill it, decode it, or prefill,decode",
+        )
         if name == "longeval":
             add("--data", type=Path, help="read LongEval's own cases in this folder")
 

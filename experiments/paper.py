@@ -25,13 +25,13 @@ import torch
 
 from cskv import INITIALIZATIONS, Factors, rank_for
 from experiments import figures
-from experiments.caches import CACHES, TOKENS, Row, make_row
+from experiments.caches import Row, make_row
 from experiments.evaluate import PROTOCOLS, perplexity_cases, retrieval_cases
 from experiments.factors import FactorStore, Recipe
 from experiments.measuring import Case, measure
 from experiments.notes import all_that_counts, delete_notes, own_notes
 from experiments.remake import remake
-from experiments.tables import SCORES, beside, grouped, side_by_side, table, write_json
+from experiments.tables import SCORES, beside, compare_with_full, side_by_side, table, write_json
 from experiments.tasks.longeval import PUBLISHED, read_cases, samples
 from infer import TEACHER
 from support.command import (
@@ -140,7 +140,7 @@ class Experiment:
 # ------------------------------------------------------------------------------------- tables
 
 
-PRUNING = [name for name, kind in CACHES.items() if kind.shrinks == TOKENS]
+PRUNING = ("streaming", "h2o")
 RESULTS = Path(__file__).parent / "results"
 NUMBERS = json.loads((RESULTS / "paper.json").read_text())
 
@@ -288,9 +288,7 @@ def budget(e: Experiment) -> None:
         rows.append(e.cskv(uniform("optimal", ratio), k_bits=bits, v_bits=bits))
     rows += e.budgets()
     result = e.scores([(row, {}) for row in rows])
-    for group in grouped(result, "text", "context").values():
-        for row in group:
-            row["of_full"] = row["perplexity"] / group[0]["perplexity"]
+    compare_with_full(result)
     columns = ["text", "context", "cache", "factors", "bits", "sinks", "ratio"]
     e.write(result, [*columns, *SCORES, "of_full"])
     figures.scores(result, e.picture, "measured_ratio", "measured ratio")
@@ -362,8 +360,7 @@ def run(args: argparse.Namespace) -> None:
         cases = []
         if args.text:
             sizes = {"steps": args.steps, "count": args.passages, "batch": args.batch}
-            for text, context in product(args.text, args.context):
-                cases += perplexity_cases(model, tokenizer, text, context, **sizes)
+            cases = perplexity_cases(model, tokenizer, args.text, args.context, **sizes)
         elif args.what not in ("figure3", "figure4"):
             drawn = {"count": args.cases, "data": args.data}
             cases = retrieval_cases(model, tokenizer, "longeval", PROTOCOLS, args.lines, **drawn)

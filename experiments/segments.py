@@ -107,8 +107,8 @@ def run(args: argparse.Namespace) -> None:
         choices += [(segments, False) for segments in args.segments]
     rows = []
     for text, file in product(args.text, args.factors):
-        sizes = {"context": args.context, "steps": args.steps, "count": args.passages, "batch": 1}
-        cases = perplexity_cases(model, tokenizer, text, **sizes)
+        sizes = {"steps": args.steps, "count": args.passages, "batch": 1}
+        cases = perplexity_cases(model, tokenizer, [text], [args.context], **sizes)
         passages = [torch.cat([case.prompt, case.following], 1) for case in cases]
         factors = load_factors(file, model)
         found = measure_segments(model, passages, args.steps, factors, choices, 32, args.sinks)

@@ -58,6 +58,13 @@ def grouped(rows: list[dict], *keys: str) -> dict:
     return result
 
 
+def compare_with_full(rows: list[dict]) -> None:
+    """Adds `of_full`: perplexity over the full cache's, the first row of each text and context."""
+    for group in grouped(rows, "text", "context").values():
+        for row in group:
+            row["of_full"] = row["perplexity"] / group[0]["perplexity"]
+
+
 def beside(accuracies: list[float]) -> str:
     return " / ".join([f"{value:.2f}" for value in accuracies])
 

@@ -14,10 +14,11 @@ import model
 from beyond.segments import SEGMENTS, FastCache
 from cskv import Together, init_factors
 from experiments import baselines, caches, evaluate, figures, speed
-from experiments.caches import CACHES, CHANNELS, make_cache, make_row
+from experiments.caches import CACHES, CHANNELS, TOKENS, make_cache, make_row
 from infer import held_bytes
 from model import Transformer
 from support.huggingface.checkpoint import load_model
+from tests import test_gpu
 from tests.drawn import groups, quick, schedules, shapes, sinks, widths, windows
 from tests.evaluating import ROOT, arguments, measured, storages
 from tests.helpers import OneToken, call, in_bits, make_factors, tiny_model, tiny_tokens
@@ -97,6 +98,8 @@ def test_together_equals_alone(everything, brief, tmp_path, capsys, what):
     alone = []
     for name in CACHES:
         alone += measured(everything, capsys, tmp_path / "one", what, "--caches", name)
+    for row in together + alone:
+        row.pop("of_full", None)  # a command has it that has the full cache
     assert together == alone
 
 
@@ -137,7 +140,7 @@ def test_caches_hold_16_bits(name, whole, dtype, monkeypatch):
     expected = model(tokens)[:, 40:]
     if whole:
         model = model.to(dtype)
-    options = {"budget": 99} if name in ("streaming", "h2o") else {"window": 17}
+    options = {"budget": 99} if CACHES[name].shrinks == TOKENS else {"window": 17}
     if CACHES[name].shrinks == CHANNELS:
         options["factors"] = factors
     cache = make_cache(model, make_row(model, name, 0.0, dtype=dtype, **options), 50)
@@ -154,16 +157,21 @@ def test_caches_hold_16_bits(name, whole, dtype, monkeypatch):
 
 
 def test_the_added_cache_of_the_readme(everything, brief, tmp_path, capsys, monkeypatch):
-    """Its class and its line, as they stand there, are all that is needed."""
+    """Its class and its line, as they stand there, are all that is needed, and hold what all do."""
     text = (ROOT / "experiments" / "README.md").read_text().split("## Add a cache")[1]
     added_class, added_line = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {**vars(baselines), **vars(caches)}
     exec(added_class, names)
     exec(f"ADDED = {{\n{added_line}}}", names)
-    monkeypatch.setattr(caches, "CACHES", {**caches.CACHES, **names["ADDED"]})
+    monkeypatch.setitem(CACHES, "newest", names["ADDED"]["newest"])
     rows = measured(everything, capsys, tmp_path / "rows", "perplexity", "--caches", "full,newest")
     assert [row["cache"] for row in rows] == ["full", "newest"]
     assert rows[1]["measured_ratio"] == pytest.approx(1 - 2 * 20 / 49)  # in 32 bits
+    test_pieces_equal_token_by_token("newest")
+    test_calls_in_a_wrong_order_are_errors("newest")
+    test_caches_hold_16_bits("newest", True, torch.bfloat16, monkeypatch)
+    test_a_cache_keeps_nothing_that_is_not_counted("newest", torch.float32)
+    test_gpu.test_a_decode_step_makes_no_tensor_on_the_cpu("newest")
     monkeypatch.setattr(speed, "load_theirs", lambda *_: None)
     args = ["--model", everything / "model", "--lengths", 30, "--rounds", 1, "--caches", "newest"]
     code, out, _ = call(speed, capsys, *args, "--ratios", "0.5")

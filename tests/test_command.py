@@ -207,6 +207,7 @@ OVERWRITES = {
     "rows over the factors": (f"{PERPLEXITY} --factors F --json O/ln", "ln>F"),
     "rows over the text": (f"{PERPLEXITY} --json O/ln", "ln->T"),
     "rows over the calibration": (f"{PERPLEXITY} --calibrate D --json D/new.jsonl", ""),
+    "perplexity's picture over the text": (f"{PERPLEXITY} --picture O/ln", "ln->T"),
     "notes over the text": (f"{PERPLEXITY} --json O/r", "r.cases-0.pt>T"),
     "rows over a set": (f"{LONGBENCH} --json D/triviaqa_e.jsonl", ""),
     "rows over a set one folder below": (f"{LONGBENCH} --json D/below/set.jsonl", ""),

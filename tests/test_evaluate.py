@@ -28,7 +28,7 @@ from tests.helpers import call, naive_forward, save_checkpoint, tiny_model
 
 COLUMNS = {*Row.COLUMNS, "cases", "tokens", "measured_ratio"}
 OWN_COLUMNS = {
-    "perplexity": {"text", "context", "perplexity"},
+    "perplexity": {"text", "context", "perplexity", "of_full"},
     "longeval": {"question", "lines", "accuracy", "interval"},
     "passkey": {"question", "lines", "accuracy", "interval"},
     "longbench": {"set", "bucket", "score"},
@@ -102,6 +102,21 @@ def test_perplexity_equals_one_parallel_computation(everything, tmp_path, capsys
     held = 2 * 4 * 4 * (49 - 2) + 2 * 12 * 4 * (4 + 2)
     removed = pytest.approx(1 - held / (2 * 12 * 2 * 49))
     assert [rows[i]["measured_ratio"] for i in (0, 1, 3)] == [-1, removed, removed]
+
+
+def test_several_texts_and_contexts(everything, tmp_path, capsys):
+    """Rows as of a command for each, one after the other; and a picture."""
+    pytest.importorskip("matplotlib")
+    text, other = everything / "text.txt", tmp_path / "other.txt"
+    other.write_text(" ".join(f"t{i * 7 % 61}" for i in range(400)))
+    more = ["perplexity", "--caches", "full,kivi-2"]
+    apart = []
+    for one, context in ((text, 40), (text, 60), (other, 40), (other, 60)):
+        flags = [*more, "--text", one, "--context", context]
+        apart += measured(everything, capsys, tmp_path / "one", *flags)
+    flags = ["--text", text, other, "--context", "40,60", "--picture", tmp_path / "p.png"]
+    assert measured(everything, capsys, tmp_path / "all", *more, *flags) == apart
+    assert (tmp_path / "p.png").stat().st_size
 
 
 # -------------------------------------------------------------------------------------- retrieval
@@ -311,6 +326,11 @@ GOV_REPORT = ["--sets", "gov_report_e", "--data", "F/long"]
 MISTAKES = {
     "a short text": ("perplexity", ["--passages", 9], "400 tokens, 9 passages of 50 need more"),
     "past the context": ("perplexity", ["--context", 595], "605 tokens do not fit into 600"),
+    "texts of one name": (
+        "perplexity",
+        ["--text", "F/a/t.txt", "F/b/t.txt"],
+        "two texts for t; give each",
+    ),
     "no text": ("perplexity", ["--text", "no.txt"], "no file no.txt"),
     "a ratio twice": ("passkey", ["--ratios", "0.5,0.5"], "0.5 is given twice in '0.5,0.5'"),
     "no size holds it": ("longeval", [*EQUAL, 60, "--ratios", "0.99"], "no cache can hold those"),
@@ -326,9 +346,11 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line(everything, tmp_path, refused, mistake):
     what, more, message = MISTAKES[mistake]
-    for file in (tmp_path / "f", tmp_path / "copy" / "f"):
+    copies = {"f": "f", "copy/f": "f", "a/t.txt": "text.txt", "b/t.txt": "text.txt"}
+    for name, original in copies.items():
+        file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
-        file.write_bytes((everything / "f").read_bytes())
+        file.write_bytes((everything / original).read_bytes())
     record = {"input": "", "context": "", "answers": ["t1"], "length": 1}
     write_records(tmp_path / "long" / "gov_report_e.jsonl", record)
     save_checkpoint(tiny_model(max_position_embeddings=500), tmp_path / "short")
