@@ -25,7 +25,8 @@ this differs by factors of hundreds, and eigenvalues do not tell. So it is measu
    layers, so the rule above can be kept to: channels differ in bits (`water_runs`), and the
    rank alone is chosen. A side of one layer has the same bits in all its channels.
 3. Spend: every side begins with its least choice; then again and again the step is taken that
-   lowers the sum of costs most for a byte. That costs add up is assumed, not known.
+   lowers the sum of costs most for a byte. Costs of ranks between the probed ones lie on straight
+   lines of the logarithm. That costs of sides add up is assumed, not known.
 4. Probe again, around that plan: a side at ranks near its own, all others as planned. What it costs
    more than an exact side is spent on as before.
 """

@@ -17,8 +17,10 @@ Segments. Cut the old tokens into segments of L neighbours, and let all of them 
     So each plane of the query is damped: u = (a * q R(t - t0)) B_k^T. A slow one, which hardly
     turns within a segment, counts in full. A fast one, of which a segment holds all phases, counts
     for its mean, nearly nothing: 1 - a_f^2 of its energy is lost. L = 1 is the paper's cache.
+    This is each plane's error; what it does to the output, nothing bounds.
 
         L = 128    w = 0.001: a = 0.9993    w = 0.01: a = 0.93    w = 0.1: a = 0.018
+        L = 512    w = 0.001: a = 0.989     w = 0.01: a = 0.21    w = 0.1: a = 0.018
 
     Fast planes tell neighbours apart, which matters near the query ("the word before this
     one"); thousands of tokens away the slow ones say roughly where. This is a property of
@@ -28,7 +30,7 @@ Few bits. Latents are dequantized a chunk at a time. Scale and minimum could go 
     the sum in the same way, and codes be multiplied as they are: tried, and no faster, for
     unpacking and the products take the time.
 
-    operations a token     rebuilt   2 r d_kv + 2 H D        here   2 r H + 2 r H D / L
+    operations of a score  rebuilt   2 r d_kv + 2 H D        here   2 r H + 2 r H D / L
 
 Latents are kept before RoPE, and positions enter through the query alone: so nothing that
 is stored depends on the segments, which are cut anew at each step. tests/test_segments.py
@@ -48,8 +50,8 @@ import quant
 from cskv import BiBranchCache, LayerFactors
 from model import PIECE, Attention, Rope, reserve, seen_by
 
-# Lengths of segments, the newest first, and how many old tokens lie in such. Each length is a
-# multiple of the one before; the last holds for all tokens that are left.
+# Lengths of segments, the newest first, and how many old tokens at least lie in such: up to a
+# multiple of the next length. Each is a multiple of the one before; the last has all that is left.
 SEGMENTS = ((16, 1024), (512, 0))
 
 
@@ -125,9 +127,9 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)  # the same for PIECE steps
 def near(rope: Rope, block: int, device: torch.device) -> tuple:
-    """Tables [2 PIECE, D] for the positions from `start` = (block - 1) PIECE on, which comes first:
-    RoPE's own; and what turns a query that they have rotated, in angles of float32, to where it
-    stands exactly."""
+    """`start` = (block - 1) PIECE, and two tables for the 2 PIECE positions from there on: those of
+    RoPE itself, whose angles are float32; and what they lack. A query that was rotated by the first
+    and is turned by the second stands at its exact position."""
     start = max(0, block - 1) * PIECE
     stop = (block + 1) * PIECE
     rope.reach(stop, device)
@@ -226,10 +228,12 @@ class Ring:
 
 
 class FastCache(BiBranchCache):
-    """`BiBranchCache` with its steps 3 and 4 done in segments: on a CPU, for long texts, faster
-    than a full cache. The arguments are the same; with `expected`, all memory is taken once.
+    """`BiBranchCache` with its steps 3 and 4 done in segments. The arguments are the same; with
+    `expected`, all memory is taken once.
 
-    It loses what (S1) loses: experiments/README.md, "What sharing positions loses".
+    On a CPU, for long texts, a step is faster than with a full cache at 80%, and about as fast with
+    a budget of 90%. It loses what (S1) loses. Both are measured in experiments/README.md, "What a
+    decode step costs".
 
     Nothing is moved at a step. The window is a ring behind the sinks, and buffers grow in steps:
 
@@ -237,7 +241,7 @@ class FastCache(BiBranchCache):
     """
 
     segments = SEGMENTS  # ((1, 0),) gives the results of `BiBranchCache`
-    damped = True  # without a_f something is lost; experiments/segments.py shows what
+    damped = True  # without a_f long segments near the query lose much: experiments/segments.py
     window_bits = 16  # or more: those of the model
     written = 0  # tokens that the rings have seen
 

@@ -8,9 +8,12 @@ layers side by side, and shrink them together:
     z = sum_l s_l k_l L_l V_r^(l) = sum_l x_l A_l   [T, r]   one latent of a token for all layers
     k_l ~ z B_l                                              B_l [r, d_kv] is the layer's own
 
+    A_l = s_l W_l L_l V_r^(l)        B_l = V_r^(l)^T L_l^-1 / s_l
+
 V_r^(l) are the rows of V_r for layer l, L_l L_l^T its metric (beyond/outputs.py for keys,
-`cskv.output_metric` for values), and s_l^2 what an error of that layer costs the model's answer.
-Without s_l layers of large numbers would take all channels. g = 1 is the paper.
+`cskv.output_metric` for values), and s_l^2 what an error of that layer costs the model's answer
+(`budget.layer_weights`). Without s_l layers of large numbers would take all channels. The moment
+is that of `Moments`. g = 1 is the paper.
 
 z is a sum over layers. A token's latent is needed only when the token has left the window, long
 after the last layer of the group has added its part:
@@ -91,6 +94,8 @@ class Part:
         total = self.total
         if self.layer != total.added:
             raise ValueError("layers that share latents take tokens together, in order")
+        if self.layer == 0:
+            total.values.clear()
         total.added += 1
         c = c.to(torch.promote_types(c.dtype, torch.float32))
         total.open = c if self.layer == 0 else total.open + c
@@ -99,7 +104,7 @@ class Part:
             total.latents.append(total.open)
             total.added = 0
             total.open = None
-            if total.latents.packed > packed:  # it reads what the others saw unpacked
+            if total.latents.packed > packed:  # these it reads itself as they are packed now
                 total.values.clear()
 
     def at_once(self) -> int:
@@ -115,10 +120,9 @@ class Part:
         values = self.total.values
         if (start, stop) not in values:
             values[start, stop] = self.total.latents.read(start, stop)
-        c = values[start, stop]
         if self.is_last:
-            values.clear()
-        return c
+            return values.pop((start, stop))
+        return values[start, stop]
 
     def tensors(self) -> list[Tensor]:
         """All of the group's for the last layer, so that they are counted once."""

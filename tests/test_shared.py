@@ -159,6 +159,31 @@ def test_pieces_equal_token_by_token(split, lengths, window, first, bits, slidin
         torch.testing.assert_close(theirs, full, atol=1e-4, rtol=1e-4)
 
 
+def test_latents_are_dequantized_once_a_step(monkeypatch):
+    """Not once a layer, however many chunks they are read in; and nothing of them is left."""
+    model = model_of()
+    factors = in_bits(make_factors(model, 4, 5), 4, 3, 32).to(model.lm_head.weight)
+    groups = [group for side in "kv" for group in groups_of((LAYERS,), side)]
+    cache = shared_cache(model, side_by_side(factors, groups), 4, 0, OneToken, 1)
+    for layer in cache:
+        layer.chunk = 17
+    tokens = tiny_tokens(model, 1, 105)
+    model(tokens[:, :100], cache)
+    ranges = []
+    read = quant.Packed.read
+
+    def noted(latents, start, stop):
+        ranges.append((id(latents), start, stop))
+        return read(latents, start, stop)
+
+    monkeypatch.setattr(quant.Packed, "read", noted)
+    for t in range(100, 105):
+        ranges.clear()
+        model(tokens[:, t : t + 1], cache)
+        assert len(ranges) == len(set(ranges)) >= 2 * 6
+    assert not cache[0].c_k.total.values and not cache[0].c_v.total.values
+
+
 def test_wrong_uses_are_refused():
     """A layer alone, whose latents would be those of some layers; and the paper's caches."""
     model = tiny_model(num_hidden_layers=LAYERS)

@@ -23,9 +23,10 @@ class Groups(NamedTuple):
 
 
 def settings(draw: Draw, widths: tuple, clamped=(False,)) -> Iterator[tuple[int, Groups, str]]:
-    """Bits and groups that are checked, and a description."""
-    for bits, dim, clamp in product(widths, DIMS, clamped):
-        groups = Groups(dim, draw.choose(SIZES), clamp)
+    """Bits and groups that are checked, and a description; every size in turn."""
+    first = draw.integer(1, len(SIZES))
+    for n, (bits, dim, clamp) in enumerate(product(widths, DIMS, clamped), first):
+        groups = Groups(dim, SIZES[n % len(SIZES)], clamp)
         yield bits, groups, f"{bits} bits, {groups}"
 
 
@@ -42,10 +43,12 @@ def spread(numbers: Tensor, groups: Groups, x: Tensor) -> Tensor:
 
 
 def draw_shape(draw: Draw, groups: Groups, least=1) -> list[int]:
-    """[B, T, C]; along `dim` some whole groups and one that may be short, of `least` or more."""
+    """[B, T, C]; along `dim` some whole groups and one that may be short, of `least` or more. Of
+    another size than 32 there are several, so that groups of 32 are others."""
     shape = [draw.integer(1, 2), draw.integer(2, 5), draw.integer(2, 5)]
     size = groups.size
-    shape[groups.dim] = size * draw.integer(0, 2) + draw.choose([least, 7, size - 1, size])
+    whole = draw.integer(0 if size == 32 else 1, 2)
+    shape[groups.dim] = size * whole + draw.choose([least, 7, size - 1, size])
     return shape
 
 
