@@ -124,7 +124,12 @@ def budget_plan(rows: list[dict], path: Path) -> None:
     sides = grouped(rows, "of")
     layers = len(rows) // 2
     most = max(row["rank"] for row in rows)
-    figure, axis = pyplot().subplots(figsize=(1.5 + 0.42 * layers, 2.2))
+    names = []
+    for row in next(iter(sides.values())):
+        last = row["layer"] + row["layers"] - 1
+        names.append(f"{row['layer']}" if last == row["layer"] else f"{row['layer']} to {last}")
+    width = 0.42 if max(map(len, names)) < 3 else 0.85
+    figure, axis = pyplot().subplots(figsize=(1.5 + width * layers, 2.2))
     ranks = [[row["rank"] for row in side] for side in sides.values()]
     image = axis.imshow(ranks, cmap="viridis", vmin=0, vmax=most, aspect="auto")
     for y, side in enumerate(sides.values()):
@@ -133,10 +138,6 @@ def budget_plan(rows: list[dict], path: Path) -> None:
             text = f"{row['rank']}\nx {row['bits']:.2g}"
             axis.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
     axis.set(xlabel="layer", yticks=range(len(sides)), yticklabels=list(sides))
-    names = []
-    for row in next(iter(sides.values())):
-        last = row["layer"] + row["layers"] - 1
-        names.append(f"{row['layer']}" if last == row["layer"] else f"{row['layer']} to {last}")
     axis.set_xticks(range(layers), names)
     figure.colorbar(image, label="rank", pad=0.01)
     save_figure(figure, path)
