@@ -50,7 +50,9 @@ class LowRank:
     B: Tensor  # [r, d_kv] rebuilds
     bits: int = 16  # of a stored latent: 32, 16, or packed in 8, 4, 3 or 2
     clamped: bool = False  # quantized as the paper's published code does; see quant.py
-    group: int | None = None  # tokens that share a scale in a channel; None: as in KIVI
+    # Tokens that share a scale in a channel, of values too, and are packed when they are complete,
+    # also in the window; None: as in KIVI.
+    group: int | None = None
     # Where channels differ in bits: (bits, channels) of each run, from the first on, and `bits`
     # is the least. See beyond/budget.py.
     runs: tuple[tuple[int, int], ...] = ()

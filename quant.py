@@ -55,7 +55,7 @@ def bits_per_element(bits: int, size: int = GROUP, length: int = GROUP) -> float
 class Quantized:
     codes: Tensor  # [..., T, C] uint8, each below 2^bits
     scale: Tensor  # float16, one a group
-    minimum: Tensor
+    minimum: Tensor  # likewise
 
 
 def round_down(x: Tensor) -> Tensor:

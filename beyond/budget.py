@@ -125,7 +125,7 @@ def water_runs(energies: Tensor, rank: int, widths: tuple[int, ...], group: int)
     energies = energies.double().flip(0).cummax(0).values.flip(0)[:rank, None]
     b = torch.tensor(sorted(widths), dtype=torch.float64, device=energies.device)
     errors = (5.3 / (2**b - 1)) ** 2 / 12  # of an energy of 1
-    price = b + 2 * 16 / group
+    price = quant.bits_per_element(b, group, group)
     level = energies[-1] * (1 - errors[0]) / price[0]
     best = (energies * errors + level * price).argmin(1)  # falls from channel to channel
     runs = []

@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
         full = full_bytes(model, args.length)
         exact = full_bytes(model, min(args.length, window + sinks))
         if args.window_bits == 8:  # a scale and a minimum for each head and token
-            exact = exact * (8 + 32 / config.head_dim) / 16
+            exact *= quant.bits_per_element(8, config.head_dim, config.head_dim) / 16
         rooms = [(1 - remove) * full - exact for remove in args.remove]
         old = max(0, args.length - sinks)  # tokens that have latents
         group = args.group or None

@@ -141,12 +141,16 @@ def test_a_window_in_8_bits(answer, saved):
 
 
 def test_the_demonstration(capsys):
-    """Without arguments: the embedded model's own case, from both caches, and the right number."""
+    """Without arguments: the embedded model's own case, from both caches, and the right number; in
+    4 bits, too."""
     code, out, err = call(infer, capsys, "--json")
     result = json.loads(out)
     number = err.split("REGISTER_CONTENT is <")[1].split(">")[0]
     assert code == 0 and result["text"].strip() == result["full"]["text"].strip() == number
     assert result["cache_bytes"] < 0.25 * result["full"]["cache_bytes"]
+    for name in ("cskv", "cskv-plain"):
+        code, out, _ = call(infer, capsys, "--json", "--bits", 4, "--cache", name)
+        assert code == 0 and json.loads(out)["text"].strip() == number
     code, out, _ = call(infer, capsys, "--json", "--max-new-tokens", 3)
     assert code == 0 and len(json.loads(out)["tokens"]) == 3
     code, _, err = call(infer, capsys, "--prompt", "Hello", "--max-new-tokens", 2)

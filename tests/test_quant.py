@@ -184,7 +184,7 @@ def test_clamped_zero_point_by_hand(numbers, clamped):
 
 
 @pytest.mark.parametrize(("offset", "ours", "theirs"), [(5, 0.015, 0.275), (10, 0.008, 0.595)])
-def test_clamped_zero_point_ruins_groups_off_zero(offset, ours, theirs):
+def test_minimum_keeps_groups_off_zero_and_clamped_zero_point_ruins_them(offset, ours, theirs):
     """The relative errors that a Gaussian of mean / std = 5 and 10 has in 4 bits."""
     x = torch.randn(6400, 32, generator=torch.Generator().manual_seed(0)) + offset
     for grouping, error in ((Grouping(TOKENS), ours), (CLAMPED, theirs)):
