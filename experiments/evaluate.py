@@ -290,8 +290,12 @@ def run(args: argparse.Namespace) -> None:
         if place()[0] == 0:
             print(table(rows))
             write_json(args.json, rows)
-            if args.picture:
-                figures.scores(rows, args.picture, "measured_ratio", "measured ratio")
+            if args.picture:  # all files of a cache on one line
+                files = {file.stem: "" for file in args.factors}
+                drawn = [
+                    row | {"factors": files.get(row["factors"], row["factors"])} for row in rows
+                ]
+                figures.scores(drawn, args.picture, "measured_ratio", "measured ratio")
             delete_notes(args.json)
 
 

@@ -1,5 +1,6 @@
 """The figures of experiments/, made with matplotlib (requirements-extra.txt)."""
 
+import math
 from pathlib import Path
 from statistics import fmean
 
@@ -28,9 +29,13 @@ def draw(points: list[dict], path: Path, log_x: bool = False, **settings) -> Non
     panels = grouped(points, "panel")
     labels = list(grouped(points, "label"))
     colours = pyplot().get_cmap("tab20")
-    size = (5.6 * len(panels), 4.4)
-    figure, axes = pyplot().subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
-    for axis, (title, own) in zip(axes[0], panels.items(), strict=True):
+    rows = math.ceil(len(panels) / 3)
+    columns = math.ceil(len(panels) / rows)
+    size = {"figsize": (5.6 * columns + 3, 4.4 * rows), "layout": "constrained", "squeeze": False}
+    figure, axes = pyplot().subplots(rows, columns, sharey=True, **size)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, own) in zip(axes.flat, panels.items(), strict=False):
         axis.set_title(title, fontsize=11)
         axis.grid(alpha=0.3)
         if log_x:
@@ -42,7 +47,10 @@ def draw(points: list[dict], path: Path, log_x: bool = False, **settings) -> Non
             y = [point["y"] for point in line]
             axis.plot(x, y, line[0]["marks"], color=colours(labels.index(label) % 20), label=label)
         axis.set(**settings)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        if settings.get("yscale") == "log":
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside right center")
     save_figure(figure, path)
 
 
@@ -59,8 +67,9 @@ def point(panel: str, label: str, x: float, y: float, marks: str = "o-") -> dict
 
 def scores(rows: list[dict], path: Path, x: str, xlabel: str, log_x: bool = False) -> None:
     """The score of every cache against its column `x`; means over LongEval's lengths. A panel for
-    each protocol, or for each text and length of context; the paper's scores beside ours."""
-    score = "perplexity" if "perplexity" in rows[0] else "accuracy"
+    each protocol, or for each text and length of context; the paper's scores beside ours. Of
+    perplexity it is that over the full cache's where this is known."""
+    score = next(name for name in ("of_full", "perplexity", "accuracy") if name in rows[0])
     keys = ["question", "text", "context", "cache", "factors", "ratio", "bits", "sinks"]
     if x != "measured_ratio":
         keys.append(x)
@@ -83,6 +92,8 @@ def scores(rows: list[dict], path: Path, x: str, xlabel: str, log_x: bool = Fals
             paper = f"the paper, LongChat-7B, {row['ratio']:.0%}"
             points.append(point(panel, paper, at, float(row["paper"]), ":"))
     of_axis = {"ylabel": "perplexity", "yscale": "log"}
+    if score == "of_full":
+        of_axis["ylabel"] = "perplexity over the full cache's"
     if score == "accuracy":
         of_axis = {"ylabel": "LongEval, share answered right"}
     draw(points, path, log_x, xlabel=xlabel, **of_axis)
