@@ -1,9 +1,11 @@
-"""English text that every machine with Python and PyTorch has already, to calibrate and to measure.
+"""Text that every machine with Python and PyTorch has already, to calibrate and to measure.
 
     python -m experiments.english --out runs/english
 
 What is fitted on `calibration.txt` is measured on `heldout.txt`, technical prose of other hands,
-and on `licences.txt`, legal prose. All differ a little from version to version of the packages.
+and on `licences.txt`, legal prose. `program.txt` (modules of PyTorch), `headers.txt` (C++) and
+`descriptions.txt` (what packages say of themselves) are of kinds that nothing is fitted to. All
+differ a little from version to version of the packages.
 """
 
 import support.interrupt  # isort: skip # noqa: F401
@@ -13,6 +15,7 @@ import ast
 import inspect
 import sys
 import sysconfig
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -23,6 +26,8 @@ from support.command import Arguments, UserError, check_files, make_folder, repl
 
 MODULES = (torch.nn, torch.optim, torch.nn.functional, torch.utils.data, torch.distributions, torch)
 LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages"}  # folders of the library
+DESCRIBED = ("torch", "safetensors", "tokenizers", "numpy", "hypothesis", "pytest", "matplotlib")
+DESCRIBED += ("jupyter_core", "transformers", "tqdm")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -69,6 +74,21 @@ def licences_texts() -> list[str]:
     return sorted(long, key=len, reverse=True)
 
 
+def files_of_torch(pattern: str) -> list[str]:
+    """Files of the package torch, one after the other."""
+    files = sorted(Path(torch.__file__).parent.glob(pattern), key=str)
+    return ["".join([file.read_text("utf-8") for file in files])]
+
+
+def descriptions_texts() -> list[str]:
+    """Of the packages of requirements.txt, and of those of requirements-extra.txt that there are."""
+    texts = []
+    for name in DESCRIBED:
+        with suppress(metadata.PackageNotFoundError):
+            texts.append(metadata.distribution(name).read_text("METADATA"))
+    return ["".join(texts)]
+
+
 def run(args: argparse.Namespace) -> None:
     if sys.flags.optimize > 1:
         raise UserError("heldout.txt is made of docstrings, which -OO leaves out; start without it")
@@ -77,6 +97,9 @@ def run(args: argparse.Namespace) -> None:
         "calibration.txt": calibration_texts,
         "heldout.txt": heldout_texts,
         "licences.txt": licences_texts,
+        "program.txt": lambda: files_of_torch("nn/modules/[a-l]*.py"),
+        "headers.txt": lambda: files_of_torch("include/c10/*/*.h"),
+        "descriptions.txt": descriptions_texts,
     }
     check_files({name: args.out / name for name in makers}, read={})
     for name, make in makers.items():
