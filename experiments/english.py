@@ -81,7 +81,7 @@ def files_of_torch(pattern: str) -> list[str]:
 
 
 def descriptions_texts() -> list[str]:
-    """Of the packages of requirements.txt, and of those of requirements-extra.txt that there are."""
+    """Of the packages of requirements.txt, and those of requirements-extra.txt that are there."""
     texts = []
     for name in DESCRIBED:
         with suppress(metadata.PackageNotFoundError):
