@@ -85,7 +85,7 @@ def descriptions_texts() -> list[str]:
     texts = []
     for name in DESCRIBED:
         with suppress(metadata.PackageNotFoundError):
-            texts.append(metadata.distribution(name).read_text("METADATA"))
+            texts.append(metadata.distribution(name).read_text("METADATA") or "")
     return ["".join(texts)]
 
 
