@@ -99,6 +99,7 @@ def test_random_factors_come_from_the_seed_alone():
 def test_rank_is_of_the_whole_layer():
     """The published code rounds down a head: int(0.2 * 64) * 3 = 36 for SmolLM2. Ours is 38."""
     assert [rank_for(ratio, 192) for ratio in (0.8, 0.5, 0, 0.999)] == [38, 96, 192, 1]
+    assert rank_for(0.8, 64) == 13  # of 12.8
 
 
 def loss(x, W, pair):
