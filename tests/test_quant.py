@@ -169,18 +169,19 @@ def test_gradient_is_that_of_a_clamp_to_the_levels(x, bits, dim, clamped):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "clamped"),
+    ("numbers", "clamped", "gradient"),
     [
-        ([10, 11, 12, 13], [3, 3, 3, 3]),  # the example at the top of quant.py
-        ([-7, -6, -5, -4], [-3, -3, -3, -3]),  # levels -3 .. 0
-        ([-1, 0, 1, 2], [-1, 0, 1, 2]),  # a group around zero
+        ([10, 11, 12, 13], [3, 3, 3, 3], 0),  # the example at the top of quant.py
+        ([-7, -6, -5, -4], [-3, -3, -3, -3], 0),  # levels -3 .. 0
+        ([-1, 0, 1, 2], [-1, 0, 1, 2], 1),  # a group around zero
     ],
 )
-def test_clamped_zero_point_by_hand(numbers, clamped):
+def test_clamped_zero_point_by_hand(numbers, clamped, gradient):
     x = torch.tensor(numbers).float()[:, None]
     stored = fake_quantize(x, 2, Grouping(TOKENS)).flatten().tolist()
     assert stored == pytest.approx(numbers, abs=0.03)
     assert fake_quantize(x, 2, CLAMPED).flatten().tolist() == pytest.approx(clamped, abs=0.01)
+    assert gradient_of(x, 2, CLAMPED, 1).flatten().tolist() == [gradient] * 4
 
 
 @pytest.mark.parametrize(("offset", "ours", "theirs"), [(5, 0.015, 0.275), (10, 0.008, 0.595)])
