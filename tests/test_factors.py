@@ -144,8 +144,8 @@ def test_optimal_loses_the_dropped_eigenvalues_and_nothing_goes_below(hidden, d_
 def test_asvd_by_hand():
     """W = diag(3, 1), one direction kept, which plain SVD takes from the first channel.
 
-    S = diag(mean |x|^0.5): for (1, 8.5), S W = diag(3, 2.92), the first still; for (1, 9.5), diag(3,
-    3.08): an exponent of 0.48 or 0.52 is another.
+    S = diag(mean |x|^0.5): for (1, 8.5), S W = diag(3, 2.92), the first still; for (1, 9.5), it is
+    diag(3, 3.08). An exponent of 0.48 or 0.52 is another.
     A channel that is always 0 has no infinite factors.
     """
     W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])

@@ -69,6 +69,22 @@ def test_each_token_is_in_one_segment(start, n, schedule):
         assert short and short[0] <= newest
 
 
+@quick
+@given(schedules, st.integers(1, 2000), windows, sinks)
+def test_tokens_that_come_together_see_the_same_segments(schedule, length, window, first):
+    """As many as come at once; so an old token's segment is one for all of them."""
+    model = tiny_model(num_hidden_layers=1)
+    (cache,) = bi_branch_cache(model, make_factors(model, 3, 3), window, 0, FastCache, first)
+    cache.segments, cache.length = schedule, length
+    seen = {}  # the segment of each old token
+    for t in range(length, length + cache.at_once()):
+        old = max(0, t + 1 - window - first)
+        for span in cut(0, old, schedule):
+            for token in range(span.start, min(span.stop, old)):
+                own = (token // span.length, span.length)
+                assert seen.setdefault(token, own) == own
+
+
 # ----------------------------------------------------------------- attention, against a naive loop
 
 
