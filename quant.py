@@ -256,24 +256,32 @@ class Packed:
 
     def read(self, start: int, stop: int) -> Tensor:
         """The tokens from `start` to `stop` - 1 again, [B, stop - start, C] in float32."""
-        start = max(0, start)
-        stop = max(0, stop)
-        end = self.packed
-        if start >= end:
-            return self.waiting[:, start - end : stop - end].float()
-        first = start // self.block  # of the blocks that they lie in
-        last = -(-min(stop, end) // self.block)
-        codes, scale, minimum = [buffer[:, first:last] for buffer in self.buffers]
-        B, blocks, _, C = codes.shape
-        codes = unpack(codes, self.bits)  # [B, blocks, tokens of one, C]
-        packed = blocks * self.block
-        waiting = max(0, stop - end)
-        x = self.waiting.new_empty(B, packed + waiting, C, dtype=torch.float32)
-        q = Quantized(codes, scale, minimum)
-        dequantize(q, self.grouping, x[:, :packed].view(codes.shape))
-        x[:, packed:] = self.waiting[:, :waiting]
-        first *= self.block
-        return x[:, start - first : stop - first]
+        return read_together([self], start, stop)
 
     def tensors(self) -> list[Tensor]:
         return [*self.buffers, self.waiting] if self.length else []
+
+
+def read_together(parts: list[Packed], start: int, stop: int) -> Tensor:
+    """`Packed.read` of several that hold the same tokens, in as large blocks: their channels side
+    by side, [B, stop - start, C], in one piece of memory."""
+    start = max(0, start)
+    stop = max(0, stop)
+    end, block = parts[0].packed, parts[0].block
+    if start >= end:
+        return torch.cat([part.waiting[:, start - end : stop - end].float() for part in parts], 2)
+    first = start // block  # of the blocks that they lie in
+    last = -(-min(stop, end) // block)
+    packed = (last - first) * block
+    waiting = max(0, stop - end)
+    like = parts[0].waiting
+    sizes = [part.waiting.shape[2] for part in parts]
+    x = like.new_empty(len(like), packed + waiting, sum(sizes), dtype=torch.float32)
+    for part, own in zip(parts, x.split(sizes, 2), strict=True):
+        codes, scale, minimum = [buffer[:, first:last] for buffer in part.buffers]
+        codes = unpack(codes, part.bits)  # [B, blocks, tokens of one, C]
+        q = Quantized(codes, scale, minimum)
+        dequantize(q, part.grouping, own[:, :packed].unflatten(1, (last - first, block)))
+        own[:, packed:] = part.waiting[:, :waiting]
+    first *= block
+    return x[:, start - first : stop - first]

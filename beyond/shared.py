@@ -38,7 +38,7 @@ from beyond.outputs import OutputObserver, calibrate_outputs
 from beyond.segments import GrowingLatents
 from cskv import BiBranchCache, Factors, LowRank, Statistics, Together
 from model import Attention, LayerCache, Rope, Transformer
-from quant import Packed
+from quant import Packed, read_together
 from support.processes import summed
 
 
@@ -54,7 +54,7 @@ class PackedRuns:
             part.append(some)
 
     def read(self, start: int, stop: int) -> Tensor:
-        return torch.cat([part.read(start, stop) for part in self.parts], dim=2)
+        return read_together(self.parts, start, stop)
 
     def tensors(self) -> list[Tensor]:
         return [tensor for part in self.parts for tensor in part.tensors()]
