@@ -269,7 +269,8 @@ def read_together(parts: list[Packed], start: int, stop: int) -> Tensor:
     stop = max(0, stop)
     end, block = parts[0].packed, parts[0].block
     if start >= end:
-        return torch.cat([part.waiting[:, start - end : stop - end].float() for part in parts], 2)
+        some = [part.waiting[:, start - end : stop - end].float() for part in parts]
+        return some[0] if len(some) == 1 else torch.cat(some, dim=2)
     first = start // block  # of the blocks that they lie in
     last = -(-min(stop, end) // block)
     packed = (last - first) * block
