@@ -101,12 +101,12 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{problem}; leave --group and --init as they are")
     if args.widths is None:
         args.widths = (*WIDTHS, 8) if args.layers_together > 1 else WIDTHS
-    figures.pyplot()  # if it is missing, that is known before the work and not after
     files = {"the notes of --out": own_notes(args.out[0])}
     for out in args.out:
         for file in (out, out.with_suffix(".json"), out.with_suffix(".png")):
             files[f"file {len(files)} of --out"] = file
     check_files(files, {"--data": args.data}, args.model)
+    figures.pyplot()  # if it is missing, that is known before the work and not after
     with processes(args.device) as device, user_values():
         model = load_model(args.model, device, DTYPES[args.dtype])
         config = model.config

@@ -270,13 +270,13 @@ def run(args: argparse.Namespace) -> None:
     with processes(args.device) as device:
         written = {"--json": args.json, "the notes of --json": own_notes(args.json)}
         written["--picture"] = args.picture
-        if args.picture:
-            figures.pyplot()  # if it is missing, that is known before the work and not after
         read = {"--calibrate": args.calibrate, "--data": args.data}
         read |= {str(file): file for file in (*args.text, *args.factors)}
         if args.data:  # the sets of a benchmark may lie one folder below
             read |= {str(file): file for file in args.data.glob("*/*.jsonl")}
         check_files(written, read, args.model)
+        if args.picture:
+            figures.pyplot()  # if it is missing, that is known before the work and not after
         model = load_model(args.model, device, DTYPES[args.dtype])
         tokenizer = load_tokenizer(args.model, model.config.vocab_size)
         if args.vicuna or args.no_chat:
