@@ -1,10 +1,13 @@
 """What the bi-branch cache holds: which token in which branch, and how many bytes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cskv
 import quant
 from beyond.segments import FastCache
 from cskv import BiBranchCache, LayerFactors, LowRank, bi_branch_cache, init_factors
@@ -105,6 +108,17 @@ def test_bytes_in_bits_are_those_of_the_formula(T, steps, window, first, k_bits,
     assert 8 * cache[0].nbytes() == pytest.approx(2 * (packed * per_token + waiting + ring))
     nominal = 1 - (r_k * k_bits + r_v * v_bits) / (2 * 16 * d_kv)
     assert nominal_ratio(model, factors) == pytest.approx(nominal)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_latents_wait_in_the_type_of_their_bits(dtype):
+    """16 bits are those of the factors, and float16 for factors in float32."""
+    pair = make_factors(tiny_model(), 3, 3).to(torch.zeros(1, dtype=dtype)).pairs[0]
+    half = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+    for width, expected in ((32, torch.float32), (16, half), (4, half)):
+        latents = cskv.empty_latents(replace(pair, bits=width), quant.TOKENS, window=4)
+        latents.append(torch.randn(1, 3, 3))
+        assert latents.waiting.dtype == expected
 
 
 @pytest.mark.parametrize(("window", "sinks", "k_bits", "v_bits"), BAD)

@@ -33,13 +33,15 @@ def test_latents_of_values_are_rotated_once_for_groups_of_channels(r_k, r_v, bit
     x = torch.randn(50, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     for group in (None, 64):
         whole = factors.map(lambda pair, group=group: replace(pair, group=group))
-        for before, after in zip(whole.layers, whole.in_bits(4, bits).layers, strict=True):
+        few = whole.in_bits(4, bits)
+        assert few.info == whole.info == {"init": "optimal", "trained": "none"}
+        for before, after in zip(whole.layers, few.layers, strict=True):
             assert after.k.A is before.k.A and after.k.B is before.k.B
             rotated = bits < 16 and not trained and group is None
             assert (after.v.A is not before.v.A) == rotated
             torch.testing.assert_close(after.v.A @ after.v.B, before.v.A @ before.v.B)
             torch.testing.assert_close((x @ after.v.A).norm(dim=1), (x @ before.v.A).norm(dim=1))
-            assert (after.v.bits, after.v.group) == (bits, group)
+            assert (after.v.bits, after.v.group, after.v.clamped) == (bits, group, False)
 
 
 def test_rotation_spreads_outliers():
@@ -94,6 +96,12 @@ def test_random_factors_come_from_the_seed_alone():
     assert_same_factors(one, two)
     for a, c in zip(one.pairs, other.pairs, strict=True):
         assert not torch.equal(a.A, c.A) and not torch.equal(a.B, c.B)
+
+
+def test_factors_in_another_type():
+    factors = make_factors(tiny_model(), 3, 5).to(torch.zeros(1, dtype=torch.float16))
+    assert {M.dtype for pair in factors.pairs for M in (pair.A, pair.B)} == {torch.float16}
+    assert factors.info == {"init": "optimal", "trained": "none"}
 
 
 def test_rank_is_of_the_whole_layer():
@@ -156,11 +164,12 @@ def test_asvd_by_hand():
         torch.testing.assert_close(pair.A @ pair.B, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("sliding_window", [None, 5])
 @pytest.mark.parametrize("first", [0, 1, 4])
-def test_statistics_equal_a_naive_computation(first):
+def test_statistics_equal_a_naive_computation(first, sliding_window):
     """Of all tokens behind the sinks, in samples of different shapes, one of sinks alone. Biases
     are left out."""
-    model = tiny_model(attention_bias=True)
+    model = tiny_model(attention_bias=True, sliding_window=sliding_window)
     shapes = (2, 7), (1, 3), (1, 30)
     samples = [tiny_tokens(model, *shape, seed) for seed, shape in enumerate(shapes)]
     inputs = [helpers.layer_inputs(model, sample) for sample in samples]
@@ -197,6 +206,18 @@ def test_attention_factors_where_W_O_is_singular():
         assert all(M.isfinite().all() for pair in factors.pairs for M in (pair.A, pair.B))
         errors.append(output_error(attention, factors.layers[0].v, x))
     assert errors[0] <= errors[1] + 1e-6
+
+
+def test_attention_factors_where_W_O_is_zero():
+    """Nothing is lost then, whatever is kept: they are `optimal`."""
+    model = tiny_model(num_hidden_layers=1)
+    model.model.layers[0].self_attn.o_proj.weight.zero_()
+    statistics = cskv.calibrate(model, [tiny_tokens(model, 2, 100)])
+    weighed, plain = [
+        init_factors(name, model, [3], [3], statistics).layers[0].v
+        for name in ("attention", "optimal")
+    ]
+    torch.testing.assert_close(weighed.A @ weighed.B, plain.A @ plain.B)
 
 
 @quick

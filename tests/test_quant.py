@@ -137,6 +137,12 @@ def test_packed_storage_grows_rarely(size):
     assert len(places) <= 6
 
 
+def test_packed_storage_of_nothing():
+    assert Packed(4, Grouping(TOKENS)).tensors() == []
+    with pytest.raises(ValueError, match="groups of 48 are packed in multiples of 32"):
+        Packed(4, Grouping(TOKENS, 48))
+
+
 def gradient_of(x, bits, grouping, weights):
     x = x.clone().requires_grad_()
     with torch.enable_grad():
