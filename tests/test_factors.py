@@ -35,6 +35,7 @@ def test_latents_of_values_are_rotated_once_for_groups_of_channels(r_k, r_v, bit
         whole = factors.map(lambda pair, group=group: replace(pair, group=group))
         few = whole.in_bits(4, bits)
         assert few.info == whole.info == {"init": "optimal", "trained": "none"}
+        assert few.info is not whole.info and whole.info is not factors.info
         for before, after in zip(whole.layers, few.layers, strict=True):
             assert after.k.A is before.k.A and after.k.B is before.k.B
             rotated = bits < 16 and not trained and group is None

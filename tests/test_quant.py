@@ -118,6 +118,10 @@ def test_packed_storage_returns_what_fake_quantization_returned(
     if packed:
         per_element = quant.bits_per_element(bits, size, (B, packed, C)[dim])
         assert bits_packed == pytest.approx(per_element * B * packed * C)
+    exact.append(torch.zeros(B, exact.until_packed() - 1, C))
+    assert (exact.packed, exact.until_packed()) == (packed, 1)
+    exact.append(torch.zeros(B, 1, C))
+    assert exact.packed == packed + size
 
 
 def test_bits_per_element():
