@@ -160,3 +160,17 @@ def time_against_tokens(rows: list[dict], path: Path) -> None:
     ticks = sorted({row["tokens"] for row in rows})
     labels = {"xlabel": "tokens in the cache", "ylabel": "milliseconds of a decode step"}
     draw(points, path, log_x=True, xticks=ticks, ylim=(0, None), **labels)
+
+
+def scores_against_time(
+    scores: list[dict], times: dict[str, float], tokens: int, path: Path
+) -> None:
+    """Perplexity over the full cache's against the time of a step over the full cache's, which
+    `times` has for each name of factors; a panel for each text."""
+    points = []
+    for row in scores:
+        if row["factors"] in times:
+            panel = f"{row['text']}, {row['context']} tokens"
+            points.append(point(panel, row["factors"], times[row["factors"]], row["of_full"], "o"))
+    time = f"time of a step over the full cache's, {tokens:,} tokens"
+    draw(points, path, xlabel=time, ylabel="perplexity over the full cache's")

@@ -15,6 +15,7 @@ layers take turns here, too, until their full caches are `PASS` bytes.
 import support.interrupt  # isort: skip # noqa: F401
 
 import argparse
+import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,6 +48,7 @@ from support.command import (
 from support.factors_file import load_factors
 from support.huggingface.checkpoint import load_model
 from support.processes import say
+from support.text import read_file
 
 # Makes a cache that has read a prompt; adds a token to it.
 Runner = tuple[Callable[[], object], Callable[[object], Tensor]]
@@ -58,6 +60,7 @@ SHAPES = {  # layers, query heads, key heads, D, theta of RoPE, its linear scali
     "teacher": (4, 2, 2, 32, 1e6, 1.0),  # the embedded model
 }
 PASS = 2**27  # several times what a processor keeps
+COLUMNS = ("text", "context", "factors", "of_full")  # of experiments.evaluate's rows
 
 
 def layers_in_turn(name: str, tokens: int, dtype: torch.dtype) -> int:
@@ -221,11 +224,29 @@ def compare(
     return rows
 
 
+def read_scores(path: Path, factors: list[Path]) -> list[dict]:
+    """Rows of experiments.evaluate with perplexity over the full cache's, of these files."""
+    text = read_file(path)
+    names = [file.stem for file in factors]
+    try:
+        rows = [{name: row[name] for name in COLUMNS} for row in json.loads(text)]
+        scores = [row for row in rows if row["factors"] in names]
+    except (ValueError, TypeError, KeyError):
+        scores = []
+    if not scores:
+        made = "`python -m experiments.evaluate perplexity --caches full,cskv --factors ... --json`"
+        raise UserError(f"{path} has no rows of these --factors; give what {made} wrote of them")
+    return scores
+
+
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     use_device(args.device)
-    read = {f"--factors {file}": file for file in args.factors}
+    read = {f"--factors {file}": file for file in args.factors} | {"--scores": args.scores}
     check_files({"--json": args.json, "--picture": args.picture}, read, args.model)
+    scores = []
+    if args.scores:
+        scores = read_scores(args.scores, args.factors)
     if args.picture:
         figures.pyplot()  # if it is missing, that is known before the work and not after
     dtype = DTYPES[args.dtype]
@@ -259,7 +280,12 @@ def run(args: argparse.Namespace) -> None:
         rows += compare(runners, n, args.rounds, args.steps, args.device, layers)
     print(table(rows))
     write_json(args.json, rows)
-    if args.picture:
+    if args.picture and args.scores:
+        names = {row.label: row.origin for row in caches}
+        longest = [row for row in rows if row["tokens"] == max(args.lengths)]
+        times = {names.get(row["cache"], ""): row["decode_ratio"] for row in longest}
+        figures.scores_against_time(scores, times, max(args.lengths), args.picture)
+    elif args.picture:
         figures.time_against_tokens(rows, args.picture)
 
 
@@ -279,6 +305,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="float32", help="compute in it (default: float32)")
     add("--json", type=Path, help="write the rows to this file")
     add("--picture", type=Path, help="draw milliseconds against tokens, a PNG")
+    help = "draw perplexity against time instead, that of --factors in the JSON of evaluate"
+    add("--scores", type=Path, help=help)
     return parser.parse_args(argv)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments import speed
+from experiments import figures, speed
 from model import Transformer
 from tests.helpers import call, save_checkpoint, tiny_model, tiny_tokens
 
@@ -71,6 +71,37 @@ def test_a_shape_needs_no_checkpoint(tmp_path, capsys):
             held = 2 * 64 * 4 * tokens
         assert row["cache"] == "kivi-2" or row["cache_mb"] == pytest.approx(held / 1e6)
     assert (tmp_path / "times.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_of_scores(everything, tmp_path, capsys, monkeypatch):
+    """Points have the times of the longest text; rows of other factors and the full cache's have
+    none."""
+    pytest.importorskip("matplotlib")
+    row = {"text": "a", "context": 40, "factors": "f", "of_full": 1.25}
+    rows = [{**row, "factors": "", "of_full": 1.0}, row, {**row, "factors": "g"}]
+    (tmp_path / "scores.json").write_text(json.dumps(rows))
+    drawn = []
+    monkeypatch.setattr(figures, "draw", lambda points, *_, **axes: drawn.extend(points))
+    args = ["--model", everything / "model", "--lengths", "40,30", "--rounds", 1, "--steps", 1]
+    args += ["--factors", everything / "f", "--scores", tmp_path / "scores.json"]
+    args += ["--json", tmp_path / "rows.json", "--picture", tmp_path / "times.png"]
+    monkeypatch.setattr(speed, "load_theirs", lambda *_: None)
+    code, _, err = call(speed, capsys, *args)
+    assert code == 0, err
+    times = json.loads((tmp_path / "rows.json").read_text())
+    (of_f,) = [row for row in times if row["cache"] == "cskv f 67%" and row["tokens"] == 40]
+    expected = {"panel": "a, 40 tokens", "label": "f", "x": of_f["decode_ratio"], "y": 1.25}
+    assert drawn == [{**expected, "marks": "o"}]
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '[{"factors": "f"}]', '[{"factors": "g", "of_full": 1}]']
+)
+def test_scores_of_other_factors_are_refused(everything, tmp_path, refused, text):
+    (tmp_path / "scores.json").write_text(text)
+    args = ["--model", everything / "model", "--factors", everything / "f"]
+    message = refused(speed, *args, "--scores", tmp_path / "scores.json")
+    assert "has no rows of these --factors" in message
 
 
 @pytest.mark.parametrize(
