@@ -76,6 +76,7 @@ class Fitted:
         seen: statistics of all layers.
         group: tokens of a channel that share a scale; None is as in KIVI.
         widths: in bits, that latents are probed in.
+        channel_price: of layers that share latents, see `water_runs`.
         moments: of the groups of layers that share latents.
         weights: of the layers of such a group, see `layer_weights`.
         bases: found so far, for eigenvectors take long; and the energies of their channels.
@@ -85,6 +86,7 @@ class Fitted:
     seen: list[Statistics]
     group: int | None = None
     widths: tuple[int, ...] = WIDTHS
+    channel_price: float = 0
     moments: dict[Together, Tensor] = field(default_factory=dict)
     weights: dict[Together, list[float]] = field(default_factory=dict)
     bases: dict[Together, tuple[LowRank, Tensor]] = field(default_factory=dict)
@@ -109,15 +111,20 @@ class Fitted:
     def runs(self, side: Together, rank: int, bits: int) -> Runs:
         if bits != MIXED:
             return ((bits, rank),)
-        return water_runs(self.basis(side)[1], rank, self.widths, self.group)
+        energies = self.basis(side)[1]
+        return water_runs(energies, rank, self.widths, self.group, self.channel_price)
 
     def widths_of(self, side: Together) -> tuple[int, ...]:
         return (MIXED,) if side.count > 1 else self.widths
 
 
-def water_runs(energies: Tensor, rank: int, widths: tuple[int, ...], group: int) -> Runs:
+def water_runs(
+    energies: Tensor, rank: int, widths: tuple[int, ...], group: int, channel_price: float = 0
+) -> Runs:
     """The bits of a group's first `rank` channels, at the water level at which one more is not
     worth the fewest: to each the width that is least in its error plus the level times its bits.
+    A channel costs time, too, and so the level sinks if it is worth `channel_price` bits more: the
+    same bytes are spent on fewer channels.
 
     In b bits the error is scale^2 / 12 (quant.py), and 128 normal numbers have a range of 5.3 times
     their root mean square.
@@ -126,7 +133,7 @@ def water_runs(energies: Tensor, rank: int, widths: tuple[int, ...], group: int)
     b = torch.tensor(sorted(widths), dtype=torch.float64, device=energies.device)
     errors = (5.3 / (2**b - 1)) ** 2 / 12  # of an energy of 1
     price = quant.bits_per_element(b, group, group)
-    level = energies[-1] * (1 - errors[0]) / price[0]
+    level = energies[-1] * (1 - errors[0]) / (price[0] + channel_price)
     best = (energies * errors + level * price).argmin(1)  # falls from channel to channel
     runs = []
     stop = rank

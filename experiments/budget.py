@@ -99,6 +99,9 @@ def run(args: argparse.Namespace) -> None:
     if args.layers_together > 1 and (not args.group or args.init != "outputs"):
         problem = "--layers-together needs groups of tokens and --init outputs"
         raise UserError(f"{problem}; leave --group and --init as they are")
+    if args.channel_price and args.layers_together == 1:
+        problem = "--channel-price is for layers that share latents"
+        raise UserError(f"{problem}; leave it out, or give --layers-together")
     if args.widths is None:
         args.widths = (*WIDTHS, 8) if args.layers_together > 1 else WIDTHS
     files = {"the notes of --out": own_notes(args.out[0])}
@@ -150,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             groups = [side for side in sides if side.count > 1]
             seen, moments = calibrate_groups(model, samples, groups, window, sinks)
-            fitted = Fitted(model, seen, group, args.widths, moments)
+            fitted = Fitted(model, seen, group, args.widths, args.channel_price, moments)
         settings = args.predictions, args.spread, args.steps
         probe = Probe(model, texts, window, sinks, *settings)
         counted = all_that_counts({**vars(args), "out": None}, model, args.model)
@@ -222,6 +225,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layers-together", type=whole, default=1, help="let so many layers share latents (1)")
     help = "choose from these bits; layers alone have 16 too (2,3,4; together 2,3,4,8)"
     add("--widths", type=widths, help=help)
+    help = "of layers together, count a channel's time as so many bits more (0)"
+    add("--channel-price", type=number(float, 0), default=0, help=help)
     group = "tokens that share a scale in a channel, a multiple of 32; 0: groups as in KIVI (128)"
     add("--group", type=number(int, 0), default=128, help=group)
     add("--window", type=whole, default=32, help="keep so many newest tokens exactly (32)")

@@ -261,18 +261,24 @@ def test_costs_between_the_probed_ranks_lie_on_a_line_of_their_logarithm():
 
 
 @quick
-@given(st.integers(1, 60), st.sampled_from([(2, 3, 4), (2, 3, 4, 8), (4,), (2, 8)]), st.data())
-def test_bits_of_channels_lie_at_one_water_level(rank, bits_of, data):
-    """Each channel has the width of least error and bits together, but for runs of 4 channels."""
+@given(
+    st.integers(1, 60),
+    st.sampled_from([(2, 3, 4), (2, 3, 4, 8), (4,), (2, 8)]),
+    st.sampled_from([0, 0.5, 6]),
+    st.data(),
+)
+def test_bits_of_channels_lie_at_one_water_level(rank, bits_of, price, data):
+    """Each channel has the width of least error and bits together, but for runs of 4 channels. At
+    the level the last one's error falls by as much as its bits and its price weigh."""
     steps = data.draw(st.lists(st.floats(1, 3), min_size=64, max_size=64))
     energies = 1 / torch.tensor(steps).double().cumprod(0)
-    runs = algorithm.water_runs(energies, rank, bits_of, 128)
+    runs = algorithm.water_runs(energies, rank, bits_of, 128, price)
     found = [bits for bits, channels in runs for _ in range(channels)]
     assert len(found) == rank and found == sorted(found, reverse=True)
     assert all(channels % 4 == 0 for _, channels in runs[:-1]) and {*found} <= {*bits_of}
     errors = {b: (5.3 / (2**b - 1)) ** 2 / 12 for b in bits_of}
     least = min(bits_of)
-    level = energies[rank - 1].item() * (1 - errors[least]) / (least + 0.25)
+    level = energies[rank - 1].item() * (1 - errors[least]) / (least + 0.25 + price)
     best = []
     for energy in energies[:rank].tolist():
         best.append(min(bits_of, key=lambda b: energy * errors[b] + level * (b + 0.25)))
@@ -347,6 +353,16 @@ def flags(everything, *outs, **more):
         if value is not None:
             shown += [f"--{name.replace('_', '-')}", value]
     return [*shown, "--remove", *(0.4, 0.6)[: len(outs)], "--out", *outs]
+
+
+def test_the_command_spends_on_fewer_channels_that_have_a_price(everything, tmp_path, planned):
+    channels = []
+    for price in (0, 50):
+        out = tmp_path / f"{price}.safetensors"
+        planned(*flags(everything, out, widths="2,8", layers_together=2, channel_price=price))
+        factors = load_factors(out, load_model(everything / "model"))
+        channels.append(sum(pair.rank for pair in factors.stored))
+    assert channels[1] < channels[0]
 
 
 @pytest.mark.parametrize("more", [{"group": 0}, {"group": 64}, {}, {"layers_together": 2}])
@@ -459,6 +475,7 @@ MISTAKES = {
     "a large window": ({"window": 39, "sinks": 4}, [], "--probe-len 40 is not above --window"),
     "one file twice": ({}, ["--remove", 0.7, "--out", "a.safetensors"], "are both"),
     "a group of no whole blocks": ({"group": 33}, [], "--group 33 is no multiple of 32"),
+    "alone with a price": ({"channel_price": 2}, [], "--channel-price is for layers that share"),
     "together in KIVI's groups": ({"layers_together": 2, "group": 0}, [], "needs groups of tokens"),
     "no text": ({"data": None}, [], "required: --data"),
     "no such text": ({"data": "nowhere.txt"}, [], "nowhere.txt"),
