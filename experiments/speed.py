@@ -224,29 +224,29 @@ def compare(
     return rows
 
 
-def read_scores(path: Path, factors: list[Path]) -> list[dict]:
-    """Rows of experiments.evaluate with perplexity over the full cache's, of these files."""
-    text = read_file(path)
+def read_scores(files: list[Path], factors: list[Path]) -> list[dict]:
+    """Rows of experiments.evaluate with perplexity over the full cache's, of these factors."""
     names = [file.stem for file in factors]
-    try:
-        rows = [{name: row[name] for name in COLUMNS} for row in json.loads(text)]
-        scores = [row for row in rows if row["factors"] in names]
-    except (ValueError, TypeError, KeyError):
-        scores = []
-    if not scores:
-        made = "`python -m experiments.evaluate perplexity --caches full,cskv --factors ... --json`"
-        raise UserError(f"{path} has no rows of these --factors; give what {made} wrote of them")
+    scores = []
+    for path in files:
+        text = read_file(path)
+        try:
+            rows = [{name: row[name] for name in COLUMNS} for row in json.loads(text)]
+        except (ValueError, TypeError, KeyError) as error:
+            made = "what `experiments.evaluate perplexity --caches full,cskv ... --json` wrote"
+            raise UserError(f"{path} has no perplexities ({error}); give {made}") from None
+        scores += [row for row in rows if row["factors"] in names]
+    if files and not scores:
+        raise UserError("--scores has no rows of these --factors; give files of the same names")
     return scores
 
 
 def run(args: argparse.Namespace) -> None:
     """The command line, with arguments already parsed."""
     use_device(args.device)
-    read = {f"--factors {file}": file for file in args.factors} | {"--scores": args.scores}
+    read = {str(file): file for file in (*args.factors, *args.scores)}
     check_files({"--json": args.json, "--picture": args.picture}, read, args.model)
-    scores = []
-    if args.scores:
-        scores = read_scores(args.scores, args.factors)
+    scores = read_scores(args.scores, args.factors)
     if args.picture:
         figures.pyplot()  # if it is missing, that is known before the work and not after
     dtype = DTYPES[args.dtype]
@@ -280,7 +280,7 @@ def run(args: argparse.Namespace) -> None:
         rows += compare(runners, n, args.rounds, args.steps, args.device, layers)
     print(table(rows))
     write_json(args.json, rows)
-    if args.picture and args.scores:
+    if args.picture and scores:
         names = {row.label: row.origin for row in caches}
         longest = [row for row in rows if row["tokens"] == max(args.lengths)]
         times = {names.get(row["cache"], ""): row["decode_ratio"] for row in longest}
@@ -306,7 +306,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", type=Path, help="write the rows to this file")
     add("--picture", type=Path, help="draw milliseconds against tokens, a PNG")
     help = "draw perplexity against time instead, that of --factors in the JSON of evaluate"
-    add("--scores", type=Path, help=help)
+    add("--scores", type=Path, nargs="*", default=[], help=help)
     return parser.parse_args(argv)
 
 

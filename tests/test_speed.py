@@ -95,13 +95,21 @@ def test_a_picture_of_scores(everything, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{", '[{"factors": "f"}]', '[{"factors": "g", "of_full": 1}]']
+    ("text", "problem"),
+    [
+        ("[]", "--scores has no rows of these --factors"),
+        ('[{"text": "a", "context": 9, "factors": "g", "of_full": 1}]', "has no rows of these"),
+        ("{", "scores.json has no perplexities"),
+        ('[{"factors": "f"}]', "scores.json has no perplexities"),
+        ("3", "scores.json has no perplexities"),
+        (None, "scores.json cannot be read"),
+    ],
 )
-def test_scores_of_other_factors_are_refused(everything, tmp_path, refused, text):
-    (tmp_path / "scores.json").write_text(text)
+def test_scores_of_other_factors_are_refused(everything, tmp_path, refused, text, problem):
+    if text:
+        (tmp_path / "scores.json").write_text(text)
     args = ["--model", everything / "model", "--factors", everything / "f"]
-    message = refused(speed, *args, "--scores", tmp_path / "scores.json")
-    assert "has no rows of these --factors" in message
+    assert problem in refused(speed, *args, "--scores", tmp_path / "scores.json")
 
 
 @pytest.mark.parametrize(
