@@ -166,11 +166,11 @@ def scores_against_time(
     scores: list[dict], times: dict[str, float], tokens: int, path: Path
 ) -> None:
     """Perplexity over the full cache's against the time of a step over the full cache's, which
-    `times` has for each name of factors; a panel for each text."""
+    `times` has for the factors of each row; a panel for each text."""
     points = []
     for row in scores:
-        if row["factors"] in times:
-            panel = f"{row['text']}, {row['context']} tokens"
-            points.append(point(panel, row["factors"], times[row["factors"]], row["of_full"], "o"))
+        name = row["factors"]
+        panel = f"{row['text']}, {row['context']} tokens"
+        points.append(point(panel, name, times[name], row["of_full"], "o"))
     time = f"time of a step over the full cache's, {tokens:,} tokens"
     draw(points, path, xlabel=time, ylabel="perplexity over the full cache's")

@@ -281,10 +281,10 @@ def run(args: argparse.Namespace) -> None:
     print(table(rows))
     write_json(args.json, rows)
     if args.picture and scores:
-        names = {row.label: row.origin for row in caches}
-        longest = [row for row in rows if row["tokens"] == max(args.lengths)]
-        times = {names.get(row["cache"], ""): row["decode_ratio"] for row in longest}
-        figures.scores_against_time(scores, times, max(args.lengths), args.picture)
+        tokens = max(args.lengths)
+        ratios = {row["cache"]: row["decode_ratio"] for row in rows if row["tokens"] == tokens}
+        times = {row.origin: ratios[row.label] for row in caches}
+        figures.scores_against_time(scores, times, tokens, args.picture)
     elif args.picture:
         figures.time_against_tokens(rows, args.picture)
 
