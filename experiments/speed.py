@@ -246,6 +246,8 @@ def run(args: argparse.Namespace) -> None:
     use_device(args.device)
     read = {str(file): file for file in (*args.factors, *args.scores)}
     check_files({"--json": args.json, "--picture": args.picture}, read, args.model)
+    if args.scores and not args.picture:
+        raise UserError("--scores are for a picture; give --picture FILE.png, or leave them out")
     scores = read_scores(args.scores, args.factors)
     if args.picture:
         figures.pyplot()  # if it is missing, that is known before the work and not after
@@ -306,7 +308,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", type=Path, help="write the rows to this file")
     add("--picture", type=Path, help="draw milliseconds against tokens, a PNG")
     help = "draw perplexity against time instead, that of --factors in the JSON of evaluate"
-    add("--scores", type=Path, nargs="*", default=[], help=help)
+    add("--scores", type=Path, nargs="+", default=[], help=help)
     return parser.parse_args(argv)
 
 

@@ -109,6 +109,7 @@ def test_scores_of_other_factors_are_refused(everything, tmp_path, refused, text
     if text:
         (tmp_path / "scores.json").write_text(text)
     args = ["--model", everything / "model", "--factors", everything / "f"]
+    args += ["--picture", tmp_path / "times.png"]
     assert problem in refused(speed, *args, "--scores", tmp_path / "scores.json")
 
 
@@ -172,6 +173,8 @@ def test_the_caches_of_transformers(tmp_path, head_dim, length):
     [
         ([], "--model FOLDER, or a --shape"),
         (["--shape", "teacher", "--picture", "no/times.png"], "no folder no to write"),
+        (["--model", "m", "--factors", "f", "--scores", "s.json"], "--scores are for a picture"),
+        (["--model", "m", "--picture", "p.png", "--scores"], "expected at least one argument"),
     ],
 )
 def test_a_mistake_is_one_line(refused, words, message):
