@@ -59,9 +59,17 @@ class PackedRuns:
     def tensors(self) -> list[Tensor]:
         return [tensor for part in self.parts for tensor in part.tensors()]
 
-    def __getattr__(self, name: str):
-        """`length` and what else tokens tell is the same for all."""
-        return getattr(self.parts[0], name)
+    # What tokens tell is the same for all parts.
+
+    @property
+    def length(self) -> int:
+        return self.parts[0].length
+
+    def until_packed(self) -> int:
+        return self.parts[0].until_packed()
+
+    def at_once(self) -> int:
+        return self.parts[0].at_once()
 
 
 @dataclass(eq=False)
@@ -71,6 +79,7 @@ class Sum:
     latents: GrowingLatents | Packed | PackedRuns
     count: int  # layers
     window: int
+    length = 0  # tokens that all layers can read: those before the ones that pass
     added = 0  # layers, to `open`
     open = None  # [B, n, r], the newest tokens' sum so far
 
@@ -83,29 +92,32 @@ class Part:
     """A layer's way to the latents that it shares, in place of its cache's own."""
 
     total: Sum
-    layer: int  # its number in the group
+    place: int  # of the layer in the group, from 0
 
     @property
     def is_last(self) -> bool:
-        return self.layer + 1 == self.total.count
+        return self.place + 1 == self.total.count
+
+    @property
+    def length(self) -> int:
+        """The same for all layers, or the last one would read other latents than those before."""
+        return self.total.length
 
     def append(self, c: Tensor) -> None:
         """c [B, n, r], what the layer adds to the latents of the next n tokens."""
         total = self.total
-        if self.layer != total.added:
+        if self.place != total.added:
             raise ValueError("layers that share latents take tokens together, in order")
-        if self.layer == 0:
-            total.values.clear()
+        if self.place == 0:
+            total.length = total.latents.length
+            total.values.clear()  # what the last layer has not read, for its chunks were others
         total.added += 1
         c = c.to(torch.promote_types(c.dtype, torch.float32))
-        total.open = c if self.layer == 0 else total.open + c
+        total.open = c if self.place == 0 else total.open + c
         if self.is_last:
-            packed = total.latents.packed
             total.latents.append(total.open)
             total.added = 0
             total.open = None
-            if total.latents.packed > packed:  # these it reads itself as they are packed now
-                total.values.clear()
 
     def at_once(self) -> int:
         """No new token may see another one's latent, which is not closed; and all layers must read
@@ -127,10 +139,6 @@ class Part:
     def tensors(self) -> list[Tensor]:
         """All of the group's for the last layer, so that they are counted once."""
         return self.total.latents.tensors() if self.is_last else []
-
-    def __getattr__(self, name: str):
-        """`length` and all else is that of the group's latents."""
-        return getattr(self.total.latents, name)
 
 
 def shared_cache(model: Transformer, factors: Factors, *args, **settings) -> list[LayerCache]:

@@ -2,11 +2,12 @@
 
 import itertools
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -93,7 +94,7 @@ def test_channels_that_differ_in_bits(some, n, more, group):
     for t in range(n, n + more):
         latents.append(c[:, t : t + 1])
     packed = (n + more) // group * group
-    assert (latents.length, latents.packed) == (n + more, packed)
+    assert (latents.length, latents.parts[0].packed) == (n + more, packed)
     expected = [c[:, packed:]]
     if packed:
         few = [
@@ -137,13 +138,18 @@ def full_rank(model, split):
 
 
 @quick
+@example((2, 2), [17, 17, 70, 2], 8, 1, (8, 2), None, OneToken)
 @given(splits, st.lists(st.sampled_from([1, 2, 17, 40, 70]), min_size=2, max_size=4), windows,
-       sinks, st.sampled_from([None, (3, 16), (8, 2), (4, 32)]), st.sampled_from([None, 9]),
-       st.sampled_from([BiBranchCache, OneToken, FastCache]))  # fmt: skip
+       sinks, st.sampled_from([(3, 16), (8, 2), (4, 32), None]), st.sampled_from([None, 50, 9]),
+       st.sampled_from([OneToken, FastCache, BiBranchCache]))  # fmt: skip
 def test_pieces_equal_token_by_token(split, lengths, window, first, bits, sliding, kind):
     """Numbers and bytes, for a text in pieces of any lengths; the first one is the prompt. With
     full rank and all bits they are the full cache's, through whatever branch a token is seen, also
-    while it passes the group: one seen twice or not at all would change the softmax."""
+    while it passes the group: one seen twice or not at all would change the softmax.
+
+    A code, or a scale in 16 bits, may round the other way, and then a few logits differ. If a token
+    is read in bits that should be read as it is, half of them do, by a tenth of their size.
+    """
     model = model_of(sliding_window=sliding)
     factors = full_rank(model, split)
     if bits:
@@ -152,21 +158,41 @@ def test_pieces_equal_token_by_token(split, lengths, window, first, bits, slidin
     tokens = tiny_tokens(model, 2, sum(lengths))
     ours = torch.cat([model(piece, caches[0]) for piece in tokens.split(lengths, dim=1)], 1)
     theirs = decode_all(model, tokens, lengths[0], caches[1])
-    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    assert (ours - theirs).norm() < (3e-3 if bits else 1e-5) * theirs.norm()
     assert held_bytes(caches[0]) == held_bytes(caches[1])
     if not bits and kind is not FastCache:
         full = decode_all(model, tokens, lengths[0], full_cache(model))
         torch.testing.assert_close(theirs, full, atol=1e-4, rtol=1e-4)
 
 
-def test_latents_are_dequantized_once_a_step(monkeypatch):
-    """Not once a layer, however many chunks they are read in; and nothing of them is left."""
+@pytest.mark.parametrize("kind", [OneToken, FastCache])
+def test_a_cache_can_be_copied(kind):
+    """After a prompt, to go on in two ways; layers share latents in the copy, too."""
+    model = model_of()
+    factors = in_bits(full_rank(model, (4,)), 3, 8, 32)
+    runs = (8, 5), (3, factors.layers[0].k.rank - 5)
+    layers = [replace(layer, k=replace(layer.k, runs=runs)) for layer in factors.layers]
+    cache = shared_cache(model, replace(factors, layers=layers), 4, 0, kind, 1)
+    tokens = tiny_tokens(model, 2, 150)
+    model(tokens[:, :70], cache)
+    copy = deepcopy(cache)
+    model(tokens[:, 70:].flip(1), cache)
+    other = shared_cache(model, replace(factors, layers=layers), 4, 0, kind, 1)
+    expected = decode_all(model, tokens, 70, other)[:, 70:]
+    assert torch.equal(decode_all(model, tokens[:, 70:], 0, copy), expected)
+
+
+@pytest.mark.parametrize("kind, last", [(OneToken, 17), (FastCache, 17), (FastCache, 40)])
+def test_latents_are_dequantized_once_a_step(monkeypatch, kind, last):
+    """Not once a layer, however many chunks they are read in, and nothing of them is left; or only
+    of one step, where the last layer has chunks of its own."""
     model = model_of()
     factors = in_bits(make_factors(model, 4, 5), 4, 3, 32).to(model.lm_head.weight)
     groups = [group for side in "kv" for group in groups_of((LAYERS,), side)]
-    cache = shared_cache(model, side_by_side(factors, groups), 4, 0, OneToken, 1)
+    cache = shared_cache(model, side_by_side(factors, groups), 4, 0, kind, 1)
     for layer in cache:
         layer.chunk = 17
+    cache[-1].chunk = last
     tokens = tiny_tokens(model, 1, 105)
     model(tokens[:, :100], cache)
     ranges = []
@@ -180,8 +206,11 @@ def test_latents_are_dequantized_once_a_step(monkeypatch):
     for t in range(100, 105):
         ranges.clear()
         model(tokens[:, t : t + 1], cache)
-        assert len(ranges) == len(set(ranges)) >= 2 * 6
-    assert not cache[0].c_k.total.values and not cache[0].c_v.total.values
+        assert len(ranges) == len(set(ranges)) >= 2 * 5
+        for total in (cache[0].c_k.total, cache[0].c_v.total):
+            left = {(id(total.latents), *some) for some in total.values}
+            assert left <= set(ranges)
+            assert not left or last != 17
 
 
 def test_wrong_uses_are_refused():
