@@ -202,7 +202,7 @@ class BiBranchCache(LayerCache):
 
 @dataclass(frozen=True)
 class Together:
-    """Neighbouring layers with one latent for their keys ("k") or values ("v")."""
+    """Neighbouring layers with one latent for their keys ("k") or values ("v"); or one layer."""
 
     side: str
     first: int  # layer

@@ -223,7 +223,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     init = "keep the attention's output, or keys and values (outputs)"
     add("--init", choices=("outputs", "attention"), default="outputs", help=init)
     add("--layers-together", type=whole, default=1, help="let so many layers share latents (1)")
-    help = "choose from these bits; layers alone have 16 too (2,3,4; together 2,3,4,8)"
+    help = "choose from these bits, or all channels in 16 (2,3,4; together 2,3,4,8)"
     add("--widths", type=widths, help=help)
     help = "of layers together, count a channel's time as so many bits more (0)"
     add("--channel-price", type=number(float, 0), default=0, help=help)
@@ -231,7 +231,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--group", type=number(int, 0), default=128, help=group)
     add("--window", type=whole, default=32, help="keep so many newest tokens exactly (32)")
     add("--sinks", type=number(int, 0), default=4, help="keep so many first tokens exactly (4)")
-    add("--window-bits", type=int, choices=(8, 16), default=16, help="count both in 8 bits (16)")
+    help = "let infer.py keep both in 8 bits; the costs leave that out (16)"
+    add("--window-bits", type=int, choices=(8, 16), default=16, help=help)
     add("--seed", type=number(int, 0), default=0, help="draw other pieces of the text (0)")
     add("--device", default="cpu", help="compute on cpu (default), cuda, cuda:1, ...")
     add("--dtype", choices=DTYPES, default="float32", help="run the model in this type (float32)")

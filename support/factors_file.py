@@ -194,7 +194,7 @@ def load_factors(path: str | Path, model: Transformer) -> Factors:
         raise
     except KeyError as error:
         raise UserError(f"{path} lacks {error}; make it again with train.py") from None
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({first_line(error)}); make it again") from None
 
 
@@ -218,7 +218,8 @@ def read_factors(info: dict[str, str], tensors: dict[str, Tensor], model: Transf
     together = tuple([Together(*some) for some in json.loads(info.get("together", "[]"))])
     free = {(side, i) for side in "kv" for i in range(count)}
     for some in together:
-        members = {(some.side, i) for i in some.layers}
+        few = 0 < some.count <= count  # first of all: a set of a damaged count might fill memory
+        members = {(some.side, i) for i in some.layers} if few else set()
         if not members or not members <= free:
             raise ValueError(f"{some} is no group of {count} layers, each in one")
         free -= members
@@ -226,14 +227,16 @@ def read_factors(info: dict[str, str], tensors: dict[str, Tensor], model: Transf
         kept = {(pair.rank, pair.bits, pair.runs) for pair in pairs}
         if len(kept) > 1 or group is None:
             raise ValueError(f"layers together of ranks and bits {kept}")
-    if any(getattr(layers[i], side).runs for side, i in free):
-        raise ValueError("channels of a layer alone differ in bits")
+    for side, i in sorted(free):
+        if getattr(layers[i], side).runs or name_of(i, side, "metric") in tensors:
+            raise ValueError(f"{side}_proj of layer {i} is in no group, but shares latents")
     info = {name: value for name, value in info.items() if name not in KNOWN}
     return Factors(layers, info, together).to(model.lm_head.weight)
 
 
 def read_pair(tensors: dict, attention: Attention, i: int, side: str) -> tuple[Tensor, Tensor]:
-    """A and B. Raises `KeyError` for a missing tensor, `ValueError` for another size."""
+    """A and B. Raises `KeyError` for a missing tensor, `ValueError` for another size, and for
+    numbers that are not finite."""
     B = tensors[name_of(i, side, "B")]
     hidden, d_kv = attention.config.hidden_size, attention.config.d_kv
     r = B.shape[0] if B.dim() else 0
@@ -243,6 +246,8 @@ def read_pair(tensors: dict, attention: Attention, i: int, side: str) -> tuple[T
         found = tensors.get(name_of(i, side, name))
         if found is not None and found.shape != shape:
             raise ValueError(f"{name_of(i, side, name)} has the size {tuple(found.shape)}")
+        if found is not None and not found.isfinite().all():
+            raise ValueError(f"{name_of(i, side, name)} has numbers that are not finite")
     if B.dtype == torch.int8:
         rows = tensors[name_of(i, side, "rows")]
         B = B * rows * tensors[name_of(i, side, "columns")]
@@ -263,7 +268,11 @@ def for_each(bits: int | list, count: int) -> list[int | list]:
 def bits_or_runs(given: int | list, rank: int) -> dict:
     """What of these a pair has."""
     runs = given if isinstance(given, list) else [[given, rank]]
-    widths = [bits for bits, _ in runs]
-    if not set(widths) <= {2, 3, 4, 8, 16, 32} or sum([channels for _, channels in runs]) != rank:
+    known = quant.BITS if runs is given else (*quant.BITS, 16, 32)
+    for bits, channels in runs:
+        if type(bits) is not int or type(channels) is not int or bits not in known or channels < 1:
+            raise ValueError(f"{channels} channels of {bits} bits are none")
+    if sum([channels for _, channels in runs]) != rank:
         raise ValueError(f"{given} is no number of bits of {rank} channels")
+    widths = [bits for bits, _ in runs]
     return {"bits": min(widths), "runs": tuple(map(tuple, runs)) if runs is given else ()}

@@ -18,8 +18,9 @@ import quant
 from beyond.budget import Choice, convex_hull, free_choices, make_plan, sides_of, spend
 from beyond.outputs import calibrate_outputs
 from beyond.probes import SIDES, DecodeMode, Probe
+from beyond.segments import SmallWindowCache
 from beyond.shared import calibrate_groups, shared_cache
-from cskv import Factors, Together, bi_branch_cache, calibrate, init_factors
+from cskv import BiBranchCache, Factors, Together, bi_branch_cache, calibrate, init_factors
 from experiments import budget
 from infer import full_bytes, held_bytes
 from model import full_cache
@@ -365,10 +366,13 @@ def test_the_command_spends_on_fewer_channels_that_have_a_price(everything, tmp_
     assert channels[1] < channels[0]
 
 
-@pytest.mark.parametrize("more", [{"group": 0}, {"group": 64}, {}, {"layers_together": 2}])
+KEPT = {"group": 0}, {"group": 64}, {}, {"layers_together": 2}, {"window_bits": 8}
+
+
+@pytest.mark.parametrize("more", KEPT)
 def test_the_command_writes_what_the_cache_will_hold(everything, tmp_path, planned, more):
     outs = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    assert planned(*flags(everything, *outs, widths="2,3,8", **more)).count("removed, ") == 2
+    said = planned(*flags(everything, *outs, widths="2,3,8", **more))
     model = load_model(everything / "model", dtype=torch.bfloat16)
     count = more.get("layers_together", 1)
     for file, remove in zip(outs, (0.4, 0.6), strict=True):
@@ -382,36 +386,51 @@ def test_the_command_writes_what_the_cache_will_hold(everything, tmp_path, plann
         sides = [(i, count, of) for i in range(0, 2, count) for of in ("keys", "values")]
         assert [(r["layer"], r["layers"], r["of"]) for r in plan] == sides
         assert factors.together == tuple(side for side in sides_of(2, count) if count > 1)
-        cache = shared_cache(model, factors, 4, 200, sinks=2)
+        exact = full_bytes(model, 6)
+        kind = BiBranchCache
+        if "window_bits" in more:
+            exact = exact // 2 + 2 * 2 * 2 * 6 * 4  # a scale and a minimum for each head
+            kind = SmallWindowCache
+        cache = shared_cache(model, factors, 4, 200, kind, sinks=2)
         model(tiny_tokens(model, 1, 200), cache)
-        assert held_bytes(cache) == sum(r["nbytes"] for r in plan) + full_bytes(model, 6)
-        assert held_bytes(cache) <= (1 - remove) * full_bytes(model, 200)
+        assert held_bytes(cache) == sum(r["nbytes"] for r in plan) + exact
+        assert factors.info.get("window_bits", "16") == str(more.get("window_bits", 16))
+        left = held_bytes(cache) / full_bytes(model, 200)
+        assert left <= 1 - remove and f"{file}: {1 - left:.1%} of the bytes removed" in said
         assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert sum(r["cost"] for r in plan) >= 0
 
 
+@pytest.mark.parametrize("together", [1, 2])
 def test_an_interrupted_probing_goes_on(
-    everything, tmp_path, planned, refused, capsys, monkeypatch
+    everything, tmp_path, planned, refused, capsys, monkeypatch, together
 ):
-    """And gives what both budgets at once give."""
-    whole, other, out = (tmp_path / f"{name}.safetensors" for name in ("whole", "other", "out"))
-    planned(*flags(everything, whole, other))
-    real, calls = budget.probe_alone, []
+    """Of each side alone and around a plan, and gives what it gives at once."""
+    wholes = tmp_path / "whole.safetensors", tmp_path / "other.safetensors"
+    outs = tmp_path / "out.safetensors", tmp_path / "out2.safetensors"
+    planned(*flags(everything, *wholes, layers_together=together))
+    sides = 4 // together
+    calls = []
 
-    def probe_alone(probe, fitted, side):
-        calls.append((side.first, side.side))
-        if len(calls) == 3:
+    def interrupted(real, probed, fitted, side):
+        calls.append(side)
+        if len(calls) in (2, sides + 3):  # each time at the second side
             raise KeyboardInterrupt
-        return real(probe, fitted, side)
+        return real(probed, fitted, side)
 
-    monkeypatch.setattr(budget, "probe_alone", probe_alone)
-    assert call(budget, capsys, *flags(everything, out))[0] == 130
-    assert len(notes_beside(out)) == 1 and not out.exists()
-    refused(budget, *flags(everything, out, window=5), notes=True)
-    planned(*flags(everything, out))
-    assert calls == [(0, "k"), (0, "v"), (1, "k"), (1, "k"), (1, "v")]
-    assert out.read_bytes() == whole.read_bytes() and not notes_beside(out)
-    assert out.with_suffix(".json").read_bytes() == whole.with_suffix(".json").read_bytes()
+    for name in ("probe_alone", "probe_around"):
+        monkeypatch.setattr(budget, name, partial(interrupted, getattr(budget, name)))
+    arguments = flags(everything, *outs, layers_together=together)
+    for _ in range(2):
+        assert call(budget, capsys, *arguments)[0] == 130
+        assert len(notes_beside(outs[0])) == 1 and not outs[0].exists()
+    refused(budget, *arguments, "--window", 5, notes=True)
+    planned(*arguments)
+    assert len(calls) == (sides + 1) + (sides + 1) + sides
+    assert not notes_beside(outs[0])
+    for out, whole in zip(outs, wholes, strict=True):
+        assert out.read_bytes() == whole.read_bytes()
+        assert out.with_suffix(".json").read_bytes() == whole.with_suffix(".json").read_bytes()
 
 
 @pytest.mark.parametrize("init, copies", [("outputs", True), ("attention", False)])
@@ -464,7 +483,9 @@ def test_two_processes_make_the_same_plan(everything, tmp_path, planned, count):
     assert done.returncode == 0, done.stderr
     plans = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
     for a, b in zip(*plans, strict=True):
-        assert (a["rank"], a["bits"]) == (b["rank"], b["bits"])
+        assert (a["rank"], a["runs"]) == (b["rank"], b["runs"])
+        assert (a["layer"], a["layers"], a["of"]) == (b["layer"], b["layers"], b["of"])
+        assert a["cost"] == pytest.approx(b["cost"], rel=1e-2, abs=1e-6)
 
 
 MISTAKES = {

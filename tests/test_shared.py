@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from copy import deepcopy
 from dataclasses import replace
 
@@ -382,11 +383,25 @@ def rewritten(path, drop=None, replaced=None, **metadata):
 
 
 K = "model.layers.1.self_attn.k_proj"
-NO_GROUPS = ("q", 0, 2), ("k", 3, 2), ("k", 0, 0), ("k", 0)
+NO_GROUPS = ("q", 0, 2), ("k", 3, 2), ("k", 0, 0), ("k", 0), ("k", -1, 2), ("k", 0, 10**6)
+NO_BITS = (  # of channels 0 to 4
+    *([[16, 1], [3, 4]], [[3, 4], [16, 1]], [[32, 1], [16, 4]], [[16, 5]], [[8, -1], [3, 6]]),
+    *([[8, 1.0], [3, 4.0]], [[8, True], [3, 4]], [[8, 0], [3, 5]], [[3, 5, 1]], [3, 5], [[]], []),
+    *(3.0, True, 5, "3", None, {}),
+)
 DAMAGE = [
     *[({"together": json.dumps([group])}, "is damaged") for group in NO_GROUPS],
     ({"together": '[["k", 0, 2], ["k", 1, 2]]'}, "is damaged"),
     ({"together": "3"}, "is damaged"),
+    *[({"k_bits": json.dumps([given] * 4)}, "is damaged") for given in NO_BITS],
+    ({"k_bits": "[" * 10**5}, "is damaged"),
+    ({"together": "[]"}, "is in no group"),
+    ({"together": '[["k", 0, 2], ["v", 0, 2], ["k", 2, 2]]'}, "v_proj of layer 2 is in no"),
+    *[
+        ({"replaced": {f"{K}.{name}": torch.full(size, value)}}, f"{name} has numbers")
+        for name, size in (("rows", (5, 1)), ("columns", (12,)), ("metric", (12,)))
+        for value in (math.nan, math.inf)
+    ],
     ({"k_bits": json.dumps([[[8, 1], [3, 3]]] * 4)}, "is damaged"),
     ({"k_bits": json.dumps([[[8, 1], [5, 4]]] * 4)}, "is damaged"),
     ({"k_bits": json.dumps([[[8, 1], [3, 4]]] + [3] * 3)}, "is damaged"),
