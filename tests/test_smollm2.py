@@ -104,7 +104,7 @@ def test_greedy_answer_at_90_percent(model, tokenizer):
     factors = load_factors(WEIGHTS / "smollm2-135m-instruct.cskv-90.safetensors", model)
     chat = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
     prompt, greedy = tokenizer.encode(chat, special=False), make_sampler(0, 1, 0)
-    compressed = cskv.bi_branch_cache(model, factors, window=4, sinks=4)
+    compressed = shared_cache(model, factors, window=4, sinks=4)
     for cache, said in ((full_cache(model), "Paris"), (compressed, r"\w+")):
         answer = tokenizer.decode(list(generate(model, prompt, cache, 20, greedy)))
         assert re.fullmatch(rf"The capital of France is {said}\.", answer)
