@@ -218,11 +218,9 @@ def read_factors(info: dict[str, str], tensors: dict[str, Tensor], model: Transf
     together = tuple([Together(*some) for some in json.loads(info.get("together", "[]"))])
     free = {(side, i) for side in "kv" for i in range(count)}
     for some in together:
-        few = 0 < some.count <= count  # first of all: a set of a damaged count might fill memory
-        members = {(some.side, i) for i in some.layers} if few else set()
-        if not members or not members <= free:
+        if not some.layers or not all((some.side, i) in free for i in some.layers):
             raise ValueError(f"{some} is no group of {count} layers, each in one")
-        free -= members
+        free -= {(some.side, i) for i in some.layers}
         pairs = [getattr(layers[i], some.side) for i in some.layers]
         kept = {(pair.rank, pair.bits, pair.runs) for pair in pairs}
         if len(kept) > 1 or group is None:
